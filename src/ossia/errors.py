@@ -1,0 +1,74 @@
+"""What can go wrong for a user, as one tree.
+
+    OssiaError
+    ├── InputError                 the request, prompt, schema or flag is not usable      400
+    │   ├── ContextLengthError     the request can never fit the context or the memory    400
+    │   └── ConfigError            a setting (flag, OSSIA_* variable, TOML) is not usable 400
+    ├── NotFoundError              a model, response or file that was named is not there  404
+    ├── CheckpointError            a checkpoint's files are damaged or not what they say  500
+    └── UnavailableError           the network, a device or an extra is not there         503
+
+Every message says what was met, what was expected and what to do. The class carries what the HTTP layer needs, so
+that an error is turned into a status in one place and never guessed from its text.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class OssiaError(Exception):
+    """Base of everything that ossia raises for its users.
+
+    ``status`` is the HTTP status, ``type`` and ``code`` are the fields of OpenAI's error object; ``param`` names the
+    offending part of a request where there is one.
+    """
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: ClassVar[str | None] = None
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class InputError(OssiaError):
+    """What the caller brought cannot be used; asking again unchanged cannot help."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class ContextLengthError(InputError):
+    """The prompt, with the tokens asked for, can never fit the context window or the memory given to it."""
+
+    code = "context_length_exceeded"
+
+
+class ConfigError(InputError):
+    """A setting has a value that it cannot have."""
+
+    code = "invalid_config"
+
+
+class NotFoundError(OssiaError):
+    """Something named by the caller does not exist."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "not_found"
+
+
+class CheckpointError(OssiaError):
+    """A checkpoint's files are missing, damaged, or of another model."""
+
+    code = "checkpoint_error"
+
+
+class UnavailableError(OssiaError):
+    """Something outside ossia that the call needs is not there now."""
+
+    status = 503
+    code = "unavailable"

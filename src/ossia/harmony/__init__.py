@@ -1,0 +1,1 @@
+"""The harmony chat format: messages, rendering to token ids, parsing back."""
