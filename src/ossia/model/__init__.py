@@ -1,0 +1,1 @@
+"""The gpt-oss model: its configuration, its forward pass, its checkpoints."""

@@ -1,0 +1,171 @@
+"""The arithmetic of gpt-oss as one small set of operations, with several implementations of the same signatures.
+
+    reference   numpy, the specification (`reference.py`)
+    cpu         C++ kernels (`cpu.py`, `csrc/`)
+
+Legend for shapes, used in every file that touches tensors
+    T  tokens of the batch, all sequences one after the other      N  sequences of the batch
+    D  hidden size     F  intermediate size     V  vocabulary      R  rows whose logits are wanted
+    Q  query heads     K  key/value heads       H  head dim        G  query heads per key/value head, Q / K
+    E  experts         A  experts per token     O, I  outputs and inputs of a matrix
+    B  cache blocks    S  slots (tokens) in a block                J  keys that a query may see
+    P  pairs of a rotated head, H / 2
+
+Arrays are numpy arrays for `reference` and `cpu` (bfloat16 by `ml_dtypes`), torch tensors for the others. Activations
+are float32 unless a backend says otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+from ossia.errors import ConfigError
+
+Array = Any
+"""A numpy array or a torch tensor, depending on the backend."""
+
+
+class Mxfp4(NamedTuple):
+    """A matrix [..., O, I] in MXFP4: 32 values along I share one scale (OCP Microscaling Formats v1.0).
+
+    Both arrays may be strided views of a mapped file. With ``order`` "pairs" (the published checkpoints) byte i of a
+    block holds value 2i in its low nibble and value 2i+1 in its high one; with "halves" (GGUF) values i and 16+i.
+    """
+
+    blocks: Array  # uint8 [..., O, I/32, 16]
+    scales: Array  # uint8 [..., O, I/32], E8M0
+    order: Literal["pairs", "halves"] = "pairs"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the matrix as numbers: (..., O, I)."""
+        return (*self.scales.shape[:-1], self.scales.shape[-1] * 32)
+
+
+class ExpertArrays(NamedTuple):
+    """The experts of one layer as a checkpoint holds them; matrices are `Mxfp4` or float arrays, views allowed.
+
+    Checkpoints that interleave gate and up rows give two strided views of one tensor.
+    """
+
+    gate: Mxfp4 | Array  # [E, F, D]
+    up: Mxfp4 | Array  # [E, F, D]
+    down: Mxfp4 | Array  # [E, D, F]
+    gate_bias_EF: Array
+    up_bias_EF: Array
+    down_bias_ED: Array
+
+
+class Routing(NamedTuple):
+    """Which experts a token goes to, best first, and with what weight."""
+
+    experts_TA: Array  # int32
+    weights_TA: Array  # float32, rows sum to 1
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The flat arrays of one forward pass over N sequences; every array is int32.
+
+    Sequence n owns the tokens ``query_starts_N1[n] : query_starts_N1[n + 1]``; they are its *last* ones: after this
+    pass it has ``key_lengths_N[n]`` keys. Position p of a sequence lives in block ``table[n, p // S]``, slot ``p % S``.
+    Layers with full attention and sliding-window layers have pools and tables of their own. The window's table is
+    valid from the block of the first key that any query of this pass may see; before that it may hold -1, and unused
+    ends of both tables hold -1. A pass without a cache (training) needs no tables: each sequence attends to
+    its own tokens.
+    """
+
+    token_ids_T: Array
+    positions_T: Array
+    query_starts_N1: Array
+    key_lengths_N: Array
+    full_table_NB: Array
+    window_table_NB: Array
+    logit_rows_R: Array
+
+
+class Ops(Protocol):
+    """What a backend must offer. The model file calls nothing else.
+
+    `linear_weights`, `embedding`, `vector`, `experts` and `kv_cache` turn arrays of a checkpoint into whatever the
+    backend wants to hold and are called once; their results are opaque to everyone else.
+    """
+
+    name: str
+
+    def vector(self, values: Array) -> Array:
+        """Hold a bias, norm scale or sinks array of any shape (float32 in all backends but autograd)."""
+
+    def embedding(self, table_VD: Array) -> Any:
+        """Hold an embedding table; rows are read one by one."""
+
+    def linear_weights(self, weight_OI: Array, bias_O: Array | None = None) -> Any:
+        """Hold a dense matrix."""
+
+    def experts(self, arrays: ExpertArrays) -> Any:
+        """Hold the experts of a layer; MXFP4 stays MXFP4 and is not copied."""
+
+    def kv_cache(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> Any:
+        """The paged key/value memory of one layer."""
+
+    def embed(self, embedding: Any, token_ids_T: Array) -> Array:
+        """x_TD = table[token_ids]."""
+
+    def rms_norm(self, x_TD: Array, scale_D: Array, eps: float) -> Array:
+        """x / sqrt(mean(x^2) + eps) * scale over the last axis."""
+
+    def linear(self, x_TI: Array, weights: Any) -> Array:
+        """x_TO = x W^T + b."""
+
+    def rope_angles(self, positions_T: Array, inv_freq_P: Array, concentration: float) -> tuple[Array, Array]:
+        """(cos_TP, sin_TP) of positions times frequencies (the product in float32), times the concentration."""
+
+    def rope(self, x_TQH: Array, cos_TP: Array, sin_TP: Array) -> Array:
+        """Rotate the first half of each head against the second half. May overwrite x."""
+
+    def attention(
+        self,
+        q_TQH: Array,
+        k_TKH: Array,
+        v_TKH: Array,
+        sinks_Q: Array,
+        cache: Any,
+        batch: Batch,
+        window: int | None,
+    ) -> Array:
+        """Store k and v in the cache, then o_TQH = causal attention of each sequence over all its keys.
+
+        The scale is 1/sqrt(H); the sink of a head joins the maximum and the denominator of its softmax and adds no
+        value. With a window, a query sees the last ``window`` positions, itself included, and the cache is addressed
+        by the batch's window table. ``cache`` None: the keys are those of the batch.
+        """
+
+    def route(self, logits_TE: Array, num_active: int) -> Routing:
+        """The top experts of each token, equal logits by lower index, softmax over those chosen alone."""
+
+    def moe(self, x_TD: Array, routing: Routing, experts: Any, limit: float) -> Array:
+        """o_TD = sum over chosen experts of weight * (down(swiglu(gate(x), up(x)))), in the order of ``routing``.
+
+        swiglu(g, u) = g' sigmoid(1.702 g') (u' + 1) with g' = min(g, limit), u' = clip(u, -limit, limit).
+        """
+
+
+SWIGLU_ALPHA = 1.702
+
+
+def load(name: str, **options: Any) -> Ops:
+    """Make a backend: "reference" (option ``dtype``) or "cpu" (options of `ossia.ops.cpu.CpuOps`).
+
+    Raises ConfigError for another name.
+    """
+    # Each backend brings its own heavy imports (an extension, torch): they are paid only by whoever asks for it.
+    if name == "reference":
+        from ossia.ops.reference import ReferenceOps
+
+        return ReferenceOps(**options)
+    if name == "cpu":
+        from ossia.ops.cpu import CpuOps
+
+        return CpuOps(**options)
+    raise ConfigError(f"unknown backend {name!r}; expected one of: reference, cpu")
