@@ -19,6 +19,7 @@ from ossia.harmony.messages import (
     ToolDescription,
     ToolNamespace,
 )
+from ossia.harmony.parser import Delta, Event, Header, Malformed, ParsedMessage, StreamParser
 from ossia.harmony.render import (
     DropAnalysis,
     TokenSpan,
@@ -34,13 +35,19 @@ __all__ = [
     "Channel",
     "Content",
     "Conversation",
+    "Delta",
     "DeveloperContent",
     "DropAnalysis",
     "Effort",
+    "Event",
+    "Header",
+    "Malformed",
     "Message",
+    "ParsedMessage",
     "ResponseFormat",
     "Role",
     "StreamDecoder",
+    "StreamParser",
     "SystemContent",
     "TokenSpan",
     "Tokenizer",

@@ -255,7 +255,7 @@ class Conversation:
         return cls.from_dict(data)
 
 
-# -- writing --------------------------------------------------------------------------------------------------------
+# -- writing ---------------------------------------------------------------------------------------
 
 
 def _plain(value: Any) -> Any:
@@ -272,7 +272,7 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, StrEnum) else value
 
 
-# -- reading --------------------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------
 
 T = TypeVar("T")
 E = TypeVar("E", bound=StrEnum)
@@ -389,7 +389,7 @@ def _text_or_none(raw: object, where: str) -> str | None:
 
 def _member(kind: type[E], raw: object, where: str) -> E:
     try:
-        return kind(raw)
+        return kind(raw)  # type: ignore[arg-type]  # any value may be asked for
     except ValueError:
         raise _mismatch(where, raw, "one of " + ", ".join(kind)) from None
 

@@ -43,7 +43,10 @@ _CONSTRAIN = "<|constrain|>"
 
 
 def render(
-    conversation: Conversation | Sequence[Message], tokenizer: Tokenizer, *, drop_analysis: DropAnalysis = "harmony"
+    conversation: Conversation | Sequence[Message],
+    tokenizer: Tokenizer,
+    *,
+    drop_analysis: DropAnalysis = "harmony",
 ) -> list[int]:
     """Token ids of the messages as they stand, each closed by ``<|end|>`` or ``<|call|>``."""
     renderer = _renderer(tokenizer)
@@ -98,7 +101,10 @@ class TrainingTokens(NamedTuple):
 
 
 def render_for_training(
-    conversation: Conversation | Sequence[Message], tokenizer: Tokenizer, *, drop_analysis: DropAnalysis = "harmony"
+    conversation: Conversation | Sequence[Message],
+    tokenizer: Tokenizer,
+    *,
+    drop_analysis: DropAnalysis = "harmony",
 ) -> TrainingTokens:
     """Like ``render``, with ``<|return|>`` at the end of a closing final message, and with a span for each token.
 
@@ -131,7 +137,7 @@ def render_for_training(
     return TrainingTokens(out, spans)
 
 
-# -- which messages -------------------------------------------------------------------------------------------------
+# -- which messages --------------------------------------------------------------------------------
 
 
 def _has_functions(messages: Iterable[Message]) -> bool:
@@ -158,7 +164,7 @@ def _kept(conversation: Conversation | Sequence[Message], drop_analysis: DropAna
     return [m for i, m in enumerate(messages) if i >= boundary or m.channel != Channel.ANALYSIS]
 
 
-# -- one message ----------------------------------------------------------------------------------------------------
+# -- one message -----------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=8)
@@ -197,7 +203,12 @@ class _Renderer:
         out.append(self._call if is_call else self.end_id)
 
     def _encode_header(
-        self, role: Role, name: str | None, recipient: str | None, channel: str | None, content_type: str | None
+        self,
+        role: Role,
+        name: str | None,
+        recipient: str | None,
+        channel: str | None,
+        content_type: str | None,
     ) -> tuple[int, ...]:
         out = [self._start]
         if role is Role.TOOL:
@@ -222,7 +233,7 @@ class _Renderer:
         return tuple(out)
 
 
-# -- texts of system and developer messages -------------------------------------------------------------------------
+# -- texts of system and developer messages --------------------------------------------------------
 
 
 def _content_text(content: Content, has_functions: bool) -> str:
@@ -276,7 +287,11 @@ def _namespace(namespace: ToolNamespace) -> str:
     described = _lines(namespace.description or "")
     if not namespace.tools:
         return "\n".join([f"## {namespace.name}\n", *described])
-    out = [f"## {namespace.name}\n", *(f"// {line}" for line in described), f"namespace {namespace.name} {{\n"]
+    out = [
+        f"## {namespace.name}\n",
+        *(f"// {line}" for line in described),
+        f"namespace {namespace.name} {{\n",
+    ]
     for tool in namespace.tools:
         out += [f"// {line}" for line in _lines(tool.description)]
         argument = "" if tool.parameters is None else f"_: {typescript(tool.parameters)}"

@@ -26,7 +26,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import regex
+import regex  # type: ignore[import-untyped]
 import tiktoken
 
 from ossia.errors import CheckpointError, NotFoundError
@@ -128,7 +128,7 @@ class Tokenizer:
         """
         return _read_tokenizer_json(Path(path))
 
-    # -- text to ids ------------------------------------------------------------------------------------------
+    # -- text to ids -------------------------------------------------------------------------------
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text`` as ordinary text, whatever it spells. Lone surrogates are encoded as U+FFFD."""
@@ -161,7 +161,7 @@ class Tokenizer:
         """Where generation of an assistant turn stops: ``<|return|>`` (done) and ``<|call|>`` (a tool is to run)."""
         return self.special("<|return|>"), self.special("<|call|>")
 
-    # -- ids to text ------------------------------------------------------------------------------------------
+    # -- ids to text -------------------------------------------------------------------------------
 
     def token_bytes(self, token_id: int) -> bytes:
         """Bytes of one token; a special token's are its name, an unknown id's are U+FFFD's."""
@@ -179,7 +179,7 @@ class Tokenizer:
         """Memo of ordinary tokens whose bytes are UTF-8 by themselves; filled by whoever streams (see parser.py)."""
         return {}
 
-    # -- tokenizer.json ---------------------------------------------------------------------------------------
+    # -- tokenizer.json ----------------------------------------------------------------------------
 
     def to_tokenizer_json(self) -> str:
         """The vocabulary as the text of a ``tokenizer.json`` that tokenizers and transformers load, with equal ids."""
@@ -189,12 +189,20 @@ class Tokenizer:
             pairs, ignore_merges = _all_splits(vocab), True
         else:
             pairs = [
-                (left.decode("latin-1").translate(_BYTE_TO_CHAR), right.decode("latin-1").translate(_BYTE_TO_CHAR))
+                (
+                    left.decode("latin-1").translate(_BYTE_TO_CHAR),
+                    right.decode("latin-1").translate(_BYTE_TO_CHAR),
+                )
                 for left, right in self._merges.pairs
             ]
             ignore_merges = self._merges.ignore_merges
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        byte_level = {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": False,
+        }
         split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
         document = {
             "version": "1.0",
@@ -249,7 +257,7 @@ class StreamDecoder:
         return bool(self._utf8.getstate()[0])
 
 
-# -- the vocabulary in the package ----------------------------------------------------------------------------------
+# -- the vocabulary in the package -----------------------------------------------------------------
 
 
 @lru_cache(maxsize=1)
@@ -257,9 +265,7 @@ def _o200k_harmony() -> Tokenizer:
     tokens = _o200k_tokens()
     # The published files name two ids differently in places; every id that has no name of its own is reserved.
     taken = {i: name for name, i in _O200K_HARMONY_NAMED.items()}
-    special = {
-        taken.get(i, f"<|reserved_{i}|>"): i for i in range(O200K_NUM_ORDINARY, O200K_HARMONY_VOCAB_SIZE)
-    }
+    special = {taken.get(i, f"<|reserved_{i}|>"): i for i in range(O200K_NUM_ORDINARY, O200K_HARMONY_VOCAB_SIZE)}
     return Tokenizer(dict(zip(tokens, range(len(tokens)), strict=True)), special, name="o200k_harmony")
 
 
@@ -279,7 +285,7 @@ def _o200k_tokens() -> list[bytes]:
     return tokens
 
 
-# -- long whitespace ------------------------------------------------------------------------------------------------
+# -- long whitespace -------------------------------------------------------------------------------
 
 
 def _has_long_whitespace(text: str) -> bool:
@@ -295,7 +301,7 @@ def _cut_long_whitespace(text: str) -> list[str]:
 _LONG_RUN = re.compile(rf"(\s{{{_LONG_WHITESPACE}}})")
 
 
-# -- explicit merges ------------------------------------------------------------------------------------------------
+# -- explicit merges -------------------------------------------------------------------------------
 
 
 class _MergeEncoder:
@@ -363,7 +369,7 @@ class _MergeEncoder:
         return tuple(token for token, living in zip(ids, alive, strict=True) if living)
 
 
-# -- tokenizer.json -------------------------------------------------------------------------------------------------
+# -- tokenizer.json --------------------------------------------------------------------------------
 
 
 def _byte_alphabet() -> dict[int, str]:
@@ -421,7 +427,7 @@ def _from_document(document: dict[str, Any], where: str) -> Tokenizer:
     pattern = _split_pattern(document.get("pre_tokenizer"), where)
     special = {str(t["content"]): int(t["id"]) for t in document.get("added_tokens", ())}
     vocab: dict[str, int] = {token: i for token, i in model["vocab"].items() if token not in special}
-    pairs: list[tuple[str, str]] = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    pairs = [_merge_pair(merge) for merge in model["merges"]]
     ordinary = {token.translate(_CHAR_TO_BYTE).encode("latin-1"): i for token, i in vocab.items()}
     ignore_merges = bool(model.get("ignore_merges", False))
     if pattern in _TOTAL_PATTERNS and _ranks_suffice(vocab, ordinary, pairs, ignore_merges):
@@ -433,6 +439,11 @@ def _from_document(document: dict[str, Any], where: str) -> Tokenizer:
     if unknown := next((a + b for a, b in as_bytes if not {a, b, a + b} <= ordinary.keys()), None):
         raise CheckpointError(f"{where}: the merge that makes {unknown!r} names tokens outside the vocabulary")
     return Tokenizer(ordinary, special, pattern=pattern, merges=_Merges(as_bytes, ignore_merges), name=where)
+
+
+def _merge_pair(merge: str | Sequence[str]) -> tuple[str, str]:
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left, right
 
 
 def _ranks_suffice(

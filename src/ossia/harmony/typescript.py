@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeGuard
 
 # Deeper schemas end in ``any``. JSON parsers in use refuse nesting beyond 128, so no real schema is cut.
 _MAX_DEPTH = 128
@@ -104,7 +104,7 @@ def _property(head: str, value: object, indent: str, depth: int) -> Iterable[str
 
 
 def _one_of_property(
-    head: str, value: Mapping[str, Any], variants: list[Any], indent: str, depth: int
+    head: str, value: Mapping[str, Any], variants: Sequence[Any], indent: str, depth: int
 ) -> Iterable[str]:
     """A property with alternatives: one line each, its description not said twice."""
     description = value.get("description") if isinstance(value.get("description"), str) else None
@@ -161,7 +161,7 @@ def _has_enum(schema: Mapping[str, Any]) -> bool:
     return _is_list(schema.get("enum")) and bool(schema["enum"])
 
 
-def _is_list(value: object) -> bool:
+def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, list | tuple)
 
 
