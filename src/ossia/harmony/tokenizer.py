@@ -257,9 +257,7 @@ def _o200k_harmony() -> Tokenizer:
     tokens = _o200k_tokens()
     # The published files name two ids differently in places; every id that has no name of its own is reserved.
     taken = {i: name for name, i in _O200K_HARMONY_NAMED.items()}
-    special = {
-        taken.get(i, f"<|reserved_{i}|>"): i for i in range(O200K_NUM_ORDINARY, O200K_HARMONY_VOCAB_SIZE)
-    }
+    special = {taken.get(i, f"<|reserved_{i}|>"): i for i in range(O200K_NUM_ORDINARY, O200K_HARMONY_VOCAB_SIZE)}
     return Tokenizer(dict(zip(tokens, range(len(tokens)), strict=True)), special, name="o200k_harmony")
 
 
