@@ -1,0 +1,263 @@
+"""The table of names: which tensors each layout of a checkpoint holds, and how they become the arrays of a layer.
+
+    "hf"        Hugging Face, experts in MXFP4: [E, 2F, D/32, 16] blocks, [E, 2F, D/32] scales
+    "hf-bf16"   Hugging Face, experts in bfloat16 (or float16, float32), transposed against MXFP4: [E, D, 2F], [E, F, D]
+    "original"  the original/ folder: other names; q, k and v are the rows of one matrix; experts as in "hf"
+
+In all three the rows of gate and up alternate, gate first. Everything here is a view: no layout costs a copy.
+
+Sources: model.safetensors.index.json of openai/gpt-oss-20b; `gpt_oss/torch/weights.py` of openai/gpt-oss for original/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Literal, NamedTuple, Protocol
+
+from ossia.errors import CheckpointError
+from ossia.model.config import ModelConfig
+from ossia.ops import Array, ExpertArrays, Mxfp4
+
+LayoutName = Literal["hf", "hf-bf16", "original"]
+Get = Callable[[str], Array]
+"""From a tensor's name to its values as a view of the mapped file."""
+
+FLOATS = ("BF16", "F16", "F32")
+BYTES = ("U8",)
+
+
+class Expected(NamedTuple):
+    """What a tensor must be."""
+
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...] = FLOATS
+
+
+class Dense(NamedTuple):
+    weight_OI: Array
+    bias_O: Array
+
+
+class LayerArrays(NamedTuple):
+    """One layer as a checkpoint holds it, whatever its layout."""
+
+    attention_norm_D: Array
+    q: Dense
+    k: Dense
+    v: Dense
+    o: Dense
+    sinks_Q: Array
+    moe_norm_D: Array
+    router: Dense
+    experts: ExpertArrays
+
+
+class ModelArrays(NamedTuple):
+    """What stands before and after the layers."""
+
+    embedding_VD: Array
+    final_norm_D: Array
+    unembedding_VD: Array
+
+
+class Layout(Protocol):
+    """One way to lay out a model in files."""
+
+    name: LayoutName
+
+    def layer_prefix(self, layer: int) -> str:
+        """What the names of a layer's tensors begin with."""
+
+    def expected(self, config: ModelConfig) -> dict[str, Expected]:
+        """Every tensor that a checkpoint of this shape holds, in the order of use."""
+
+    def outer(self, get: Get) -> ModelArrays:
+        """The arrays outside the layers."""
+
+    def layer(self, get: Get, config: ModelConfig, layer: int) -> LayerArrays:
+        """The arrays of one layer."""
+
+
+class HuggingFace:
+    """Layouts "hf" and "hf-bf16"."""
+
+    def __init__(self, *, mxfp4: bool) -> None:
+        self.mxfp4 = mxfp4
+        self.name: LayoutName = "hf" if mxfp4 else "hf-bf16"
+
+    def layer_prefix(self, layer: int) -> str:
+        return f"model.layers.{layer}."
+
+    def expected(self, config: ModelConfig) -> dict[str, Expected]:
+        D, F, V, E = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_experts
+        q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        tensors = {"model.embed_tokens.weight": Expected((V, D))}
+        for i in range(config.num_layers):
+            layer = {
+                "input_layernorm.weight": Expected((D,)),
+                "self_attn.q_proj.weight": Expected((q_rows, D)),
+                "self_attn.q_proj.bias": Expected((q_rows,)),
+                "self_attn.k_proj.weight": Expected((kv_rows, D)),
+                "self_attn.k_proj.bias": Expected((kv_rows,)),
+                "self_attn.v_proj.weight": Expected((kv_rows, D)),
+                "self_attn.v_proj.bias": Expected((kv_rows,)),
+                "self_attn.o_proj.weight": Expected((D, q_rows)),
+                "self_attn.o_proj.bias": Expected((D,)),
+                "self_attn.sinks": Expected((config.num_heads,)),
+                "post_attention_layernorm.weight": Expected((D,)),
+                "mlp.router.weight": Expected((E, D)),
+                "mlp.router.bias": Expected((E,)),
+                "mlp.experts.gate_up_proj_bias": Expected((E, 2 * F)),
+                "mlp.experts.down_proj_bias": Expected((E, D)),
+            }
+            if self.mxfp4:
+                layer |= _mxfp4("mlp.experts.gate_up_proj_", (E, 2 * F, D))
+                layer |= _mxfp4("mlp.experts.down_proj_", (E, D, F))
+            else:
+                layer["mlp.experts.gate_up_proj"] = Expected((E, D, 2 * F))
+                layer["mlp.experts.down_proj"] = Expected((E, F, D))
+            tensors |= {self.layer_prefix(i) + name: expected for name, expected in layer.items()}
+        tensors["model.norm.weight"] = Expected((D,))
+        tensors["lm_head.weight"] = Expected((V, D))
+        return tensors
+
+    def outer(self, get: Get) -> ModelArrays:
+        return ModelArrays(get("model.embed_tokens.weight"), get("model.norm.weight"), get("lm_head.weight"))
+
+    def layer(self, get: Get, config: ModelConfig, layer: int) -> LayerArrays:
+        prefix = self.layer_prefix(layer)
+
+        def dense(name: str) -> Dense:
+            return Dense(get(f"{prefix}{name}.weight"), get(f"{prefix}{name}.bias"))
+
+        def matrices(name: str) -> Mxfp4 | Array:
+            if self.mxfp4:
+                return Mxfp4(get(f"{prefix}mlp.experts.{name}_blocks"), get(f"{prefix}mlp.experts.{name}_scales"))
+            return get(f"{prefix}mlp.experts.{name}").swapaxes(1, 2)
+
+        return LayerArrays(
+            attention_norm_D=get(prefix + "input_layernorm.weight"),
+            q=dense("self_attn.q_proj"),
+            k=dense("self_attn.k_proj"),
+            v=dense("self_attn.v_proj"),
+            o=dense("self_attn.o_proj"),
+            sinks_Q=get(prefix + "self_attn.sinks"),
+            moe_norm_D=get(prefix + "post_attention_layernorm.weight"),
+            router=dense("mlp.router"),
+            experts=_alternating_experts(
+                matrices("gate_up_proj"),
+                get(prefix + "mlp.experts.gate_up_proj_bias"),
+                matrices("down_proj"),
+                get(prefix + "mlp.experts.down_proj_bias"),
+            ),
+        )
+
+
+class Original:
+    """Layout "original"."""
+
+    name: LayoutName = "original"
+
+    def layer_prefix(self, layer: int) -> str:
+        return f"block.{layer}."
+
+    def expected(self, config: ModelConfig) -> dict[str, Expected]:
+        D, F, V, E = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_experts
+        q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        tensors = {"embedding.weight": Expected((V, D))}
+        for i in range(config.num_layers):
+            layer = {
+                "attn.norm.scale": Expected((D,)),
+                "attn.qkv.weight": Expected((q_rows + 2 * kv_rows, D)),
+                "attn.qkv.bias": Expected((q_rows + 2 * kv_rows,)),
+                "attn.out.weight": Expected((D, q_rows)),
+                "attn.out.bias": Expected((D,)),
+                "attn.sinks": Expected((config.num_heads,)),
+                "mlp.norm.scale": Expected((D,)),
+                "mlp.gate.weight": Expected((E, D)),
+                "mlp.gate.bias": Expected((E,)),
+                "mlp.mlp1_bias": Expected((E, 2 * F)),
+                "mlp.mlp2_bias": Expected((E, D)),
+                **_mxfp4("mlp.mlp1_weight.", (E, 2 * F, D)),
+                **_mxfp4("mlp.mlp2_weight.", (E, D, F)),
+            }
+            tensors |= {self.layer_prefix(i) + name: expected for name, expected in layer.items()}
+        tensors["norm.scale"] = Expected((D,))
+        tensors["unembedding.weight"] = Expected((V, D))
+        return tensors
+
+    def outer(self, get: Get) -> ModelArrays:
+        return ModelArrays(get("embedding.weight"), get("norm.scale"), get("unembedding.weight"))
+
+    def layer(self, get: Get, config: ModelConfig, layer: int) -> LayerArrays:
+        prefix = self.layer_prefix(layer)
+
+        def dense(name: str, rows: slice = slice(None)) -> Dense:
+            return Dense(get(f"{prefix}{name}.weight")[rows], get(f"{prefix}{name}.bias")[rows])
+
+        def matrices(name: str) -> Mxfp4:
+            return Mxfp4(get(f"{prefix}mlp.{name}.blocks"), get(f"{prefix}mlp.{name}.scales"))
+
+        k_start = config.num_heads * config.head_dim
+        v_start = k_start + config.num_kv_heads * config.head_dim
+        return LayerArrays(
+            attention_norm_D=get(prefix + "attn.norm.scale"),
+            q=dense("attn.qkv", slice(0, k_start)),
+            k=dense("attn.qkv", slice(k_start, v_start)),
+            v=dense("attn.qkv", slice(v_start, None)),
+            o=dense("attn.out"),
+            sinks_Q=get(prefix + "attn.sinks"),
+            moe_norm_D=get(prefix + "mlp.norm.scale"),
+            router=dense("mlp.gate"),
+            experts=_alternating_experts(
+                matrices("mlp1_weight"),
+                get(prefix + "mlp.mlp1_bias"),
+                matrices("mlp2_weight"),
+                get(prefix + "mlp.mlp2_bias"),
+            ),
+        )
+
+
+HF = HuggingFace(mxfp4=True)
+HF_BF16 = HuggingFace(mxfp4=False)
+ORIGINAL = Original()
+LAYOUTS: dict[LayoutName, Layout] = {layout.name: layout for layout in (HF, HF_BF16, ORIGINAL)}
+
+
+def detect_layout(names: Iterable[str], where: object) -> Layout:
+    """The layout that tensors of these names come in. Raises CheckpointError when it is none."""
+    names = list(names)
+    if any(name.startswith(("block.", "embedding.")) for name in names):
+        return ORIGINAL
+    if any(name.startswith("model.") for name in names):
+        return HF if any(name.endswith("_blocks") for name in names) else HF_BF16
+    raise CheckpointError(
+        f"{where} does not hold a gpt-oss model: expected tensors such as model.layers.0.self_attn.q_proj.weight or "
+        f"block.0.attn.qkv.weight, found {', '.join(names[:3]) or 'none'}. Choose for example gpt-oss-20b."
+    )
+
+
+def _mxfp4(prefix: str, shape: tuple[int, ...]) -> dict[str, Expected]:
+    *rows, columns = shape
+    return {
+        f"{prefix}blocks": Expected((*rows, columns // 32, 16), BYTES),
+        f"{prefix}scales": Expected((*rows, columns // 32), BYTES),
+    }
+
+
+def _alternating_experts(
+    gate_up: Mxfp4 | Array, gate_up_bias_EF: Array, down: Mxfp4 | Array, down_bias_ED: Array
+) -> ExpertArrays:
+    def every_second_row(start: int) -> Mxfp4 | Array:
+        if isinstance(gate_up, Mxfp4):
+            return gate_up._replace(blocks=gate_up.blocks[:, start::2], scales=gate_up.scales[:, start::2])
+        return gate_up[:, start::2]
+
+    return ExpertArrays(
+        gate=every_second_row(0),
+        up=every_second_row(1),
+        down=down,
+        gate_bias_EF=gate_up_bias_EF[:, 0::2],
+        up_bias_EF=gate_up_bias_EF[:, 1::2],
+        down_bias_ED=down_bias_ED,
+    )
