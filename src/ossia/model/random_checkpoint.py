@@ -301,7 +301,7 @@ def _normal_quantiles() -> npt.NDArray[np.float64]:
 
 
 def _bfloat16_table(mean: float, deviation: float) -> npt.NDArray[np.uint16]:
-    """16 random bits to the bits of a normally distributed bfloat16, whose mantissa could not show more of the curve."""
+    """16 random bits to those of a normally distributed bfloat16, whose mantissa could not show more of the curve."""
     return (mean + deviation * _normal_quantiles()).astype(ml_dtypes.bfloat16).view(np.uint16)
 
 
