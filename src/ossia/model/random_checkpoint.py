@@ -300,9 +300,9 @@ def _normal_quantiles() -> npt.NDArray[np.float64]:
     return np.array([normal.inv_cdf((i + 0.5) / 65_536) for i in range(65_536)])
 
 
-def _bfloat16_table(mean: float, deviation: float) -> npt.NDArray[np.generic]:
-    """16 random bits to a normally distributed bfloat16, whose 8 bits of mantissa could not show more of the curve."""
-    return (mean + deviation * _normal_quantiles()).astype(ml_dtypes.bfloat16)
+def _bfloat16_table(mean: float, deviation: float) -> npt.NDArray[np.uint16]:
+    """16 random bits to those of a normally distributed bfloat16, whose mantissa could not show more of the curve."""
+    return (mean + deviation * _normal_quantiles()).astype(ml_dtypes.bfloat16).view(np.uint16)
 
 
 def _regroup(pieces: Iterator[npt.NDArray[np.generic]], size: int) -> Iterator[npt.NDArray[np.uint8]]:

@@ -29,9 +29,11 @@ E2M1_MAX_EXPONENT = 2
 _MIDPOINTS = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], dtype=np.float64)
 _MIDPOINT_GOES_UP = np.array([False, True, False, True, False, True, False])
 
-_BYTE_TO_PAIR = np.stack(
-    [E2M1_VALUES[np.arange(256) & 15], E2M1_VALUES[np.arange(256) >> 4]], axis=1
-)  # float32 [256, 2]: low nibble, high nibble
+# Two float32 in one word, low nibble first: one look-up gives both values of a byte.
+_BYTE_TO_PAIR = (
+    np.stack([E2M1_VALUES[np.arange(256) & 15], E2M1_VALUES[np.arange(256) >> 4]], axis=1).view(np.uint64).squeeze(1)
+)
+_SCALES = np.append(np.ldexp(1.0, np.arange(SCALE_NAN) - SCALE_BIAS), np.nan)
 
 
 def unpack_codes(blocks: npt.NDArray[np.uint8], order: str = "pairs") -> npt.NDArray[np.uint8]:
@@ -56,15 +58,14 @@ def dequantize(matrix: Mxfp4, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[
     NaN.
     """
     if matrix.order == "pairs":
-        values = _BYTE_TO_PAIR[matrix.blocks].reshape(*matrix.scales.shape, BLOCK)
+        values = _BYTE_TO_PAIR[matrix.blocks].view(np.float32)
     else:
         values = E2M1_VALUES[unpack_codes(matrix.blocks, matrix.order)]
-    exponents = matrix.scales.astype(np.int32) - SCALE_BIAS
+    # Exact also where a scale is subnormal in float32: a code has two significant bits.
+    scales = _SCALES.astype(dtype)[matrix.scales]
     with np.errstate(over="ignore"):
-        values = np.ldexp(values.astype(dtype, copy=False), exponents[..., None])
-    values[matrix.scales == SCALE_NAN] = np.nan
-    numbers: npt.NDArray[Any] = values.reshape(matrix.shape)
-    return numbers
+        numbers = values.reshape(*matrix.scales.shape, BLOCK) * scales[..., None]
+    return numbers.reshape(matrix.shape)
 
 
 def quantize(values: npt.NDArray[np.floating]) -> Mxfp4:

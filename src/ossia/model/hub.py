@@ -1,0 +1,132 @@
+"""Models by name: found in the ordinary Hugging Face cache, downloaded into it.
+
+Nothing here is a store of ossia's own: what transformers or vLLM have downloaded is found, and they find ours.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ossia.errors import InputError, NotFoundError, UnavailableError
+
+# Names that need no owner.
+PUBLISHED = ("gpt-oss-20b", "gpt-oss-120b", "gpt-oss-safeguard-20b", "gpt-oss-safeguard-120b")
+# The same weights again in two other layouts: twice the download, and nothing here needs them.
+_SKIPPED = ["original/*", "metal/*"]
+
+
+def resolve_model(name_or_path: str | Path, revision: str | None = None) -> Path:
+    """The folder or file of a model: a path that exists, or a model in the Hugging Face cache.
+
+    Names are those of `PUBLISHED` and repositories such as openai/gpt-oss-20b. Raises NotFoundError when there is
+    neither.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        return path
+    name = str(name_or_path)
+    repository = _repository(name)
+    if repository is None:
+        raise NotFoundError(
+            f"there is no file or folder {name}, and it is no model's name. Give a checkpoint's path, a repository "
+            f"such as openai/gpt-oss-20b, or one of: {', '.join(PUBLISHED)}."
+        )
+    # Imported here: it costs a fifth of a second, and a path needs none of it.
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        folder = snapshot_download(repository, revision=revision, local_files_only=True, ignore_patterns=_SKIPPED)
+    except (OSError, HFValidationError):
+        at_revision = f" at revision {revision}" if revision else ""
+        raise NotFoundError(
+            f"model {name} is not here: no file or folder of that name in {Path.cwd()}, and no complete download of "
+            f"{repository}{at_revision} in {constants.HF_HUB_CACHE}. Run `ossia pull {name}"
+            f"{f' --revision {revision}' if revision else ''}`, or give the path of a checkpoint."
+        ) from None
+    return Path(folder)
+
+
+def pull(name: str, revision: str | None = None, *, show_progress: bool = False) -> Path:
+    """Download a model into the Hugging Face cache and return its folder; what is there already is kept.
+
+    An interrupted download goes on where it stopped. ``show_progress`` lets huggingface_hub draw its bars on stderr.
+    Raises NotFoundError when there is no such model or revision, UnavailableError without network, access or space.
+    """
+    repository = _repository(name)
+    if repository is None:
+        raise InputError(f"{name!r} is no model's name; expected a repository or one of: {', '.join(PUBLISHED)}")
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    bars: dict[str, Any] = {} if show_progress else {"tqdm_class": _silent_bar()}
+    try:
+        folder = snapshot_download(repository, revision=revision, ignore_patterns=_SKIPPED, **bars)
+    except GatedRepoError:
+        raise UnavailableError(
+            f"{repository} asks for permission: accept its terms at {constants.ENDPOINT}/{repository} and log in with "
+            "`hf auth login`."
+        ) from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise NotFoundError(
+            f"there is no model {repository} on {constants.ENDPOINT}, or it is private and needs `hf auth login`. "
+            f"ossia runs {', '.join(PUBLISHED)}, and models trained from them."
+        ) from None
+    except RevisionNotFoundError:
+        raise NotFoundError(f"{repository} has no revision {revision!r}. Leave it out for the newest.") from None
+    except LocalEntryNotFoundError as error:
+        raise UnavailableError(
+            f"{constants.ENDPOINT} cannot be reached, and {repository} is not complete in {constants.HF_HUB_CACHE} "
+            f"({_first_line(error.__cause__ or error)}). Check the network (or HF_HUB_OFFLINE), or copy a checkpoint "
+            "here and give its path."
+        ) from error
+    except Exception as error:
+        # The transport below huggingface_hub (requests, httpx, hf_xet) differs by version, and so do its exceptions.
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise UnavailableError(_disk_full(repository, Path(constants.HF_HUB_CACHE))) from error
+        raise UnavailableError(
+            f"the download of {repository} stopped: {_first_line(error)}. Run `ossia pull {name}` again; what is "
+            "complete is not downloaded twice."
+        ) from error
+    return Path(folder)
+
+
+def _repository(name: str) -> str | None:
+    """owner/name for what can be the name of a repository."""
+    if name in PUBLISHED:
+        return f"openai/{name}"
+    owner, slash, rest = name.partition("/")
+    is_repository = bool(slash and owner.strip(".~") and rest) and "/" not in rest
+    return name if is_repository and not rest.endswith((".safetensors", ".gguf")) else None
+
+
+def _disk_full(repository: str, cache: Path) -> str:
+    parent = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
+    free_bytes = shutil.disk_usage(parent).free
+    return (
+        f"the disk is full: {repository} goes to {cache}, where {free_bytes / 2**30:.1f} GiB are free. gpt-oss-20b "
+        "needs 12.8 GiB, gpt-oss-120b 60.8 GiB. Free some space, or set HF_HOME to a folder on another disk."
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _silent_bar() -> type[Any]:
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class SilentBar(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
+
+    return SilentBar
