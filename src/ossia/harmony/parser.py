@@ -143,8 +143,9 @@ Event = Header | Delta | ParsedMessage | Malformed
 class StreamParser:
     """Feed tokens, get events: a Header when a message begins, Deltas of its text, the ParsedMessage when it ends.
 
-    With a ``role`` the tokens start behind ``<|start|>`` and that role, as a completion does behind the prompt; with
-    None they start at a ``<|start|>``. ``strict`` adds Malformed events; nothing else changes.
+    With a ``role`` the tokens start behind ``<|start|>`` and that role, as a completion does behind the prompt (a
+    ``<|start|>`` is accepted as well); with None they start at a ``<|start|>``. ``strict`` adds Malformed events;
+    nothing else changes.
     The events of several tokens are those of each, one after the other: ``feed_all`` is a convenience.
     """
 
@@ -229,12 +230,12 @@ class StreamParser:
 
     def _feed_header(self, token: int) -> Iterator[Event]:
         if token == self._start:
-            if self._header_text or self._role is not None:
+            if self._header_text or self._pending:
                 yield from self._recover_header()
                 yield from self._finish(None)
-                self._open_header(None)
-            else:
+            elif self._tokens:
                 yield from self._defect("special_in_header")
+            self._open_header(None)
             self._tokens.append(token)
             return
         self._tokens.append(token)

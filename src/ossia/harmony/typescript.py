@@ -54,7 +54,7 @@ def _type(schema: object, indent: str, depth: int) -> str:
     kind = schema.get("type")
     if _is_list(kind):
         named = ["number" if k == "integer" else k for k in kind if isinstance(k, str)]
-        return " | ".join(named) or "any"
+        return " | ".join(named) if named else "any"
     if not isinstance(kind, str):
         return "any"
     if kind == "object":
