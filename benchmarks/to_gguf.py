@@ -88,7 +88,9 @@ def _write_metadata(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
     writer.add_tokenizer_pre("gpt-4o")
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
-    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in tokenizer["model"]["merges"]])
+    writer.add_token_merges(
+        [pair if isinstance(pair, str) else " ".join(pair) for pair in tokenizer["model"]["merges"]]
+    )
     writer.add_bos_token_id(config.stop_token_ids[0])
     writer.add_eos_token_id(config.stop_token_ids[0])
     writer.add_add_bos_token(False)

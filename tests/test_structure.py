@@ -27,7 +27,14 @@ LAYERS = [
 # The package's own `__init__` loads its public names lazily and is above everything.
 HEIGHT = {name: len(LAYERS) - i for i, layer in enumerate(LAYERS) for name in layer} | {"ossia": len(LAYERS) + 1}
 
-MAY_IMPORT_TORCH = ("ops/gpu.py", "ops/autograd.py", "ops/triton/", "engine/gpu_runner.py", "engine/parallel.py", "train/")
+MAY_IMPORT_TORCH = (
+    "ops/gpu.py",
+    "ops/autograd.py",
+    "ops/triton/",
+    "engine/gpu_runner.py",
+    "engine/parallel.py",
+    "train/",
+)
 
 
 def _modules() -> list[tuple[str, ast.Module]]:

@@ -1,10 +1,10 @@
 """ossia: the whole gpt-oss system in one package.
 
-    import ossia
+import ossia
 
-    model = ossia.load("gpt-oss-20b")
-    for delta in model.generate("Why is the sky blue?"):
-        print(delta.text, end="")
+model = ossia.load("gpt-oss-20b")
+for delta in model.generate("Why is the sky blue?"):
+    print(delta.text, end="")
 """
 
 from __future__ import annotations
@@ -16,12 +16,22 @@ if TYPE_CHECKING:
     from ossia.errors import OssiaError as OssiaError
     from ossia.harmony import (
         Conversation as Conversation,
+    )
+    from ossia.harmony import (
         Delta as Delta,
+    )
+    from ossia.harmony import (
         Effort as Effort,
+    )
+    from ossia.harmony import (
         Message as Message,
+    )
+    from ossia.harmony import (
         ToolDescription as ToolDescription,
     )
-    from ossia.local import Generation as Generation, LocalModel as LocalModel, load as load
+    from ossia.local import Generation as Generation
+    from ossia.local import LocalModel as LocalModel
+    from ossia.local import load as load
 
 # Public names and the modules that hold them; a name costs its import when it is first used.
 _HOMES = {

@@ -28,6 +28,9 @@ class Size(int):
     """A number of bytes, written as a whole number or with a unit: 512MiB, 2GiB, 1.5GB."""
 
 
+_GIB = Size(1 << 30)
+
+
 @dataclass(frozen=True, slots=True)
 class Config:
     """Every setting, with its default."""
@@ -42,7 +45,7 @@ class Config:
     """How the CPU backend holds attention and unembedding weights: 8-bit blocks, or exactly as published."""
     kv: Literal["bf16", "q8"] = "bf16"
     """How the CPU backend holds keys and values."""
-    kv_memory: Size = Size(1 << 30)
+    kv_memory: Size = _GIB
     """Most memory that keys and values may take, such as 2GiB; never exceeded."""
     max_context: int = 0
     """Longest prompt and answer together, in tokens; 0 takes what the model allows and kv_memory holds."""

@@ -1,8 +1,8 @@
 """A checkpoint opened for use from Python: messages in, deltas out.
 
-    model = ossia.load("gpt-oss-20b")
-    for delta in model.generate("Why is the sky blue?", effort="low"):
-        print(delta.text, end="")
+model = ossia.load("gpt-oss-20b")
+for delta in model.generate("Why is the sky blue?", effort="low"):
+    print(delta.text, end="")
 """
 
 from __future__ import annotations
@@ -231,9 +231,7 @@ def make_conversation(
         opening.append(Message(Role.SYSTEM, SystemContent(effort=_effort(effort), current_date=date)))
     if instructions or tools:
         if Role.DEVELOPER in roles:
-            raise InputError(
-                "instructions and tools belong to the developer message, but the messages bring their own"
-            )
+            raise InputError("instructions and tools belong to the developer message, but the messages bring their own")
         namespaces = (ToolNamespace.functions(tools),) if tools else ()
         opening.append(Message(Role.DEVELOPER, DeveloperContent(instructions=instructions, tools=namespaces)))
     system = [message for message in given if message.role is Role.SYSTEM]
@@ -248,8 +246,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     tokenizer = Tokenizer.o200k_harmony()
     if tokenizer.vocab_size != checkpoint.config.vocab_size:
         raise CheckpointError(
-            f"{checkpoint.folder} has no tokenizer.json, and its vocabulary of {checkpoint.config.vocab_size} tokens is "
-            f"not o200k_harmony's {tokenizer.vocab_size}. Put the tokenizer.json that belongs to it in the folder."
+            f"{checkpoint.folder} has no tokenizer.json, and its vocabulary of {checkpoint.config.vocab_size} tokens "
+            f"is not o200k_harmony's {tokenizer.vocab_size}. Put the tokenizer.json that belongs to it in the folder."
         )
     return tokenizer
 

@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     from ossia.cli.app import app
 
     try:
-        app(argv)
+        app(argv, prog_name="ossia")
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0
     except OssiaError as error:

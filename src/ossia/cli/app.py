@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+from typing import Annotated
+
 import typer
 
 from ossia.cli import checkpoint, generate, prompts, pull
@@ -17,15 +20,18 @@ app = typer.Typer(
 )
 
 
-@app.callback(invoke_without_command=False)
-def _root(
-    version: bool = typer.Option(False, "--version", help="Print the version and leave.", is_eager=True),
-) -> None:
-    if version:
-        from importlib.metadata import version as installed
-
-        typer.echo(f"ossia {installed('ossia')}")
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"ossia {version('ossia')}")
         raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None: ...
 
 
 app.command("generate")(generate.generate)

@@ -22,7 +22,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs."
 
 
 @app.command()
-def inspect(path: Checkpoint, as_json: AsJson = False) -> int:
+def inspect(path: Checkpoint, as_json: AsJson = False) -> None:
     """Show a checkpoint's shape, parameters, bytes and layout, from its headers alone.
 
     Exit code 1 means that something keeps it from being loaded.
@@ -33,7 +33,7 @@ def inspect(path: Checkpoint, as_json: AsJson = False) -> int:
     found = inspect_checkpoint(resolve_model(path))
     if as_json:
         print(json.dumps(_plain(found)))
-        return int(bool(found.problems))
+        raise typer.Exit(int(bool(found.problems)))
     config, parameters = found.config, found.parameters
     rows = [
         ("folder", str(found.folder)),
@@ -53,11 +53,11 @@ def inspect(path: Checkpoint, as_json: AsJson = False) -> int:
     ]
     for name, value in rows:
         print(f"{name:<24}{value}")
-    return _report(found.problems, "no problems found in the headers; `ossia checkpoint verify` reads the numbers")
+    _report(found.problems, "no problems found in the headers; `ossia checkpoint verify` reads the numbers")
 
 
 @app.command()
-def verify(path: Checkpoint, as_json: AsJson = False) -> int:
+def verify(path: Checkpoint, as_json: AsJson = False) -> None:
     """Read every number that can be wrong: all tensors there, all scales finite, no NaN or infinity.
 
     Exit code 1 means that problems were found; all of them are listed.
@@ -69,8 +69,8 @@ def verify(path: Checkpoint, as_json: AsJson = False) -> int:
         problems = verify_checkpoint(resolve_model(path), progress=progress)
     if as_json:
         print(json.dumps({"problems": list(problems)}))
-        return int(bool(problems))
-    return _report(problems, "no problems found")
+        raise typer.Exit(int(bool(problems)))
+    _report(problems, "no problems found")
 
 
 @app.command()
@@ -109,11 +109,11 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _report(problems: tuple[str, ...] | list[str], all_well: str) -> int:
+def _report(problems: tuple[str, ...], all_well: str) -> None:
     for problem in problems:
         print(f"problem: {problem}", file=sys.stderr)
     print(f"{len(problems)} problem(s) found" if problems else all_well)
-    return int(bool(problems))
+    raise typer.Exit(int(bool(problems)))
 
 
 def _billions(count: int) -> str:

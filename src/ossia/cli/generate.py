@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ossia.harmony.tokenizer import StreamDecoder, Tokenizer
-
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ossia.harmony import Delta
+    from ossia.harmony import Delta, StreamDecoder, Tokenizer
     from ossia.local import Generation
 
 
@@ -90,7 +88,9 @@ def generate(
     with console.status("loading"):
         local = LocalModel.open(settings)
     if local.checkpoint.has_random_weights:
-        console.print("The weights of this checkpoint are random: what follows is noise, not an answer.", style="yellow")
+        console.print(
+            "The weights of this checkpoint are random: what follows is noise, not an answer.", style="yellow"
+        )
     generation = local.generate(
         sys.stdin.read() if prompt == "-" else prompt,
         effort=effort,
@@ -140,6 +140,8 @@ def _stream(generation: Generation, notes: Console, show_reasoning: bool) -> Non
 
 
 def _stream_raw(generation: Generation, tokenizer: Tokenizer) -> None:
+    from ossia.harmony import StreamDecoder
+
     decoder = StreamDecoder(tokenizer)
     done = 0
     for _ in generation:

@@ -1,4 +1,4 @@
-"""`ossia tokenize`, `ossia render` and `ossia parse`: what exactly a model sees and says, for people debugging prompts."""
+"""`ossia tokenize`, `ossia render`, `ossia parse`: what exactly a model sees and says, for people debugging prompts."""
 
 from __future__ import annotations
 
@@ -76,38 +76,37 @@ def parse(
     ] = "-",
     model: Model = "",
     as_json: AsJson = False,
-) -> int:
+) -> None:
     """Show the messages in a model's output, and what is malformed in it.
 
     The output is text with special tokens (`<|channel|>final<|message|>Hi<|return|>`) or a list of token ids
     (`[200005, 17196, ...]`). Exit code 1 means that something was malformed.
     """
-    from ossia.harmony import StreamParser
+    from ossia.harmony import Malformed, StreamParser
 
     tokenizer = load_tokenizer(model)
     text = _argument_or_stdin(text)
-    ids = re.findall(r"\d+", text)
-    is_ids = re.fullmatch(r"\s*\[?(\s*\d+\s*,?)+\]?\s*", text) is not None
-    token_ids = [int(i) for i in ids] if is_ids else encode_with_specials(tokenizer, text)
+    token_ids = _as_token_ids(text) or encode_with_specials(tokenizer, text)
     begins_with_start = token_ids[:1] == [tokenizer.special("<|start|>")]
     parser = StreamParser(tokenizer, role=None if begins_with_start else "assistant", strict=True)
-    for token_id in token_ids:
-        parser.feed(token_id)
-    parser.close()
-    faults = [str(fault) for fault in parser.faults]
+    events = [*parser.feed_all(token_ids), *parser.close()]
+    faults = [f"{event.kind} at token {event.position}" for event in events if isinstance(event, Malformed)]
     if as_json:
         messages = [message.to_dict() for message in parser.messages]
         print(json.dumps({"messages": messages, "malformed": faults}, ensure_ascii=False))
-        return int(bool(faults))
+        raise typer.Exit(int(bool(faults)))
     for message in parser.messages:
         header = [str(message.role)]
-        header += [f"{key}={value}" for key in ("name", "channel", "recipient", "content_type")
-                   if (value := getattr(message, key))]
+        header += [
+            f"{key}={value}"
+            for key in ("name", "channel", "recipient", "content_type")
+            if (value := getattr(message, key))
+        ]
         print(" ".join(header))
         print("".join(f"    {line}\n" for line in message.text.splitlines()) or "    (empty)\n")
     for fault in faults:
         print(f"malformed: {fault}", file=sys.stderr)
-    return int(bool(faults))
+    raise typer.Exit(int(bool(faults)))
 
 
 def load_tokenizer(model: str) -> Tokenizer:
@@ -129,6 +128,16 @@ def encode_with_specials(tokenizer: Tokenizer, text: str) -> list[int]:
         special = tokenizer.special_tokens.get(piece)
         token_ids += tokenizer.encode(piece) if special is None else [special]
     return token_ids
+
+
+def _as_token_ids(text: str) -> list[int] | None:
+    """The numbers of a JSON list, None when the text is something else."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    is_list = isinstance(value, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in value)
+    return value if is_list else None
 
 
 def _argument_or_stdin(text: str) -> str:
