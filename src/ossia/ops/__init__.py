@@ -109,6 +109,9 @@ class Ops(Protocol):
     def kv_cache(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> Any:
         """The paged key/value memory of one layer."""
 
+    def kv_block_bytes(self, block_size: int, num_kv_heads: int, head_dim: int) -> int:
+        """Bytes that one block of such a cache takes."""
+
     def embed(self, embedding: Any, token_ids_T: Array) -> Array:
         """x_TD = table[token_ids]."""
 

@@ -61,6 +61,9 @@ class ReferenceOps:
         shape = (num_blocks, block_size, num_kv_heads, head_dim)
         return LayerCache(np.zeros(shape, self.dtype), np.zeros(shape, self.dtype))
 
+    def kv_block_bytes(self, block_size: int, num_kv_heads: int, head_dim: int) -> int:
+        return 2 * block_size * num_kv_heads * head_dim * self.dtype.itemsize
+
     # Arithmetic -----------------------------------------------------------------------------------------------------
 
     def embed(self, embedding: Floats, token_ids_T: npt.NDArray[np.int32]) -> Floats:
