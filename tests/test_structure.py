@@ -13,7 +13,8 @@ PACKAGE = Path(ossia.__file__).parent
 
 # From the top down; an import may only point to a lower line, or stay within its own package.
 LAYERS = [
-    {"cli", "__main__"},
+    {"__main__"},
+    {"cli"},
     {"server", "scale"},
     {"train", "evals", "safeguard"},
     {"responses"},

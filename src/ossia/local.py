@@ -19,7 +19,7 @@ from typing import Any, Self
 from ossia import ops as backends
 from ossia.config import Config
 from ossia.engine import Engine, EngineConfig, FinishReason, Runner, SamplingParams, TokenOutput
-from ossia.errors import CheckpointError, ConfigError, InputError
+from ossia.errors import CheckpointError, ConfigError, InputError, NotFoundError
 from ossia.harmony import (
     Channel,
     Conversation,
@@ -69,6 +69,11 @@ class LocalModel:
     @classmethod
     def open(cls, config: Config) -> LocalModel:
         """Open what the settings name; see `load`."""
+        if not config.model:
+            raise NotFoundError(
+                "no model was named. Give --model (or OSSIA_MODEL): a checkpoint folder, a .gguf file, or the name of one "
+                "that was fetched with `ossia pull gpt-oss-20b`."
+            )
         checkpoint = Checkpoint.open(resolve_model(config.model))
         ops = backends.load(config.backend, **_backend_options(config))
         options = EngineConfig(kv_memory_bytes=config.kv_memory, max_context=config.max_context or None)

@@ -10,7 +10,7 @@ import typer
 
 def pull(
     name: Annotated[str, typer.Argument(help="gpt-oss-20b, gpt-oss-120b, gpt-oss-safeguard-20b, ... or owner/name.")],
-    revision: Annotated[str, typer.Option(help="Branch, tag or commit.")] = "main",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit; the latest by default.")] = None,
 ) -> None:
     """Download a checkpoint into the ordinary Hugging Face cache, where `--model NAME` finds it.
 
@@ -18,5 +18,5 @@ def pull(
     """
     from ossia.model import hub
 
-    print(hub.pull(name, revision=revision))
+    print(hub.pull(name, revision, show_progress=sys.stderr.isatty()))
     print(f"ossia: ready: ossia generate 'Hello' --model {name}", file=sys.stderr)
