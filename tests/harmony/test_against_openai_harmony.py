@@ -359,7 +359,7 @@ def test_sampled_turns_are_read_alike(tokenizer: Tokenizer, oracle: Any, turn: l
     for header, body, stop in turn:
         if tokens:
             tokens += oracle.encode("<|start|>assistant", allowed_special="all")
-        tokens += oracle.encode(header, allowed_special="all") + [tokenizer.special("<|message|>")]
-        tokens += tokenizer.encode(body) + [tokenizer.special(f"<|{stop}|>")]
+        tokens += [*oracle.encode(header, allowed_special="all"), tokenizer.special("<|message|>")]
+        tokens += [*tokenizer.encode(body), tokenizer.special(f"<|{stop}|>")]
     other = oracle.parse_messages_from_completion_tokens(tokens, oh.Role.ASSISTANT)
     assert parse(tokenizer, tokens, "assistant") == [fields(message) for message in other]

@@ -167,6 +167,7 @@ class StreamParser:
         # Of the open message. In a header: _header is None and _header_text grows; in content the other way round.
         self._tokens: list[int] = []
         self._num_before = 0
+        self._position = 0
         self._header: Header | None = None
         self._header_text = ""
         self._role: Role | None = Role(role) if role is not None else None
@@ -208,6 +209,7 @@ class StreamParser:
     # -- states ------------------------------------------------------------------------------------
 
     def _feed(self, token: int) -> Iterator[Event]:
+        self._position = self._num_before + len(self._tokens)
         if self._header is not None:
             yield from self._feed_content(token)
         elif self._in_header:
@@ -276,6 +278,7 @@ class StreamParser:
             yield from self._content(self._decode(token))
 
     def _close(self) -> Iterator[Event]:
+        self._position = max(self._num_before + len(self._tokens) - 1, 0)
         if self._header is not None:
             yield from self._finish(None)
         elif self._in_header and self._tokens:
@@ -367,7 +370,7 @@ class StreamParser:
 
     def _defect(self, kind: str) -> Iterator[Event]:
         self._defects.append(kind)
-        yield Malformed(kind, self._num_before + max(len(self._tokens) - 1, 0))
+        yield Malformed(kind, self._position)
 
     def _reported(self, events: Iterator[Event]) -> Iterator[Event]:
         if self._strict:
