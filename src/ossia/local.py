@@ -69,13 +69,9 @@ class LocalModel:
     @classmethod
     def open(cls, config: Config) -> LocalModel:
         """Open what the settings name; see `load`."""
-        if not config.model:
-            raise NotFoundError(
-                "no model was named. Give --model (or OSSIA_MODEL): a checkpoint folder, a .gguf file, or the name of one "
-                "that was fetched with `ossia pull gpt-oss-20b`."
-            )
+        require_model(config)
         checkpoint = Checkpoint.open(resolve_model(config.model))
-        ops = backends.load(config.backend, **_backend_options(config))
+        ops = backends.load(config.backend, **backend_options(config))
         options = EngineConfig(kv_memory_bytes=config.kv_memory, max_context=config.max_context or None)
         tokenizer = load_tokenizer(checkpoint)
         runner = Runner(ops, checkpoint.config, load_weights(checkpoint, ops), options)
@@ -273,7 +269,17 @@ def _effort(effort: Effort | str | None) -> Effort:
         raise InputError(f"effort is {effort!r}; expected one of: {', '.join(Effort)}", param="effort") from None
 
 
-def _backend_options(config: Config) -> dict[str, Any]:
+def require_model(config: Config) -> None:
+    """Raise NotFoundError, saying how to name one, unless the settings name a model."""
+    if not config.model:
+        raise NotFoundError(
+            "no model was named. Give --model (or OSSIA_MODEL): a checkpoint folder, a .gguf file, or the name of one "
+            "that was fetched with `ossia pull gpt-oss-20b`."
+        )
+
+
+def backend_options(config: Config) -> dict[str, Any]:
+    """The options that `ossia.ops.load` takes for the backend of these settings."""
     if config.backend != "cpu":
         return {}
     return {"threads": config.threads or None, "dense": config.dense, "kv": config.kv}
