@@ -108,8 +108,8 @@ def _machine(cpu: Any) -> dict[str, Any]:
         "isa": cpu.isa,
         "dense": cpu.dense,
         "kv": cpu.kv,
-        "read_bytes_per_s": cpu.read_bandwidth(_READ_BYTES),
-        "integer_macs_per_s": cpu.integer_peak(),
+        "read_bytes_per_s": cpu.read_bandwidth(_READ_BYTES) * 1e9,
+        "integer_macs_per_s": cpu.integer_peak() * 1e9,
     }
 
 
