@@ -19,7 +19,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from importlib import resources
 from itertools import pairwise
@@ -132,7 +132,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text`` as ordinary text, whatever it spells. Lone surrogates are encoded as U+FFFD."""
-        if len(text) > _LONG_WHITESPACE and _has_long_whitespace(text):
+        if len(text) > _LONG_WHITESPACE and _may_have_long_whitespace(text):
             return [i for part in _cut_long_whitespace(text) for i in self._encode(part)]
         return self._encode(text)
 
@@ -288,17 +288,22 @@ def _o200k_tokens() -> list[bytes]:
 # -- long whitespace -------------------------------------------------------------------------------
 
 
-def _has_long_whitespace(text: str) -> bool:
+def _may_have_long_whitespace(text: str) -> bool:
     # A long run covers two neighbours of a half-as-long raster, so prose is cleared by a few dozen looks.
-    raster = [text[i].isspace() for i in range(0, len(text), _LONG_WHITESPACE // 2)]
-    return any(a and b for a, b in pairwise(raster)) and _LONG_RUN.search(text) is not None
+    raster = (text[i].isspace() for i in range(0, len(text), _LONG_WHITESPACE // 2))
+    return any(a and b for a, b in pairwise(raster))
 
 
-def _cut_long_whitespace(text: str) -> list[str]:
-    return [part for part in _LONG_RUN.split(text) if part]
+def _cut_long_whitespace(text: str) -> Iterator[str]:
+    start = 0
+    for run in _WHITESPACE.finditer(text):
+        for cut in range(run.start() + _LONG_WHITESPACE, run.end(), _LONG_WHITESPACE):
+            yield text[start:cut]
+            start = cut
+    yield text[start:]
 
 
-_LONG_RUN = re.compile(rf"(\s{{{_LONG_WHITESPACE}}})")
+_WHITESPACE = re.compile(r"\s+")
 
 
 # -- explicit merges -------------------------------------------------------------------------------
