@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,13 @@ def test_lone_surrogates_are_replaced(tokenizer: Tokenizer, text: str, read: str
 def test_very_long_whitespace_is_encoded(tokenizer: Tokenizer, blank: str, around: str) -> None:
     text = around + blank * 400_000 + around
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_many_long_runs_of_whitespace_take_linear_time(tokenizer: Tokenizer) -> None:
+    text = (" " * 65_000 + "x") * 6
+    begin = time.perf_counter()
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert time.perf_counter() - begin < 5  # Seconds; a search that starts anew at each blank takes a minute.
 
 
 def test_unknown_ids_decode_to_the_replacement_character(tokenizer: Tokenizer) -> None:
