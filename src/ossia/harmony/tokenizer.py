@@ -19,14 +19,14 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from importlib import resources
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import regex
+import regex  # type: ignore[import-untyped]
 import tiktoken
 
 from ossia.errors import CheckpointError, NotFoundError
@@ -63,9 +63,10 @@ _O200K_HARMONY_NAMED = {
     "<|message|>": 200008,
     "<|call|>": 200012,
 }
-# Digest of o200k's merges in tokenizer.json order, "left right" joined by newlines: a file that has it needs no
-# further proof that ranks alone give its ids. Every one of its tokens is also reachable by merges.
-_O200K_MERGES_SHA256 = "fbb4bf8ec1a0dec603d12b4f4f7ff2939ff6ae1a8d94e6df0380b74b1c90f66f"
+# Digest of o200k as a tokenizer.json spells it: tokens in order of id, then merges as "left right", a line for each.
+# A file that has it needs no further proof that ranks alone give its ids, whatever it says of ignore_merges: every
+# token of o200k is reachable by merges.
+_O200K_SHA256 = "78eb66dd69e92c26a7c293e991384ca6743f943c6dfa188adf495b02f7149279"
 
 REPLACEMENT = "\ufffd"
 _REPLACEMENT_BYTES = REPLACEMENT.encode()
@@ -128,11 +129,11 @@ class Tokenizer:
         """
         return _read_tokenizer_json(Path(path))
 
-    # -- text to ids ------------------------------------------------------------------------------------------
+    # -- text to ids -------------------------------------------------------------------------------
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text`` as ordinary text, whatever it spells. Lone surrogates are encoded as U+FFFD."""
-        if len(text) > _LONG_WHITESPACE and _has_long_whitespace(text):
+        if len(text) > _LONG_WHITESPACE and _may_have_long_whitespace(text):
             return [i for part in _cut_long_whitespace(text) for i in self._encode(part)]
         return self._encode(text)
 
@@ -161,7 +162,7 @@ class Tokenizer:
         """Where generation of an assistant turn stops: ``<|return|>`` (done) and ``<|call|>`` (a tool is to run)."""
         return self.special("<|return|>"), self.special("<|call|>")
 
-    # -- ids to text ------------------------------------------------------------------------------------------
+    # -- ids to text -------------------------------------------------------------------------------
 
     def token_bytes(self, token_id: int) -> bytes:
         """Bytes of one token; a special token's are its name, an unknown id's are U+FFFD's."""
@@ -179,7 +180,7 @@ class Tokenizer:
         """Memo of ordinary tokens whose bytes are UTF-8 by themselves; filled by whoever streams (see parser.py)."""
         return {}
 
-    # -- tokenizer.json ---------------------------------------------------------------------------------------
+    # -- tokenizer.json ----------------------------------------------------------------------------
 
     def to_tokenizer_json(self) -> str:
         """The vocabulary as the text of a ``tokenizer.json`` that tokenizers and transformers load, with equal ids."""
@@ -189,12 +190,20 @@ class Tokenizer:
             pairs, ignore_merges = _all_splits(vocab), True
         else:
             pairs = [
-                (left.decode("latin-1").translate(_BYTE_TO_CHAR), right.decode("latin-1").translate(_BYTE_TO_CHAR))
+                (
+                    left.decode("latin-1").translate(_BYTE_TO_CHAR),
+                    right.decode("latin-1").translate(_BYTE_TO_CHAR),
+                )
                 for left, right in self._merges.pairs
             ]
             ignore_merges = self._merges.ignore_merges
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        byte_level = {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": False,
+        }
         split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
         document = {
             "version": "1.0",
@@ -249,7 +258,7 @@ class StreamDecoder:
         return bool(self._utf8.getstate()[0])
 
 
-# -- the vocabulary in the package ----------------------------------------------------------------------------------
+# -- the vocabulary in the package -----------------------------------------------------------------
 
 
 @lru_cache(maxsize=1)
@@ -277,23 +286,28 @@ def _o200k_tokens() -> list[bytes]:
     return tokens
 
 
-# -- long whitespace ------------------------------------------------------------------------------------------------
+# -- long whitespace -------------------------------------------------------------------------------
 
 
-def _has_long_whitespace(text: str) -> bool:
+def _may_have_long_whitespace(text: str) -> bool:
     # A long run covers two neighbours of a half-as-long raster, so prose is cleared by a few dozen looks.
-    raster = [text[i].isspace() for i in range(0, len(text), _LONG_WHITESPACE // 2)]
-    return any(a and b for a, b in pairwise(raster)) and _LONG_RUN.search(text) is not None
+    raster = (text[i].isspace() for i in range(0, len(text), _LONG_WHITESPACE // 2))
+    return any(a and b for a, b in pairwise(raster))
 
 
-def _cut_long_whitespace(text: str) -> list[str]:
-    return [part for part in _LONG_RUN.split(text) if part]
+def _cut_long_whitespace(text: str) -> Iterator[str]:
+    start = 0
+    for run in _WHITESPACE.finditer(text):
+        for cut in range(run.start() + _LONG_WHITESPACE, run.end(), _LONG_WHITESPACE):
+            yield text[start:cut]
+            start = cut
+    yield text[start:]
 
 
-_LONG_RUN = re.compile(rf"(\s{{{_LONG_WHITESPACE}}})")
+_WHITESPACE = re.compile(r"\s+")
 
 
-# -- explicit merges ------------------------------------------------------------------------------------------------
+# -- explicit merges -------------------------------------------------------------------------------
 
 
 class _MergeEncoder:
@@ -361,7 +375,7 @@ class _MergeEncoder:
         return tuple(token for token, living in zip(ids, alive, strict=True) if living)
 
 
-# -- tokenizer.json -------------------------------------------------------------------------------------------------
+# -- tokenizer.json --------------------------------------------------------------------------------
 
 
 def _byte_alphabet() -> dict[int, str]:
@@ -419,10 +433,12 @@ def _from_document(document: dict[str, Any], where: str) -> Tokenizer:
     pattern = _split_pattern(document.get("pre_tokenizer"), where)
     special = {str(t["content"]): int(t["id"]) for t in document.get("added_tokens", ())}
     vocab: dict[str, int] = {token: i for token, i in model["vocab"].items() if token not in special}
-    pairs: list[tuple[str, str]] = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    if pattern == O200K_PATTERN and _is_o200k(vocab, model["merges"]):
+        return Tokenizer(Tokenizer.o200k_harmony()._ordinary, special, pattern=pattern, name=where)
+    pairs = [_merge_pair(merge) for merge in model["merges"]]
     ordinary = {token.translate(_CHAR_TO_BYTE).encode("latin-1"): i for token, i in vocab.items()}
     ignore_merges = bool(model.get("ignore_merges", False))
-    if pattern in _TOTAL_PATTERNS and _ranks_suffice(vocab, ordinary, pairs, ignore_merges):
+    if pattern in _TOTAL_PATTERNS and ignore_merges and _ranks_suffice(vocab, ordinary, pairs):
         return Tokenizer(ordinary, special, pattern=pattern, name=where)
     as_bytes = [
         (left.translate(_CHAR_TO_BYTE).encode("latin-1"), right.translate(_CHAR_TO_BYTE).encode("latin-1"))
@@ -433,18 +449,22 @@ def _from_document(document: dict[str, Any], where: str) -> Tokenizer:
     return Tokenizer(ordinary, special, pattern=pattern, merges=_Merges(as_bytes, ignore_merges), name=where)
 
 
-def _ranks_suffice(
-    vocab: dict[str, int], ordinary: dict[bytes, int], pairs: list[tuple[str, str]], ignore_merges: bool
-) -> bool:
-    """Whether tiktoken's rule (the id is the priority) gives the ids that the merge list gives."""
-    if any(bytes([b]) not in ordinary for b in range(256)):
+def _merge_pair(merge: str | Sequence[str]) -> tuple[str, str]:
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left, right
+
+
+def _is_o200k(vocab: dict[str, int], merges: list[str] | list[list[str]]) -> bool:
+    if list(vocab.values()) != list(range(O200K_NUM_ORDINARY)):
         return False
-    if len(vocab) == O200K_NUM_ORDINARY:
-        spelled = "\n".join(map(" ".join, pairs)).encode()
-        if hashlib.sha256(spelled).hexdigest() == _O200K_MERGES_SHA256:
-            return True
+    lines = chain(vocab, (merge if isinstance(merge, str) else " ".join(merge) for merge in merges))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest() == _O200K_SHA256
+
+
+def _ranks_suffice(vocab: dict[str, int], ordinary: dict[bytes, int], pairs: list[tuple[str, str]]) -> bool:
+    """Whether tiktoken's rule (the id is the priority) gives the ids that the merge list gives."""
     in_id_order = dict(sorted(vocab.items(), key=lambda item: item[1]))
-    return ignore_merges and pairs == _all_splits(in_id_order)
+    return all(bytes([b]) in ordinary for b in range(256)) and pairs == _all_splits(in_id_order)
 
 
 def _split_pattern(pre_tokenizer: dict[str, Any] | None, where: str) -> str:

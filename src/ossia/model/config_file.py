@@ -27,6 +27,9 @@ from ossia.ops import SWIGLU_ALPHA
 
 _DEFAULTS = ModelConfig()
 
+RANDOM_WEIGHTS = "ossia_random_weights"
+"""Field of config.json that marks a checkpoint whose weights mean nothing, so that nobody takes noise for an answer."""
+
 
 def read_config(folder: Path) -> ModelConfig:
     """The configuration that lies beside a checkpoint's weights.

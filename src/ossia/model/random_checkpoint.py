@@ -38,7 +38,7 @@ import numpy.typing as npt
 from ossia.errors import InputError, UnavailableError
 from ossia.harmony.tokenizer import Tokenizer
 from ossia.model.config import ModelConfig
-from ossia.model.config_file import generation_config, hugging_face_config, original_config
+from ossia.model.config_file import RANDOM_WEIGHTS, generation_config, hugging_face_config, original_config
 from ossia.model.layouts import BYTES, HF, LAYOUTS, Layout, LayoutName
 from ossia.model.safetensors_file import DTYPES, header_bytes
 from ossia.ops import Mxfp4
@@ -177,9 +177,10 @@ def _write_side_files(
     tokenizer_json: str | None,
 ) -> None:
     if layout == "original":
-        _write_json(folder / "config.json", original_config(config))
+        _write_json(folder / "config.json", original_config(config) | {RANDOM_WEIGHTS: True})
     else:
-        _write_json(folder / "config.json", hugging_face_config(config, mxfp4=layout == "hf"))
+        fields = hugging_face_config(config, mxfp4=layout == "hf")
+        _write_json(folder / "config.json", fields | {RANDOM_WEIGHTS: True})
         _write_json(folder / "generation_config.json", generation_config(config))
     if len(shards) > 1:
         weight_map = {name: file_name for file_name, tensors in shards.items() for name in tensors}

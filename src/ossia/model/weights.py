@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from ossia.errors import CheckpointError, NotFoundError
 from ossia.model.config import ModelConfig
-from ossia.model.config_file import read_config, read_json
+from ossia.model.config_file import RANDOM_WEIGHTS, read_config, read_json
 from ossia.model.layouts import Dense, Expected, Layout, detect_layout
 from ossia.model.safetensors_file import DTYPES, TensorEntry, map_file, read_header
 from ossia.model.transformer import Layer, Weights
@@ -103,6 +103,12 @@ class Checkpoint:
         """The tokenizer.json that belongs to the checkpoint: beside it, or beside its original/ folder."""
         folders = [self.folder, self.folder.parent] if self.folder.name == "original" else [self.folder]
         return next((path for folder in folders if (path := folder / "tokenizer.json").is_file()), None)
+
+    @property
+    def has_random_weights(self) -> bool:
+        """Whether `ossia checkpoint new` made the weights: the model answers with noise."""
+        path = self.folder / "config.json"
+        return path.is_file() and bool(read_json(path).get(RANDOM_WEIGHTS))
 
     @property
     def size_bytes(self) -> int:

@@ -43,6 +43,21 @@ class Mxfp4(NamedTuple):
         return (*self.scales.shape[:-1], self.scales.shape[-1] * 32)
 
 
+class Q8(NamedTuple):
+    """A matrix [..., O, I] in GGUF's Q8_0: 32 values along I share one float16 scale, number = value * scale.
+
+    Both arrays may be strided views of a mapped file.
+    """
+
+    values: Array  # int8 [..., O, I/32, 32]
+    scales: Array  # float16 [..., O, I/32]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the matrix as numbers: (..., O, I)."""
+        return (*self.scales.shape[:-1], self.scales.shape[-1] * 32)
+
+
 class ExpertArrays(NamedTuple):
     """The experts of one layer as a checkpoint holds them; matrices are `Mxfp4` or float arrays, views allowed.
 
@@ -97,10 +112,10 @@ class Ops(Protocol):
     def vector(self, values: Array) -> Array:
         """Hold a bias, norm scale or sinks array of any shape (float32 in all backends but autograd)."""
 
-    def embedding(self, table_VD: Array) -> Any:
+    def embedding(self, table_VD: Array | Q8) -> Any:
         """Hold an embedding table; rows are read one by one."""
 
-    def linear_weights(self, weight_OI: Array, bias_O: Array | None = None) -> Any:
+    def linear_weights(self, weight_OI: Array | Q8, bias_O: Array | None = None) -> Any:
         """Hold a dense matrix."""
 
     def experts(self, arrays: ExpertArrays) -> Any:
@@ -108,6 +123,9 @@ class Ops(Protocol):
 
     def kv_cache(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> Any:
         """The paged key/value memory of one layer."""
+
+    def kv_block_bytes(self, block_size: int, num_kv_heads: int, head_dim: int) -> int:
+        """Bytes that one block of such a cache takes."""
 
     def embed(self, embedding: Any, token_ids_T: Array) -> Array:
         """x_TD = table[token_ids]."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ossia.ops import SWIGLU_ALPHA, Batch, ExpertArrays, Mxfp4, Routing
+from ossia.ops import Q8, SWIGLU_ALPHA, Batch, ExpertArrays, Mxfp4, Routing
 from ossia.ops.mxfp4 import dequantize
 
 Floats = npt.NDArray[Any]
@@ -22,7 +22,7 @@ _LINEAR_ROWS = 16_384
 
 
 class Linear(NamedTuple):
-    weight_OI: Floats
+    weight_OI: Floats | Q8
     bias_O: Floats | None
 
 
@@ -44,10 +44,10 @@ class ReferenceOps:
     def vector(self, values: Floats) -> Floats:
         return np.asarray(values).astype(self.dtype)
 
-    def embedding(self, table_VD: Floats) -> Floats:
+    def embedding(self, table_VD: Floats | Q8) -> Floats | Q8:
         return table_VD
 
-    def linear_weights(self, weight_OI: Floats, bias_O: Floats | None = None) -> Linear:
+    def linear_weights(self, weight_OI: Floats | Q8, bias_O: Floats | None = None) -> Linear:
         return Linear(weight_OI, None if bias_O is None else self.vector(bias_O))
 
     def experts(self, arrays: ExpertArrays) -> ExpertArrays:
@@ -61,10 +61,13 @@ class ReferenceOps:
         shape = (num_blocks, block_size, num_kv_heads, head_dim)
         return LayerCache(np.zeros(shape, self.dtype), np.zeros(shape, self.dtype))
 
+    def kv_block_bytes(self, block_size: int, num_kv_heads: int, head_dim: int) -> int:
+        return 2 * block_size * num_kv_heads * head_dim * self.dtype.itemsize
+
     # Arithmetic -----------------------------------------------------------------------------------------------------
 
-    def embed(self, embedding: Floats, token_ids_T: npt.NDArray[np.int32]) -> Floats:
-        return embedding[token_ids_T].astype(self.dtype)
+    def embed(self, embedding: Floats | Q8, token_ids_T: npt.NDArray[np.int32]) -> Floats:
+        return self._rows(embedding, token_ids_T)
 
     def rms_norm(self, x_TD: Floats, scale_D: Floats, eps: float) -> Floats:
         mean_square_T1 = np.mean(x_TD * x_TD, axis=-1, keepdims=True)
@@ -75,7 +78,7 @@ class ReferenceOps:
         out_TO = np.empty((x_TI.shape[0], weight_OI.shape[0]), self.dtype)
         for start in range(0, weight_OI.shape[0], _LINEAR_ROWS):
             rows = slice(start, start + _LINEAR_ROWS)
-            out_TO[:, rows] = x_TI @ weight_OI[rows].astype(self.dtype).T
+            out_TO[:, rows] = x_TI @ self._rows(weight_OI, rows).T
         return out_TO if bias_O is None else out_TO + bias_O
 
     def rope_angles(
@@ -141,6 +144,12 @@ class ReferenceOps:
             hidden = swiglu(gate, up, limit)
             out_TAD[tokens, slots] = hidden @ self._matrix(experts.down, expert).T + experts.down_bias_ED[expert]
         return np.einsum("tad,ta->td", out_TAD, routing.weights_TA)
+
+    def _rows(self, matrix: Floats | Q8, rows: Any) -> Floats:
+        if isinstance(matrix, Q8):
+            numbers = matrix.values[rows].astype(self.dtype) * matrix.scales[rows].astype(self.dtype)[..., None]
+            return numbers.reshape(-1, matrix.shape[-1])
+        return matrix[rows].astype(self.dtype)
 
     def _matrix(self, matrices: Mxfp4 | Floats, expert: int) -> Floats:
         if isinstance(matrices, Mxfp4):

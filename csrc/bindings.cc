@@ -1,0 +1,311 @@
+// The Python module ossia._kernels: the only file that knows Python. Its typed face is src/ossia/_kernels.pyi.
+//
+// Arrays come in as buffers (C-contiguous, float32 or int32), weights as addresses that Python keeps alive. Shapes and
+// indices are checked here; kernels trust them. Kernels run without the interpreter's lock, one call at a time.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+using ossia::Experts;
+using ossia::Format;
+using ossia::KvFormat;
+using ossia::Matrix;
+
+void expect(bool condition, const char* message) {
+  if (!condition) throw nb::value_error(message);
+}
+
+template <class T>
+constexpr char kCode = 0;
+template <>
+constexpr char kCode<float> = 'f';
+template <>
+constexpr char kCode<int32_t> = 'i';
+template <>
+constexpr char kCode<int8_t> = 'b';
+template <>
+constexpr char kCode<uint16_t> = 'H';
+
+// A view of a Python array; `T const` for input.
+template <class T>
+class Buffer {
+ public:
+  using Value = std::remove_const_t<T>;
+  Buffer(nb::handle object, int ndim) {
+    const int writable = std::is_const_v<T> ? 0 : PyBUF_WRITABLE;
+    if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT | writable)) throw nb::python_error();
+    const char* format = view_.format ? view_.format : "B";
+    const bool same = format[0] == kCode<Value> && format[1] == 0;
+    // int32 is 'i' or, where both are 4 bytes, 'l'.
+    const bool same_int = std::is_same_v<Value, int32_t> && format[0] == 'l' && view_.itemsize == 4;
+    if ((!same && !same_int) || view_.ndim != ndim) {
+      const std::string met = std::string(format) + " with " + std::to_string(view_.ndim) + " axes";
+      PyBuffer_Release(&view_);
+      throw nb::type_error(("expected a contiguous array of " + std::string(1, kCode<Value>) + " with " +
+                            std::to_string(ndim) + " axes, got " + met).c_str());
+    }
+  }
+  ~Buffer() { PyBuffer_Release(&view_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* data() const { return static_cast<T*>(view_.buf); }
+  int64_t shape(int axis) const { return view_.shape[axis]; }
+  int64_t size() const { return view_.len / static_cast<int64_t>(sizeof(T)); }
+
+ private:
+  Py_buffer view_;
+};
+using Floats = Buffer<const float>;
+using FloatsOut = Buffer<float>;
+using Ints = Buffer<const int32_t>;
+
+void expect_within(const int32_t* values, int64_t count, int64_t limit, const char* message) {
+  bool within = true;
+  for (int64_t i = 0; i < count; ++i) within &= static_cast<uint32_t>(values[i]) < static_cast<uint64_t>(limit);
+  expect(within, message);
+}
+
+const uint8_t* at_address(uint64_t address) { return reinterpret_cast<const uint8_t*>(static_cast<uintptr_t>(address)); }
+
+// Keys and values of one layer; the arrays belong to Python.
+struct Cache {
+  KvFormat format;
+  int64_t num_blocks, block_size, num_kv_heads, head_dim;
+  ossia::KvStore keys, values;
+};
+
+class Context {
+ public:
+  Context(const std::string& isa, int num_threads) : work_(num_threads) {
+    kernels_ = ossia::find_kernels(isa.c_str());
+    expect(kernels_ != nullptr, "this machine or this build lacks the instruction set");
+  }
+
+  std::string isa() const { return kernels_->name; }
+  int tile_rows() const { return kernels_->tile_rows; }
+  int num_threads() const { return work_.pool.num_threads(); }
+
+  void embed(const Matrix& table, nb::handle ids_T, nb::handle out_TD) {
+    const Ints ids(ids_T, 1);
+    const FloatsOut out(out_TD, 2);
+    expect(out.shape(0) == ids.shape(0) && out.shape(1) == table.cols, "embed: shapes differ");
+    expect_within(ids.data(), ids.size(), table.rows, "embed: a token id is outside the vocabulary");
+    run([&] { kernels_->embed(work_, table, ids.data(), ids.size(), out.data()); });
+  }
+
+  void rms_norm(nb::handle x_TD, nb::handle scale_D, float eps, nb::handle out_TD) {
+    const Floats x(x_TD, 2), scale(scale_D, 1);
+    const FloatsOut out(out_TD, 2);
+    expect(x.shape(1) == scale.shape(0) && out.size() == x.size(), "rms_norm: shapes differ");
+    run([&] { kernels_->rms_norm(work_, x.data(), scale.data(), eps, x.shape(0), x.shape(1), out.data()); });
+  }
+
+  void rope(nb::handle x_TQH, nb::handle cos_TP, nb::handle sin_TP) {
+    const FloatsOut x(x_TQH, 3);
+    const Floats cos(cos_TP, 2), sin(sin_TP, 2);
+    expect(cos.size() == x.shape(0) * (x.shape(2) / 2) && sin.size() == cos.size() && x.shape(2) % 2 == 0,
+           "rope: shapes differ");
+    run([&] { kernels_->rope(work_, x.data(), cos.data(), sin.data(), x.shape(0), x.shape(1), x.shape(2)); });
+  }
+
+  void rope_angles(nb::handle positions_T, nb::handle inv_freq_P, double concentration, nb::handle cos_TP, nb::handle sin_TP) {
+    const Ints positions(positions_T, 1);
+    const Floats inv_freq(inv_freq_P, 1);
+    const FloatsOut cos(cos_TP, 2), sin(sin_TP, 2);
+    expect(cos.size() == positions.size() * inv_freq.size() && sin.size() == cos.size(), "rope_angles: shapes differ");
+    run([&] {
+      ossia::rope_angles(work_, positions.data(), inv_freq.data(), positions.size(), inv_freq.size(), concentration,
+                         cos.data(), sin.data());
+    });
+  }
+
+  void linear(nb::handle x_TI, const Matrix& weight, nb::handle bias_O, nb::handle out_TO) {
+    const Floats x(x_TI, 2);
+    const FloatsOut out(out_TO, 2);
+    expect(x.shape(1) == weight.cols && out.shape(0) == x.shape(0) && out.shape(1) == weight.rows, "linear: shapes differ");
+    if (bias_O.is_none()) {
+      run([&] { kernels_->linear(work_, x.data(), weight, nullptr, x.shape(0), out.data()); });
+      return;
+    }
+    const Floats bias(bias_O, 1);
+    expect(bias.size() == weight.rows, "linear: the bias has another length");
+    run([&] { kernels_->linear(work_, x.data(), weight, bias.data(), x.shape(0), out.data()); });
+  }
+
+  void route(nb::handle logits_TE, nb::handle experts_TA, nb::handle weights_TA) {
+    const Floats logits(logits_TE, 2);
+    const Buffer<int32_t> experts(experts_TA, 2);
+    const FloatsOut weights(weights_TA, 2);
+    expect(experts.shape(0) == logits.shape(0) && experts.shape(1) <= logits.shape(1) && weights.size() == experts.size(),
+           "route: shapes differ");
+    run([&] {
+      ossia::route(logits.data(), logits.shape(0), logits.shape(1), experts.shape(1), experts.data(), weights.data());
+    });
+  }
+
+  void moe(nb::handle x_TD, nb::handle experts_TA, nb::handle weights_TA, const Experts& experts, float limit, nb::handle out_TD) {
+    const Floats x(x_TD, 2), weights(weights_TA, 2);
+    const Ints ids(experts_TA, 2);
+    const FloatsOut out(out_TD, 2);
+    expect(x.shape(1) == experts.gate.cols && out.shape(0) == x.shape(0) && out.shape(1) == experts.down.rows &&
+               ids.shape(0) == x.shape(0) && weights.size() == ids.size(), "moe: shapes differ");
+    expect_within(ids.data(), ids.size(), experts.num_experts, "moe: an expert's number is too large");
+    run([&] {
+      kernels_->moe(work_, x.data(), ids.data(), weights.data(), experts, limit, x.shape(0), ids.shape(1), out.data());
+    });
+  }
+
+  void attention(nb::handle q_TQH, nb::handle k_TKH, nb::handle v_TKH, nb::handle sinks_Q, const Cache* cache,
+                 nb::handle positions_T, nb::handle query_starts_N1, nb::handle key_lengths_N, nb::handle table_NB,
+                 int64_t window, nb::handle out_TQH) {
+    const Floats q(q_TQH, 3), k(k_TKH, 3), v(v_TKH, 3), sinks(sinks_Q, 1);
+    const FloatsOut out(out_TQH, 3);
+    const Ints positions(positions_T, 1), starts(query_starts_N1, 1), lengths(key_lengths_N, 1), table(table_NB, 2);
+    ossia::AttentionArgs a = {};
+    a.q = q.data(), a.k = k.data(), a.v = v.data(), a.sinks = sinks.data(), a.out = out.data();
+    a.num_tokens = q.shape(0), a.num_heads = q.shape(1), a.num_kv_heads = k.shape(1), a.head_dim = q.shape(2);
+    a.num_sequences = lengths.size();
+    a.positions = positions.data(), a.query_starts = starts.data(), a.key_lengths = lengths.data();
+    a.table = table.data(), a.table_width = table.shape(1);
+    a.window = window;
+    expect(k.shape(0) == a.num_tokens && k.shape(2) == a.head_dim && v.size() == k.size() && out.size() == q.size() &&
+               sinks.size() == a.num_heads && a.num_heads % a.num_kv_heads == 0 && positions.size() == a.num_tokens &&
+               starts.size() == a.num_sequences + 1, "attention: shapes differ");
+    for (int64_t n = 0; n < a.num_sequences; ++n)
+      expect(0 <= a.query_starts[n] && a.query_starts[n] < a.query_starts[n + 1] && a.query_starts[n + 1] <= a.num_tokens,
+             "attention: query_starts must ascend within the tokens");
+    if (cache) use_cache(*cache, table.shape(0), a);
+    run([&] { kernels_->attention(work_, a); });
+  }
+
+  void pack_q8(const Matrix& source, int64_t first_row, nb::handle data, nb::handle scales) {
+    const Buffer<int8_t> q(data, 1);
+    const Buffer<uint16_t> d(scales, 1);
+    const int64_t rows = (source.rows + tile_rows() - 1) / tile_rows() * tile_rows();
+    expect(source.cols % ossia::kBlock == 0 && first_row % tile_rows() == 0 && q.size() >= (first_row + rows) * source.cols &&
+               d.size() >= (first_row + rows) * source.cols / ossia::kBlock, "pack_q8: the packed arrays are too small");
+    run([&] { kernels_->pack_q8(work_, source, first_row, q.data(), d.data()); });
+  }
+
+  double read_bandwidth(int64_t num_bytes, int num_rounds) {
+    double result = 0;
+    run([&] { result = ossia::read_bandwidth(work_.pool, num_bytes, num_rounds); });
+    return result;
+  }
+
+  double integer_peak(int64_t num_rounds) {
+    std::vector<double> peaks(num_threads());
+    run([&] {
+      work_.pool.for_each(num_threads(), true, [&](int64_t i, int) { peaks[i] = kernels_->integer_peak(num_rounds); });
+    });
+    double sum = 0;
+    for (const double peak : peaks) sum += peak;
+    return sum;
+  }
+
+ private:
+  template <class Body>
+  void run(const Body& body) {
+    nb::gil_scoped_release unlocked;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    body();
+  }
+
+  static void use_cache(const Cache& cache, int64_t num_tables, ossia::AttentionArgs& a) {
+    expect(cache.num_kv_heads == a.num_kv_heads && cache.head_dim == a.head_dim, "attention: the cache has another shape");
+    expect(num_tables >= a.num_sequences, "attention: a sequence has no table");
+    for (int64_t n = 0; n < a.num_sequences; ++n) {
+      const int64_t first = a.positions[a.query_starts[n]], last = a.positions[a.query_starts[n + 1] - 1];
+      expect(0 <= first && last - first == a.query_starts[n + 1] - a.query_starts[n] - 1 && last == a.key_lengths[n] - 1,
+             "attention: a sequence's tokens must be its last ones, in order");
+      const int64_t oldest = a.window && first - a.window + 1 > 0 ? first - a.window + 1 : 0;
+      const int64_t first_block = oldest / cache.block_size, end_block = last / cache.block_size + 1;
+      expect(end_block <= a.table_width, "attention: a block table is too short");
+      expect_within(a.table + n * a.table_width + first_block, end_block - first_block, cache.num_blocks,
+                    "attention: a block table misses a block");
+    }
+    a.cached = true;
+    a.kv_format = cache.format, a.keys = cache.keys, a.values = cache.values, a.block_size = cache.block_size;
+  }
+
+  ossia::Workspace work_;
+  const ossia::Kernels* kernels_;
+  std::mutex mutex_;
+};
+
+}  // namespace
+
+NB_MODULE(_kernels, m) {
+  m.doc() = "C++ kernels of ossia.ops.cpu";
+  m.def("best_isa", [] { return std::string(ossia::best_isa()); });
+  m.def("has_isa", [](const std::string& isa) { return ossia::find_kernels(isa.c_str()) != nullptr; }, "isa"_a);
+
+  nb::class_<Matrix>(m, "Matrix")
+      .def("__init__",
+           [](Matrix* self, int format, int64_t rows, int64_t cols, uint64_t data, uint64_t scales, int64_t stack_stride,
+              int64_t row_stride, int64_t block_stride, int64_t scale_stack_stride, int64_t scale_row_stride,
+              int64_t scale_block_stride) {
+             expect(0 <= format && format <= static_cast<int>(Format::kF32) && rows > 0 && cols > 0, "not a matrix");
+             new (self) Matrix{static_cast<Format>(format), rows, cols, at_address(data), at_address(scales), row_stride,
+                               block_stride, scale_row_stride, scale_block_stride, stack_stride, scale_stack_stride};
+             expect(!ossia::is_quantized(self->format) || cols % ossia::kBlock == 0, "inputs must be a multiple of 32");
+           },
+           "format"_a, "rows"_a, "cols"_a, "data"_a, "scales"_a = 0, "stack_stride"_a = 0, "row_stride"_a = 0,
+           "block_stride"_a = 0, "scale_stack_stride"_a = 0, "scale_row_stride"_a = 0, "scale_block_stride"_a = 0)
+      .def_ro("rows", &Matrix::rows)
+      .def_ro("cols", &Matrix::cols);
+
+  nb::class_<Experts>(m, "Experts")
+      .def("__init__",
+           [](Experts* self, int64_t num_experts, const Matrix& gate, const Matrix& up, const Matrix& down,
+              uint64_t gate_bias, uint64_t up_bias, uint64_t down_bias) {
+             expect(gate.rows == up.rows && gate.cols == up.cols && down.cols == gate.rows && gate.format == up.format,
+                    "gate, up and down do not fit together");
+             const auto floats = [](uint64_t address) { return reinterpret_cast<const float*>(at_address(address)); };
+             new (self) Experts{gate, up, down, floats(gate_bias), floats(up_bias), floats(down_bias), num_experts};
+           },
+           "num_experts"_a, "gate"_a, "up"_a, "down"_a, "gate_bias"_a, "up_bias"_a, "down_bias"_a);
+
+  nb::class_<Cache>(m, "Cache")
+      .def("__init__",
+           [](Cache* self, int format, int64_t num_blocks, int64_t block_size, int64_t num_kv_heads, int64_t head_dim,
+              uint64_t keys, uint64_t values, uint64_t key_scales, uint64_t value_scales) {
+             const auto store = [](uint64_t data, uint64_t scales) {
+               return ossia::KvStore{const_cast<uint8_t*>(at_address(data)),
+                                     reinterpret_cast<float*>(const_cast<uint8_t*>(at_address(scales)))};
+             };
+             expect(0 <= format && format <= static_cast<int>(KvFormat::kF32) && block_size > 0, "not a cache");
+             new (self) Cache{static_cast<KvFormat>(format), num_blocks, block_size, num_kv_heads, head_dim,
+                              store(keys, key_scales), store(values, value_scales)};
+           },
+           "format"_a, "num_blocks"_a, "block_size"_a, "num_kv_heads"_a, "head_dim"_a, "keys"_a, "values"_a,
+           "key_scales"_a = 0, "value_scales"_a = 0);
+
+  nb::class_<Context>(m, "Context")
+      .def(nb::init<const std::string&, int>(), "isa"_a, "num_threads"_a)
+      .def_prop_ro("isa", &Context::isa)
+      .def_prop_ro("tile_rows", &Context::tile_rows)
+      .def_prop_ro("num_threads", &Context::num_threads)
+      .def("embed", &Context::embed, "table"_a, "ids_T"_a, "out_TD"_a)
+      .def("rms_norm", &Context::rms_norm, "x_TD"_a, "scale_D"_a, "eps"_a, "out_TD"_a)
+      .def("rope", &Context::rope, "x_TQH"_a, "cos_TP"_a, "sin_TP"_a)
+      .def("rope_angles", &Context::rope_angles, "positions_T"_a, "inv_freq_P"_a, "concentration"_a, "cos_TP"_a, "sin_TP"_a)
+      .def("linear", &Context::linear, "x_TI"_a, "weight"_a, "bias_O"_a.none(), "out_TO"_a)
+      .def("route", &Context::route, "logits_TE"_a, "experts_TA"_a, "weights_TA"_a)
+      .def("moe", &Context::moe, "x_TD"_a, "experts_TA"_a, "weights_TA"_a, "experts"_a, "limit"_a, "out_TD"_a)
+      .def("attention", &Context::attention, "q_TQH"_a, "k_TKH"_a, "v_TKH"_a, "sinks_Q"_a, "cache"_a.none(), "positions_T"_a,
+           "query_starts_N1"_a, "key_lengths_N"_a, "table_NB"_a, "window"_a, "out_TQH"_a)
+      .def("pack_q8", &Context::pack_q8, "source"_a, "first_row"_a, "data"_a, "scales"_a)
+      .def("read_bandwidth", &Context::read_bandwidth, "num_bytes"_a, "num_rounds"_a)
+      .def("integer_peak", &Context::integer_peak, "num_rounds"_a);
+}

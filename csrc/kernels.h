@@ -1,0 +1,151 @@
+// What the kernels take and give: plain structs over pointers and sizes, and one table of functions per instruction set.
+//
+// Legend (as in src/ossia/ops/__init__.py): T tokens, D hidden, F intermediate, Q query heads, K key/value heads, H head
+// dim, E experts, A experts per token, O x I a matrix, B x S cache blocks and slots, b blocks of 32 inputs.
+//
+// The result of one token's row is the same bits whatever else is in the batch, however many threads work, and however
+// a prompt is cut into passes:
+//   products with quantised weights   exact integers per 32 inputs, then one float sum over the blocks in order
+//   products with float weights       lanes over the inputs, in an order that depends on the row's length alone
+//   experts                           added in the order of the routing
+//   attention                         keys in tiles and splits at fixed absolute positions, combined in order
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "thread_pool.h"
+
+namespace ossia {
+
+// Headers are compiled once per instruction set: what they define must be inlined, never shared between the sets.
+#define OSSIA_ALWAYS_INLINE inline __attribute__((always_inline))
+
+constexpr int kBlock = 32;  // numbers that share a scale: MXFP4, Q8 and the quantised activations
+
+enum class Format : int { kMxfp4Pairs, kMxfp4Halves, kQ8, kBf16, kF16, kF32 };
+
+OSSIA_ALWAYS_INLINE bool is_quantized(Format format) { return format <= Format::kQ8; }
+
+// A matrix O x I, or a stack of them. Strides in bytes.
+//   mxfp4  data[row, b] 16 bytes of nibbles, scales[row, b] one E8M0 byte; any strides
+//   q8     packed by `pack_q8`: data[tile, b, group of 4 inputs, row of the tile, 4], scales float16 [tile, b, row]
+//   else   data[row] contiguous numbers
+struct Matrix {
+  Format format = Format::kF32;
+  int64_t rows = 0, cols = 0;
+  const uint8_t* data = nullptr;
+  const uint8_t* scales = nullptr;
+  int64_t row_stride = 0, block_stride = 0;
+  int64_t scale_row_stride = 0, scale_block_stride = 0;
+  int64_t stack_stride = 0, scale_stack_stride = 0;
+
+  OSSIA_ALWAYS_INLINE Matrix at(int64_t index) const {
+    Matrix one = *this;
+    one.data += index * stack_stride;
+    if (scales) one.scales += index * scale_stack_stride;
+    return one;
+  }
+};
+
+// 32 activations as integers: x = q d. `correction` undoes the offset that makes a weight's code unsigned.
+struct QBlock {
+  int8_t q[kBlock];
+  int32_t correction;
+  float d;
+};
+static_assert(sizeof(QBlock) == 40);
+
+struct Experts {
+  Matrix gate, up, down;        // [E, F, D], [E, F, D], [E, D, F]
+  const float* gate_bias;       // [E, F]
+  const float* up_bias;         // [E, F]
+  const float* down_bias;       // [E, D]
+  int64_t num_experts;
+};
+
+enum class KvFormat : int { kBf16, kQ8, kF32 };
+
+// Keys or values of one layer: [B, K, S, H]; q8 has one float scale per (block, head, slot).
+struct KvStore {
+  void* data;
+  float* scales;
+};
+
+struct AttentionArgs {
+  const float* q;      // [T, Q, H]
+  const float* k;      // [T, K, H]
+  const float* v;      // [T, K, H]
+  const float* sinks;  // [Q]
+  float* out;          // [T, Q, H]
+  int64_t num_tokens, num_heads, num_kv_heads, head_dim;
+  int64_t num_sequences;
+  const int32_t* positions;     // [T]
+  const int32_t* query_starts;  // [N + 1]
+  const int32_t* key_lengths;   // [N]
+  const int32_t* table;         // [N, table_width]; without a cache unused
+  int64_t table_width;
+  int64_t window;               // 0: none
+  bool cached;
+  KvFormat kv_format;
+  KvStore keys, values;
+  int64_t block_size;
+};
+
+// Memory that grows and is used again by the next call.
+class Scratch {
+ public:
+  Scratch() = default;
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  template <class T>
+  OSSIA_ALWAYS_INLINE T* get(int64_t count) {
+    return static_cast<T*>(grow(static_cast<size_t>(count) * sizeof(T)));
+  }
+
+ private:
+  void* grow(size_t num_bytes);
+
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+// What a call works with: the threads and memory that lives from call to call.
+struct Workspace {
+  explicit Workspace(int num_threads) : pool(num_threads) {}
+  ThreadPool pool;
+  Scratch quantized, hidden, partial, outputs, lists, per_worker;
+};
+
+struct Kernels {
+  const char* name;
+  int tile_rows;  // rows that are multiplied side by side; the packed Q8 layout follows it
+
+  void (*embed)(Workspace&, const Matrix& table, const int32_t* ids, int64_t num_tokens, float* out);
+  void (*rms_norm)(Workspace&, const float* x, const float* scale, float eps, int64_t num_tokens, int64_t dim, float* out);
+  void (*rope)(Workspace&, float* x, const float* cos, const float* sin, int64_t num_tokens, int64_t heads, int64_t dim);
+  void (*linear)(Workspace&, const float* x, const Matrix& weight, const float* bias, int64_t num_tokens, float* out);
+  void (*moe)(Workspace&, const float* x, const int32_t* expert_ids, const float* weights, const Experts& experts,
+              float limit, int64_t num_tokens, int64_t num_active, float* out);
+  void (*attention)(Workspace&, const AttentionArgs&);
+  // Rows [first_row, first_row + rows) of a float matrix, or of Q8_0 blocks (int8 [row, b, 32], float16 [row, b]), into
+  // the packed layout of a matrix of `cols` inputs; first_row is a multiple of tile_rows.
+  void (*pack_q8)(Workspace&, const Matrix& source, int64_t first_row, int8_t* data, uint16_t* scales);
+  // Multiply-accumulates per second of the instruction that the integer products are made of, in G, by one thread.
+  double (*integer_peak)(int64_t num_rounds);
+};
+
+// Elementwise operations that need no instruction set of their own (host.cc).
+void route(const float* logits, int64_t num_tokens, int64_t num_experts, int64_t num_active, int32_t* experts, float* weights);
+void rope_angles(Workspace&, const int32_t* positions, const float* inv_freq, int64_t num_tokens, int64_t pairs,
+                 double concentration, float* cos, float* sin);
+// Bytes per second that `pool` reads from memory, in G.
+double read_bandwidth(ThreadPool& pool, int64_t num_bytes, int num_rounds);
+
+// The kernels of an instruction set, or null where this build or this machine lacks it.
+const Kernels* find_kernels(const char* isa);
+// The best that this machine runs.
+const char* best_isa();
+
+}  // namespace ossia

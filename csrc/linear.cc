@@ -1,0 +1,122 @@
+// out[t, o] = x[t, i] w[o, i] + bias[o], for quantised and float weights; and packing of 8-bit weights.
+//
+// Q8: 32 inputs of a row share a float16 scale, values round(w / scale) in -127 .. 127 (the arithmetic of GGUF's Q8_0).
+#include "linear.h"
+
+#include "dot.h"
+
+namespace ossia::OSSIA_NS {
+namespace {
+
+constexpr int64_t kWorthSharing = 1 << 17;  // multiply-accumulates; some 3 microseconds
+constexpr int64_t kItemRows = 32;           // rows of a piece of work
+
+void quantized_linear(Workspace& work, const float* x, const Matrix& w, const float* bias, int64_t num_tokens, float* out) {
+  const int64_t num_blocks = w.cols / kBlock;
+  const bool worth_sharing = num_tokens * w.rows * w.cols >= kWorthSharing;
+  QBlock* quantized = work.quantized.get<QBlock>(num_tokens * num_blocks);
+  const auto token_tile = [&](int64_t first) { return least<int64_t>(kTokenTile, num_tokens - first); };
+  work.pool.for_each(num_tokens, num_tokens * w.cols >= kWorthSharing / 2, [&](int64_t t, int) {
+    const int64_t first = t / kTokenTile * kTokenTile;
+    quantize_row(x + t * w.cols, num_blocks, w.format, quantized + first * num_blocks + (t - first), token_tile(first));
+  });
+  const int64_t num_tiles = num_row_tiles(w.rows), tiles_per_item = kItemRows / kTileRows;
+  work.pool.for_each(divide_up(num_tiles, tiles_per_item), worth_sharing, [&](int64_t item, int) {
+    alignas(64) float sums[kTokenTile * kTileRows];
+    for (int64_t first = 0; first < num_tokens; first += kTokenTile) {
+      const int64_t count = token_tile(first);
+      const int64_t end_tile = least(num_tiles, (item + 1) * tiles_per_item);
+      for (int64_t tile = item * tiles_per_item; tile < end_tile; ++tile) {
+        quantized_tile(w, tile, quantized + first * num_blocks, count, sums);
+        const RowTile rows = w.format == Format::kQ8
+                                 ? RowTile{tile * kTileRows, 1, 0, static_cast<int>(least<int64_t>(kTileRows, w.rows - tile * kTileRows))}
+                                 : row_tile(w.rows, tile);
+        for (int64_t t = 0; t < count; ++t)
+          for (int lane = rows.first_lane; lane < rows.end_lane; ++lane) {
+            const int64_t row = rows.first_row + lane;
+            const float sum = sums[t * kTileRows + lane];
+            out[(first + t) * w.rows + row] = bias ? sum + bias[row] : sum;
+          }
+      }
+    }
+  });
+}
+
+void float_linear(Workspace& work, const float* x, const Matrix& w, const float* bias, int64_t num_tokens, float* out) {
+  const bool worth_sharing = num_tokens * w.rows * w.cols >= kWorthSharing;
+  work.pool.for_each(divide_up(w.rows, kItemRows), worth_sharing, [&](int64_t item, int) {
+    const int64_t row = item * kItemRows, count = least(kItemRows, w.rows - row);
+    // A few tokens at a time, so that they stay in the nearest cache while the rows pass by.
+    for (int64_t first = 0; first < num_tokens; first += 12)
+      float_rows(w, row, count, x + first * w.cols, w.cols, least<int64_t>(12, num_tokens - first),
+                 out + first * w.rows + row, w.rows);
+    if (!bias) return;
+    for (int64_t t = 0; t < num_tokens; ++t)
+      for (int64_t j = row; j < row + count; ++j) out[t * w.rows + j] += bias[j];
+  });
+}
+
+// 32 numbers of a row to integers and a scale.
+void pack_block(const Matrix& source, int64_t row, int64_t b, int8_t* q, uint16_t* scale) {
+  const uint8_t* from = source.data + row * source.row_stride;
+  if (source.format == Format::kQ8) {
+    std::memcpy(q, from + b * source.block_stride, kBlock);
+    *scale = load_u16(source.scales + row * source.scale_row_stride + b * source.scale_block_stride);
+    return;
+  }
+  float x[kBlock];
+  for (int i = 0; i < kBlock; i += kLanes) {
+    const int64_t at = b * kBlock + i;
+    switch (source.format) {
+      case Format::kF32: store(x + i, Numbers<Format::kF32>::vector(from + at * 4)); break;
+      case Format::kBf16: store(x + i, Numbers<Format::kBf16>::vector(from + at * 2)); break;
+      default: store(x + i, Numbers<Format::kF16>::vector(from + at * 2)); break;
+    }
+  }
+  uint32_t top = 0;
+  for (int i = 0; i < kBlock; ++i) top = greatest(top, bits_as<uint32_t>(x[i]) & 0x7fffffffu);
+  std::memset(q, 0, kBlock);
+  // What no float16 scale can express is NaN for everyone to see.
+  *scale = top >= 0x7f800000u ? 0x7e00 : float_to_half(bits_as<float>(top) / 127.0f);
+  if (*scale >= 0x7c00) *scale = 0x7e00;
+  if (*scale == 0 || *scale == 0x7e00) return;
+  // Divided by the scale as it was rounded; that may leave the largest number a little above 127.
+  const float inverse = 1.0f / half_to_float(*scale);
+  int32_t rounded[kBlock];
+  for (int i = 0; i < kBlock; ++i) {
+    const float limited = least(127.0f, greatest(-127.0f, x[i] * inverse));
+    rounded[i] = bits_as<int32_t>(limited + 12582912.0f) - 0x4b400000;
+  }
+  for (int i = 0; i < kBlock; ++i) q[i] = static_cast<int8_t>(rounded[i]);
+}
+
+}  // namespace
+
+void linear(Workspace& work, const float* x, const Matrix& w, const float* bias, int64_t num_tokens, float* out) {
+  if (is_quantized(w.format)) {
+    quantized_linear(work, x, w, bias, num_tokens, out);
+  } else {
+    float_linear(work, x, w, bias, num_tokens, out);
+  }
+}
+
+void pack_q8(Workspace& work, const Matrix& source, int64_t first_row, int8_t* data, uint16_t* scales) {
+  const int64_t num_blocks = source.cols / kBlock, num_tiles = divide_up(source.rows, kTileRows);
+  const int64_t first_tile = first_row / kTileRows;
+  work.pool.for_each(num_tiles, true, [&](int64_t tile, int) {
+    for (int64_t b = 0; b < num_blocks; ++b) {
+      const int64_t at = (first_tile + tile) * num_blocks + b;
+      int8_t* to = data + at * kTileRows * kBlock;
+      for (int lane = 0; lane < kTileRows; ++lane) {
+        int8_t q[kBlock] = {};
+        uint16_t scale = 0;
+        const int64_t row = tile * kTileRows + lane;
+        if (row < source.rows) pack_block(source, row, b, q, &scale);
+        scales[at * kTileRows + lane] = scale;
+        for (int g = 0; g < kBlock / 4; ++g) std::memcpy(to + (g * kTileRows + lane) * 4, q + 4 * g, 4);
+      }
+    }
+  });
+}
+
+}  // namespace ossia::OSSIA_NS

@@ -1,0 +1,75 @@
+"""The compiled kernels; see csrc/bindings.cc. Arrays are C-contiguous float32 unless told, results are written in place."""
+
+from typing import Any
+
+def best_isa() -> str: ...
+def has_isa(isa: str) -> bool: ...
+
+class Matrix:
+    rows: int
+    cols: int
+    def __init__(
+        self,
+        format: int,
+        rows: int,
+        cols: int,
+        data: int,
+        scales: int = 0,
+        stack_stride: int = 0,
+        row_stride: int = 0,
+        block_stride: int = 0,
+        scale_stack_stride: int = 0,
+        scale_row_stride: int = 0,
+        scale_block_stride: int = 0,
+    ) -> None: ...
+
+class Experts:
+    def __init__(
+        self, num_experts: int, gate: Matrix, up: Matrix, down: Matrix, gate_bias: int, up_bias: int, down_bias: int
+    ) -> None: ...
+
+class Cache:
+    def __init__(
+        self,
+        format: int,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        keys: int,
+        values: int,
+        key_scales: int = 0,
+        value_scales: int = 0,
+    ) -> None: ...
+
+class Context:
+    isa: str
+    tile_rows: int
+    num_threads: int
+    def __init__(self, isa: str, num_threads: int) -> None: ...
+    def embed(self, table: Matrix, ids_T: Any, out_TD: Any) -> None: ...
+    def rms_norm(self, x_TD: Any, scale_D: Any, eps: float, out_TD: Any) -> None: ...
+    def rope(self, x_TQH: Any, cos_TP: Any, sin_TP: Any) -> None: ...
+    def rope_angles(
+        self, positions_T: Any, inv_freq_P: Any, concentration: float, cos_TP: Any, sin_TP: Any
+    ) -> None: ...
+    def linear(self, x_TI: Any, weight: Matrix, bias_O: Any, out_TO: Any) -> None: ...
+    def route(self, logits_TE: Any, experts_TA: Any, weights_TA: Any) -> None: ...
+    def moe(self, x_TD: Any, experts_TA: Any, weights_TA: Any, experts: Experts, limit: float, out_TD: Any) -> None: ...
+    def attention(
+        self,
+        q_TQH: Any,
+        k_TKH: Any,
+        v_TKH: Any,
+        sinks_Q: Any,
+        cache: Cache | None,
+        positions_T: Any,
+        query_starts_N1: Any,
+        key_lengths_N: Any,
+        table_NB: Any,
+        window: int,
+        out_TQH: Any,
+    ) -> None: ...
+    def pack_q8(self, source: Matrix, first_row: int, data: Any, scales: Any) -> None: ...
+    def read_bandwidth(self, num_bytes: int, num_rounds: int) -> float: ...
+    def integer_peak(self, num_rounds: int) -> float: ...

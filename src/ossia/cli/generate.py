@@ -1,0 +1,199 @@
+"""`ossia generate`: one prompt, one streamed answer."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ossia.harmony import Delta, StreamDecoder, Tokenizer
+    from ossia.local import Generation
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to ask; `-` reads standard input.")],
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="A checkpoint folder, a .gguf file, or a name such as gpt-oss-20b.")
+    ] = "",
+    effort: Annotated[
+        Literal["low", "medium", "high"], typer.Option(help="How long the model thinks before it answers.")
+    ] = "medium",
+    instructions: Annotated[
+        str | None, typer.Option(help="What the developer asks of the model, before the prompt.")
+    ] = None,
+    show_reasoning: Annotated[
+        bool, typer.Option("--show-reasoning", help="Show the chain of thought, which is not written for end users.")
+    ] = False,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Stop after this many tokens, thoughts included.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens that reach this share.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
+    date: Annotated[
+        str | None, typer.Option(help="The date that the model is told, YYYY-MM-DD; today's by default.")
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Show every token as it comes, special ones too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end, for programs.")] = False,
+    backend: Annotated[
+        Literal["cpu", "reference"] | None, typer.Option(help="C++ kernels, or slow and readable numpy. [default: cpu]")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=0, help="Threads of the CPU backend; 0 for all cores. [default: 0]")
+    ] = None,
+    dense: Annotated[
+        Literal["q8", "bf16"] | None,
+        typer.Option(help="Attention and unembedding in 8 bits, or exactly as published. [default: q8]"),
+    ] = None,
+    kv: Annotated[
+        Literal["bf16", "q8"] | None, typer.Option(help="How keys and values are kept. [default: bf16]")
+    ] = None,
+    kv_memory: Annotated[
+        str | None, typer.Option(help="Most memory for keys and values, such as 2GiB. [default: 1GiB]")
+    ] = None,
+    max_context: Annotated[
+        int | None, typer.Option(min=0, help="Most tokens of prompt and answer; 0 for what fits. [default: 0]")
+    ] = None,
+) -> None:
+    """Ask a model and print its answer as it comes.
+
+    Thoughts are hidden unless `--show-reasoning` is given. Settings may also come from OSSIA_* variables and
+    ~/.config/ossia/config.toml.
+
+    Example: ossia generate "Why is the sky blue?" --model gpt-oss-20b --effort low
+    """
+    # The engine and its libraries take a part of a second to import; `ossia --help` does not wait for them.
+    from rich.console import Console
+
+    from ossia import config
+    from ossia.local import LocalModel
+
+    settings = config.load(
+        {
+            "model": model or None,
+            "backend": backend,
+            "threads": threads,
+            "dense": dense,
+            "kv": kv,
+            "kv_memory": kv_memory,
+            "max_context": max_context,
+        }
+    )
+    console = Console(stderr=True)
+    with console.status("loading"):
+        local = LocalModel.open(settings)
+    if local.checkpoint.has_random_weights:
+        console.print(
+            "The weights of this checkpoint are random: what follows is noise, not an answer.", style="yellow"
+        )
+    generation = local.generate(
+        sys.stdin.read() if prompt == "-" else prompt,
+        effort=effort,
+        instructions=instructions,
+        current_date=date,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
+    with generation:
+        if as_json:
+            for _ in generation:
+                pass
+            print(json.dumps(_as_json(generation), ensure_ascii=False))
+        elif raw:
+            _stream_raw(generation, local.tokenizer)
+        else:
+            _stream(generation, console, show_reasoning)
+    if not as_json:
+        _print_summary(generation, console)
+
+
+def _stream(generation: Generation, notes: Console, show_reasoning: bool) -> None:
+    """Print what a reader wants to see; until there is any, tell on a terminal how the thinking goes."""
+    from rich.console import Console
+
+    answer = Console(highlight=False, markup=False, soft_wrap=True)
+    status = notes.status("reading the prompt")
+    status.start()
+    shown: Delta | None = None
+    try:
+        for delta in generation:
+            if not show_reasoning and (delta.channel == "analysis" or delta.recipient):
+                # The speed of a model that is not seen writing is all there is to see.
+                status.update(f"thinking: {len(generation.token_ids)} tokens, {generation.tokens_per_s:.1f} tokens/s")
+                continue
+            status.stop()
+            if shown is not None and shown.header is not delta.header:
+                answer.print("\n")
+            answer.print(printable(delta.text, answer.is_terminal), end="", style=_style(delta))
+            shown = delta
+    finally:
+        status.stop()
+    if shown is not None:
+        print(flush=True)
+
+
+def _stream_raw(generation: Generation, tokenizer: Tokenizer) -> None:
+    from ossia.harmony import StreamDecoder
+
+    decoder = StreamDecoder(tokenizer)
+    done = 0
+    for _ in generation:
+        done = _print_tokens(generation, decoder, done)
+    _print_tokens(generation, decoder, done)
+    print(decoder.finish(), flush=True)
+
+
+def _print_tokens(generation: Generation, decoder: StreamDecoder, start: int) -> int:
+    text = "".join(map(decoder.feed, generation.token_ids[start:]))
+    print(printable(text, sys.stdout.isatty()), end="", flush=True)
+    return len(generation.token_ids)
+
+
+def printable(text: str, is_terminal: bool) -> str:
+    """Text that cannot steer a terminal: control characters, but for tab and newline, become visible signs."""
+    return text.translate(_CONTROL_SIGNS) if is_terminal else text
+
+
+# C0 has pictures of its own from U+2400 on; C1 and delete have none or few.
+_CONTROL_SIGNS = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | dict.fromkeys(
+    range(0x7F, 0xA0), 0xFFFD
+)
+
+
+def _style(delta: Delta) -> str:
+    return "dim" if delta.channel == "analysis" or delta.recipient else ""
+
+
+def _as_json(generation: Generation) -> dict[str, Any]:
+    return {
+        "text": generation.text,
+        "reasoning": generation.reasoning,
+        "messages": [message.to_dict() for message in generation.messages],
+        "finish_reason": generation.finish_reason,
+        "usage": {
+            "prompt_tokens": len(generation.prompt_token_ids),
+            "cached_tokens": generation.num_cached_tokens,
+            "completion_tokens": len(generation.token_ids),
+        },
+        "first_token_s": round(generation.first_token_s - generation.started_s, 4),
+        "tokens_per_s": round(generation.tokens_per_s, 2),
+    }
+
+
+def _print_summary(generation: Generation, notes: Console) -> None:
+    if generation.finish_reason == "length":
+        notes.print("The answer was cut off: --max-tokens or the context is used up.", style="yellow")
+    first_s = generation.first_token_s - generation.started_s
+    notes.print(
+        f"{len(generation.prompt_token_ids)} tokens read in {first_s:.2f} s, {len(generation.token_ids)} written, "
+        f"{generation.tokens_per_s:.1f} tokens/s",
+        style="dim",
+        highlight=False,
+    )

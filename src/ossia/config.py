@@ -1,0 +1,145 @@
+"""Settings of a running ossia, layered: defaults < TOML file < OSSIA_* variables < command-line flags.
+
+The only file that reads `os.environ`. The TOML file is the one named by OSSIA_CONFIG, else
+`$XDG_CONFIG_HOME/ossia/config.toml` (`~/.config/ossia/config.toml`), and may be absent:
+
+    model = "gpt-oss-20b"
+    threads = 8
+    kv_memory = "2GiB"
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import tomllib
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from ossia.errors import ConfigError
+
+
+class Size(int):
+    """A number of bytes, written as a whole number or with a unit: 512MiB, 2GiB, 1.5GB."""
+
+
+_GIB = Size(1 << 30)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Every setting, with its default."""
+
+    model: str = ""
+    """Checkpoint to use: a folder, a .gguf file, or a name such as gpt-oss-20b; empty asks for one."""
+    backend: Literal["cpu", "reference"] = "cpu"
+    """Where the arithmetic runs: C++ kernels, or the slow readable numpy."""
+    threads: int = 0
+    """Threads of the CPU backend; 0 takes every core that the process may use."""
+    dense: Literal["q8", "bf16"] = "q8"
+    """How the CPU backend holds attention and unembedding weights: 8-bit blocks, or exactly as published."""
+    kv: Literal["bf16", "q8"] = "bf16"
+    """How the CPU backend holds keys and values."""
+    kv_memory: Size = _GIB
+    """Most memory that keys and values may take, such as 2GiB; never exceeded."""
+    max_context: int = 0
+    """Longest prompt and answer together, in tokens; 0 takes what the model allows and kv_memory holds."""
+
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{letter}{infix}B": base**power
+    for power, letter in enumerate("KMGT", start=1)
+    for infix, base in (("", 1000), ("i", 1024))
+}
+
+
+def load(
+    flags: Mapping[str, Any] | None = None,
+    *,
+    environ: Mapping[str, str] | None = None,
+    toml_path: Path | None = None,
+) -> Config:
+    """Merge all layers; a flag that is None was not given.
+
+    ``environ`` and ``toml_path`` stand in for the process's own. Raises ConfigError naming the source and the key for
+    an unknown key or a value that does not fit, and for a file that is named by OSSIA_CONFIG but cannot be read.
+    """
+    environ = os.environ if environ is None else environ
+    hints = get_type_hints(Config)
+    values: dict[str, Any] = {}
+    path, is_named = (toml_path, True) if toml_path else _toml_path(environ)
+    for key, value in _read_toml(path, is_named).items():
+        if key not in hints:
+            raise ConfigError(f"{path}: unknown setting {key!r}; {_did_you_mean(key, hints)}")
+        values[key] = _convert(f"{path}: {key}", value, hints[key])
+    for key, hint in hints.items():
+        variable = f"OSSIA_{key.upper()}"
+        if variable in environ:
+            values[key] = _convert(variable, environ[variable], hint)
+    for key, value in (flags or {}).items():
+        if value is not None:
+            values[key] = _convert(f"--{key.replace('_', '-')}", value, hints[key])
+    return dataclasses.replace(Config(), **values)
+
+
+def parse_size(text: str | int) -> Size:
+    """Bytes from "2GiB", "1.5 GB", "4096" or a number. Raises ValueError."""
+    if isinstance(text, int) and not isinstance(text, bool):
+        return Size(text)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(text).strip())
+    if not match or match[2] not in _UNITS:
+        raise ValueError(f"{text!r} is not a size")
+    return Size(float(match[1]) * _UNITS[match[2]])
+
+
+def _toml_path(environ: Mapping[str, str]) -> tuple[Path, bool]:
+    if named := environ.get("OSSIA_CONFIG"):
+        return Path(named).expanduser(), True
+    home = environ.get("XDG_CONFIG_HOME") or "~/.config"
+    return Path(home).expanduser() / "ossia" / "config.toml", False
+
+
+def _read_toml(path: Path, is_named: bool) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if not is_named:
+            return {}
+        raise ConfigError(f"{path}: the settings file named by OSSIA_CONFIG does not exist") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+
+
+def _did_you_mean(key: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"expected one of: {', '.join(known)}"
+
+
+def _convert(source: str, value: Any, hint: Any) -> Any:
+    """A value of the setting's type, from TOML's types or from text; ``source`` opens the error's message."""
+    if get_origin(hint) in (Union, types.UnionType):
+        hint = next(member for member in get_args(hint) if member is not type(None))
+    if get_origin(hint) is Literal:
+        if value in get_args(hint):
+            return value
+        raise ConfigError(f"{source} is {value!r}; expected one of: {', '.join(get_args(hint))}")
+    try:
+        if hint is Size:
+            return parse_size(value)
+        if hint is int and not isinstance(value, bool | float):
+            number = int(value)
+            if number >= 0:
+                return number
+        elif hint is str and isinstance(value, str):
+            return value
+    except (TypeError, ValueError):
+        pass
+    expected = {Size: "a size such as 2GiB", int: "a whole number, 0 or more", str: "text"}[hint]
+    raise ConfigError(f"{source} is {value!r}; expected {expected}")

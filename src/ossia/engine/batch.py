@@ -1,0 +1,53 @@
+"""From scheduled sequences to the flat arrays of one forward pass. Shapes: see `ossia.ops`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ossia.engine.block_manager import BlockTable
+from ossia.engine.request import Sequence
+from ossia.ops import Batch
+
+
+class Scheduled(NamedTuple):
+    """A sequence's part in one step: its next ``num_tokens`` tokens are computed."""
+
+    sequence: Sequence
+    num_tokens: int
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether these are its last tokens, so that the step yields the next one."""
+        return self.num_tokens == self.sequence.num_uncomputed
+
+
+def make_batch(scheduled: SequenceOf[Scheduled]) -> Batch:
+    """The batch of one step; its logit rows are those of the sequences that are sampled, in order."""
+    token_ids: list[int] = []
+    positions: list[npt.NDArray[np.int32]] = []
+    for sequence, num_tokens in scheduled:
+        start = sequence.blocks.num_tokens
+        token_ids += sequence.token_ids[start : start + num_tokens]
+        positions.append(np.arange(start, start + num_tokens, dtype=np.int32))
+    starts = [0, *accumulate(one.num_tokens for one in scheduled)]
+    return Batch(
+        token_ids_T=np.array(token_ids, np.int32),
+        positions_T=np.concatenate(positions),
+        query_starts_N1=np.array(starts, np.int32),
+        key_lengths_N=np.array([s.blocks.num_tokens + n for s, n in scheduled], np.int32),
+        full_table_NB=_stack([one.sequence.blocks.full for one in scheduled]),
+        window_table_NB=_stack([one.sequence.blocks.window for one in scheduled]),
+        logit_rows_R=np.array([starts[i + 1] - 1 for i, one in enumerate(scheduled) if one.is_sampled], np.int32),
+    )
+
+
+def _stack(tables: list[BlockTable]) -> npt.NDArray[np.int32]:
+    stacked_NB = np.full((len(tables), max(table.end for table in tables)), -1, np.int32)
+    for n, table in enumerate(tables):
+        stacked_NB[n, : table.end] = table.blocks[: table.end]
+    return stacked_NB

@@ -1,0 +1,87 @@
+"""Runs batches over any backend's operations: holds the weights and the memory of keys and values.
+
+The memory is divided once, at the start. A window block is needed only near the end of a sequence, so the window pool
+gets what all running sequences can need at once plus an eighth of the memory, for windows to be found again, but never
+more than a quarter; the rest is for full attention.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ossia.engine.block_manager import blocks_in_window
+from ossia.engine.config import EngineConfig
+from ossia.errors import ConfigError
+from ossia.model.config import ModelConfig
+from ossia.model.transformer import Weights, forward, new_caches
+from ossia.ops import Batch, Ops
+
+
+class NumBlocks(NamedTuple):
+    """Blocks of the layers with full attention, and of those with a sliding window."""
+
+    full: int
+    window: int
+
+
+class Runner:
+    """One model with its weights and its paged caches."""
+
+    def __init__(self, ops: Ops, config: ModelConfig, weights: Weights, options: EngineConfig) -> None:
+        self.config = config
+        self.options = options
+        layer_bytes = ops.kv_block_bytes(options.block_size, config.num_kv_heads, config.head_dim)
+        self.num_blocks = divide_memory(config, options, layer_bytes)
+        # None if no layer has one.
+        self.window = config.sliding_window if _num_window_layers(config) else None
+        self._ops = ops
+        self._weights = weights
+        self._caches = new_caches(ops, config, self.num_blocks.full, self.num_blocks.window, options.block_size)
+
+    def run(self, batch: Batch) -> npt.NDArray[np.float32]:
+        """logits_RV of the rows that the batch asks for; the keys and values of all its tokens are kept."""
+        logits_RV: Any = forward(self._ops, self.config, self._weights, batch, self._caches)
+        return np.asarray(logits_RV, np.float32)
+
+
+def divide_memory(config: ModelConfig, options: EngineConfig, layer_bytes: int) -> NumBlocks:
+    """How many blocks of both kinds fit, where one block of one layer takes ``layer_bytes``.
+
+    Raises ConfigError if not even one sequence could run.
+    """
+    num_window_layers = _num_window_layers(config)
+    full_bytes = (config.num_layers - num_window_layers) * layer_bytes
+    window_bytes = num_window_layers * layer_bytes
+    memory, context = options.kv_memory_bytes, max_context(config, options)
+    # Blocks of no layer take no memory: as many as could ever be asked for.
+    no_limit = options.max_num_seqs * -(-context // options.block_size)
+
+    num_window = no_limit
+    if window_bytes:
+        per_sequence = blocks_in_window(config.sliding_window, options.block_size, no_limit)
+        in_use = options.max_num_seqs * per_sequence + -(-options.max_batch_tokens // options.block_size)
+        share = min(in_use * window_bytes + memory // 8, memory // 4) if full_bytes else memory
+        num_window = max(per_sequence, share // window_bytes)
+        memory -= num_window * window_bytes
+    num_full = memory // full_bytes if full_bytes else no_limit
+    if memory < 0 or num_full < 1:
+        least = full_bytes + num_window * window_bytes
+        raise ConfigError(
+            f"kv_memory_bytes is {options.kv_memory_bytes}; this model with block_size {options.block_size} needs at "
+            f"least {least}",
+            param="kv_memory_bytes",
+        )
+    # Without windows the window pool mirrors the full one.
+    return NumBlocks(num_full, num_window if window_bytes else num_full)
+
+
+def max_context(config: ModelConfig, options: EngineConfig) -> int:
+    """Tokens of prompt and answer together: what was asked for, at most what the model was made for."""
+    return min(config.max_context, options.max_context or config.max_context)
+
+
+def _num_window_layers(config: ModelConfig) -> int:
+    return sum(config.window(i) is not None for i in range(config.num_layers))

@@ -1,0 +1,107 @@
+"""Where an answer ends: stop tokens, runs of tokens, and texts that may begin and end inside tokens.
+
+Texts are looked for as if the answer came byte by byte: the stop that is complete first counts, of several that are
+complete at the same byte the longest. So where the tokens happen to be cut makes no difference.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from ossia.errors import InputError
+
+
+class Stop(NamedTuple):
+    """What ended an answer, and how much of the answer stands before it."""
+
+    # A stop string, or the tokens of a stop sequence; a stop token is a sequence of one.
+    match: str | tuple[int, ...]
+    # Tokens of the answer that lie wholly before the match.
+    num_tokens: int
+    # Bytes of the answer before the match; None where the request has no stop strings.
+    num_bytes: int | None
+
+
+class StopMatcher:
+    """Follows one answer token by token.
+
+    ``held_bytes`` tells how many bytes at the end of the answer so far may be the beginning of a stop string: whoever
+    shows text while it comes keeps them back until more is known.
+    """
+
+    def __init__(
+        self,
+        token_ids: Sequence[int],
+        sequences: Sequence[tuple[int, ...]],
+        strings: Sequence[str],
+        token_bytes: Callable[[int], bytes] | None,
+    ) -> None:
+        if strings and token_bytes is None:
+            raise InputError(
+                "stop_strings need an engine that knows the bytes of tokens; give it token_bytes", param="stop_strings"
+            )
+        self._token_ids = frozenset(token_ids)
+        self._sequences = sorted(sequences, key=len, reverse=True)
+        self._strings = [(text, text.encode()) for text in strings]
+        self._token_bytes = token_bytes
+        self._recent_ids: list[int] = []
+        self._num_recent = max(map(len, sequences), default=0)
+        # The end of the answer, as long as a stop string that is not complete may be.
+        self._tail = b""
+        self._tail_size = max((len(text) for _, text in self._strings), default=1) - 1
+        # ends[i]: bytes of the first i + 1 tokens.
+        self._ends: list[int] = []
+        self._num_tokens = 0
+        self.held_bytes = 0
+
+    def feed(self, token_id: int) -> Stop | None:
+        """Take the next token of the answer; the stop that it completes, if any."""
+        self._num_tokens += 1
+        text_stop = self._feed_text(token_id) if self._strings else None
+        if token_id in self._token_ids:
+            return self._stop_of_tokens((token_id,))
+        if self._sequences:
+            self._recent_ids = [*self._recent_ids, token_id][-self._num_recent :]
+            for sequence in self._sequences:
+                if tuple(self._recent_ids[-len(sequence) :]) == sequence:
+                    return self._stop_of_tokens(sequence)
+        return text_stop
+
+    def _stop_of_tokens(self, token_ids: tuple[int, ...]) -> Stop:
+        num_tokens = self._num_tokens - len(token_ids)
+        num_bytes = None
+        if self._strings:
+            num_bytes = self._ends[num_tokens - 1] if num_tokens else 0
+        return Stop(token_ids, num_tokens, num_bytes)
+
+    def _feed_text(self, token_id: int) -> Stop | None:
+        assert self._token_bytes is not None
+        new = self._token_bytes(token_id)
+        start = (self._ends[-1] if self._ends else 0) - len(self._tail)
+        known = len(self._tail)
+        text = self._tail + new
+        self._ends.append(start + len(text))
+        self._tail = text[-self._tail_size :] if self._tail_size else b""
+        self.held_bytes = max(_overlap(text, stop) for _, stop in self._strings)
+
+        found = []
+        for string, stop in self._strings:
+            # A match that was complete before this token has been reported, or came too early.
+            begin = text.find(stop, max(0, known - len(stop) + 1))
+            if begin >= 0:
+                found.append((begin + len(stop), begin, string))
+        if not found:
+            return None
+        _, begin, string = min(found)
+        num_bytes = start + begin
+        return Stop(string, bisect_right(self._ends, num_bytes), num_bytes)
+
+
+def _overlap(text: bytes, stop: bytes) -> int:
+    """The longest end of ``text`` that is a beginning of ``stop``, not the whole of it."""
+    for size in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:size]):
+            return size
+    return 0

@@ -1,0 +1,285 @@
+"""A checkpoint opened for use from Python: messages in, deltas out.
+
+model = ossia.load("gpt-oss-20b")
+for delta in model.generate("Why is the sky blue?", effort="low"):
+    print(delta.text, end="")
+"""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from ossia import ops as backends
+from ossia.config import Config
+from ossia.engine import Engine, EngineConfig, FinishReason, Runner, SamplingParams, TokenOutput
+from ossia.errors import CheckpointError, ConfigError, InputError, NotFoundError
+from ossia.harmony import (
+    Channel,
+    Conversation,
+    Delta,
+    DeveloperContent,
+    Effort,
+    Event,
+    Message,
+    ParsedMessage,
+    Role,
+    StreamParser,
+    SystemContent,
+    Tokenizer,
+    ToolDescription,
+    ToolNamespace,
+    render_for_completion,
+)
+from ossia.model.hub import resolve_model
+from ossia.model.weights import Checkpoint, load_weights
+
+Messages = str | Conversation | Sequence[Message | Mapping[str, Any]]
+"""One user message as text, or a conversation; messages as dicts take the form of `ossia.harmony.messages`."""
+
+
+def load(model: str | Path = "", **settings: Any) -> LocalModel:
+    """Open a checkpoint: a folder, a .gguf file, or a name such as "gpt-oss-20b" that `ossia pull` has fetched.
+
+    ``settings`` are fields of `ossia.config.Config`: backend, threads, dense, kv, kv_memory, max_context.
+    Raises NotFoundError, CheckpointError or ConfigError, each saying what to do.
+    """
+    known = [field.name for field in fields(Config)]
+    for name in settings:
+        if name not in known:
+            raise ConfigError(f"unknown setting {name!r}; expected one of: {', '.join(known)}")
+    return LocalModel.open(replace(Config(), model=str(model), **settings))
+
+
+class LocalModel:
+    """An opened checkpoint with its engine. For one thread at a time; several answers may be under way at once."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, checkpoint: Checkpoint) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.checkpoint = checkpoint
+        self._outputs: dict[int, deque[TokenOutput]] = {}
+
+    @classmethod
+    def open(cls, config: Config) -> LocalModel:
+        """Open what the settings name; see `load`."""
+        require_model(config)
+        checkpoint = Checkpoint.open(resolve_model(config.model))
+        ops = backends.load(config.backend, **backend_options(config))
+        options = EngineConfig(kv_memory_bytes=config.kv_memory, max_context=config.max_context or None)
+        tokenizer = load_tokenizer(checkpoint)
+        runner = Runner(ops, checkpoint.config, load_weights(checkpoint, ops), options)
+        return cls(Engine(runner, token_bytes=tokenizer.token_bytes), tokenizer, checkpoint)
+
+    def generate(
+        self,
+        messages: Messages,
+        *,
+        effort: Effort | str | None = None,
+        instructions: str | None = None,
+        tools: Sequence[ToolDescription] = (),
+        current_date: str | None = None,
+        **sampling: Any,
+    ) -> Generation:
+        """Answer ``messages``; iterate over the result for the deltas of the answer as they come.
+
+        ``effort`` is "low", "medium" (the default) or "high"; ``current_date`` is YYYY-MM-DD and today's by default.
+        They, ``instructions`` and ``tools`` make the system and developer messages, which ``messages`` may hold
+        instead. ``sampling`` are fields of `ossia.engine.SamplingParams`: max_tokens, temperature, top_p, seed, ...
+        A call of a tool ends the answer: see ``Generation.messages``.
+
+        Raises InputError for what cannot be used and ContextLengthError for what cannot fit.
+        """
+        conversation = make_conversation(messages, effort, instructions, tools, current_date)
+        return self.complete(render_for_completion(conversation, self.tokenizer), **sampling)
+
+    def complete(self, prompt_token_ids: Sequence[int], **sampling: Any) -> Generation:
+        """Answer a rendered prompt, which ends in the opening of an assistant message."""
+        known = [field.name for field in fields(SamplingParams)]
+        for name in sampling:
+            if name not in known:
+                raise InputError(f"unknown parameter {name!r}; expected one of: {', '.join(known)}", param=name)
+        request_id = self.engine.add_request(prompt_token_ids, SamplingParams(**sampling))
+        self._outputs[request_id] = deque()
+        return Generation(self, request_id, prompt_token_ids)
+
+    def _next_output(self, request_id: int) -> TokenOutput:
+        """The next token of one request; tokens that other requests get meanwhile are kept for them."""
+        own = self._outputs[request_id]
+        while not own:
+            for output in self.engine.step():
+                if output.request_id in self._outputs:
+                    self._outputs[output.request_id].append(output)
+        return own.popleft()
+
+    def _forget(self, request_id: int) -> None:
+        if self._outputs.pop(request_id, None) is not None:
+            self.engine.abort(request_id)
+
+
+class Generation(Iterator[Delta]):
+    """One answer under way: an iterator of deltas, and what is known of it so far.
+
+    A delta tells its ``channel`` ("analysis" is the chain of thought and not for end users, "final" the answer,
+    "commentary" a call of a tool or a word on what is being done). Leaving the iteration early, by ``close`` or the end
+    of a ``with`` block, gives the engine's memory back.
+    """
+
+    def __init__(self, model: LocalModel, request_id: int, prompt_token_ids: Sequence[int]) -> None:
+        self.prompt_token_ids = list(prompt_token_ids)
+        self.token_ids: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self.num_cached_tokens = 0
+        self.started_s = time.perf_counter()
+        """Clock when the request was made, when its first token came, and when its latest came; seconds."""
+        self.first_token_s = self.started_s
+        self.last_token_s = self.started_s
+        self._model = model
+        self._request_id = request_id
+        self._parser = StreamParser(model.tokenizer)
+        self._pending: deque[Delta] = deque()
+
+    def __next__(self) -> Delta:
+        while not self._pending:
+            if self.finish_reason is not None:
+                raise StopIteration
+            self._advance()
+        return self._pending.popleft()
+
+    @property
+    def messages(self) -> list[ParsedMessage]:
+        """The finished messages of the answer: thoughts, calls of tools, the final text."""
+        return self._parser.messages
+
+    @property
+    def text(self) -> str:
+        """The final answer as far as it is complete; iterate first."""
+        return "".join(message.text for message in self.messages if message.channel == Channel.FINAL)
+
+    @property
+    def reasoning(self) -> str:
+        """The chain of thought as far as it is complete."""
+        return "\n".join(message.text for message in self.messages if message.channel == Channel.ANALYSIS)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Speed of the tokens behind the first."""
+        elapsed_s = self.last_token_s - self.first_token_s
+        return (len(self.token_ids) - 1) / elapsed_s if elapsed_s > 0 else 0.0
+
+    def close(self) -> None:
+        """Stop here."""
+        if self.finish_reason is None:
+            self._model._forget(self._request_id)
+            self._finish("abort")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _advance(self) -> None:
+        output = self._model._next_output(self._request_id)
+        self.last_token_s = time.perf_counter()
+        self.num_cached_tokens = output.num_cached_tokens
+        if not self.token_ids:
+            self.first_token_s = self.last_token_s
+        if output.finish_reason not in ("abort", "error"):
+            self.token_ids.append(output.token_id)
+            self._take(self._parser.feed(output.token_id))
+        if output.finish_reason is not None:
+            self._model._forget(self._request_id)
+            self._finish(output.finish_reason)
+            if output.error is not None:
+                raise output.error
+
+    def _finish(self, reason: FinishReason) -> None:
+        self.finish_reason = reason
+        self._take(self._parser.close())
+
+    def _take(self, events: Sequence[Event]) -> None:
+        self._pending += [event for event in events if isinstance(event, Delta)]
+
+
+def make_conversation(
+    messages: Messages,
+    effort: Effort | str | None = None,
+    instructions: str | None = None,
+    tools: Sequence[ToolDescription] = (),
+    current_date: str | None = None,
+) -> Conversation:
+    """A conversation that begins with a system message, and a developer message where there is something to say.
+
+    Raises InputError if ``messages`` bring their own and the arguments ask for another.
+    """
+    given = _read_messages(messages)
+    roles = {message.role for message in given}
+    opening: list[Message] = []
+    if Role.SYSTEM in roles:
+        if effort is not None or current_date is not None:
+            raise InputError("effort and current_date belong to the system message, but the messages bring their own")
+    else:
+        date = current_date or datetime.date.today().isoformat()
+        opening.append(Message(Role.SYSTEM, SystemContent(effort=_effort(effort), current_date=date)))
+    if instructions or tools:
+        if Role.DEVELOPER in roles:
+            raise InputError("instructions and tools belong to the developer message, but the messages bring their own")
+        namespaces = (ToolNamespace.functions(tools),) if tools else ()
+        opening.append(Message(Role.DEVELOPER, DeveloperContent(instructions=instructions, tools=namespaces)))
+    system = [message for message in given if message.role is Role.SYSTEM]
+    rest = [message for message in given if message.role is not Role.SYSTEM]
+    return Conversation((*system, *opening, *rest))
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The vocabulary of a checkpoint: its own tokenizer.json, else gpt-oss's when the sizes agree."""
+    if checkpoint.tokenizer_path is not None:
+        return Tokenizer.from_file(checkpoint.tokenizer_path)
+    tokenizer = Tokenizer.o200k_harmony()
+    if tokenizer.vocab_size != checkpoint.config.vocab_size:
+        raise CheckpointError(
+            f"{checkpoint.folder} has no tokenizer.json, and its vocabulary of {checkpoint.config.vocab_size} tokens "
+            f"is not o200k_harmony's {tokenizer.vocab_size}. Put the tokenizer.json that belongs to it in the folder."
+        )
+    return tokenizer
+
+
+def _read_messages(messages: Messages) -> tuple[Message, ...]:
+    if isinstance(messages, str):
+        return (Message(Role.USER, messages),)
+    return tuple(
+        message if isinstance(message, Message) else Message.from_dict(message, f"messages[{i}]")
+        for i, message in enumerate(messages)
+    )
+
+
+def _effort(effort: Effort | str | None) -> Effort:
+    try:
+        return Effort(effort or Effort.MEDIUM)
+    except ValueError:
+        raise InputError(f"effort is {effort!r}; expected one of: {', '.join(Effort)}", param="effort") from None
+
+
+def require_model(config: Config) -> None:
+    """Raise NotFoundError, saying how to name one, unless the settings name a model."""
+    if not config.model:
+        raise NotFoundError(
+            "no model was named. Give --model (or OSSIA_MODEL): a checkpoint folder, a .gguf file, or the name of one "
+            "that was fetched with `ossia pull gpt-oss-20b`."
+        )
+
+
+def backend_options(config: Config) -> dict[str, Any]:
+    """The options that `ossia.ops.load` takes for the backend of these settings."""
+    if config.backend != "cpu":
+        return {}
+    return {"threads": config.threads or None, "dense": config.dense, "kv": config.kv}

@@ -1,0 +1,189 @@
+"""The command as a person uses it: a process, its output, its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ossia.model.random_checkpoint import write_random_checkpoint
+
+
+def ossia(*arguments, stdin="", environ=None):
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("OSSIA_", "HF_"))}
+    return subprocess.run(
+        [sys.executable, "-m", "ossia", *map(str, arguments)],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=clean | {"XDG_CONFIG_HOME": "/nonexistent", "COLUMNS": "120"} | (environ or {}),
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_random_checkpoint(tmp_path_factory.mktemp("cli") / "tiny", "tiny")
+
+
+# Help and wrong usage ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["", "generate", "pull", "tokenize", "render", "parse", "checkpoint", "checkpoint inspect", "checkpoint new"],
+)
+def test_every_command_explains_itself(command):
+    result = ossia(*command.split(), "--help")
+    assert result.returncode == 0
+    assert "Usage: ossia" in result.stdout
+
+
+def test_help_does_not_wait_for_the_engine():
+    program = "import sys\nfrom ossia.cli import main\nmain(['--help'])\nassert 'numpy' not in sys.modules"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_version_is_printed():
+    result = ossia("--version")
+    assert result.returncode == 0
+    assert result.stdout.startswith("ossia ")
+
+
+def test_wrong_usage_ends_with_2():
+    assert ossia("no-such-command").returncode == 2
+    assert ossia("generate").returncode == 2
+    assert ossia("generate", "hi", "--effort", "extreme").returncode == 2
+
+
+def test_an_error_of_the_user_is_one_line_without_a_traceback(tmp_path):
+    for arguments in (
+        ["checkpoint", "inspect", tmp_path / "none"],
+        ["checkpoint", "verify", tmp_path],
+        ["generate", "hi", "--model", tmp_path],
+        ["generate", "hi", "--model", "gpt-oss-20b", "--kv-memory", "lots"],
+        ["render", tmp_path / "none.json"],
+        ["tokenize", "x", "--model", tmp_path],
+    ):
+        result = ossia(*arguments, environ={"HF_HOME": str(tmp_path / "cache")})
+        assert result.returncode == 1, arguments
+        assert result.stderr.startswith("ossia: ") and "Traceback" not in result.stderr
+        assert result.stderr.count("\n") == 1 and not result.stdout
+
+
+# Prompts -------------------------------------------------------------------------------------------------------------
+
+
+def test_special_tokens_in_a_text_stay_text_unless_asked():
+    text = "<|start|>user<|message|>Hi<|end|>"
+    as_text = json.loads(ossia("tokenize", text, "--json").stdout)
+    assert "<|start|>" not in as_text["tokens"]
+    as_prompt = json.loads(ossia("tokenize", "-", "--specials", "--json", stdin=text).stdout)
+    assert as_prompt["tokens"] == ["<|start|>", "user", "<|message|>", "Hi", "<|end|>"]
+    assert as_prompt["token_ids"][0] == 200006
+
+
+def test_tokens_are_listed_with_their_bytes_where_they_are_no_text():
+    result = ossia("tokenize", "a👋")
+    assert result.stdout.splitlines()[0] == "      64  'a'"
+    assert "\\\\x" in result.stdout
+
+
+def test_a_conversation_is_rendered_as_the_model_gets_it(tmp_path):
+    file = tmp_path / "chat.json"
+    file.write_text('{"messages": [{"role": "user", "content": "Hi"}]}')
+    assert ossia("render", file).stdout == "<|start|>user<|message|>Hi<|end|><|start|>assistant\n"
+    assert ossia("render", file, "--whole").stdout == "<|start|>user<|message|>Hi<|end|>\n"
+    assert json.loads(ossia("render", "-", "--json", stdin=file.read_text()).stdout)["token_ids"][0] == 200006
+    assert ossia("render", file, "--tokens").stdout.startswith("  200006  '<|start|>'")
+
+
+def test_a_damaged_conversation_is_refused_naming_the_place():
+    result = ossia("render", "-", stdin='{"messages": [{"role": "usr", "content": "Hi"}]}')
+    assert result.returncode == 1 and "messages[0].role is 'usr'" in result.stderr
+
+
+def test_output_is_parsed_from_text_and_from_ids_alike():
+    text = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>Hi<|return|>"
+    token_ids = json.loads(ossia("tokenize", text, "--specials", "--json").stdout)["token_ids"]
+    from_text, from_ids = ossia("parse", text, "--json"), ossia("parse", json.dumps(token_ids), "--json")
+    assert from_text.stdout == from_ids.stdout and from_text.returncode == 0
+    assert [m["channel"] for m in json.loads(from_text.stdout)["messages"]] == ["analysis", "final"]
+    assert "channel=final" in ossia("parse", "-", stdin=text).stdout
+
+
+def test_malformed_output_is_named_and_ends_with_1():
+    result = ossia("parse", "<|channel|>final <|constrain|>json{}")
+    assert result.returncode == 1 and "malformed: missing_message at token" in result.stderr
+
+
+# Checkpoints ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_written_inspected_and_verified(tmp_path):
+    folder = tmp_path / "new"
+    made = ossia("checkpoint", "new", folder, "--layers", 2, "--seed", 3)
+    assert made.returncode == 0 and made.stdout == f"{folder}\n"
+    shown = ossia("checkpoint", "inspect", folder)
+    assert shown.returncode == 0 and "layers" in shown.stdout and "no problems" in shown.stdout
+    assert json.loads(ossia("checkpoint", "inspect", folder, "--json").stdout)["config"]["num_layers"] == 2
+    assert ossia("checkpoint", "verify", folder).returncode == 0
+    again = ossia("checkpoint", "new", folder)
+    assert again.returncode == 1 and "not empty" in again.stderr
+
+
+def test_a_damaged_checkpoint_is_reported_and_ends_with_1(tmp_path):
+    folder = write_random_checkpoint(tmp_path / "damaged", "tiny", num_layers=1)
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-10])
+    assert ossia("checkpoint", "inspect", folder).returncode == 1
+    assert ossia("checkpoint", "verify", folder).returncode == 1
+
+
+# Answers -------------------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_is_streamed_and_random_weights_are_named(tiny):
+    result = ossia("generate", "Hello", "--model", tiny, "--max-tokens", 6, "--seed", 1, "--raw")
+    assert result.returncode == 0
+    assert result.stdout.strip()
+    assert "random" in result.stderr
+
+
+def test_the_same_seed_gives_the_same_answer_as_json(tiny):
+    arguments = ["generate", "Hello", "--model", tiny, "--max-tokens", 6, "--date", "2026-01-01", "--json"]
+    first, second = (json.loads(ossia(*arguments, "--seed", 7).stdout) for _ in range(2))
+    assert first["messages"] == second["messages"]
+    assert first["usage"]["completion_tokens"] == 6 and first["finish_reason"] == "length"
+    assert json.loads(ossia(*arguments, "--seed", 8).stdout)["messages"] != first["messages"]
+
+
+def test_settings_come_from_the_environment(tiny):
+    result = ossia("generate", "-", "--max-tokens", 1, "--json", stdin="Hi", environ={"OSSIA_MODEL": str(tiny)})
+    assert result.returncode == 0
+
+
+def test_a_prompt_that_cannot_fit_is_refused_with_numbers(tiny):
+    result = ossia("generate", "Hello " * 500, "--model", tiny, "--max-context", 64)
+    assert result.returncode == 1 and "64" in result.stderr
+
+
+def test_no_model_named_says_how_to_name_one(tmp_path):
+    result = ossia("generate", "Hi", environ={"HF_HOME": str(tmp_path)})
+    assert result.returncode == 1 and "--model" in result.stderr and "ossia pull" in result.stderr
+
+
+def test_pulling_without_a_network_says_so(tmp_path):
+    # A closed port stands for a network that is not there.
+    environ = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    result = ossia("pull", "gpt-oss-20b", environ=environ)
+    assert result.returncode == 1 and "network" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_reader_that_leaves_early_is_no_error(tiny):
+    command = f"{sys.executable} -m ossia tokenize '{'word ' * 20000}' | head -1"
+    result = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=60)
+    assert "Traceback" not in result.stderr and "Exception" not in result.stderr
