@@ -136,7 +136,8 @@ def _refuse_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _entry(path: Path, name: str, value: Any, data_start: int) -> TensorEntry:
     try:
         dtype, shape, (start, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-        if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
+        sound = all(type(number) is int and number >= 0 for number in (*shape, start, end))
+        if not sound or not isinstance(dtype, str):
             raise ValueError
     except (TypeError, KeyError, ValueError):
         raise CheckpointError(

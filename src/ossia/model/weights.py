@@ -192,11 +192,11 @@ def find_files(path: Path) -> tuple[Path, ...]:
 
 def _shards(index: Path) -> tuple[Path, ...]:
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(_is_file_name(name) for name in weight_map.values()):
-        raise CheckpointError(f"{index}: weight_map is not an object of file names. Download it again.")
+    if not isinstance(weight_map, dict) or not weight_map or not all(map(_is_file_name, weight_map.values())):
+        raise CheckpointError(f"{index}: weight_map is not an object of tensors and their files. Download it again.")
     files = tuple(index.parent / name for name in sorted(set(weight_map.values())))
     missing = [file.name for file in files if not file.is_file()]
-    if missing or not files:
+    if missing:
         raise CheckpointError(
             f"{index.parent} lacks {len(missing)} of its {len(files)} shards: {', '.join(missing[:4])}. "
             "Download the checkpoint again; what is complete is not downloaded twice."
