@@ -88,8 +88,9 @@ class Scheduler:
         sequence = self.running[index]
         while True:
             num_later = len(self.running) - 1 - index
-            # A block is left for each later one: a prompt must not stop the decodes behind it.
-            room = self._blocks.capacity(sequence.blocks, num_later)
+            # A long prompt must not stop the decodes behind it, nor a short prompt that waits.
+            num_spared = len(self.running) + self._blocks.num_to_start if self.waiting else num_later
+            room = self._blocks.capacity(sequence.blocks, num_spared)
             if room < 1:
                 room = min(self._blocks.capacity(sequence.blocks), self._blocks.block_size)
             if room >= 1 or not num_later:
