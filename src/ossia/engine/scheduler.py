@@ -146,12 +146,13 @@ class Scheduler:
         for i, (sequence, num_tokens) in enumerate(scheduled):
             if budget < 1:
                 break
-            room = self._blocks.capacity(sequence.blocks, len(self.running))
-            total = min(sequence.num_uncomputed, num_tokens + budget, room)
-            if total > num_tokens:
-                self._blocks.reserve(sequence.blocks, total)
-                scheduled[i] = Scheduled(sequence, total)
-                budget -= total - num_tokens
+            if num_tokens < sequence.num_uncomputed:
+                room = self._blocks.capacity(sequence.blocks, len(self.running))
+                total = min(sequence.num_uncomputed, num_tokens + budget, room)
+                if total > num_tokens:
+                    self._blocks.reserve(sequence.blocks, total)
+                    scheduled[i] = Scheduled(sequence, total)
+                    budget -= total - num_tokens
         return scheduled
 
 
