@@ -39,7 +39,8 @@ any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 @pytest.fixture(scope="module")
 def written(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("checkpoint") / "tokenizer.json"
-    path.write_text(tokenizer.to_tokenizer_json(), encoding="utf-8")
+    # With one byte more the file is not known by its digest, and is read.
+    path.write_text(tokenizer.to_tokenizer_json() + "\n", encoding="utf-8")
     return path
 
 
@@ -282,3 +283,8 @@ def test_absent_tokenizer_file_is_told(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read"):
         (tmp_path / "tokenizer.json").mkdir()
         Tokenizer.from_file(tmp_path)
+
+
+def test_a_file_that_is_known_by_its_digest_is_not_read_again(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(Tokenizer.o200k_harmony().to_tokenizer_json(), encoding="utf-8")
+    assert Tokenizer.from_file(tmp_path) is Tokenizer.o200k_harmony()

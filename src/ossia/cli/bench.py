@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -91,14 +92,11 @@ def _plan(
     # The first pass of all reads the weights from disk, or maps them; it is no measurement.
     measure_prefill(runner, ops, 32, repeats=1)
     for length in lengths:
-        yield f"prefill {length}", lambda length=length: measure_prefill(runner, ops, length, repeats=repeats)
+        yield f"prefill {length}", partial(measure_prefill, runner, ops, length, repeats=repeats)
     for depth in depths:
-        yield f"decode at {depth}", lambda depth=depth: measure_decode(runner, ops, 1, depth, num_steps=num_steps)
+        yield f"decode at {depth}", partial(measure_decode, runner, ops, 1, depth, num_steps=num_steps)
     for num_seqs in batches:
-        yield (
-            f"decode x{num_seqs}",
-            lambda num_seqs=num_seqs: measure_decode(runner, ops, num_seqs, 0, num_steps=num_steps),
-        )
+        yield f"decode x{num_seqs}", partial(measure_decode, runner, ops, num_seqs, 0, num_steps=num_steps)
 
 
 def _machine(cpu: Any) -> dict[str, Any]:
