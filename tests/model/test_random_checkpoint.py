@@ -206,3 +206,9 @@ def test_what_cannot_be_written_is_refused_with_what_can(arguments, message, tmp
 def test_counted_parameters_are_those_of_the_tensors(shape):
     tensors = SAFETENSORS["hf-bf16"].expected(SHAPES[shape]).values()
     assert count_parameters(SHAPES[shape]).total == sum(math.prod(expected.shape) for expected in tensors)
+
+
+@pytest.mark.parametrize("layout", SAFETENSORS)
+def test_a_checkpoint_says_that_its_weights_are_random(layout, tmp_path):
+    folder = write_random_checkpoint(tmp_path / "out", SMALL, layout=layout)
+    assert Checkpoint.open(folder).has_random_weights
