@@ -40,7 +40,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--llamacpp", type=Path, help="a folder with llama-bench, llama-batched-bench, llama-completion")
+    parser.add_argument(
+        "--llamacpp", type=Path, help="a folder with llama-bench, llama-batched-bench, llama-completion"
+    )
     parser.add_argument("--quick", action="store_true", help="leave out the long prompts and depths")
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint that is there already")
     parser.add_argument("--gguf", type=Path, help="its GGUF file")

@@ -187,3 +187,16 @@ def test_a_reader_that_leaves_early_is_no_error(tiny):
     command = f"{sys.executable} -m ossia tokenize '{'word ' * 20000}' | head -1"
     result = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=60)
     assert "Traceback" not in result.stderr and "Exception" not in result.stderr
+
+
+# Speed ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_machine_and_the_model_are_measured(tiny):
+    arguments = ["bench", "--model", tiny, "--prefill", "8", "--depth", "0,64", "--batch", "2", "--steps", 1]
+    report = json.loads(ossia(*arguments, "--repeats", 1, "--json").stdout)
+    assert report["machine"]["read_bytes_per_s"] > 1e8 and report["machine"]["integer_macs_per_s"] > 1e8
+    assert [one["name"] for one in report["measurements"]] == ["prefill 8", "decode at 0", "decode at 64", "decode x2"]
+    table = ossia(*arguments)
+    assert table.returncode == 0 and "of memory's limit" in table.stdout
+    assert ossia("bench", "--model", tiny, "--depth", "deep").returncode == 2

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.ops import cases
 
 from ossia.errors import ConfigError
 from ossia.ops import Q8, Batch, ExpertArrays, Mxfp4, Routing, cpu, load, mxfp4
 from ossia.ops.cpu import CpuOps
 from ossia.ops.reference import ReferenceOps, swiglu
-from tests.ops import cases
 
 ISAS = [isa for isa in cpu.ISAS if cpu._kernels.has_isa(isa)]
 REFERENCE = ReferenceOps(np.float64)
