@@ -116,8 +116,11 @@ def load_tokenizer(model: str) -> Tokenizer:
     if not model:
         return Tokenizer.o200k_harmony()
     from ossia.model.hub import resolve_model
+    from ossia.model.weights import Checkpoint
 
-    return Tokenizer.from_file(resolve_model(model))
+    path = resolve_model(model)
+    # A folder needs no weights to tell its vocabulary; a .gguf file holds it among them.
+    return Checkpoint.open(path).tokenizer() if path.suffix == ".gguf" else Tokenizer.from_file(path)
 
 
 def encode_with_specials(tokenizer: Tokenizer, text: str) -> list[int]:
