@@ -1,4 +1,4 @@
-"""The compiled kernels; see csrc/bindings.cc. Arrays are C-contiguous float32 unless told, results are written in place."""
+"""The compiled kernels; see csrc/bindings.cc. Arrays are C-contiguous, float32 or int32; results are written in place."""
 
 from typing import Any
 
@@ -55,9 +55,7 @@ class Context:
     ) -> None: ...
     def linear(self, x_TI: Any, weight: Matrix, bias_O: Any, out_TO: Any) -> None: ...
     def route(self, logits_TE: Any, experts_TA: Any, weights_TA: Any) -> None: ...
-    def moe(
-        self, x_TD: Any, experts_TA: Any, weights_TA: Any, experts: Experts, limit: float, out_TD: Any
-    ) -> None: ...
+    def moe(self, x_TD: Any, experts_TA: Any, weights_TA: Any, experts: Experts, limit: float, out_TD: Any) -> None: ...
     def attention(
         self,
         q_TQH: Any,
