@@ -19,7 +19,7 @@ from typing import Any, Self
 from ossia import ops as backends
 from ossia.config import Config
 from ossia.engine import Engine, EngineConfig, FinishReason, Runner, SamplingParams, TokenOutput
-from ossia.errors import ConfigError, InputError, NotFoundError
+from ossia.errors import ConfigError, InputError, NotFoundError, OssiaError
 from ossia.harmony import (
     Channel,
     Conversation,
@@ -111,9 +111,17 @@ class LocalModel:
 
     def _next_output(self, request_id: int) -> TokenOutput:
         """The next token of one request; tokens that other requests get meanwhile are kept for them."""
+        if request_id not in self._outputs:
+            raise OssiaError("this answer was lost when the model failed, or was interrupted, at another; ask again")
         own = self._outputs[request_id]
         while not own:
-            for output in self.engine.step():
+            try:
+                outputs = self.engine.step()
+            except BaseException:
+                # The engine has forgotten all requests: nobody is to wait for their tokens.
+                self._outputs.clear()
+                raise
+            for output in outputs:
                 if output.request_id in self._outputs:
                     self._outputs[output.request_id].append(output)
         return own.popleft()
@@ -188,7 +196,11 @@ class Generation(Iterator[Delta]):
         self.close()
 
     def _advance(self) -> None:
-        output = self._model._next_output(self._request_id)
+        try:
+            output = self._model._next_output(self._request_id)
+        except BaseException:
+            self._finish("error")
+            raise
         self.last_token_s = time.perf_counter()
         self.num_cached_tokens = output.num_cached_tokens
         if not self.token_ids:

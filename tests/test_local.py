@@ -1,0 +1,67 @@
+"""A model as a Python program uses it: load, generate, read deltas, leave."""
+
+from __future__ import annotations
+
+import pytest
+
+import ossia
+from ossia.errors import OssiaError
+from ossia.model.random_checkpoint import write_random_checkpoint
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_random_checkpoint(tmp_path_factory.mktemp("local") / "tiny", "tiny", num_layers=2)
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return ossia.load(tiny)
+
+
+# Answers -------------------------------------------------------------------------------------------------------------
+
+
+def test_deltas_join_to_the_texts_of_the_messages(model):
+    generation = model.generate("Hello", max_tokens=20, seed=1, current_date="2026-01-01")
+    deltas = "".join(delta.text for delta in generation)
+    assert deltas == "".join(message.text for message in generation.messages)
+    assert generation.finish_reason == "length" and len(generation.token_ids) == 20
+
+
+def test_answers_read_in_turns_are_those_given_alone(model):
+    alone = [[d.text for d in model.generate("Hello", max_tokens=8, seed=seed)] for seed in (1, 2)]
+    first, second = (model.generate("Hello", max_tokens=8, seed=seed) for seed in (1, 2))
+    texts = ([next(first).text], [next(second).text])
+    texts[1].extend(delta.text for delta in second)
+    texts[0].extend(delta.text for delta in first)
+    assert list(texts) == alone
+
+
+# Leaving and failing -------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_that_is_closed_ends_and_frees_its_memory(model):
+    with model.generate("Hello", seed=1) as generation:
+        next(generation)
+    assert generation.finish_reason == "abort" and list(generation) == []
+    assert not any(output.finish_reason is None for output in model.engine.step())
+    assert model.engine.stats().num_running == 0
+
+
+class Interrupted(BaseException):
+    pass
+
+
+def test_after_an_interrupted_step_no_answer_waits_for_ever(model, monkeypatch):
+    interrupted, other = (model.generate("Hello", max_tokens=8, seed=seed) for seed in (1, 2))
+    next(interrupted)
+    with monkeypatch.context() as patch:
+        patch.setattr(model.engine._runner, "run", lambda batch: (_ for _ in ()).throw(Interrupted))
+        with pytest.raises(Interrupted):
+            list(interrupted)
+    assert interrupted.finish_reason == "error" and list(interrupted) == []
+    with pytest.raises(OssiaError, match="ask again"):
+        list(other)
+    assert other.finish_reason == "error" and list(other) == []
+    assert list(model.generate("Hello", max_tokens=2, seed=1))
