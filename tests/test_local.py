@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 import ossia
@@ -36,6 +38,23 @@ def test_answers_read_in_turns_are_those_given_alone(model):
     texts[1].extend(delta.text for delta in second)
     texts[0].extend(delta.text for delta in first)
     assert list(texts) == alone
+
+
+def test_an_answer_stops_at_a_call_whatever_the_checkpoint_says(model):
+    call = model.tokenizer.special("<|call|>")
+    # The stops of generation_config.json as first published, which lack <|call|>.
+    stops = model.engine._runner.config.stop_token_ids
+    old = dataclasses.replace(model.engine._runner.config, stop_token_ids=tuple(i for i in stops if i != call))
+    model.engine._runner.config, published = old, model.engine._runner.config
+    try:
+        generation = model.generate("Hello", max_tokens=5, temperature=0, logit_bias={call: 1000})
+        list(generation)
+        going_on = model.generate("Hello", max_tokens=5, temperature=0, logit_bias={call: 1000}, ignore_eos=True)
+        list(going_on)
+    finally:
+        model.engine._runner.config = published
+    assert generation.token_ids == [call] and generation.finish_reason == "stop"
+    assert going_on.token_ids == [call] * 5
 
 
 # Leaving and failing -------------------------------------------------------------------------------------------------

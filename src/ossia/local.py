@@ -105,7 +105,11 @@ class LocalModel:
         for name in sampling:
             if name not in known:
                 raise InputError(f"unknown parameter {name!r}; expected one of: {', '.join(known)}", param=name)
-        request_id = self.engine.add_request(prompt_token_ids, SamplingParams(**sampling))
+        params = SamplingParams(**sampling)
+        if not params.ignore_eos:
+            # Not every published generation_config.json names <|call|>: behind it the model would invent the result.
+            params = replace(params, stop_token_ids=(*params.stop_token_ids, *self.tokenizer.stop_ids))
+        request_id = self.engine.add_request(prompt_token_ids, params)
         self._outputs[request_id] = deque()
         return Generation(self, request_id, prompt_token_ids)
 
