@@ -68,6 +68,14 @@ def test_an_answer_that_is_closed_ends_and_frees_its_memory(model):
     assert model.engine.stats().num_running == 0
 
 
+def test_a_loop_that_is_broken_off_frees_its_memory(model):
+    for _ in model.generate("Hello", seed=1):
+        break
+    assert model._outputs == {}
+    model.engine.step()
+    assert not model.engine.has_work
+
+
 class Interrupted(BaseException):
     pass
 

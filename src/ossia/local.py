@@ -139,8 +139,8 @@ class Generation(Iterator[Delta]):
     """One answer under way: an iterator of deltas, and what is known of it so far.
 
     A delta tells its ``channel`` ("analysis" is the chain of thought and not for end users, "final" the answer,
-    "commentary" a call of a tool or a word on what is being done). Leaving the iteration early, by ``close`` or the end
-    of a ``with`` block, gives the engine's memory back.
+    "commentary" a call of a tool or a word on what is being done). Leaving the iteration early, by ``close``, the end of a
+    ``with`` block or dropping the object, gives the engine's memory back.
     """
 
     def __init__(self, model: LocalModel, request_id: int, prompt_token_ids: Sequence[int]) -> None:
@@ -197,6 +197,10 @@ class Generation(Iterator[Delta]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # A loop that was left by `break` drops its answer without closing it.
         self.close()
 
     def _advance(self) -> None:
