@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 import ossia
-from ossia.errors import OssiaError
+from ossia.errors import ConfigError, NotFoundError, OssiaError
 from ossia.model.random_checkpoint import write_random_checkpoint
 
 
@@ -19,6 +19,17 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(tiny):
     return ossia.load(tiny)
+
+
+def test_settings_are_checked_and_spelled_as_in_the_settings_file(tiny):
+    model = ossia.load(tiny, kv_memory="16MiB", max_context=100)
+    assert len(list(model.generate("Hello", seed=1))) > 0
+    with pytest.raises(ConfigError, match="kv_memory is 'lots'; expected a size such as 2GiB"):
+        ossia.load(tiny, kv_memory="lots")
+    with pytest.raises(ConfigError, match="unknown setting 'kvmemory'; did you mean 'kv_memory'"):
+        ossia.load(tiny, kvmemory=1)
+    with pytest.raises(NotFoundError, match="no model was named"):
+        ossia.load()
 
 
 # Answers -------------------------------------------------------------------------------------------------------------

@@ -17,9 +17,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from ossia import ops as backends
-from ossia.config import Config
+from ossia.config import Config, from_arguments
 from ossia.engine import Engine, EngineConfig, FinishReason, Runner, SamplingParams, TokenOutput
-from ossia.errors import ConfigError, InputError, NotFoundError, OssiaError
+from ossia.errors import InputError, NotFoundError, OssiaError
 from ossia.harmony import (
     Channel,
     Conversation,
@@ -47,14 +47,11 @@ Messages = str | Conversation | Sequence[Message | Mapping[str, Any]]
 def load(model: str | Path = "", **settings: Any) -> LocalModel:
     """Open a checkpoint: a folder, a .gguf file, or a name such as "gpt-oss-20b" that `ossia pull` has fetched.
 
-    ``settings`` are fields of `ossia.config.Config`: backend, threads, dense, kv, kv_memory, max_context.
+    ``settings`` are fields of `ossia.config.Config`: backend, threads, dense, kv, kv_memory (such as "2GiB"),
+    max_context. Neither the settings file nor OSSIA_* variables are read.
     Raises NotFoundError, CheckpointError or ConfigError, each saying what to do.
     """
-    known = [field.name for field in fields(Config)]
-    for name in settings:
-        if name not in known:
-            raise ConfigError(f"unknown setting {name!r}; expected one of: {', '.join(known)}")
-    return LocalModel.open(replace(Config(), model=str(model), **settings))
+    return LocalModel.open(from_arguments(settings | {"model": str(model)}))
 
 
 class LocalModel:
