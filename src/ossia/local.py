@@ -136,8 +136,8 @@ class Generation(Iterator[Delta]):
     """One answer under way: an iterator of deltas, and what is known of it so far.
 
     A delta tells its ``channel`` ("analysis" is the chain of thought and not for end users, "final" the answer,
-    "commentary" a call of a tool or a word on what is being done). Leaving the iteration early, by ``close``, the end of a
-    ``with`` block or dropping the object, gives the engine's memory back.
+    "commentary" a call of a tool or a word on what is being done). Leaving the iteration early, by ``close``, the end
+    of a ``with`` block or dropping the object, gives the engine's memory back.
     """
 
     def __init__(self, model: LocalModel, request_id: int, prompt_token_ids: Sequence[int]) -> None:
