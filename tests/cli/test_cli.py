@@ -8,7 +8,10 @@ import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
+from ossia.cli.generate import _stream
+from ossia.harmony import Delta, Header, Role
 from ossia.model.random_checkpoint import write_random_checkpoint
 
 
@@ -151,6 +154,34 @@ def test_an_answer_is_streamed_and_random_weights_are_named(tiny):
     assert result.returncode == 0
     assert result.stdout.strip()
     assert "random" in result.stderr
+
+
+def test_what_the_model_writes_is_printed_to_the_letter(capsys):
+    # A Makefile needs its tabs, and what looks like an emoji's name, markup or a link is text.
+    text = "all:\n\tgcc :heart: [bold]x[/bold]\r\n  https://a.b  \x0c"
+    header = Header(Role.ASSISTANT, channel="final")
+    deltas = [Delta(text, header), Delta("next", header), Delta("preamble", Header(Role.ASSISTANT))]
+    _stream(iter(deltas), Console(stderr=True), show_reasoning=False)
+    assert capsys.readouterr().out == text + "next\n\npreamble\n"
+
+
+def test_thoughts_and_calls_are_shown_only_when_asked_for(capsys):
+    thought, call = (Delta("hm", Header(Role.ASSISTANT, channel="analysis")), Delta("{}", CALL))
+    answer = Delta("Hi", Header(Role.ASSISTANT, channel="final"))
+    for is_asked, shown in ((False, "Hi\n"), (True, "hm\n\n{}\n\nHi\n")):
+        generation = Scripted([thought, call, answer])
+        _stream(generation, Console(stderr=True), show_reasoning=is_asked)
+        assert capsys.readouterr().out == shown
+
+
+CALL = Header(Role.ASSISTANT, channel="commentary", recipient="functions.f")
+
+
+class Scripted(list):
+    """Deltas that stand in for an answer."""
+
+    token_ids = (1, 2)
+    tokens_per_s = 1.0
 
 
 def test_the_same_seed_gives_the_same_answer_as_json(tiny):

@@ -117,21 +117,24 @@ def generate(
 def _stream(generation: Generation, notes: Console, show_reasoning: bool) -> None:
     """Print what a reader wants to see; until there is any, tell on a terminal how the thinking goes."""
     from rich.console import Console
+    from rich.segment import Segment, Segments
+    from rich.style import Style
 
-    answer = Console(highlight=False, markup=False, soft_wrap=True)
+    answer = Console()
     status = notes.status("reading the prompt")
     status.start()
     shown: Delta | None = None
     try:
         for delta in generation:
-            if not show_reasoning and (delta.channel == "analysis" or delta.recipient):
+            if not show_reasoning and _is_aside(delta):
                 # The speed of a model that is not seen writing is all there is to see.
                 status.update(f"thinking: {len(generation.token_ids)} tokens, {generation.tokens_per_s:.1f} tokens/s")
                 continue
             status.stop()
-            if shown is not None and shown.header is not delta.header:
-                answer.print("\n")
-            answer.print(printable(delta.text, answer.is_terminal), end="", style=_style(delta))
+            gap = "\n\n" if shown is not None and shown.header is not delta.header else ""
+            # A segment is printed as it is: as text, rich would widen tabs, drop returns and turn :heart: into a heart.
+            segment = Segment(gap + printable(delta.text, answer.is_terminal), Style(dim=_is_aside(delta)))
+            answer.print(Segments([segment]), end="", soft_wrap=True)
             shown = delta
     finally:
         status.stop()
@@ -167,8 +170,9 @@ _CONTROL_SIGNS = {code: 0x2400 + code for code in range(0x20) if chr(code) not i
 )
 
 
-def _style(delta: Delta) -> str:
-    return "dim" if delta.channel == "analysis" or delta.recipient else ""
+def _is_aside(delta: Delta) -> bool:
+    """Whether a delta is not for end users: of a thought, or of a call."""
+    return delta.channel == "analysis" or delta.recipient is not None
 
 
 def _as_json(generation: Generation) -> dict[str, Any]:
