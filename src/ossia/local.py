@@ -19,7 +19,7 @@ from typing import Any, Self
 from ossia import ops as backends
 from ossia.config import Config
 from ossia.engine import Engine, EngineConfig, FinishReason, Runner, SamplingParams, TokenOutput
-from ossia.errors import CheckpointError, ConfigError, InputError, NotFoundError
+from ossia.errors import ConfigError, InputError, NotFoundError
 from ossia.harmony import (
     Channel,
     Conversation,
@@ -73,7 +73,7 @@ class LocalModel:
         checkpoint = Checkpoint.open(resolve_model(config.model))
         ops = backends.load(config.backend, **backend_options(config))
         options = EngineConfig(kv_memory_bytes=config.kv_memory, max_context=config.max_context or None)
-        tokenizer = load_tokenizer(checkpoint)
+        tokenizer = checkpoint.tokenizer()
         runner = Runner(ops, checkpoint.config, load_weights(checkpoint, ops), options)
         return cls(Engine(runner, token_bytes=tokenizer.token_bytes), tokenizer, checkpoint)
 
@@ -238,19 +238,6 @@ def make_conversation(
     system = [message for message in given if message.role is Role.SYSTEM]
     rest = [message for message in given if message.role is not Role.SYSTEM]
     return Conversation((*system, *opening, *rest))
-
-
-def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The vocabulary of a checkpoint: its own tokenizer.json, else gpt-oss's when the sizes agree."""
-    if checkpoint.tokenizer_path is not None:
-        return Tokenizer.from_file(checkpoint.tokenizer_path)
-    tokenizer = Tokenizer.o200k_harmony()
-    if tokenizer.vocab_size != checkpoint.config.vocab_size:
-        raise CheckpointError(
-            f"{checkpoint.folder} has no tokenizer.json, and its vocabulary of {checkpoint.config.vocab_size} tokens "
-            f"is not o200k_harmony's {tokenizer.vocab_size}. Put the tokenizer.json that belongs to it in the folder."
-        )
-    return tokenizer
 
 
 def _read_messages(messages: Messages) -> tuple[Message, ...]:

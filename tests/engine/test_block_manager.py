@@ -157,7 +157,7 @@ def test_a_window_layer_holds_only_its_window(manager):
     for _ in tokens:
         manager.reserve(blocks, 1)
         held = blocks.window.end - blocks.window.start
-        assert held <= blocks_in_window(WINDOW, SIZE, 12) == 3
+        assert held <= blocks_in_window(WINDOW, SIZE) == 3
         assert (blocks.window.blocks[: blocks.window.start] == -1).all()
         manager.commit(blocks, tokens, 1)
     assert blocks.full.end == 18
@@ -188,4 +188,4 @@ def test_a_block_given_back_unfilled_cannot_be_found(manager):
 @pytest.mark.parametrize("window", [1, 2, 3, 8, 31, 32, 33, 128])
 def test_blocks_in_window_is_the_most_that_a_window_can_touch(window, size):
     touched = max((last // size) - ((last - window + 1) // size) + 1 for last in range(window, window + 3 * size))
-    assert blocks_in_window(window, size, 1000) == touched
+    assert blocks_in_window(window, size) == touched

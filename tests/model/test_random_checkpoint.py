@@ -18,7 +18,7 @@ from ossia.harmony.tokenizer import Tokenizer
 from ossia.model import random_checkpoint
 from ossia.model.config import ModelConfig
 from ossia.model.inspection import count_parameters, verify_checkpoint
-from ossia.model.layouts import LAYOUTS
+from ossia.model.layouts import SAFETENSORS
 from ossia.model.random_checkpoint import SHAPES, write_random_checkpoint
 from ossia.model.weights import Checkpoint
 from ossia.ops import Mxfp4
@@ -79,7 +79,7 @@ def test_the_residual_stream_stays_sane_through_as_many_layers_as_120b_has(tmp_p
     assert 0.8 < logits.std() < 1.25
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", SAFETENSORS)
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_gives_others(layout, tmp_path):
     def data(name, seed):
         folder = write_random_checkpoint(tmp_path / name, SMALL, layout=layout, seed=seed)
@@ -111,7 +111,7 @@ def test_weights_have_the_deviation_that_keeps_outputs_of_order_one(tmp_path):
 )
 def test_the_published_shapes_have_the_published_number_of_bytes_and_shards(shape, num_bytes, num_shards):
     # 20b: metadata.total_size of the published model.safetensors.index.json. 120b: the card's 60.8 GiB.
-    plan = random_checkpoint._plan(SHAPES[shape], LAYOUTS["hf"])
+    plan = random_checkpoint._plan(SHAPES[shape], SAFETENSORS["hf"])
     assert sum(random_checkpoint._size_bytes(tensor) for file in plan.values() for tensor in file.values()) == num_bytes
     assert len(plan) == num_shards
 
@@ -128,7 +128,7 @@ def test_a_large_checkpoint_is_spread_over_shards_and_read_back(tmp_path, monkey
     assert len(Checkpoint.open(original).files) == 1
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", SAFETENSORS)
 def test_writing_needs_a_few_pieces_of_memory_and_not_the_model(layout, tmp_path, monkeypatch):
     monkeypatch.setattr(random_checkpoint, "_CHUNK_BYTES", 1 << 16)
     # 60 MB in few tensors, so that one of them would show.
@@ -204,5 +204,5 @@ def test_what_cannot_be_written_is_refused_with_what_can(arguments, message, tmp
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_counted_parameters_are_those_of_the_tensors(shape):
-    tensors = LAYOUTS["hf-bf16"].expected(SHAPES[shape]).values()
+    tensors = SAFETENSORS["hf-bf16"].expected(SHAPES[shape]).values()
     assert count_parameters(SHAPES[shape]).total == sum(math.prod(expected.shape) for expected in tensors)

@@ -15,9 +15,10 @@ from safetensors.numpy import load_file, save_file
 from transformers import GptOssForCausalLM
 
 from ossia.errors import CheckpointError, NotFoundError
+from ossia.model.checkpoint_files import find_files
 from ossia.model.config import ModelConfig
 from ossia.model.random_checkpoint import write_random_checkpoint
-from ossia.model.weights import Checkpoint, find_files, load_weights
+from ossia.model.weights import Checkpoint, load_weights
 from ossia.ops import Mxfp4
 from ossia.ops.reference import ReferenceOps
 

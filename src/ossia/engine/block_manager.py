@@ -285,7 +285,7 @@ class BlockManager:
     def can_admit(self, hit: PrefixHit, num_tokens: int, num_spared: int) -> bool:
         """Whether a sequence of that many tokens can be held beside others, some free blocks left for those."""
         num_blocks = -(-num_tokens // self.block_size)
-        at_once = min(num_blocks, self.blocks_in_window())
+        at_once = num_blocks if self._window is None else min(num_blocks, self.num_to_start)
         free_full = self.full_pool.num_free - num_spared - sum(map(self.full_pool.is_free, hit.full))
         free_window = self.window_pool.num_free - num_spared - sum(map(self.window_pool.is_free, hit.window))
         return num_blocks - len(hit.full) <= free_full and at_once - len(hit.window) <= free_window
@@ -331,18 +331,19 @@ class BlockManager:
             table.start = table.end = 0
         blocks.num_tokens = 0
 
-    def blocks_in_window(self) -> int:
-        """Window blocks that a sequence of any length needs to compute one token more."""
-        return blocks_in_window(self._window, self.block_size, self.window_pool.num_blocks)
+    @property
+    def num_to_start(self) -> int:
+        """Window blocks that must be free for a sequence to start, however long it is."""
+        return 0 if self._window is None else blocks_in_window(self._window, self.block_size)
 
     def _first_window_block(self, num_tokens: int) -> int:
         """The index of the first block that holds a token which the next token may see in a window layer."""
         return 0 if self._window is None else max(0, num_tokens - self._window + 1) // self.block_size
 
 
-def blocks_in_window(window: int | None, block_size: int, num_blocks: int) -> int:
-    """The most blocks that ``window`` tokens in a row can touch; without a window, all ``num_blocks``."""
-    return num_blocks if window is None else 1 if window == 1 else (window - 2) // block_size + 2
+def blocks_in_window(window: int, block_size: int) -> int:
+    """The most blocks that so many tokens in a row can touch."""
+    return 1 if window == 1 else (window - 2) // block_size + 2
 
 
 class _WindowRun(NamedTuple):

@@ -88,8 +88,9 @@ class Scheduler:
         sequence = self.running[index]
         while True:
             num_later = len(self.running) - 1 - index
-            # A block is left for each later one: a prompt must not stop the decodes behind it.
-            room = self._blocks.capacity(sequence.blocks, num_later)
+            # A long prompt must not stop the decodes behind it, nor a short prompt that waits.
+            num_spared = len(self.running) + self._blocks.num_to_start if self.waiting else num_later
+            room = self._blocks.capacity(sequence.blocks, num_spared)
             if room < 1:
                 room = min(self._blocks.capacity(sequence.blocks), self._blocks.block_size)
             if room >= 1 or not num_later:
@@ -145,12 +146,13 @@ class Scheduler:
         for i, (sequence, num_tokens) in enumerate(scheduled):
             if budget < 1:
                 break
-            room = self._blocks.capacity(sequence.blocks, len(self.running))
-            total = min(sequence.num_uncomputed, num_tokens + budget, room)
-            if total > num_tokens:
-                self._blocks.reserve(sequence.blocks, total)
-                scheduled[i] = Scheduled(sequence, total)
-                budget -= total - num_tokens
+            if num_tokens < sequence.num_uncomputed:
+                room = self._blocks.capacity(sequence.blocks, len(self.running))
+                total = min(sequence.num_uncomputed, num_tokens + budget, room)
+                if total > num_tokens:
+                    self._blocks.reserve(sequence.blocks, total)
+                    scheduled[i] = Scheduled(sequence, total)
+                    budget -= total - num_tokens
         return scheduled
 
 

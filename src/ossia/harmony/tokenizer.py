@@ -137,6 +137,19 @@ class Tokenizer:
         """
         return _read_tokenizer_json(Path(path))
 
+    @classmethod
+    def from_document(cls, document: dict[str, Any], where: str) -> Tokenizer:
+        """What a ``tokenizer.json`` holds; ``where`` names it in errors.
+
+        Raises CheckpointError when it is damaged or no byte-level BPE.
+        """
+        try:
+            return _from_document(document, where)
+        except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+            raise CheckpointError(
+                f"{where} is not a byte-level BPE tokenizer.json: {type(error).__name__}: {error}"
+            ) from error
+
     # -- text to ids -------------------------------------------------------------------------------
 
     def encode(self, text: str) -> list[int]:
@@ -428,12 +441,7 @@ def _read_tokenizer_json(path: Path) -> Tokenizer:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON ({error}); expected a Hugging Face tokenizer.json") from error
-    try:
-        return _from_document(document, str(path))
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-        raise CheckpointError(
-            f"{path} is not a byte-level BPE tokenizer.json: {type(error).__name__}: {error}"
-        ) from error
+    return Tokenizer.from_document(document, str(path))
 
 
 def _from_document(document: dict[str, Any], where: str) -> Tokenizer:

@@ -98,6 +98,8 @@ def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
 
 def map_file(path: Path) -> npt.NDArray[np.uint8]:
     """The bytes of a file as a read-only array that reads from disk on first use."""
+    if path.stat().st_size == 0:
+        return np.empty(0, np.uint8)
     with open(path, "rb") as file:
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 
