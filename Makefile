@@ -61,6 +61,7 @@ check: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/harmony.py
 	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/masks.py
 	$(BIN)/python benchmarks/vs_llamacpp.py
 
 clean:
