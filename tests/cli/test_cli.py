@@ -168,7 +168,7 @@ def test_a_text_from_elsewhere_cannot_steer_the_terminal(tmp_path):
         ["parse", text, "--json"],
     ):
         ours, theirs = pty.openpty()
-        subprocess.run([sys.executable, "-m", "ossia", *arguments], stdout=theirs, check=True, timeout=60)
+        subprocess.run([sys.executable, "-m", "ossia", *map(str, arguments)], stdout=theirs, check=True, timeout=60)
         os.close(theirs)
         shown = os.read(ours, 1 << 16)
         os.close(ours)
@@ -179,6 +179,12 @@ def test_a_text_from_elsewhere_cannot_steer_the_terminal(tmp_path):
 def test_malformed_output_is_named_and_ends_with_1():
     result = ossia("parse", "<|channel|>final <|constrain|>json{}")
     assert result.returncode == 1 and "malformed: missing_message at token" in result.stderr
+
+
+def test_the_vocabulary_is_found_wherever_a_model_is(tmp_path):
+    folder = write_random_checkpoint(tmp_path / "m", "tiny", num_layers=1, layout="original")
+    for place in (folder, folder / "tokenizer.json", folder / "original", folder / "original" / "model.safetensors"):
+        assert ossia("tokenize", "hi", "--model", place).stdout == "    3686  'hi'\n"
 
 
 # Checkpoints ---------------------------------------------------------------------------------------------------------

@@ -129,8 +129,13 @@ def load_tokenizer(model: str) -> Tokenizer:
     if not model:
         return Tokenizer.o200k_harmony()
     from ossia.model.hub import resolve_model
+    from ossia.model.weights import Checkpoint
 
-    return Tokenizer.from_file(resolve_model(model))
+    path = resolve_model(model)
+    if path.suffix == ".json" or (path / "tokenizer.json").is_file():
+        # A vocabulary may stand alone.
+        return Tokenizer.from_file(path)
+    return Checkpoint.open_unchecked(path).tokenizer()
 
 
 def encode_with_specials(tokenizer: Tokenizer, text: str) -> list[int]:
