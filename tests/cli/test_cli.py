@@ -247,6 +247,23 @@ class Scripted(list):
     tokens_per_s = 1.0
 
 
+def test_what_cannot_be_is_refused_before_the_model_is_loaded():
+    for wrong in (["--temperature", -1], ["--top-p", 2], ["--seed", 2**63], ["--max-tokens", 0]):
+        result = ossia("generate", "Hi", "--model", "none", *wrong)
+        assert result.returncode == 2 and wrong[0] in result.stderr
+
+
+def test_more_than_the_machine_has_is_refused(tiny):
+    for wrong, said in (
+        (["--threads", 10**6], "threads is 1000000; expected 1 to 1024"),
+        (["--threads", 10**20], "expected 1 to 1024"),
+        (["--kv-memory", "9999999TiB"], "cannot give as much memory"),
+        (["--kv-memory", "9" * 28], "cannot give as much memory"),
+    ):
+        result = ossia("generate", "Hi", "--model", tiny, "--max-tokens", 1, *wrong)
+        assert result.returncode == 1 and said in result.stderr and result.stderr.count("\n") == 1
+
+
 def test_the_same_seed_gives_the_same_answer_as_json(tiny):
     arguments = ["generate", "Hello", "--model", tiny, "--max-tokens", 6, "--date", "2026-01-01", "--json"]
     first, second = (json.loads(ossia(*arguments, "--seed", 7).stdout) for _ in range(2))

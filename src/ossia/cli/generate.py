@@ -35,9 +35,13 @@ def generate(
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Stop after this many tokens, thoughts included.")
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens that reach this share.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(min=0, max=1, help="Sample among the likeliest tokens that reach this share.")
+    ] = 1.0,
+    seed: Annotated[
+        int | None, typer.Option(min=-(2**63), max=2**63 - 1, help="The same seed gives the same answer.")
+    ] = None,
     date: Annotated[
         str | None, typer.Option(help="The date that the model is told, YYYY-MM-DD; today's by default.")
     ] = None,
