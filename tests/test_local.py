@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 import ossia
-from ossia.errors import ConfigError, NotFoundError, OssiaError
+from ossia.errors import ConfigError, InputError, NotFoundError, OssiaError
 from ossia.model.random_checkpoint import write_random_checkpoint
 
 
@@ -66,6 +66,13 @@ def test_an_answer_stops_at_a_call_whatever_the_checkpoint_says(model):
         model.engine._runner.config = published
     assert generation.token_ids == [call] and generation.finish_reason == "stop"
     assert going_on.token_ids == [call] * 5
+
+
+def test_a_date_that_is_none_is_refused(model):
+    assert model.generate("Hello", max_tokens=1, current_date="2026-02-28").prompt_token_ids
+    for wrong in ("tomorrow", "2026-02-30", ""):
+        with pytest.raises(InputError, match="expected YYYY-MM-DD"):
+            model.generate("Hello", current_date=wrong)
 
 
 # Leaving and failing -------------------------------------------------------------------------------------------------

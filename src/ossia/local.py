@@ -245,7 +245,7 @@ def make_conversation(
         if effort is not None or current_date is not None:
             raise InputError("effort and current_date belong to the system message, but the messages bring their own")
     else:
-        date = current_date or datetime.date.today().isoformat()
+        date = _date(current_date) if current_date is not None else datetime.date.today().isoformat()
         opening.append(Message(Role.SYSTEM, SystemContent(effort=_effort(effort), current_date=date)))
     if instructions or tools:
         if Role.DEVELOPER in roles:
@@ -264,6 +264,13 @@ def _read_messages(messages: Messages) -> tuple[Message, ...]:
         message if isinstance(message, Message) else Message.from_dict(message, f"messages[{i}]")
         for i, message in enumerate(messages)
     )
+
+
+def _date(text: str) -> str:
+    try:
+        return datetime.datetime.strptime(text, "%Y-%m-%d").date().isoformat()
+    except (TypeError, ValueError):
+        raise InputError(f"current_date is {text!r}; expected YYYY-MM-DD", param="current_date") from None
 
 
 def _effort(effort: Effort | str | None) -> Effort:

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ossia.cli.prompts import argument_or_stdin, printable
+from ossia.errors import InputError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -32,9 +35,13 @@ def generate(
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Stop after this many tokens, thoughts included.")
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens that reach this share.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(min=0, max=1, help="Sample among the likeliest tokens that reach this share.")
+    ] = 1.0,
+    seed: Annotated[
+        int | None, typer.Option(min=-(2**63), max=2**63 - 1, help="The same seed gives the same answer.")
+    ] = None,
     date: Annotated[
         str | None, typer.Option(help="The date that the model is told, YYYY-MM-DD; today's by default.")
     ] = None,
@@ -84,6 +91,9 @@ def generate(
             "max_context": max_context,
         }
     )
+    prompt = argument_or_stdin(prompt)
+    if not prompt.strip():
+        raise InputError("the prompt is empty; give what to ask, or `-` and a text in standard input")
     console = Console(stderr=True)
     with console.status("loading"):
         local = LocalModel.open(settings)
@@ -92,7 +102,7 @@ def generate(
             "The weights of this checkpoint are random: what follows is noise, not an answer.", style="yellow"
         )
     generation = local.generate(
-        sys.stdin.read() if prompt == "-" else prompt,
+        prompt,
         effort=effort,
         instructions=instructions,
         current_date=date,
@@ -105,7 +115,7 @@ def generate(
         if as_json:
             for _ in generation:
                 pass
-            print(json.dumps(_as_json(generation), ensure_ascii=False))
+            print(json.dumps(_as_json(generation)))
         elif raw:
             _stream_raw(generation, local.tokenizer)
         else:
@@ -157,17 +167,6 @@ def _print_tokens(generation: Generation, decoder: StreamDecoder, start: int) ->
     text = "".join(map(decoder.feed, generation.token_ids[start:]))
     print(printable(text, sys.stdout.isatty()), end="", flush=True)
     return len(generation.token_ids)
-
-
-def printable(text: str, is_terminal: bool) -> str:
-    """Text that cannot steer a terminal: control characters, but for tab and newline, become visible signs."""
-    return text.translate(_CONTROL_SIGNS) if is_terminal else text
-
-
-# C0 has pictures of its own from U+2400 on; C1 and delete have none or few.
-_CONTROL_SIGNS = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | dict.fromkeys(
-    range(0x7F, 0xA0), 0xFFFD
-)
 
 
 def _is_aside(delta: Delta) -> bool:

@@ -31,6 +31,8 @@ Isa = Literal["portable", "avx2", "avxvnni", "avx512vnni"]
 
 ISAS: tuple[Isa, ...] = ("portable", "avx2", "avxvnni", "avx512vnni")
 BLOCK = 32
+# Twice the hardware threads of the largest machines; a system that cannot start as many ends the process.
+MAX_THREADS = 1024
 # The largest number of experts of a published model is 128.
 _MAX_EXACT_ROWS = 256
 # Rows are rounded to 8 bits a piece at a time, and the pages that they came from given back.
@@ -89,8 +91,8 @@ class CpuOps:
             raise ConfigError(f"dense is {dense!r}; expected one of: q8, bf16", param="dense")
         if kv not in ("bf16", "q8"):
             raise ConfigError(f"kv is {kv!r}; expected one of: bf16, q8", param="kv")
-        if threads is not None and threads < 1:
-            raise ConfigError(f"threads is {threads}; expected at least 1", param="threads")
+        if threads is not None and not 1 <= threads <= MAX_THREADS:
+            raise ConfigError(f"threads is {threads}; expected 1 to {MAX_THREADS}", param="threads")
         if isa is not None and not _kernels.has_isa(isa):
             usable = ", ".join(each for each in ISAS if _kernels.has_isa(each))
             raise ConfigError(f"this machine cannot run isa {isa!r}; it runs: {usable}", param="isa")
