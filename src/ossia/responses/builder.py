@@ -165,7 +165,6 @@ class Builder:
         """The open item ends; nothing if none is open. ``fields`` are what its end adds, such as a tool's outputs."""
         if not self._is_open or self._kind is None:
             return []
-        kind = self._kind
         events = []
         if self._held and self.stopped is None:
             events += self._tell(self._held)

@@ -135,8 +135,13 @@ class Run:
         self._num_unknown_calls = 0
 
     @property
-    def num_output_tokens(self) -> int:
-        return self._usage.output_tokens
+    def num_prompt_tokens(self) -> int:
+        return len(self._prompt.token_ids)
+
+    @property
+    def stopped(self) -> str | None:
+        """The stop text that ended the answer."""
+        return self._builder.stopped
 
     @property
     def is_pending(self) -> bool:
