@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ossia.errors import LimitError, OssiaError, TooLargeError
 from ossia.responses.schema import Json
 from ossia.server import chat, messages, ollama, responses
-from ossia.server.metrics import log_request
+from ossia.server.metrics import log_fields, log_request
 from ossia.server.service import Service
 from ossia.server.stream import ClientGone, JSONResponse
 
@@ -134,6 +134,8 @@ class Gate:
             await send(message)
 
         caller: str | None = None
+        fields: Json = {}
+        log_fields.set(fields)
         try:
             try:
                 caller = self._admit(request)
@@ -145,10 +147,16 @@ class Gate:
             route = getattr(scope.get("route"), "path", None) or "none"
             self._service.metrics.requests.labels(route, str(status)).inc()
             self._service.metrics.duration_s.labels(route).observe(elapsed_s)
+            seconds = round(elapsed_s, 4)
             log_request(
-                request=request_id, method=request.method, route=route, status=status, key=caller,
-                seconds=round(elapsed_s, 4), **scope.get("state", {}).get("log", {}),
-            )  # fmt: skip
+                request=request_id,
+                method=request.method,
+                route=route,
+                status=status,
+                key=caller,
+                seconds=seconds,
+                **fields,
+            )
 
     def _admit(self, request: Request) -> str | None:
         """The caller's name. Raises what stands against the request."""

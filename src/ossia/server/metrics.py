@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -12,6 +13,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from ossia.responses.schema import Json
 
 _log = logging.getLogger("ossia.requests")
+
+# What the log line of the request that is being answered will tell; tasks that answer it share the dict.
+log_fields: ContextVar[Json] = ContextVar("log_fields")
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -68,6 +72,14 @@ class Watch:
     def done(self, response: Json) -> None:
         usage = response["usage"] or {}
         num_output = usage.get("output_tokens", 0)
+        log_fields.get({}).update(
+            response=response["id"],
+            ended=response["status"],
+            prompt_tokens=usage.get("input_tokens", 0),
+            cached=usage.get("input_tokens_details", {}).get("cached_tokens", 0),
+            output_tokens=num_output,
+            ttft_s=None if self.first_s is None else round(self.first_s, 4),
+        )
         self._metrics.responses.labels(response["status"]).inc()
         self._metrics.prompt_tokens.inc(usage.get("input_tokens", 0))
         self._metrics.cached_tokens.inc(usage.get("input_tokens_details", {}).get("cached_tokens", 0))

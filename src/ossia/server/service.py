@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from contextlib import aclosing
 from typing import TypeVar
 
+from ossia.engine import EngineStats
 from ossia.errors import InputError, NotFoundError
 from ossia.responses.convert import History
 from ossia.responses.events import DONE, Event, sse
@@ -91,6 +92,14 @@ class Service:
         self.is_stopping = False
         self.metrics.gauge("ossia_running", "Requests under way", lambda: self.admission.num_running)
         self.metrics.gauge("ossia_queued", "Requests that wait for their turn", lambda: self.admission.num_queued)
+
+    def watch(self, stats: Callable[[], EngineStats]) -> None:
+        """Tell of an engine's queue, memory and cache in the metrics."""
+        gauge = self.metrics.gauge
+        gauge("ossia_engine_running", "Sequences under way", lambda: stats().num_running)
+        gauge("ossia_engine_waiting", "Sequences that wait for memory", lambda: stats().num_waiting)
+        gauge("ossia_kv_blocks", "Blocks for keys and values", lambda: stats().num_full_blocks)
+        gauge("ossia_kv_blocks_free", "Blocks that hold nothing needed", lambda: stats().num_free_full_blocks)
 
     def check_model(self, name: str | None) -> None:
         if name and name not in self.names:
