@@ -7,6 +7,7 @@ import re
 from collections.abc import AsyncGenerator, Callable, Sequence
 
 from ossia.engine.request import SamplingParams, TokenOutput
+from ossia.engine.stops import Stop
 from ossia.errors import ContextLengthError
 from ossia.harmony import Tokenizer
 from ossia.responses.loop import Model
@@ -55,7 +56,8 @@ class Scripted:
                 ended = "stop" if i + 1 == len(script) else "length" if i + 1 == limit else None
                 logprob = -0.5 if params.logprobs else None
                 top = tuple((token_id + k, -0.5 - k) for k in range(params.top_logprobs))
-                yield TokenOutput(0, token_id, logprob, top, ended, num_cached_tokens=7)
+                stop = Stop((token_id,), i, None) if ended == "stop" else None
+                yield TokenOutput(0, token_id, logprob, top, ended, stop, num_cached_tokens=7)
         finally:
             self.num_open -= 1
 
