@@ -19,7 +19,7 @@ from typing import Any, Self
 from ossia import ops as backends
 from ossia.config import Config
 from ossia.engine import Engine, EngineConfig, FinishReason, Runner, SamplingParams, TokenOutput
-from ossia.errors import CheckpointError, ConfigError, InputError, NotFoundError
+from ossia.errors import ConfigError, InputError, NotFoundError
 from ossia.harmony import (
     Channel,
     Conversation,
@@ -69,15 +69,11 @@ class LocalModel:
     @classmethod
     def open(cls, config: Config) -> LocalModel:
         """Open what the settings name; see `load`."""
-        if not config.model:
-            raise NotFoundError(
-                "no model was named. Give --model (or OSSIA_MODEL): a checkpoint folder, a .gguf file, or the name of one "
-                "that was fetched with `ossia pull gpt-oss-20b`."
-            )
+        require_model(config)
         checkpoint = Checkpoint.open(resolve_model(config.model))
-        ops = backends.load(config.backend, **_backend_options(config))
+        ops = backends.load(config.backend, **backend_options(config))
         options = EngineConfig(kv_memory_bytes=config.kv_memory, max_context=config.max_context or None)
-        tokenizer = load_tokenizer(checkpoint)
+        tokenizer = checkpoint.tokenizer()
         runner = Runner(ops, checkpoint.config, load_weights(checkpoint, ops), options)
         return cls(Engine(runner, token_bytes=tokenizer.token_bytes), tokenizer, checkpoint)
 
@@ -244,19 +240,6 @@ def make_conversation(
     return Conversation((*system, *opening, *rest))
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The vocabulary of a checkpoint: its own tokenizer.json, else gpt-oss's when the sizes agree."""
-    if checkpoint.tokenizer_path is not None:
-        return Tokenizer.from_file(checkpoint.tokenizer_path)
-    tokenizer = Tokenizer.o200k_harmony()
-    if tokenizer.vocab_size != checkpoint.config.vocab_size:
-        raise CheckpointError(
-            f"{checkpoint.folder} has no tokenizer.json, and its vocabulary of {checkpoint.config.vocab_size} tokens "
-            f"is not o200k_harmony's {tokenizer.vocab_size}. Put the tokenizer.json that belongs to it in the folder."
-        )
-    return tokenizer
-
-
 def _read_messages(messages: Messages) -> tuple[Message, ...]:
     if isinstance(messages, str):
         return (Message(Role.USER, messages),)
@@ -273,7 +256,17 @@ def _effort(effort: Effort | str | None) -> Effort:
         raise InputError(f"effort is {effort!r}; expected one of: {', '.join(Effort)}", param="effort") from None
 
 
-def _backend_options(config: Config) -> dict[str, Any]:
+def require_model(config: Config) -> None:
+    """Raise NotFoundError, saying how to name one, unless the settings name a model."""
+    if not config.model:
+        raise NotFoundError(
+            "no model was named. Give --model (or OSSIA_MODEL): a checkpoint folder, a .gguf file, or the name of one "
+            "that was fetched with `ossia pull gpt-oss-20b`."
+        )
+
+
+def backend_options(config: Config) -> dict[str, Any]:
+    """The options that `ossia.ops.load` takes for the backend of these settings."""
     if config.backend != "cpu":
         return {}
     return {"threads": config.threads or None, "dense": config.dense, "kv": config.kv}

@@ -94,7 +94,7 @@ def fake() -> Callable[..., Engine]:
     return make
 
 
-@pytest.fixture(scope="session", params=["reference"])
+@pytest.fixture(scope="session", params=["reference", "cpu"])
 def ops(request: pytest.FixtureRequest) -> Ops:
     # In float64 the last bits, which depend on the shape of a BLAS call, do not reach the sampled tokens.
     return load("reference", dtype=np.float64) if request.param == "reference" else load(request.param)

@@ -56,13 +56,13 @@ def test_a_prompt_that_is_found_again_gives_the_same_answer(tiny, answer):
     assert after.num_cached_tokens - before.num_cached_tokens > num_prompt_tokens / 2
 
 
-def test_a_preempted_sequence_continues_with_the_same_tokens(tiny, answer, assert_all_free):
+def test_a_preempted_sequence_continues_with_the_same_tokens(tiny, ops, answer, assert_all_free):
     rng = random.Random(3)
     params = SamplingParams(seed=5, max_tokens=60, ignore_eos=True)
     requests = [([rng.randrange(97) for _ in range(60)], params) for _ in range(4)]
     alone = [answer(tiny(), [request])[0] for request in requests]
-    # Two prompts fit, two whole answers do not.
-    engine = tiny(kv_memory_bytes=60 << 10)
+    # Two prompts fit, two whole answers do not: memory for 480 tokens' keys and values in one layer.
+    engine = tiny(kv_memory_bytes=480 * ops.kv_block_bytes(1, 1, 8))
     assert answer(engine, requests) == alone
     assert engine.stats().totals.num_preemptions > 0
     assert_all_free(engine)

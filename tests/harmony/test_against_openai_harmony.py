@@ -243,7 +243,7 @@ def test_every_conversation_is_rendered_token_for_token_alike(
     assert len(training.sampled_mask()) == len(training.token_ids)
 
 
-@settings(thorough, max_examples=1000)
+@settings(thorough, max_examples=600)
 @given(schema=object_schema)
 def test_every_schema_is_declared_token_for_token_alike(tokenizer: Tokenizer, oracle: Any, schema: Any) -> None:
     tools = (ToolNamespace.functions([ToolDescription("f", "", schema)]),)
@@ -316,7 +316,7 @@ def parse(tokenizer: Tokenizer, tokens: list[int], role: str | None) -> list[tup
     return [fields(message) for message in parser.messages]
 
 
-@settings(thorough, max_examples=500)
+@settings(thorough, max_examples=300)
 @given(conversation=st.lists(well_formed, min_size=1, max_size=5))
 def test_rendered_conversations_are_read_alike_and_as_they_were(
     tokenizer: Tokenizer, oracle: Any, conversation: list[Message]
@@ -348,7 +348,7 @@ SAMPLED_HEADERS = [
 ]
 
 
-@settings(thorough, max_examples=500)
+@settings(thorough, max_examples=300)
 @given(
     turn=st.lists(
         st.tuples(st.sampled_from(SAMPLED_HEADERS), text, st.sampled_from(["end", "call", "return"])), min_size=1

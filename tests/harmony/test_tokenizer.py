@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 @pytest.fixture(scope="module")
 def written(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("checkpoint") / "tokenizer.json"
-    path.write_text(tokenizer.to_tokenizer_json(), encoding="utf-8")
+    # With one byte more the file is not known by its digest, and is read.
+    path.write_text(tokenizer.to_tokenizer_json() + "\n", encoding="utf-8")
     return path
 
 
@@ -97,6 +99,13 @@ def test_lone_surrogates_are_replaced(tokenizer: Tokenizer, text: str, read: str
 def test_very_long_whitespace_is_encoded(tokenizer: Tokenizer, blank: str, around: str) -> None:
     text = around + blank * 400_000 + around
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_many_long_runs_of_whitespace_take_linear_time(tokenizer: Tokenizer) -> None:
+    text = (" " * 65_000 + "x") * 6
+    begin = time.perf_counter()
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert time.perf_counter() - begin < 5  # Seconds; a search that starts anew at each blank takes a minute.
 
 
 def test_unknown_ids_decode_to_the_replacement_character(tokenizer: Tokenizer) -> None:
@@ -274,3 +283,8 @@ def test_absent_tokenizer_file_is_told(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read"):
         (tmp_path / "tokenizer.json").mkdir()
         Tokenizer.from_file(tmp_path)
+
+
+def test_a_file_that_is_known_by_its_digest_is_not_read_again(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(Tokenizer.o200k_harmony().to_tokenizer_json(), encoding="utf-8")
+    assert Tokenizer.from_file(tmp_path) is Tokenizer.o200k_harmony()

@@ -57,6 +57,11 @@ def test_schema_that_holds_itself_ends() -> None:
     assert typescript(itself()).count("again") < 200
 
 
+def test_alternatives_that_are_no_schema_are_any() -> None:
+    assert typescript({"oneOf": [True, {"type": "null", "nullable": True}]}) == "\n | any\n | any | null"
+    assert typescript({"type": "object", "properties": {"a": {"oneOf": [None]}}}) == "{\na?:\n | any\n,\n}"
+
+
 def test_keys_and_values_that_are_no_json_are_spelled() -> None:
     schema = {"type": "object", "properties": {1: {"type": "string", "default": {3}}, None: {"default": {2: math.nan}}}}
     assert typescript(schema) == '{\n1?: string, // default: "{3}"\nnull?: any, // default: {"2":null}\n}'

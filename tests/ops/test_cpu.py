@@ -26,8 +26,11 @@ each_dense = pytest.mark.parametrize("dense", ["q8", "bf16"])
 def assert_close(met: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
     """The largest error, measured by the root mean square of what is expected."""
     assert met.shape == expected.shape
-    scale = np.sqrt(np.mean(expected**2)) + 1e-30
-    assert np.abs(met - expected).max() / scale < tolerance
+    assert np.abs(met - expected).max() / (root_mean_square(expected) + 1e-30) < tolerance
+
+
+def root_mean_square(numbers: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(numbers, dtype=np.float64))))
 
 
 # Linear --------------------------------------------------------------------------------------------------------------
@@ -42,8 +45,9 @@ def test_linear(isa: str, dense: str, case: cases.Linear) -> None:
     met = ops.linear(x, ops.linear_weights(weight, bias))
     as_held, quantized = held_numbers(weight, dense)
     expected = REFERENCE.linear(x.astype(np.float64), REFERENCE.linear_weights(weight, bias))
-    # Weights and activations each move by half a step, 1/254 of their block's largest number: by less than 1 % of it.
-    assert_close(met, expected, 0.1 * case.outliers**0.5 if quantized else 1e-5)
+    # Weights and activations move by at most half a step, 1/254 of their block's largest number; in the mean by a
+    # third of a percent of it, and the largest is three times the mean (outliers: more, by their size).
+    assert root_mean_square(met - expected) / root_mean_square(expected) < (0.02 * case.outliers if quantized else 1e-5)
     x_held = eight_bits(x) if quantized else x
     exactly = REFERENCE.linear(x_held.astype(np.float64), REFERENCE.linear_weights(as_held, bias))
     assert_close(met, exactly, 1e-5)
@@ -118,10 +122,11 @@ def test_rounding_weights_gives_back_the_pages_of_a_mapped_file(isa: str, tmp_pa
     held = ops.linear_weights(mapped)
     x = np.ones((1, 2048), np.float32)
     np.testing.assert_array_equal(ops.linear(x, held), ops.linear(x, ops.linear_weights(weight)))
+    with open("/proc/self/smaps") as smaps:
+        of_file = smaps.read().split(str(path))[1]
+    resident_kb = int(next(line for line in of_file.splitlines() if line.startswith("Rss")).split()[1])
+    assert resident_kb < 64
     np.testing.assert_array_equal(mapped, weight)
-    del mapped
-    mapping_rss = [line for line in open("/proc/self/smaps").read().split(str(path))[1].splitlines() if "Rss" in line]
-    np.testing.assert_equal(int(mapping_rss[0].split()[1]) < 4096, True)
 
 
 # Mixture of experts --------------------------------------------------------------------------------------------------
@@ -137,7 +142,9 @@ def test_moe(isa: str, case: cases.Moe) -> None:
     met = ops.moe(x, routing, ops.experts(arrays), case.limit)
     expected = REFERENCE.moe(x.astype(np.float64), routing, REFERENCE.experts(arrays), case.limit)
     in_8_bits = isinstance(arrays.gate, Mxfp4), isinstance(arrays.down, Mxfp4)
-    assert_close(met, expected, 0.15 * case.outliers**0.5 if any(in_8_bits) else 2e-5)
+    assert root_mean_square(met - expected) / root_mean_square(expected) < (
+        0.03 * case.outliers if any(in_8_bits) else 2e-5
+    )
     exactly = moe_in_eight_bits(x, routing, arrays, case.limit, *in_8_bits)
     errors = np.abs(met - exactly) / np.sqrt(np.mean(exactly**2))
     if in_8_bits[1]:

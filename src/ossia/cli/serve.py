@@ -111,7 +111,9 @@ def _open(settings: Config, keys: object, name: str) -> Service:
 
     from ossia.config import data_folder
     from ossia.engine import AsyncEngine
+    from ossia.engine.masks import GrammarCompiler
     from ossia.local import LocalModel
+    from ossia.responses.constrain import Grammars
     from ossia.responses.loop import Model
     from ossia.responses.seal import Seal
     from ossia.server.limits import Admission, Keys, Rates
@@ -132,7 +134,8 @@ def _open(settings: Config, keys: object, name: str) -> Service:
         print("ossia: the weights of this checkpoint are random: answers will be noise", file=sys.stderr)
     called = name or Path(settings.model).name.removesuffix(".gguf")
     engine = AsyncEngine(local.engine)
-    model = Model(called, engine, local.tokenizer, Seal.at(folder / "seal.key"))
+    constrain = Grammars(GrammarCompiler(local.tokenizer))
+    model = Model(called, engine, local.tokenizer, Seal.at(folder / "seal.key"), constrain=constrain)
     service = Service(
         model,
         store,

@@ -66,7 +66,7 @@ class CountingOps:
 
 
 def measure_prefill(runner: Runner, ops: CountingOps, length: int, *, repeats: int = 3, seed: int = 0) -> Measurement:
-    """Compute a prompt of ``length`` tokens in chunks of the runner's ``max_batch_tokens``; the median of ``repeats``."""
+    """Compute a prompt of ``length`` tokens in chunks of ``max_batch_tokens``; the median of ``repeats``."""
     chunk = runner.options.max_batch_tokens
     rng = np.random.default_rng(seed)
     seconds = []

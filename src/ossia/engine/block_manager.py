@@ -12,6 +12,10 @@ A prefix of p tokens can be reused if the full-attention blocks of all p tokens 
 that hold tokens p - window + 1 to p - 1. The longest such p counts; one token is always left to compute, since
 sampling needs its logits.
 
+A window block that a sequence leaves behind in passing is therefore worth little and goes first, save where another
+sequence is likely to begin: before the end of a prompt (the next turn of a conversation may drop what was thought in
+between), and where a prefix was found or would have been found but for its window.
+
 Shapes   S slots (tokens) in a block.
 Sources  PagedAttention, arXiv:2309.06180; automatic prefix caching as in vLLM.
 """
@@ -83,13 +87,14 @@ class BlockPool:
         self.share(block)
         self._forget(block)
 
-    def release(self, block: int) -> None:
-        """One user less."""
+    def release(self, block: int, *, goes_first: bool = False) -> None:
+        """One user less. A block that goes first is the next one to be used for other content."""
         self._num_users[block] -= 1
         assert self._num_users[block] >= 0
         if self.is_free(block):
             if block in self._key_of:
                 self._findable[block] = None
+                self._findable.move_to_end(block, last=not goes_first)
             else:
                 self._empty.append(block)
 
@@ -146,7 +151,7 @@ class BlockTable:
 class SequenceBlocks:
     """What one sequence holds: keys and values of its first ``num_tokens`` tokens."""
 
-    __slots__ = ("full", "keys", "num_tokens", "window")
+    __slots__ = ("full", "kept_windows", "keys", "num_tokens", "window")
 
     def __init__(self) -> None:
         self.num_tokens = 0
@@ -154,15 +159,21 @@ class SequenceBlocks:
         self.window = BlockTable()
         # Keys of its full blocks as far as they were needed; they outlive the blocks.
         self.keys: list[bytes] = []
+        # Indices of window blocks that do not go first when they are left behind.
+        self.kept_windows: frozenset[int] = frozenset()
 
 
 class PrefixHit(NamedTuple):
-    """The blocks that hold the first ``num_tokens`` tokens of a sequence; its window blocks start at an index."""
+    """The blocks that hold the first ``num_tokens`` tokens of a sequence; its window blocks start at an index.
+
+    ``num_full_found`` blocks would have been used but for their windows.
+    """
 
     num_tokens: int
     full: list[int]
     window: list[int]
     window_start: int
+    num_full_found: int
 
 
 class BlockManager:
@@ -192,7 +203,8 @@ class BlockManager:
             if block is None:
                 break
             full.append(block)
-        window = self._window_before(keys, len(full))
+        num_full_found = len(full)
+        window = self._window_before(keys, num_full_found)
         del full[window.end :]
         num_tokens = len(full) * self.block_size
         tail = self._tail_after(keys[len(full) - 1] if full else _ROOT, token_ids[num_tokens:limit])
@@ -202,7 +214,7 @@ class BlockManager:
             num_tokens += tail.num_tokens
         # With a part-full block the window may have moved on.
         window_start = self._first_window_block(num_tokens)
-        return PrefixHit(num_tokens, full, window.blocks[window_start - window.start :], window_start)
+        return PrefixHit(num_tokens, full, window.blocks[window_start - window.start :], window_start, num_full_found)
 
     def keys(self, blocks: SequenceBlocks, token_ids: Sequence[int], num_blocks: int) -> list[bytes]:
         """The keys of at least the first ``num_blocks`` blocks, kept with the sequence."""
@@ -242,10 +254,15 @@ class BlockManager:
 
     # Holding blocks --------------------------------------------------------------------------------------------------
 
-    def acquire(self, blocks: SequenceBlocks, hit: PrefixHit) -> None:
-        """Give a sequence that holds nothing the blocks of a prefix."""
+    def acquire(self, blocks: SequenceBlocks, hit: PrefixHit, num_known_tokens: int) -> None:
+        """Give a sequence of that many tokens, which holds nothing, the blocks of a prefix."""
         assert blocks.num_tokens == blocks.full.end == blocks.window.end == 0
         blocks.num_tokens = hit.num_tokens
+        blocks.kept_windows = frozenset(
+            index
+            for end in (len(hit.full), hit.num_full_found, num_known_tokens // self.block_size)
+            for index in range(self._first_window_block(end * self.block_size), end)
+        )
         blocks.window.skip(hit.window_start)
         part_full = hit.num_tokens % self.block_size > 0
         for pool, table, ids in (
@@ -268,7 +285,7 @@ class BlockManager:
     def can_admit(self, hit: PrefixHit, num_tokens: int, num_spared: int) -> bool:
         """Whether a sequence of that many tokens can be held beside others, some free blocks left for those."""
         num_blocks = -(-num_tokens // self.block_size)
-        at_once = min(num_blocks, self.blocks_in_window())
+        at_once = num_blocks if self._window is None else min(num_blocks, self.num_to_start)
         free_full = self.full_pool.num_free - num_spared - sum(map(self.full_pool.is_free, hit.full))
         free_window = self.window_pool.num_free - num_spared - sum(map(self.window_pool.is_free, hit.window))
         return num_blocks - len(hit.full) <= free_full and at_once - len(hit.window) <= free_window
@@ -291,7 +308,8 @@ class BlockManager:
                 _publish_or_share(self.full_pool, blocks.full, i, keys[i])
                 _publish_or_share(self.window_pool, blocks.window, i, keys[i])
         while blocks.window.start < self._first_window_block(blocks.num_tokens):
-            self.window_pool.release(blocks.window.pop_first())
+            goes_first = blocks.window.start not in blocks.kept_windows
+            self.window_pool.release(blocks.window.pop_first(), goes_first=goes_first)
 
     def release(self, blocks: SequenceBlocks, token_ids: Sequence[int]) -> None:
         """Take everything back from a sequence; what is published stays findable."""
@@ -313,18 +331,19 @@ class BlockManager:
             table.start = table.end = 0
         blocks.num_tokens = 0
 
-    def blocks_in_window(self) -> int:
-        """Window blocks that a sequence of any length needs to compute one token more."""
-        return blocks_in_window(self._window, self.block_size, self.window_pool.num_blocks)
+    @property
+    def num_to_start(self) -> int:
+        """Window blocks that must be free for a sequence to start, however long it is."""
+        return 0 if self._window is None else blocks_in_window(self._window, self.block_size)
 
     def _first_window_block(self, num_tokens: int) -> int:
         """The index of the first block that holds a token which the next token may see in a window layer."""
         return 0 if self._window is None else max(0, num_tokens - self._window + 1) // self.block_size
 
 
-def blocks_in_window(window: int | None, block_size: int, num_blocks: int) -> int:
-    """The most blocks that ``window`` tokens in a row can touch; without a window, all ``num_blocks``."""
-    return num_blocks if window is None else 1 if window == 1 else (window - 2) // block_size + 2
+def blocks_in_window(window: int, block_size: int) -> int:
+    """The most blocks that so many tokens in a row can touch."""
+    return 1 if window == 1 else (window - 2) // block_size + 2
 
 
 class _WindowRun(NamedTuple):

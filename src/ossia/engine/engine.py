@@ -266,8 +266,9 @@ class AsyncEngine:
     def generate(self, token_ids: SequenceOf[int], params: SamplingParams) -> AsyncGenerator[TokenOutput, None]:
         """The tokens of one answer as they are sampled; the last one has a finish_reason.
 
-        Raises what `Engine.check` raises at once. Iterating raises OssiaError if the request fails, UnavailableError
-        if the engine is shut down. Leaving the iterator (aclose, cancellation) aborts the request.
+        To be called in an event loop. Raises what `Engine.check` raises at once. Iterating raises OssiaError if the
+        request fails, UnavailableError if the engine is shut down. Leaving the iterator (aclose,
+        cancellation) aborts the request.
         """
         self._engine.check(token_ids, params)
         return self._read(_Add(_Reader(asyncio.get_running_loop()), token_ids, params))

@@ -181,7 +181,7 @@ class Sequence:
         token_bytes: Callable[[int], bytes] | None,
     ) -> None:
         self.request_id = request_id
-        self.token_ids = list(token_ids)
+        self.token_ids = list(map(int, token_ids))
         self.num_prompt_tokens = len(self.token_ids)
         self.params = params
         self.max_tokens = max_tokens

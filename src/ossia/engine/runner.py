@@ -61,7 +61,7 @@ def divide_memory(config: ModelConfig, options: EngineConfig, layer_bytes: int) 
 
     num_window = no_limit
     if window_bytes:
-        per_sequence = blocks_in_window(config.sliding_window, options.block_size, no_limit)
+        per_sequence = blocks_in_window(config.sliding_window, options.block_size)
         in_use = options.max_num_seqs * per_sequence + -(-options.max_batch_tokens // options.block_size)
         share = min(in_use * window_bytes + memory // 8, memory // 4) if full_bytes else memory
         num_window = max(per_sequence, share // window_bytes)

@@ -1,10 +1,11 @@
 """Which sequences take part in the next step, and with how many tokens.
 
-Every running sequence that has one token to compute (decode) takes part in every step. The rest of the step's tokens go
-to prompts in order of arrival, in chunks; while several prompts are unfinished, the first takes at most three quarters
-of what is left, so that a short one behind a long one is not held up. When memory is short the sequence that came last
-gives up its blocks and waits; its tokens are computed again later, as far as they cannot be found again. The sequence
-that came first can therefore always go on, and every sequence becomes the first one at some time: none starves.
+Every running sequence that has one token to compute (decode) takes part in every step that has memory for it. The rest
+of the step's tokens go to prompts in order of arrival, in chunks; while others come behind it, a prompt takes at most
+three quarters of what is left, so that a short one behind a long one is not held up. When memory is short the sequence
+that came last gives up its blocks and waits; its tokens are computed again later, as far as they cannot be found again.
+The sequence that came first can therefore always go on, and every sequence becomes the first one at some time: none
+starves.
 """
 
 from __future__ import annotations
@@ -77,18 +78,19 @@ class Scheduler:
 
     def _share(self, sequence: Sequence, budget: int) -> int:
         """The tokens of a prompt that may be computed now."""
-        is_alone = not self.waiting and not any(
-            other is not sequence and other.num_uncomputed > 1 for other in self.running
+        is_last = not self.waiting and not any(
+            other.request_id > sequence.request_id and other.num_uncomputed > 1 for other in self.running
         )
-        return min(sequence.num_uncomputed, budget if is_alone else budget - budget // 4)
+        return min(sequence.num_uncomputed, budget if is_last else budget - budget // 4)
 
     def _make_room(self, index: int) -> int:
         """Tokens that memory allows the running sequence, after preempting later ones if it allows none."""
         sequence = self.running[index]
         while True:
             num_later = len(self.running) - 1 - index
-            # A block is left for each later one: a prompt must not stop the decodes behind it.
-            room = self._blocks.capacity(sequence.blocks, num_later)
+            # A long prompt must not stop the decodes behind it, nor a short prompt that waits.
+            num_spared = len(self.running) + self._blocks.num_to_start if self.waiting else num_later
+            room = self._blocks.capacity(sequence.blocks, num_spared)
             if room < 1:
                 room = min(self._blocks.capacity(sequence.blocks), self._blocks.block_size)
             if room >= 1 or not num_later:
@@ -110,7 +112,7 @@ class Scheduler:
                 continue
             if self.running and not self._blocks.can_admit(hit, len(sequence.token_ids) + 1, len(self.running)):
                 break
-            self._blocks.acquire(sequence.blocks, hit)
+            self._blocks.acquire(sequence.blocks, hit, len(sequence.token_ids))
             if sequence.num_cached_tokens is None:
                 sequence.num_cached_tokens = hit.num_tokens
                 self._totals.num_prompt_tokens += sequence.num_prompt_tokens
@@ -144,12 +146,13 @@ class Scheduler:
         for i, (sequence, num_tokens) in enumerate(scheduled):
             if budget < 1:
                 break
-            room = self._blocks.capacity(sequence.blocks, len(self.running))
-            total = min(sequence.num_uncomputed, num_tokens + budget, room)
-            if total > num_tokens:
-                self._blocks.reserve(sequence.blocks, total)
-                scheduled[i] = Scheduled(sequence, total)
-                budget -= total - num_tokens
+            if num_tokens < sequence.num_uncomputed:
+                room = self._blocks.capacity(sequence.blocks, len(self.running))
+                total = min(sequence.num_uncomputed, num_tokens + budget, room)
+                if total > num_tokens:
+                    self._blocks.reserve(sequence.blocks, total)
+                    scheduled[i] = Scheduled(sequence, total)
+                    budget -= total - num_tokens
         return scheduled
 
 

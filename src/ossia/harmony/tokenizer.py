@@ -19,10 +19,10 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from importlib import resources
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,9 +63,18 @@ _O200K_HARMONY_NAMED = {
     "<|message|>": 200008,
     "<|call|>": 200012,
 }
-# Digest of o200k's merges in tokenizer.json order, "left right" joined by newlines: a file that has it needs no
-# further proof that ranks alone give its ids. Every one of its tokens is also reachable by merges.
-_O200K_MERGES_SHA256 = "fbb4bf8ec1a0dec603d12b4f4f7ff2939ff6ae1a8d94e6df0380b74b1c90f66f"
+# Digest of o200k as a tokenizer.json spells it: tokens in order of id, then merges as "left right", a line for each.
+# A file that has it needs no further proof that ranks alone give its ids, whatever it says of ignore_merges: every
+# token of o200k is reachable by merges.
+_O200K_SHA256 = "78eb66dd69e92c26a7c293e991384ca6743f943c6dfa188adf495b02f7149279"
+# Digests of whole files of that vocabulary: the one of openai/gpt-oss-*, and what `to_tokenizer_json` writes for it. A
+# digest takes some hundredths of a second; reading the half a million merges takes more than one.
+_O200K_HARMONY_FILES = frozenset(
+    {
+        "0614fe83cadab421296e664e1f48f4261fa8fef6e03e63bb75c20f38e37d07d3",
+        "53b119577cbbcd63d3b8cc1efad90dd3031f8792e2747fd8a30e79c8f4852963",
+    }
+)
 
 REPLACEMENT = "\ufffd"
 _REPLACEMENT_BYTES = REPLACEMENT.encode()
@@ -128,11 +137,24 @@ class Tokenizer:
         """
         return _read_tokenizer_json(Path(path))
 
+    @classmethod
+    def from_document(cls, document: dict[str, Any], where: str) -> Tokenizer:
+        """What a ``tokenizer.json`` holds; ``where`` names it in errors.
+
+        Raises CheckpointError when it is damaged or no byte-level BPE.
+        """
+        try:
+            return _from_document(document, where)
+        except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+            raise CheckpointError(
+                f"{where} is not a byte-level BPE tokenizer.json: {type(error).__name__}: {error}"
+            ) from error
+
     # -- text to ids -------------------------------------------------------------------------------
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text`` as ordinary text, whatever it spells. Lone surrogates are encoded as U+FFFD."""
-        if len(text) > _LONG_WHITESPACE and _has_long_whitespace(text):
+        if len(text) > _LONG_WHITESPACE and _may_have_long_whitespace(text):
             return [i for part in _cut_long_whitespace(text) for i in self._encode(part)]
         return self._encode(text)
 
@@ -288,17 +310,22 @@ def _o200k_tokens() -> list[bytes]:
 # -- long whitespace -------------------------------------------------------------------------------
 
 
-def _has_long_whitespace(text: str) -> bool:
+def _may_have_long_whitespace(text: str) -> bool:
     # A long run covers two neighbours of a half-as-long raster, so prose is cleared by a few dozen looks.
-    raster = [text[i].isspace() for i in range(0, len(text), _LONG_WHITESPACE // 2)]
-    return any(a and b for a, b in pairwise(raster)) and _LONG_RUN.search(text) is not None
+    raster = (text[i].isspace() for i in range(0, len(text), _LONG_WHITESPACE // 2))
+    return any(a and b for a, b in pairwise(raster))
 
 
-def _cut_long_whitespace(text: str) -> list[str]:
-    return [part for part in _LONG_RUN.split(text) if part]
+def _cut_long_whitespace(text: str) -> Iterator[str]:
+    start = 0
+    for run in _WHITESPACE.finditer(text):
+        for cut in range(run.start() + _LONG_WHITESPACE, run.end(), _LONG_WHITESPACE):
+            yield text[start:cut]
+            start = cut
+    yield text[start:]
 
 
-_LONG_RUN = re.compile(rf"(\s{{{_LONG_WHITESPACE}}})")
+_WHITESPACE = re.compile(r"\s+")
 
 
 # -- explicit merges -------------------------------------------------------------------------------
@@ -403,19 +430,18 @@ def _all_splits(vocab: dict[str, int]) -> list[tuple[str, str]]:
 def _read_tokenizer_json(path: Path) -> Tokenizer:
     path = path / "tokenizer.json" if path.is_dir() else path
     try:
-        document = json.loads(path.read_bytes())
+        text = path.read_bytes()
     except FileNotFoundError:
         raise NotFoundError(f"no tokenizer at {path}; expected a Hugging Face tokenizer.json") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    if hashlib.sha256(text).hexdigest() in _O200K_HARMONY_FILES:
+        return Tokenizer.o200k_harmony()
+    try:
+        document = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON ({error}); expected a Hugging Face tokenizer.json") from error
-    try:
-        return _from_document(document, str(path))
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-        raise CheckpointError(
-            f"{path} is not a byte-level BPE tokenizer.json: {type(error).__name__}: {error}"
-        ) from error
+    return Tokenizer.from_document(document, str(path))
 
 
 def _from_document(document: dict[str, Any], where: str) -> Tokenizer:
@@ -427,10 +453,12 @@ def _from_document(document: dict[str, Any], where: str) -> Tokenizer:
     pattern = _split_pattern(document.get("pre_tokenizer"), where)
     special = {str(t["content"]): int(t["id"]) for t in document.get("added_tokens", ())}
     vocab: dict[str, int] = {token: i for token, i in model["vocab"].items() if token not in special}
+    if pattern == O200K_PATTERN and _is_o200k(vocab, model["merges"]):
+        return Tokenizer(Tokenizer.o200k_harmony()._ordinary, special, pattern=pattern, name=where)
     pairs = [_merge_pair(merge) for merge in model["merges"]]
     ordinary = {token.translate(_CHAR_TO_BYTE).encode("latin-1"): i for token, i in vocab.items()}
     ignore_merges = bool(model.get("ignore_merges", False))
-    if pattern in _TOTAL_PATTERNS and _ranks_suffice(vocab, ordinary, pairs, ignore_merges):
+    if pattern in _TOTAL_PATTERNS and ignore_merges and _ranks_suffice(vocab, ordinary, pairs):
         return Tokenizer(ordinary, special, pattern=pattern, name=where)
     as_bytes = [
         (left.translate(_CHAR_TO_BYTE).encode("latin-1"), right.translate(_CHAR_TO_BYTE).encode("latin-1"))
@@ -446,18 +474,17 @@ def _merge_pair(merge: str | Sequence[str]) -> tuple[str, str]:
     return left, right
 
 
-def _ranks_suffice(
-    vocab: dict[str, int], ordinary: dict[bytes, int], pairs: list[tuple[str, str]], ignore_merges: bool
-) -> bool:
-    """Whether tiktoken's rule (the id is the priority) gives the ids that the merge list gives."""
-    if any(bytes([b]) not in ordinary for b in range(256)):
+def _is_o200k(vocab: dict[str, int], merges: list[str] | list[list[str]]) -> bool:
+    if list(vocab.values()) != list(range(O200K_NUM_ORDINARY)):
         return False
-    if len(vocab) == O200K_NUM_ORDINARY:
-        spelled = "\n".join(map(" ".join, pairs)).encode()
-        if hashlib.sha256(spelled).hexdigest() == _O200K_MERGES_SHA256:
-            return True
+    lines = chain(vocab, (merge if isinstance(merge, str) else " ".join(merge) for merge in merges))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest() == _O200K_SHA256
+
+
+def _ranks_suffice(vocab: dict[str, int], ordinary: dict[bytes, int], pairs: list[tuple[str, str]]) -> bool:
+    """Whether tiktoken's rule (the id is the priority) gives the ids that the merge list gives."""
     in_id_order = dict(sorted(vocab.items(), key=lambda item: item[1]))
-    return ignore_merges and pairs == _all_splits(in_id_order)
+    return all(bytes([b]) in ordinary for b in range(256)) and pairs == _all_splits(in_id_order)
 
 
 def _split_pattern(pre_tokenizer: dict[str, Any] | None, where: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,7 @@ class RopeConfig:
         """What cos and sin are multiplied by: the square root of YaRN's attention temperature."""
         return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
 
+    @lru_cache(maxsize=8)  # noqa: B019 - a frozen value, and few of them
     def inv_freq(self, head_dim: int) -> npt.NDArray[np.float32]:
         """Radians per position of each rotated pair, float32 [head_dim / 2].
 

@@ -26,6 +26,7 @@ from ossia.model.safetensors_file import refuse_lfs_pointer
 from ossia.ops import SWIGLU_ALPHA
 
 _DEFAULTS = ModelConfig()
+CONFIG_REMEDY = "Use the config.json that was published with the weights."
 
 RANDOM_WEIGHTS = "ossia_random_weights"
 """Field of config.json that marks a checkpoint whose weights mean nothing, so that nobody takes noise for an answer."""
@@ -39,10 +40,10 @@ def read_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} holds weights but no config.json. Copy it there from the model's repository.")
-    fields = _Fields(path, read_json(path))
+    fields = Fields(path, read_json(path))
     _refuse_other_architectures(fields)
     generation_path = folder / "generation_config.json"
-    generation = _Fields(generation_path, read_json(generation_path) if generation_path.is_file() else {})
+    generation = Fields(generation_path, read_json(generation_path) if generation_path.is_file() else {})
 
     num_layers = fields.integer("num_hidden_layers")
     vocab_size = fields.integer("vocab_size")
@@ -66,7 +67,7 @@ def read_config(folder: Path) -> ModelConfig:
         stop_token_ids=_stop_token_ids(generation, fields, vocab_size),
         pad_token_id=_pad_token_id(generation, fields, vocab_size),
     )
-    _check_consistency(path, config)
+    check_consistency(fields, config)
     return config
 
 
@@ -163,13 +164,14 @@ def generation_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-class _Fields:
-    """A JSON object whose fields are asked for by name; the first name that is there counts."""
+class Fields:
+    """Settings that are asked for by name; the first name that is there counts. ``remedy`` ends every complaint."""
 
-    def __init__(self, path: Path, values: dict[str, Any], within: str = "") -> None:
+    def __init__(self, path: Path, values: dict[str, Any], within: str = "", remedy: str = CONFIG_REMEDY) -> None:
         self.path = path
         self.values = values
         self.within = within
+        self.remedy = remedy
 
     def get(self, *names: str) -> Any:
         return next((self.values[name] for name in names if self.values.get(name) is not None), None)
@@ -196,7 +198,7 @@ class _Fields:
             raise self.error(f"{self.within}{name} is {value!r}, expected {expected!r}: {why}")
 
     def error(self, message: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: {message}. Use the config.json that was published with the weights.")
+        return CheckpointError(f"{self.path}: {message}. {self.remedy}")
 
     def _required(self, names: tuple[str, ...], default: float | None) -> Any:
         value = self.get(*names)
@@ -211,7 +213,7 @@ def _both_numbers(a: Any, b: Any) -> bool:
     return all(isinstance(x, int | float) and not isinstance(x, bool) for x in (a, b))
 
 
-def _refuse_other_architectures(fields: _Fields) -> None:
+def _refuse_other_architectures(fields: Fields) -> None:
     # The original layout says neither of these.
     model_type = fields.get("model_type")
     if model_type is not None and model_type != "gpt_oss":
@@ -231,14 +233,14 @@ def _refuse_other_architectures(fields: _Fields) -> None:
     fields.must_be("swiglu_alpha", SWIGLU_ALPHA, "gpt-oss has no other gate")
 
 
-def _rope(fields: _Fields) -> RopeConfig:
+def _rope(fields: Fields) -> RopeConfig:
     scaling_name = next((name for name in ("rope_parameters", "rope_scaling") if fields.get(name) is not None), None)
     if scaling_name is None:
         return _original_rope(fields)
     values = fields.get(scaling_name)
     if not isinstance(values, dict):
         raise fields.error(f"{scaling_name} is {values!r}, expected an object")
-    scaling = _Fields(fields.path, values, f"{scaling_name}.")
+    scaling = Fields(fields.path, values, f"{scaling_name}.")
     theta = scaling.number("rope_theta", default=fields.number("rope_theta", default=_DEFAULTS.rope.theta))
     rope_type = scaling.get("rope_type", "type") or "default"
     if rope_type == "default":
@@ -261,7 +263,7 @@ def _rope(fields: _Fields) -> RopeConfig:
     return rope
 
 
-def _original_rope(fields: _Fields) -> RopeConfig:
+def _original_rope(fields: Fields) -> RopeConfig:
     # Also for a Hugging Face config that is silent about scaling: transformers then assumes the published values.
     default = _DEFAULTS.rope
     return RopeConfig(
@@ -273,7 +275,7 @@ def _original_rope(fields: _Fields) -> RopeConfig:
     )
 
 
-def _layer_types(fields: _Fields, num_layers: int) -> tuple[str, ...]:
+def _layer_types(fields: Fields, num_layers: int) -> tuple[str, ...]:
     kinds = fields.get("layer_types")
     if kinds is None:
         return ()
@@ -284,7 +286,7 @@ def _layer_types(fields: _Fields, num_layers: int) -> tuple[str, ...]:
     return tuple(kinds)
 
 
-def _stop_token_ids(generation: _Fields, fields: _Fields, vocab_size: int) -> tuple[int, ...]:
+def _stop_token_ids(generation: Fields, fields: Fields, vocab_size: int) -> tuple[int, ...]:
     ids: list[int] = []
     for source in (generation, fields):
         value = source.get("eos_token_id")
@@ -296,21 +298,18 @@ def _stop_token_ids(generation: _Fields, fields: _Fields, vocab_size: int) -> tu
     return tuple(dict.fromkeys(ids)) or tuple(i for i in _DEFAULTS.stop_token_ids if i < vocab_size)
 
 
-def _pad_token_id(generation: _Fields, fields: _Fields, vocab_size: int) -> int | None:
+def _pad_token_id(generation: Fields, fields: Fields, vocab_size: int) -> int | None:
     value = next((x for source in (fields, generation) if type(x := source.get("pad_token_id")) is int), None)
     return value if value is None or 0 <= value < vocab_size else None
 
 
-def _check_consistency(path: Path, config: ModelConfig) -> None:
-    faults = {
-        f"num_attention_heads {config.num_heads} is not a multiple of num_key_value_heads {config.num_kv_heads}": (
-            config.num_heads % config.num_kv_heads
-        ),
-        f"head_dim {config.head_dim} is odd": config.head_dim % 2,
-        f"num_experts_per_tok {config.num_active_experts} exceeds the {config.num_experts} experts": (
-            config.num_active_experts > config.num_experts
-        ),
-    }
-    for message, is_met in faults.items():
-        if is_met:
-            raise CheckpointError(f"{path}: {message}. Use the config.json that was published with the weights.")
+def check_consistency(fields: Fields, config: ModelConfig) -> None:
+    """Raise CheckpointError when sizes contradict each other."""
+    if config.num_heads % config.num_kv_heads:
+        raise fields.error(
+            f"num_attention_heads {config.num_heads} is not a multiple of num_key_value_heads {config.num_kv_heads}"
+        )
+    if config.head_dim % 2:
+        raise fields.error(f"head_dim {config.head_dim} is odd")
+    if config.num_active_experts > config.num_experts:
+        raise fields.error(f"num_experts_per_tok {config.num_active_experts} exceeds the {config.num_experts} experts")

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ossia.model.config import ModelConfig
+from ossia.model.layouts import FLOATS
 from ossia.model.weights import Checkpoint
 from ossia.ops.mxfp4 import SCALE_NAN
 
@@ -142,8 +143,10 @@ def published_shape(config: ModelConfig) -> str | None:
 
 
 def _part_that_can_be_wrong(checkpoint: Checkpoint, name: str, dtype: str) -> npt.NDArray[Any] | None:
-    if dtype in ("F32", "F16", "BF16") or (dtype == "U8" and name.endswith("scales")):
+    if dtype in FLOATS or (dtype == "U8" and name.endswith("scales")):
         return checkpoint.array(name)
+    if dtype in ("MXFP4", "Q8_0"):
+        return checkpoint.array(name).scales
     return None
 
 

@@ -3,10 +3,12 @@
     "hf"        Hugging Face, experts in MXFP4: [E, 2F, D/32, 16] blocks, [E, 2F, D/32] scales
     "hf-bf16"   Hugging Face, experts in bfloat16 (or float16, float32), transposed against MXFP4: [E, D, 2F], [E, F, D]
     "original"  the original/ folder: other names; q, k and v are the rows of one matrix; experts as in "hf"
+    "gguf"      llama.cpp's files: gate and up are two tensors, or the halves of one; dense matrices may be Q8_0
 
-In all three the rows of gate and up alternate, gate first. Everything here is a view: no layout costs a copy.
+In the first three the rows of gate and up alternate, gate first. Everything here is a view: no layout costs a copy.
 
-Sources: model.safetensors.index.json of openai/gpt-oss-20b; `gpt_oss/torch/weights.py` of openai/gpt-oss for original/.
+Sources: model.safetensors.index.json of openai/gpt-oss-20b; `gpt_oss/torch/weights.py` of openai/gpt-oss for original/;
+GptOssForCausalLM in llama.cpp's conversion to GGUF.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ from ossia.errors import CheckpointError
 from ossia.model.config import ModelConfig
 from ossia.ops import Array, ExpertArrays, Mxfp4
 
-LayoutName = Literal["hf", "hf-bf16", "original"]
+LayoutName = Literal["hf", "hf-bf16", "original", "gguf"]
 Get = Callable[[str], Array]
 """From a tensor's name to its values as a view of the mapped file."""
 
 FLOATS = ("BF16", "F16", "F32")
 BYTES = ("U8",)
+FLOATS_OR_Q8 = (*FLOATS, "Q8_0")
+MXFP4_OR_FLOATS = ("MXFP4", *FLOATS)
 
 
 class Expected(NamedTuple):
@@ -218,15 +222,88 @@ class Original:
         )
 
 
+class Gguf:
+    """Layout "gguf". With ``fused`` gate and up are one tensor, the rows of gate first."""
+
+    name: LayoutName = "gguf"
+
+    def __init__(self, *, fused: bool) -> None:
+        self.fused = fused
+
+    def layer_prefix(self, layer: int) -> str:
+        return f"blk.{layer}."
+
+    def expected(self, config: ModelConfig) -> dict[str, Expected]:
+        D, F, V, E = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_experts
+        q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        gate_up = {"ffn_gate_up_exps": 2 * F} if self.fused else {"ffn_gate_exps": F, "ffn_up_exps": F}
+        tensors = {"token_embd.weight": Expected((V, D), FLOATS_OR_Q8)}
+        for i in range(config.num_layers):
+            layer = {
+                "attn_norm.weight": Expected((D,)),
+                "attn_q.weight": Expected((q_rows, D), FLOATS_OR_Q8),
+                "attn_q.bias": Expected((q_rows,)),
+                "attn_k.weight": Expected((kv_rows, D), FLOATS_OR_Q8),
+                "attn_k.bias": Expected((kv_rows,)),
+                "attn_v.weight": Expected((kv_rows, D), FLOATS_OR_Q8),
+                "attn_v.bias": Expected((kv_rows,)),
+                "attn_output.weight": Expected((D, q_rows), FLOATS_OR_Q8),
+                "attn_output.bias": Expected((D,)),
+                "attn_sinks.weight": Expected((config.num_heads,)),
+                "post_attention_norm.weight": Expected((D,)),
+                "ffn_gate_inp.weight": Expected((E, D), FLOATS_OR_Q8),
+                "ffn_gate_inp.bias": Expected((E,)),
+                "ffn_down_exps.weight": Expected((E, D, F), MXFP4_OR_FLOATS),
+                "ffn_down_exps.bias": Expected((E, D)),
+            }
+            for name, rows in gate_up.items():
+                layer[f"{name}.weight"] = Expected((E, rows, D), MXFP4_OR_FLOATS)
+                layer[f"{name}.bias"] = Expected((E, rows))
+            tensors |= {self.layer_prefix(i) + name: expected for name, expected in layer.items()}
+        tensors["output_norm.weight"] = Expected((D,))
+        tensors["output.weight"] = Expected((V, D), FLOATS_OR_Q8)
+        return tensors
+
+    def outer(self, get: Get) -> ModelArrays:
+        return ModelArrays(get("token_embd.weight"), get("output_norm.weight"), get("output.weight"))
+
+    def layer(self, get: Get, config: ModelConfig, layer: int) -> LayerArrays:
+        prefix = self.layer_prefix(layer)
+
+        def dense(name: str) -> Dense:
+            return Dense(get(f"{prefix}{name}.weight"), get(f"{prefix}{name}.bias"))
+
+        if self.fused:
+            both, F = dense("ffn_gate_up_exps"), config.intermediate_size
+            gate = Dense(_rows(both.weight_OI, slice(0, F)), both.bias_O[:, :F])
+            up = Dense(_rows(both.weight_OI, slice(F, None)), both.bias_O[:, F:])
+        else:
+            gate, up = dense("ffn_gate_exps"), dense("ffn_up_exps")
+        down = dense("ffn_down_exps")
+        return LayerArrays(
+            attention_norm_D=get(prefix + "attn_norm.weight"),
+            q=dense("attn_q"),
+            k=dense("attn_k"),
+            v=dense("attn_v"),
+            o=dense("attn_output"),
+            sinks_Q=get(prefix + "attn_sinks.weight"),
+            moe_norm_D=get(prefix + "post_attention_norm.weight"),
+            router=dense("ffn_gate_inp"),
+            experts=ExpertArrays(gate.weight_OI, up.weight_OI, down.weight_OI, gate.bias_O, up.bias_O, down.bias_O),
+        )
+
+
 HF = HuggingFace(mxfp4=True)
 HF_BF16 = HuggingFace(mxfp4=False)
 ORIGINAL = Original()
-LAYOUTS: dict[LayoutName, Layout] = {layout.name: layout for layout in (HF, HF_BF16, ORIGINAL)}
+SAFETENSORS: dict[LayoutName, Layout] = {layout.name: layout for layout in (HF, HF_BF16, ORIGINAL)}
 
 
 def detect_layout(names: Iterable[str], where: object) -> Layout:
     """The layout that tensors of these names come in. Raises CheckpointError when it is none."""
     names = list(names)
+    if any(name.startswith(("blk.", "token_embd.")) for name in names):
+        return Gguf(fused=any("ffn_gate_up_exps" in name for name in names))
     if any(name.startswith(("block.", "embedding.")) for name in names):
         return ORIGINAL
     if any(name.startswith("model.") for name in names):
@@ -248,16 +325,18 @@ def _mxfp4(prefix: str, shape: tuple[int, ...]) -> dict[str, Expected]:
 def _alternating_experts(
     gate_up: Mxfp4 | Array, gate_up_bias_EF: Array, down: Mxfp4 | Array, down_bias_ED: Array
 ) -> ExpertArrays:
-    def every_second_row(start: int) -> Mxfp4 | Array:
-        if isinstance(gate_up, Mxfp4):
-            return gate_up._replace(blocks=gate_up.blocks[:, start::2], scales=gate_up.scales[:, start::2])
-        return gate_up[:, start::2]
-
     return ExpertArrays(
-        gate=every_second_row(0),
-        up=every_second_row(1),
+        gate=_rows(gate_up, slice(0, None, 2)),
+        up=_rows(gate_up, slice(1, None, 2)),
         down=down,
         gate_bias_EF=gate_up_bias_EF[:, 0::2],
         up_bias_EF=gate_up_bias_EF[:, 1::2],
         down_bias_ED=down_bias_ED,
     )
+
+
+def _rows(matrices: Mxfp4 | Array, rows: slice) -> Mxfp4 | Array:
+    """Some rows of every matrix [E, O, I]."""
+    if isinstance(matrices, Mxfp4):
+        return matrices._replace(blocks=matrices.blocks[:, rows], scales=matrices.scales[:, rows])
+    return matrices[:, rows]

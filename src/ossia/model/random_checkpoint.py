@@ -39,7 +39,7 @@ from ossia.errors import InputError, UnavailableError
 from ossia.harmony.tokenizer import Tokenizer
 from ossia.model.config import ModelConfig
 from ossia.model.config_file import RANDOM_WEIGHTS, generation_config, hugging_face_config, original_config
-from ossia.model.layouts import BYTES, HF, LAYOUTS, Layout, LayoutName
+from ossia.model.layouts import BYTES, HF, SAFETENSORS, Layout, LayoutName
 from ossia.model.safetensors_file import DTYPES, header_bytes
 from ossia.ops import Mxfp4
 from ossia.ops.mxfp4 import E2M1_VALUES, SCALE_BIAS, dequantize
@@ -82,11 +82,11 @@ def write_random_checkpoint(
     """
     out = Path(out)
     config = _config(shape, num_layers)
-    if layout not in LAYOUTS:
-        raise InputError(f"unknown layout {layout!r}; expected one of: {', '.join(LAYOUTS)}")
+    if layout not in SAFETENSORS:
+        raise InputError(f"unknown layout {layout!r}; expected one of: {', '.join(SAFETENSORS)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is there already and not empty. Give a new folder.")
-    shards = _plan(config, LAYOUTS[layout])
+    shards = _plan(config, SAFETENSORS[layout])
     total_bytes = sum(size for shard in shards.values() for size in map(_size_bytes, shard.values()))
     _check_disk(out, total_bytes + _SIDE_FILES_BYTES)
 

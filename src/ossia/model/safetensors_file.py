@@ -98,6 +98,8 @@ def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
 
 def map_file(path: Path) -> npt.NDArray[np.uint8]:
     """The bytes of a file as a read-only array that reads from disk on first use."""
+    if path.stat().st_size == 0:
+        return np.empty(0, np.uint8)
     with open(path, "rb") as file:
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 
@@ -136,7 +138,8 @@ def _refuse_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _entry(path: Path, name: str, value: Any, data_start: int) -> TensorEntry:
     try:
         dtype, shape, (start, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-        if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
+        sound = all(type(number) is int and number >= 0 for number in (*shape, start, end))
+        if not sound or not isinstance(dtype, str):
             raise ValueError
     except (TypeError, KeyError, ValueError):
         raise CheckpointError(

@@ -1,29 +1,29 @@
 """A checkpoint in its published layout, memory-mapped: open it, check it, hand its arrays to a backend.
 
-    folder with config.json and   model.safetensors, or model.safetensors.index.json and its shards, or *.safetensors
-    folder with                   original/ as above, when it has no weights of its own
-    one .safetensors file         with config.json beside it; a shard stands for its whole checkpoint
-
 Opening reads headers alone; weights are views of the mapped files and are read from disk when they are first used.
-Names, shapes and views: `layouts.py`.
+Which files: `checkpoint_files.py`. Names, shapes and views: `layouts.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ossia.errors import CheckpointError, NotFoundError
+from ossia.errors import CheckpointError
+from ossia.harmony.tokenizer import Tokenizer
+from ossia.model.checkpoint_files import find_files
 from ossia.model.config import ModelConfig
-from ossia.model.config_file import RANDOM_WEIGHTS, read_config, read_json
+from ossia.model.config_file import CONFIG_REMEDY, RANDOM_WEIGHTS, read_config, read_json
+from ossia.model.gguf_file import GGUF_REMEDY, GgufHeader, gguf_config, read_gguf, tokenizer_document
 from ossia.model.layouts import Dense, Expected, Layout, detect_layout
 from ossia.model.safetensors_file import DTYPES, TensorEntry, map_file, read_header
 from ossia.model.transformer import Layer, Weights
-from ossia.ops import Array, Ops
+from ossia.ops import Q8, Array, Mxfp4, Ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,8 @@ class Checkpoint:
     files: tuple[Path, ...]
     tensors: Mapping[str, TensorEntry]
     maps: Mapping[Path, npt.NDArray[np.uint8]] = field(repr=False, compare=False)
+    # The metadata of a GGUF file; nothing for safetensors.
+    metadata: Mapping[str, Any] = field(repr=False, compare=False)
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -55,19 +57,18 @@ class Checkpoint:
     def open_unchecked(cls, path: str | Path) -> Checkpoint:
         """As `open`, but tensors that are missing, of a wrong shape, or too many are left to `problems`."""
         files = find_files(Path(path))
-        folder = files[0].parent
-        tensors: dict[str, TensorEntry] = {}
-        for file in files:
-            for name, entry in read_header(file).items():
-                if name in tensors:
-                    raise CheckpointError(
-                        f"tensor {name} is in {tensors[name].file} and in {file}. Keep the files of one checkpoint "
-                        "alone in their folder."
-                    )
-                tensors[name] = entry
-        config = read_config(folder)
-        layout = detect_layout(tensors, folder)
-        return cls(folder, layout, config, files, tensors, {file: map_file(file) for file in files})
+        maps = {file: map_file(file) for file in files}
+        if files[0].suffix == ".gguf":
+            headers = [read_gguf(file, mapped) for file, mapped in maps.items()]
+            tensors = _merge(header.tensors for header in headers)
+            metadata = headers[0].metadata
+            config = gguf_config(files[0], GgufHeader(metadata, tensors))
+        else:
+            tensors = _merge(map(read_header, files))
+            metadata = {}
+            config = read_config(files[0].parent)
+        layout = detect_layout(tensors, files[0].parent)
+        return cls(files[0].parent, layout, config, files, tensors, maps, metadata)
 
     def problems(self) -> list[str]:
         """What keeps the checkpoint from being loaded, one sentence each."""
@@ -75,12 +76,16 @@ class Checkpoint:
         if num_layers != self.config.num_layers:
             # One sentence in place of hundreds.
             return [
-                f"{self.folder} holds {num_layers} layers, its config.json says {self.config.num_layers} "
-                "(num_hidden_layers). Download config.json and the weights again from one place."
+                f"{self.folder} holds {num_layers} layers, {self._settings} says {self.config.num_layers} "
+                f"({'block_count' if self.metadata else 'num_hidden_layers'}). Download it again, all from one place."
             ]
         expected = self.layout.expected(self.config)
         return [
-            *(message for name, entry in self.tensors.items() if (message := _misfit(name, entry, expected.get(name)))),
+            *(
+                f"{entry.file}: tensor {name} {fault}. {self._remedy}"
+                for name, entry in self.tensors.items()
+                if (fault := self._misfit(entry, expected.get(name)))
+            ),
             *(
                 f"{self.folder} lacks the tensor {name}: expected {_described(expected[name])} in {self._file_list()}. "
                 "Download the checkpoint again."
@@ -90,9 +95,15 @@ class Checkpoint:
         ]
 
     def array(self, name: str) -> Array:
-        """A tensor as a read-only numpy view of the mapped file, bfloat16 by `ml_dtypes`."""
+        """A tensor as a read-only numpy view of the mapped file, bfloat16 by `ml_dtypes`; GGUF's as `Mxfp4` or `Q8`."""
         file, dtype, shape, offset, size_bytes = self.tensors[name]
         values = self.maps[file][offset : offset + size_bytes]
+        if dtype == "MXFP4":
+            blocks = values.reshape(*shape[:-1], shape[-1] // 32, 17)
+            return Mxfp4(blocks[..., 1:], blocks[..., 0], "halves")
+        if dtype == "Q8_0":
+            blocks = values.reshape(*shape[:-1], shape[-1] // 32, 34)
+            return Q8(blocks[..., 2:].view(np.int8), blocks[..., :2].view(np.float16)[..., 0])
         if offset % DTYPES[dtype].itemsize:
             # A file is free to put a tensor at an odd byte; kernels are not made for that.
             values = values.copy()
@@ -115,9 +126,43 @@ class Checkpoint:
         """The bytes of all its weight files."""
         return sum(len(values) for values in self.maps.values())
 
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's vocabulary: of its tokenizer.json, of its GGUF metadata, else gpt-oss's own.
+
+        Raises CheckpointError when what is there is damaged, or nothing is and the vocabulary is not gpt-oss's.
+        """
+        if self.tokenizer_path is not None:
+            return Tokenizer.from_file(self.tokenizer_path)
+        document = tokenizer_document(self.files[0], self.metadata)
+        if document is not None:
+            return Tokenizer.from_document(document, str(self.files[0]))
+        tokenizer = Tokenizer.o200k_harmony()
+        if tokenizer.vocab_size != self.config.vocab_size:
+            raise CheckpointError(
+                f"{self.folder} has no tokenizer.json, and its vocabulary of {self.config.vocab_size} tokens is not "
+                f"o200k_harmony's {tokenizer.vocab_size}. Put the tokenizer.json that belongs to it in the folder."
+            )
+        return tokenizer
+
     def _num_layers(self) -> int:
         numbers = (_layer_number(name, self.layout) for name in self.tensors)
         return 1 + max((number for number in numbers if number is not None), default=-1)
+
+    def _misfit(self, entry: TensorEntry, expected: Expected | None) -> str | None:
+        found = f"{entry.dtype} {list(entry.shape)}"
+        if expected is None:
+            return f"({found}) does not belong to the model that {self._settings} describes"
+        if entry.dtype in expected.dtypes and entry.shape == expected.shape:
+            return None
+        return f"is {found}, expected {_described(expected)} after {self._settings}"
+
+    @property
+    def _settings(self) -> str:
+        return "its metadata" if self.metadata else "its config.json"
+
+    @property
+    def _remedy(self) -> str:
+        return GGUF_REMEDY if self.metadata else CONFIG_REMEDY
 
     def _file_list(self) -> str:
         names = [file.name for file in self.files]
@@ -156,76 +201,22 @@ def load_weights(checkpoint: Checkpoint, ops: Ops) -> Weights:
     )
 
 
-def find_files(path: Path) -> tuple[Path, ...]:
-    """The weight files of the checkpoint at ``path``.
-
-    Raises NotFoundError when there is nothing, CheckpointError when there is something else or shards are missing.
-    """
-    if path.is_file():
-        if path.suffix != ".safetensors":
-            raise CheckpointError(f"{path} is not a checkpoint: expected a folder or a .safetensors file.")
-        index = path.parent / "model.safetensors.index.json"
-        shards = _shards(index) if index.is_file() else ()
-        return shards if path in shards else (path,)
-    if not path.is_dir():
-        raise NotFoundError(
-            f"there is no file or folder {path}. Expected a checkpoint's folder, a .safetensors file, or the name of a "
-            "model such as gpt-oss-20b."
-        )
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if single.is_file():
-        return (single,)
-    if index.is_file():
-        return _shards(index)
-    if files := sorted(path.glob("*.safetensors")):
-        if (path / "adapter_config.json").is_file():
-            raise CheckpointError(f"{path} holds a LoRA adapter, not a model. Give the model that it was trained for.")
-        return tuple(files)
-    if (path / "original").is_dir():
-        return find_files(path / "original")
-    found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
-    raise CheckpointError(
-        f"{path} holds no weights: expected model.safetensors, or model.safetensors.index.json and its shards; found "
-        f"{found}. Download a model with `ossia pull gpt-oss-20b`."
-    )
-
-
-def _shards(index: Path) -> tuple[Path, ...]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(_is_file_name(name) for name in weight_map.values()):
-        raise CheckpointError(f"{index}: weight_map is not an object of file names. Download it again.")
-    files = tuple(index.parent / name for name in sorted(set(weight_map.values())))
-    missing = [file.name for file in files if not file.is_file()]
-    if missing or not files:
-        raise CheckpointError(
-            f"{index.parent} lacks {len(missing)} of its {len(files)} shards: {', '.join(missing[:4])}. "
-            "Download the checkpoint again; what is complete is not downloaded twice."
-        )
-    return files
-
-
-def _is_file_name(name: object) -> bool:
-    return isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name
+def _merge(headers: Iterable[dict[str, TensorEntry]]) -> dict[str, TensorEntry]:
+    tensors: dict[str, TensorEntry] = {}
+    for header in headers:
+        if twin := next((name for name in header if name in tensors), None):
+            raise CheckpointError(
+                f"tensor {twin} is in {tensors[twin].file} and in {header[twin].file}. Keep the files of one "
+                "checkpoint alone in their folder."
+            )
+        tensors |= header
+    return tensors
 
 
 def _layer_number(name: str, layout: Layout) -> int | None:
     before, after = layout.layer_prefix(0).split("0")
     number, separator, _ = name.removeprefix(before).partition(after)
     return int(number) if name.startswith(before) and separator and number.isdecimal() else None
-
-
-def _misfit(name: str, entry: TensorEntry, expected: Expected | None) -> str | None:
-    if expected is None:
-        return (
-            f"{entry.file}: tensor {name} ({entry.dtype} {list(entry.shape)}) does not belong to the model that its "
-            "config.json describes. Use the config.json that was published with the weights."
-        )
-    if entry.dtype in expected.dtypes and entry.shape == expected.shape:
-        return None
-    return (
-        f"{entry.file}: tensor {name} is {entry.dtype} {list(entry.shape)}, expected {_described(expected)} after "
-        "config.json. Use the config.json that was published with the weights."
-    )
 
 
 def _described(expected: Expected) -> str:

@@ -129,6 +129,10 @@ class CpuOps:
         )
         return Experts(held, (gate, up, down, *biases))
 
+    def kv_block_bytes(self, block_size: int, num_kv_heads: int, head_dim: int) -> int:
+        per_head = 2 * head_dim if self.kv == "bf16" else head_dim + 4
+        return 2 * block_size * num_kv_heads * per_head
+
     def kv_cache(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> LayerCache:
         shape = (num_blocks, num_kv_heads, block_size, head_dim)
         dtype, scales = (np.uint16, None) if self.kv == "bf16" else (np.int8, np.zeros((2, *shape[:3]), np.float32))

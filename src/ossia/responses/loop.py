@@ -22,13 +22,13 @@ from ossia.engine.request import NO_TOKEN, Constraint, SamplingParams, TokenOutp
 from ossia.errors import ContextLengthError, OssiaError
 from ossia.harmony import Delta, Header, ParsedMessage, StreamParser, Tokenizer
 from ossia.responses.builder import Builder
+from ossia.responses.constrain import Turn
 from ossia.responses.convert import Entry, History, Prompt, Reader, Spoken, TurnMemory, sealed_reasoning, tool_message
 from ossia.responses.events import Event
 from ossia.responses.schema import (
     Json,
     PromptRequest,
     ResponseRequest,
-    TextFormat,
     Usage,
     check_request,
     new_response,
@@ -49,15 +49,6 @@ class TokenSource(Protocol):
 
     def generate(self, token_ids: Sequence[int], params: SamplingParams) -> AsyncGenerator[TokenOutput, None]:
         """Tokens of one answer. Raises InputError and ContextLengthError at once, other errors when iterated."""
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What the model may do in one turn: what a grammar is made of."""
-
-    tools: Tools
-    tool_choice: str | Json
-    format: TextFormat
 
 
 def unconstrained(_turn: Turn) -> Constraint | None:
@@ -126,13 +117,14 @@ class Run:
         self._extras = extras or Extras()
         self._builder = Builder(self.response, self.tools, toolbox=self._toolbox, stops=self._extras.stops)
         self._params = _sampling(request, self._extras)
-        # Fails here, before anything is sent, if the prompt cannot fit.
-        self._fit(self._params)
         self._usage = Usage()
-        # All that was said since the input, as the next prompt repeats it.
-        self._turn: list[Spoken] = []
         self._num_tool_calls = 0
         self._num_unknown_calls = 0
+        # Fails here, before anything is sent, if the prompt cannot fit or a schema cannot be enforced.
+        self._fit(self._params)
+        self._constraint = self._constrain()
+        # All that was said since the input, as the next prompt repeats it.
+        self._turn: list[Spoken] = []
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -216,8 +208,9 @@ class Run:
             params = replace(params, max_tokens=params.max_tokens - used.output_tokens)
         params = self._fit(params)
         token_ids = self._prompt.token_ids
-        turn = Turn(self.tools, self.request.tool_choice or "auto", self.request.format)
-        params = replace(params, constraint=self._model.constrain(turn))
+        constraint = self._constraint or self._constrain()
+        self._constraint = None
+        params = replace(params, constraint=constraint)
         async with aclosing(self._model.engine.generate(token_ids, params)) as source:
             async for output in source:
                 if output.token_id != NO_TOKEN:
@@ -319,6 +312,15 @@ class Run:
         said = (self._turn[-1], Spoken(answer))
         self._turn.append(said[1])
         self.output.append(Entry(self._builder.item, said))
+
+    def _constrain(self) -> Constraint | None:
+        """A fresh constraint for the next generation."""
+        choice = self.request.tool_choice or "auto"
+        # What had to be called has been.
+        choice = "auto" if self._num_tool_calls and choice != "none" else choice
+        cap = self.request.max_reasoning_tokens
+        left = None if cap is None else max(cap - self._usage.reasoning_tokens, 0)
+        return self._model.constrain(Turn(self.tools, choice, self.request.format, left))
 
     def _has_called_too_often(self, grace: int) -> bool:
         limit = self.request.max_tool_calls

@@ -51,6 +51,7 @@ class Reasoning(_Tolerant):
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
     context: Literal["auto", "current_turn", "all_turns"] | None = None
+    max_tokens: int | None = Field(default=None, ge=0, description="Tokens after which the thinking is ended.")
 
 
 class TextFormat(_Tolerant):
@@ -99,6 +100,10 @@ class PromptRequest(_Tolerant):
     @property
     def effort(self) -> Effort:
         return EFFORTS[(self.reasoning and self.reasoning.effort) or "medium"]
+
+    @property
+    def max_reasoning_tokens(self) -> int | None:
+        return self.reasoning.max_tokens if self.reasoning else None
 
     @property
     def format(self) -> TextFormat:

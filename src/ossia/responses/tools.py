@@ -16,7 +16,7 @@ from ossia.errors import InputError
 from ossia.harmony import Message, ToolDescription, ToolNamespace
 from ossia.responses.schema import Json
 
-_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
 # Names of the format itself, and of the tools that the model was trained with.
 _RESERVED_NAMESPACES = frozenset({"functions", "browser", "python", "assistant", "user", "system", "developer", "tool"})
 
@@ -34,6 +34,8 @@ class Function:
     strict: bool = False
     # Of a custom tool: {"type": "text"} or {"type": "grammar", "syntax": "lark" | "regex", "definition": ...}.
     format: Mapping[str, Any] | None = None
+    # The place in the request, for errors.
+    param: str = "tools"
 
     @property
     def recipient(self) -> str:
@@ -159,18 +161,18 @@ def _function(tool: Json, namespace: str | None, where: str) -> Function:
         shape = tool.get("format")
         if shape is not None and not isinstance(shape, dict):
             raise InputError(f"{where}.format is {shape!r}; expected an object", param=f"{where}.format")
-        return Function(kind, name, namespace, description, {"type": "string"}, format=shape)
+        return Function(kind, name, namespace, description, {"type": "string"}, format=shape, param=where)
     parameters = tool.get("parameters")
     if parameters is not None and not isinstance(parameters, dict):
         raise InputError(f"{where}.parameters is no JSON Schema object", param=f"{where}.parameters")
-    return Function(kind, name, namespace, description, parameters or None, bool(tool.get("strict")))
+    return Function(kind, name, namespace, description, parameters or None, bool(tool.get("strict")), param=where)
 
 
 def _name(tool: Json, where: str) -> str:
     name = tool.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InputError(
-            f"{where}.name is {str(name)[:140]!r}; expected 1 to 128 letters, digits, '_', '-', '.' or ':'",
+            f"{where}.name is {str(name)[:140]!r}; expected 1 to 128 letters, digits, '_' or '-'",
             param=f"{where}.name",
         )
     return name

@@ -181,7 +181,7 @@ def to_response_request(body: ChatRequest) -> ResponseRequest:
         "tool_choice": _flat_choice(body.tool_choice),
         "parallel_tool_calls": body.parallel_tool_calls,
         "text": {"format": _format(body.response_format)} if body.response_format else None,
-        "reasoning": {"effort": _effort(body)},
+        "reasoning": {"effort": _effort(body), "max_tokens": (body.reasoning or {}).get("max_tokens")},
         "max_output_tokens": body.max_completion_tokens or body.max_tokens,
         "temperature": body.temperature,
         "top_p": body.top_p,

@@ -96,7 +96,7 @@ def _to_response_request(body: CountRequest) -> ResponseRequest:
             "input": [item for i, m in enumerate(body.messages) for item in _items(m, f"messages[{i}]")],
             "tools": [_tool(tool) for tool in body.tools] if body.tools else None,
             "tool_choice": _choice(body.tool_choice),
-            "reasoning": {"effort": _effort(body.thinking)},
+            "reasoning": {"effort": _effort(body.thinking), "max_tokens": _budget(body.thinking)},
             "max_output_tokens": getattr(body, "max_tokens", None),
             "temperature": getattr(body, "temperature", None),
             "top_p": getattr(body, "top_p", None),
@@ -162,6 +162,11 @@ def _choice(choice: Json | None) -> str | Json | None:
     if kind == "tool":
         return {"type": "function", "name": (choice or {}).get("name")}
     return {"any": "required", "none": "none"}.get(str(kind), "auto")
+
+
+def _budget(thinking: Json | None) -> int | None:
+    budget = (thinking or {}).get("budget_tokens")
+    return budget if isinstance(budget, int) and budget > 0 else None
 
 
 def _effort(thinking: Json | None) -> str:

@@ -129,7 +129,8 @@ class Service:
 
     async def beside_if_long(self, request: PromptRequest, work: Callable[[], T]) -> T:
         text = request.input if isinstance(request.input, str) else ""
-        is_long = len(text) > _LONG_INPUT_CHARS or len(request.input_items) > 8
+        # Tools and schemas are compiled into a grammar.
+        is_long = len(text) > _LONG_INPUT_CHARS or len(request.input_items) > 8 or bool(request.tools or request.text)
         return await asyncio.to_thread(work) if is_long else work()
 
     async def events(self, run: Run) -> AsyncGenerator[Event, None]:

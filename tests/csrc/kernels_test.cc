@@ -1,0 +1,279 @@
+// The kernels without Python: for sanitizers, for emulators and for machines that are only cross-compiled for.
+//
+// Every instruction set that the machine runs is held against sums in double, a token alone against the same token in a
+// batch, and one thread against several, to the bit. Prints what failed and returns 1.
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace {
+
+using ossia::Format;
+using ossia::Kernels;
+using ossia::Matrix;
+using ossia::Workspace;
+
+int failures = 0;
+
+void check(bool holds, const std::string& what) {
+  if (holds) return;
+  ++failures;
+  std::printf("FAILED %s\n", what.c_str());
+}
+
+std::mt19937 generator(1);
+
+std::vector<float> normal(int64_t count, float gain = 1.0f) {
+  std::normal_distribution<float> draw(0.0f, gain);
+  std::vector<float> numbers(count);
+  for (float& number : numbers) number = draw(generator);
+  return numbers;
+}
+
+// Root mean square of the difference, by that of what is expected.
+double distance(const std::vector<float>& met, const std::vector<double>& expected) {
+  double error = 0, size = 0;
+  for (size_t i = 0; i < met.size(); ++i) {
+    error += (met[i] - expected[i]) * (met[i] - expected[i]);
+    size += expected[i] * expected[i];
+  }
+  return std::sqrt(error / size);
+}
+
+// Rows [first, first + count) of a batch must come out alone as they came out together.
+bool same_rows(const std::vector<float>& whole, const std::vector<float>& part, int64_t first, int64_t width) {
+  return std::memcmp(whole.data() + first * width, part.data(), part.size() * sizeof(float)) == 0;
+}
+
+void test_pool() {
+  for (const int threads : {1, 2, 5}) {
+    ossia::ThreadPool pool(threads);
+    for (int round = 0; round < 2000; ++round) {
+      std::vector<int> times(round % 37);
+      pool.for_each(times.size(), true, [&](int64_t item, int) { ++times[item]; });
+      for (const int time : times) check(time == 1, "pool: every piece is done once");
+      // Now and then long enough for the workers to fall asleep.
+      if (round % 500 == 499) std::this_thread::sleep_for(std::chrono::milliseconds(3));
+    }
+  }
+}
+
+void test_linear(const Kernels& kernels, Format format, int64_t rows, int64_t cols) {
+  const std::string name = std::string(kernels.name) + " linear " + std::to_string(static_cast<int>(format));
+  const int64_t tokens = 70;
+  const std::vector<float> x = normal(tokens * cols), w = normal(rows * cols), bias = normal(rows);
+  std::vector<double> expected(tokens * rows);
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t o = 0; o < rows; ++o) {
+      double sum = bias[o];
+      for (int64_t i = 0; i < cols; ++i) sum += static_cast<double>(x[t * cols + i]) * w[o * cols + i];
+      expected[t * rows + o] = sum;
+    }
+  std::vector<float> first;
+  for (const int threads : {1, 3}) {
+    Workspace work(threads);
+    Matrix matrix;
+    matrix.format = Format::kF32, matrix.rows = rows, matrix.cols = cols;
+    matrix.data = reinterpret_cast<const uint8_t*>(w.data()), matrix.row_stride = cols * 4;
+    const int64_t padded = (rows + kernels.tile_rows - 1) / kernels.tile_rows * kernels.tile_rows;
+    std::vector<int8_t> q(padded * cols);
+    std::vector<uint16_t> scales(padded * cols / 32 + 1);
+    if (format == Format::kQ8) {
+      kernels.pack_q8(work, matrix, 0, q.data(), scales.data());
+      matrix.format = Format::kQ8;
+      matrix.data = reinterpret_cast<const uint8_t*>(q.data());
+      matrix.scales = reinterpret_cast<const uint8_t*>(scales.data());
+    }
+    std::vector<float> out(tokens * rows);
+    kernels.linear(work, x.data(), matrix, bias.data(), tokens, out.data());
+    check(distance(out, expected) < (format == Format::kQ8 ? 0.012 : 1e-6), name + ": the sums");
+    if (first.empty()) first = out;
+    check(out == first, name + ": threads");
+    for (const int64_t count : {1, 2, 3, 4, 7}) {
+      std::vector<float> part(count * rows);
+      kernels.linear(work, x.data() + 60 * cols, matrix, bias.data(), count, part.data());
+      check(same_rows(out, part, 60, rows), name + ": alone as in a batch");
+    }
+  }
+}
+
+void test_moe(const Kernels& kernels, Format order) {
+  const std::string name = std::string(kernels.name) + " moe " + std::to_string(static_cast<int>(order));
+  const int64_t experts = 3, active = 2, dim = 64, hidden = 288, tokens = 150;
+  const int values[8] = {0, 1, 2, 3, 4, 6, 8, 12};
+  // As in a GGUF file: 17 bytes a block, the scale first.
+  const auto stack = [&](int64_t rows, int64_t cols) {
+    std::vector<uint8_t> file(experts * rows * (cols / 32) * 17);
+    for (size_t i = 0; i < file.size(); ++i)
+      file[i] = static_cast<uint8_t>(i % 17 == 0 ? 118 + generator() % 6 : generator() % 256);
+    return file;
+  };
+  const auto matrix = [&](const std::vector<uint8_t>& file, int64_t rows, int64_t cols) {
+    Matrix m;
+    m.format = order, m.rows = rows, m.cols = cols, m.data = file.data() + 1, m.scales = file.data();
+    m.block_stride = m.scale_block_stride = 17;
+    m.row_stride = m.scale_row_stride = cols / 32 * 17;
+    m.stack_stride = m.scale_stack_stride = rows * m.row_stride;
+    return m;
+  };
+  const auto number = [&](const Matrix& m, int64_t row, int64_t i) {
+    const int64_t b = i / 32, at = i % 32;
+    const uint8_t* bytes = m.data + row * m.row_stride + b * m.block_stride;
+    const int code = order == Format::kMxfp4Pairs ? bytes[at / 2] >> (at % 2 * 4) & 15 : bytes[at % 16] >> (at / 16 * 4) & 15;
+    const int scale = m.scales[row * m.scale_row_stride + b * m.scale_block_stride];
+    return std::ldexp((code & 8 ? -0.5 : 0.5) * values[code & 7], scale - 127);
+  };
+  const std::vector<uint8_t> gate = stack(hidden, dim), up = stack(hidden, dim), down = stack(dim, hidden);
+  const std::vector<float> gate_bias = normal(experts * hidden), up_bias = normal(experts * hidden);
+  const std::vector<float> down_bias = normal(experts * dim), x = normal(tokens * dim, 20.0f), weights = normal(tokens * active);
+  std::vector<int32_t> ids(tokens * active);
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t a = 0; a < active; ++a) ids[t * active + a] = static_cast<int32_t>((t % 7 == 0 ? a : a + 1) % experts);
+  const ossia::Experts e{matrix(gate, hidden, dim), matrix(up, hidden, dim), matrix(down, dim, hidden),
+                         gate_bias.data(), up_bias.data(), down_bias.data(), experts};
+
+  std::vector<double> expected(tokens * dim);
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t a = 0; a < active; ++a) {
+      const int32_t id = ids[t * active + a];
+      std::vector<double> h(hidden);
+      for (int64_t f = 0; f < hidden; ++f) {
+        double g = gate_bias[id * hidden + f], u = up_bias[id * hidden + f];
+        for (int64_t i = 0; i < dim; ++i) {
+          g += number(e.gate.at(id), f, i) * x[t * dim + i];
+          u += number(e.up.at(id), f, i) * x[t * dim + i];
+        }
+        g = std::fmin(g, 7.0), u = std::fmax(-7.0, std::fmin(u, 7.0));
+        h[f] = g / (1 + std::exp(-1.702 * g)) * (u + 1);
+      }
+      for (int64_t d = 0; d < dim; ++d) {
+        double y = down_bias[id * dim + d];
+        for (int64_t f = 0; f < hidden; ++f) y += number(e.down.at(id), d, f) * h[f];
+        expected[t * dim + d] += weights[t * active + a] * y;
+      }
+    }
+  std::vector<float> first;
+  for (const int threads : {1, 3}) {
+    Workspace work(threads);
+    std::vector<float> out(tokens * dim);
+    kernels.moe(work, x.data(), ids.data(), weights.data(), e, 7.0f, tokens, active, out.data());
+    check(distance(out, expected) < 0.02, name + ": the sums");
+    if (first.empty()) first = out;
+    check(out == first, name + ": threads");
+    for (const int64_t count : {1, 2, 3, 9}) {
+      std::vector<float> part(count * dim);
+      kernels.moe(work, x.data() + 100 * dim, ids.data() + 100 * active, weights.data() + 100 * active, e, 7.0f, count,
+                  active, part.data());
+      check(same_rows(out, part, 100, dim), name + ": alone as in a batch");
+    }
+  }
+}
+
+void test_attention(const Kernels& kernels, ossia::KvFormat format, int64_t window) {
+  const std::string name = std::string(kernels.name) + " attention " + std::to_string(static_cast<int>(format));
+  const int64_t tokens = 1100, heads = 6, kv_heads = 2, dim = 20, block_size = 24;
+  const int32_t num_blocks = 46;
+  const std::vector<float> q = normal(tokens * heads * dim), k = normal(tokens * kv_heads * dim), v = normal(tokens * kv_heads * dim);
+  const std::vector<float> sinks = normal(heads);
+  std::vector<int32_t> table(num_blocks), positions(tokens);
+  for (int32_t i = 0; i < num_blocks; ++i) table[i] = (i * 7 + 3) % num_blocks;
+  for (int64_t t = 0; t < tokens; ++t) positions[t] = static_cast<int32_t>(t);
+
+  std::vector<double> expected(tokens * heads * dim);
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t head = 0; head < heads; ++head) {
+      const int64_t kv = head / (heads / kv_heads), first = window ? std::max<int64_t>(0, t - window + 1) : 0;
+      std::vector<double> weight;
+      double top = sinks[head], sum = 0;
+      for (int64_t j = first; j <= t; ++j) {
+        double s = 0;
+        for (int64_t h = 0; h < dim; ++h)
+          s += static_cast<double>(q[(t * heads + head) * dim + h]) * k[(j * kv_heads + kv) * dim + h];
+        weight.push_back(s / std::sqrt(static_cast<double>(dim)));
+        top = std::fmax(top, weight.back());
+      }
+      for (double& w : weight) sum += w = std::exp(w - top);
+      sum += std::exp(sinks[head] - top);
+      for (int64_t j = first; j <= t; ++j)
+        for (int64_t h = 0; h < dim; ++h)
+          expected[(t * heads + head) * dim + h] += weight[j - first] / sum * v[(j * kv_heads + kv) * dim + h];
+    }
+
+  const double tolerance = format == ossia::KvFormat::kQ8 ? 0.02 : format == ossia::KvFormat::kBf16 ? 0.006 : 1e-5;
+  std::vector<float> whole(tokens * heads * dim);
+  for (const int threads : {1, 3})
+    for (const int64_t step : {tokens, int64_t{1}, int64_t{137}}) {
+      Workspace work(threads);
+      std::vector<float> keys(num_blocks * block_size * kv_heads * dim), values(keys.size());
+      std::vector<float> key_scales(num_blocks * block_size * kv_heads), value_scales(key_scales.size());
+      std::vector<float> out(tokens * heads * dim);
+      // Token by token only over the end: it is the cut that matters.
+      for (int64_t start = 0; start < tokens;) {
+        const int64_t count = std::min(step == 1 && start < tokens - 20 ? tokens - 20 : step, tokens - start);
+        const int32_t starts[2] = {0, static_cast<int32_t>(count)}, length = static_cast<int32_t>(start + count);
+        ossia::AttentionArgs a = {};
+        a.q = q.data() + start * heads * dim, a.k = k.data() + start * kv_heads * dim, a.v = v.data() + start * kv_heads * dim;
+        a.sinks = sinks.data(), a.out = out.data() + start * heads * dim;
+        a.num_tokens = count, a.num_heads = heads, a.num_kv_heads = kv_heads, a.head_dim = dim, a.num_sequences = 1;
+        a.positions = positions.data() + start, a.query_starts = starts, a.key_lengths = &length;
+        a.table = table.data(), a.table_width = num_blocks, a.window = window, a.cached = true, a.kv_format = format;
+        a.keys = {keys.data(), key_scales.data()}, a.values = {values.data(), value_scales.data()};
+        a.block_size = block_size;
+        kernels.attention(work, a);
+        start += count;
+      }
+      if (threads == 1 && step == tokens) whole = out;
+      check(distance(out, expected) < tolerance, name + ": the sums");
+      check(std::memcmp(out.data(), whole.data(), out.size() * 4) == 0, name + ": however the prompt is cut");
+    }
+}
+
+void test_elementwise(const Kernels& kernels) {
+  const std::string name = kernels.name;
+  Workspace work(2);
+  const int64_t tokens = 40, dim = 1003;
+  const std::vector<float> x = normal(tokens * dim), scale = normal(dim);
+  std::vector<float> out(tokens * dim);
+  std::vector<double> expected(tokens * dim);
+  for (int64_t t = 0; t < tokens; ++t) {
+    double sum = 0;
+    for (int64_t i = 0; i < dim; ++i) sum += static_cast<double>(x[t * dim + i]) * x[t * dim + i];
+    for (int64_t i = 0; i < dim; ++i) expected[t * dim + i] = x[t * dim + i] / std::sqrt(sum / dim + 1e-5) * scale[i];
+  }
+  kernels.rms_norm(work, x.data(), scale.data(), 1e-5f, tokens, dim, out.data());
+  check(distance(out, expected) < 1e-6, name + " rms_norm");
+}
+
+}  // namespace
+
+int main() {
+  test_pool();
+  int num_sets = 0;
+  for (const char* isa : {"portable", "avx2", "avxvnni", "avx512vnni"}) {
+    const Kernels* kernels = ossia::find_kernels(isa);
+    if (!kernels) continue;
+    ++num_sets;
+    for (const Format format : {Format::kQ8, Format::kF32}) {
+      test_linear(*kernels, format, 37, 96);
+      test_linear(*kernels, format, 5, 320);
+    }
+    test_linear(*kernels, Format::kF32, 37, 45);
+    test_moe(*kernels, Format::kMxfp4Pairs);
+    test_moe(*kernels, Format::kMxfp4Halves);
+    for (const int64_t window : {0, 128})
+      for (const auto format : {ossia::KvFormat::kBf16, ossia::KvFormat::kQ8, ossia::KvFormat::kF32})
+        test_attention(*kernels, format, window);
+    test_elementwise(*kernels);
+    std::printf("%s: tested\n", isa);
+  }
+  std::printf("%d instruction sets, %d failures\n", num_sets, failures);
+  return failures != 0;
+}

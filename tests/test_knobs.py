@@ -1,0 +1,48 @@
+"""Every setting that a user can turn, so that a new one is a decision."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+
+import pytest
+
+from ossia.engine import EngineConfig, SamplingParams
+
+KNOBS = {
+    EngineConfig: ["kv_memory_bytes", "block_size", "max_batch_tokens", "max_num_seqs", "max_context"],
+    SamplingParams: [
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+        "logit_bias",
+        "banned_token_ids",
+        "seed",
+        "logprobs",
+        "top_logprobs",
+        "max_tokens",
+        "min_tokens",
+        "stop_token_ids",
+        "stop_sequences",
+        "stop_strings",
+        "ignore_eos",
+        "constraint",
+    ],
+}
+
+
+@pytest.mark.parametrize("settings", KNOBS, ids=lambda one: one.__name__)
+def test_the_settings_are_these_and_no_others(settings):
+    assert [field.name for field in dataclasses.fields(settings)] == KNOBS[settings]
+
+
+@pytest.mark.parametrize("settings", KNOBS, ids=lambda one: one.__name__)
+def test_every_setting_has_a_sentence(settings):
+    lines = [line.strip() for line in inspect.getsource(settings).splitlines()]
+    for name in KNOBS[settings]:
+        at = next(i for i, line in enumerate(lines) if line.startswith(f"{name}:"))
+        assert lines[at - 1].startswith("#") and lines[at - 1].endswith("."), name
