@@ -39,9 +39,13 @@ class Scripted:
         self.params: list[SamplingParams] = []
         self.num_open = 0
 
-    def generate(self, token_ids: Sequence[int], params: SamplingParams) -> AsyncGenerator[TokenOutput, None]:
+    def check(self, token_ids: Sequence[int], params: SamplingParams) -> int:
         if len(token_ids) + (params.max_tokens or 1) > self.context:
             raise ContextLengthError(f"{len(token_ids)} tokens do not fit {self.context}")
+        return params.max_tokens or self.context - len(token_ids)
+
+    def generate(self, token_ids: Sequence[int], params: SamplingParams) -> AsyncGenerator[TokenOutput, None]:
+        self.check(token_ids, params)
         return self._read(list(token_ids), params)
 
     async def _read(self, prompt: list[int], params: SamplingParams) -> AsyncGenerator[TokenOutput, None]:

@@ -7,7 +7,7 @@ text follows its grammar; the tool choice is enforced. Sources: `ossia.harmony.g
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ossia.engine.masks import GrammarCompiler
 from ossia.engine.request import Constraint
@@ -59,7 +59,7 @@ def _tool(function: Function) -> Tool:
             function.name, function.parameters, strict=function.strict, namespace=namespace, param=function.param
         )
     shape = function.format or {}
-    syntax: Literal["text", "lark", "regex"] = shape.get("syntax") if shape.get("type") == "grammar" else "text"
+    syntax: Any = shape.get("syntax") if shape.get("type") == "grammar" else "text"
     definition = shape.get("definition") or ""
     if not isinstance(definition, str):
         raise InputError(f"{function.param}.format.definition is no text", param=f"{function.param}.format")

@@ -47,8 +47,11 @@ _MAX_UNKNOWN_CALLS = 3
 class TokenSource(Protocol):
     """What the loop needs of an engine; `ossia.engine.AsyncEngine` is one."""
 
+    def check(self, token_ids: Sequence[int], params: SamplingParams) -> int:
+        """The most tokens that the answer may have; in any thread. Raises InputError and ContextLengthError."""
+
     def generate(self, token_ids: Sequence[int], params: SamplingParams) -> AsyncGenerator[TokenOutput, None]:
-        """Tokens of one answer. Raises InputError and ContextLengthError at once, other errors when iterated."""
+        """Tokens of one answer. Raises what `check` raises at once, other errors when iterated."""
 
 
 def unconstrained(_turn: Turn) -> Constraint | None:
@@ -337,14 +340,14 @@ class Run:
 
         def fits(token_ids: list[int]) -> bool:
             try:
-                engine.generate(token_ids, replace(params, max_tokens=room))
+                engine.check(token_ids, replace(params, max_tokens=room))
             except ContextLengthError:
                 return False
             return True
 
         token_ids = self._prompt.token_ids
         try:
-            engine.generate(token_ids, params)
+            engine.check(token_ids, params)
             return params
         except ContextLengthError as error:
             if self.request.truncation == "auto" and not fits(token_ids):
@@ -352,7 +355,7 @@ class Run:
                     return as_fits if params.max_tokens is None or params.max_tokens > room else params
                 raise
             try:
-                engine.generate(token_ids, as_fits)
+                engine.check(token_ids, as_fits)
                 return as_fits
             except ContextLengthError:
                 raise ContextLengthError(

@@ -500,7 +500,7 @@ class _Raw:
         )
         if body.max_tokens != 0:
             # Fails before anything is sent.
-            service.model.engine.generate(prompt, self._params)
+            service.model.engine.check(prompt, self._params)
 
     async def pieces(self) -> AsyncGenerator[str, None]:
         """The text as it comes; the text of a stop is not part of it."""
