@@ -8,7 +8,6 @@ from typing import Any
 import openai
 import pytest
 from pydantic import BaseModel
-
 from tests.responses.scripts import CALL, FINAL, PREAMBLE, REASONED, TOKENIZER, tokens
 
 PARAMETERS = {"type": "object", "properties": {"a": {"type": "number"}}}
@@ -175,8 +174,9 @@ def test_what_cannot_be_is_the_clients_fault(served, fields):
 
 
 def test_a_failure_in_a_stream_is_told(serve):
-    from ossia.errors import UnavailableError
     from tests.responses.scripts import Scripted
+
+    from ossia.errors import UnavailableError
 
     class Failing(Scripted):
         async def _read(self, prompt, params):

@@ -10,10 +10,10 @@ import time
 import httpx
 import openai
 import pytest
+from tests.responses.scripts import FINAL, REASONED, Scripted
 
 from ossia.errors import AuthError, ConfigError, LimitError
 from ossia.server.limits import Admission, Keys, Rates, check_bind
-from tests.responses.scripts import FINAL, REASONED, Scripted
 
 
 def test_a_key_is_known_by_its_hash_alone(tmp_path):

@@ -8,6 +8,7 @@ import time
 import jsonschema
 import openai
 import pytest
+from tests.server.conftest import Served
 
 from ossia.config import Config
 from ossia.engine import AsyncEngine
@@ -18,7 +19,6 @@ from ossia.responses.constrain import Grammars
 from ossia.responses.loop import Model
 from ossia.server.limits import Admission
 from ossia.server.store import Store
-from tests.server.conftest import Served
 
 SCHEMA = {
     "type": "object",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import datetime
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -214,33 +214,44 @@ class Run:
         constraint = self._constraint or self._constrain()
         self._constraint = None
         params = replace(params, constraint=constraint)
-        async with aclosing(self._model.engine.generate(token_ids, params)) as source:
-            async for output in source:
-                if output.token_id != NO_TOKEN:
-                    for event in self._take(generation, output):
-                        yield event
-                self._usage = Usage(
-                    used.input_tokens + len(token_ids),
-                    used.cached_tokens + output.num_cached_tokens,
-                    used.output_tokens + len(generation.sampled),
-                    used.reasoning_tokens + generation.num_reasoning_tokens,
-                )
-                generation.is_cut = output.finish_reason == "length" and generation.call is None
-                if output.finish_reason is not None or generation.call or self._builder.stopped is not None:
-                    break
+        num_cached = 0
+        try:
+            async with aclosing(self._model.engine.generate(token_ids, params)) as source:
+                async for output in source:
+                    if output.token_id != NO_TOKEN:
+                        for event in self._take(generation, output):
+                            yield event
+                    num_cached = output.num_cached_tokens
+                    if output.finish_reason is not None or generation.call or self._builder.stopped is not None:
+                        generation.is_cut = output.finish_reason == "length" and generation.call is None
+                        break
+        finally:
+            self._usage = Usage(
+                used.input_tokens + len(token_ids),
+                used.cached_tokens + num_cached,
+                used.output_tokens + len(generation.sampled),
+                used.reasoning_tokens + generation.num_reasoning_tokens,
+            )
         # Behind a call nothing counts.
         for parsed in generation.parser.close() if generation.call is None else ():
             for event in self._tell(generation, parsed, is_whole=not generation.is_cut):
                 yield event
         self._usage = self._usage._replace(reasoning_tokens=used.reasoning_tokens + generation.num_reasoning_tokens)
 
-    def _take(self, generation: _Generation, output: TokenOutput) -> Iterator[Event]:
+    def _take(self, generation: _Generation, output: TokenOutput) -> Iterable[Event]:
         """The events of one token."""
         generation.sampled.append(output.token_id)
+        parsed_events = generation.parser.feed(output.token_id)
+        if output.logprob is None and len(parsed_events) == 1 and type(parsed_events[0]) is Delta:
+            return self._builder.delta(parsed_events[0].text)
+        return list(self._take_all(generation, output, parsed_events))
+
+    def _take_all(
+        self, generation: _Generation, output: TokenOutput, parsed_events: Sequence[object]
+    ) -> Iterator[Event]:
         logprobs = []
         if output.logprob is not None and output.token_id not in self._model.tokenizer.special_ids:
             logprobs = [_logprob(self._model.tokenizer, output)]
-        parsed_events = generation.parser.feed(output.token_id)
         if logprobs and not any(type(parsed) is Delta for parsed in parsed_events):
             # Half a character: told with the rest of it.
             if generation.parser.header is not None:

@@ -280,4 +280,7 @@ def error_object(error: OssiaError) -> Json:
 
 def dumps(value: Any) -> bytes:
     """Compact JSON in UTF-8. Half characters, which JSON lets clients send, become question marks."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    return _encode(value).encode("utf-8", "replace")
+
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode

@@ -20,7 +20,7 @@ from ossia.responses.convert import Entry, History, Reader
 from ossia.responses.events import DONE, sse
 from ossia.responses.loop import Run, prepare
 from ossia.responses.schema import Json, Metadata, PromptRequest, ResponseRequest, Usage, check_request, new_id
-from ossia.server.service import Service, encoded, split
+from ossia.server.service import Service, split
 from ossia.server.stream import EventStream, JSONResponse, opened, while_there
 
 _SUMMARIZE = (
@@ -72,7 +72,7 @@ def router(service: Service) -> APIRouter:
                 return EventStream(live.follow(0), headers)
             return JSONResponse(run.response, headers=headers)
         if body.stream:
-            return EventStream(await opened(request, encoded(service.events(run))), headers)
+            return EventStream(await opened(request, service.encoded(run)), headers)
         return JSONResponse(await while_there(request, service.finish(run)), headers=headers)
 
     @routes.post("/responses/input_tokens", responses=_says(InputTokenCountResponse), summary="Count input tokens")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
 from typing import TypeVar
 
@@ -135,19 +135,32 @@ class Service:
 
     async def events(self, run: Run) -> AsyncGenerator[Event, None]:
         """The events of a response that somebody waits for. Raises LimitError before the first."""
+        async with aclosing(self._made(run, None)) as events:
+            async for event, _ in events:
+                yield event
+
+    async def encoded(self, run: Run) -> AsyncGenerator[bytes, None]:
+        """The same as they go over the wire, to the end of the stream; kept as they were if the response is stored."""
+        async with aclosing(self._made(run, [])) as events:
+            async for _, data in events:
+                yield data
+        yield DONE
+
+    async def _made(self, run: Run, sent: list[bytes] | None) -> AsyncGenerator[tuple[Event, bytes], None]:
         watch = Watch(self.metrics)
-        sent: list[bytes] = []
-        keeps = bool(run.response["store"] and run.request.stream)
+        keeps, data = bool(run.response["store"]), b""
         async with self.admission.slot(), aclosing(run.events()) as events:
             async for event in events:
-                if keeps:
-                    sent.append(sse(event))
+                if sent is not None:
+                    data = sse(event)
+                    if keeps:
+                        sent.append(data)
                 if event.is_terminal:
-                    await self._save(run, sent if keeps else None)
+                    await self._save(run, sent)
                     watch.done(run.response)
                 elif watch.first_s is None and event.type.endswith(".delta"):
                     watch.token()
-                yield event
+                yield event, data
 
     async def finish(self, run: Run) -> Json:
         """The response when it is done. Raises what made it fail."""
@@ -235,10 +248,3 @@ def _referenced(request: PromptRequest) -> list[str]:
 def split(events: bytes) -> list[bytes]:
     """Stored events, one by one."""
     return [block + b"\n\n" for block in events.split(b"\n\n")[:-1]]
-
-
-async def encoded(events: AsyncIterator[Event]) -> AsyncGenerator[bytes, None]:
-    """Events as they go over the wire, and the end of the stream."""
-    async for event in events:
-        yield sse(event)
-    yield DONE

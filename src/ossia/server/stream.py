@@ -15,6 +15,8 @@ from ossia.responses.schema import dumps
 T = TypeVar("T")
 
 KEEPALIVE_S = 15.0
+# Nothing is sent sooner than this after the last: faster streams than a reader's eye are sent in larger pieces.
+_MIN_GAP_S = 0.002
 _KEEPALIVE = b": keepalive\n\n"
 # Bytes that may wait for a slow client before the response itself waits.
 _MAX_BUFFERED = 1 << 20
@@ -75,8 +77,13 @@ class EventStream(Response):
 
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        clock = asyncio.get_running_loop().time
+        sent_s = 0.0
         while True:
             await self._ready.wait()
+            if not self._is_done and (gap_s := sent_s + _MIN_GAP_S - clock()) > 0:
+                await asyncio.sleep(gap_s)
+            sent_s = clock()
             self._ready.clear()
             data, self._buffer, self._num_buffered = b"".join(self._buffer), [], 0
             self._drained.set()
