@@ -34,7 +34,7 @@ class Source:
         special = tokenizer.special
         head = [special("<|channel|>"), *tokenizer.encode("final"), special("<|message|>")]
         words = tokenizer.encode(" the quick brown fox jumps over the lazy dog") * (num_tokens // 9 + 1)
-        self.script = [*head, *words][: num_tokens - 1] + [special("<|return|>")]
+        self.script = [*[*head, *words][: num_tokens - 1], special("<|return|>")]
         self.pace_s = pace_s
 
     def check(self, token_ids: Sequence[int], params: SamplingParams) -> int:
@@ -86,7 +86,7 @@ def cpu_s(pid: int) -> float:
 async def streamed(
     port: int, pid: int, path: str, body: dict[str, object], num_streams: int, num_tokens: int
 ) -> dict[str, float]:
-    """Tokens per second over the wire, and the time to the first delta; raw sockets, so that the client costs little."""
+    """Tokens per second over the wire, and the time to the first delta; by raw sockets, which cost the client little."""
     payload = json.dumps(body).encode()
     head = (
         f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(payload)}\r\n\r\n"

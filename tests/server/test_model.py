@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import threading
 import time
 
+import httpx
 import jsonschema
 import openai
 import pytest
@@ -35,7 +39,7 @@ def real(tmp_path_factory):
     local = LocalModel.open(Config(model=str(folder), backend="reference"))
     engine = AsyncEngine(local.engine)
     made = Model("tiny", engine, local.tokenizer, constrain=Grammars(GrammarCompiler(local.tokenizer)))
-    served = Served(made, Store("sqlite://"), admission=Admission(4, 4))
+    served = Served(made, Store("sqlite://"), admission=Admission(64, 64))
     served.service.watch(engine.stats)
     yield served
     served.stop()
@@ -53,8 +57,8 @@ def test_a_required_strict_call_is_made_and_valid_whatever_the_weights(real):
         call = made["output"][-1]
         assert call["type"] == "function_call"
         jsonschema.validate(json.loads(call["arguments"]), SCHEMA)
-    named = ask(real, tools=[ADD, {"type": "custom", "name": "say", "format": {"type": "grammar", "syntax": "regex",
-                "definition": "yes|no"}}], tool_choice={"type": "custom", "name": "say"}, parallel_tool_calls=True)  # fmt: skip
+    say = {"type": "custom", "name": "say", "format": {"type": "grammar", "syntax": "regex", "definition": "yes|no"}}
+    named = ask(real, tools=[ADD, say], tool_choice={"type": "custom", "name": "say"}, parallel_tool_calls=True)
     if named["status"] == "completed":
         assert named["output"][-1]["input"] in ("yes", "no")
 
@@ -96,13 +100,49 @@ def test_a_stop_text_ends_a_raw_completion(real):
     assert "".join(chunk.choices[0].text for chunk in parts) == cut.choices[0].text
 
 
+def _until_free(real):
+    stats, give_up_s = real.engine.stats, time.monotonic() + 60
+    while time.monotonic() < give_up_s:
+        if not real.service.admission.num_running and not stats().num_running and not stats().num_waiting:
+            assert stats().num_free_full_blocks == stats().num_full_blocks
+            assert stats().num_free_window_blocks == stats().num_window_blocks
+            return
+        time.sleep(0.05)
+    raise AssertionError("a sequence was not freed")
+
+
 def test_every_block_is_free_when_clients_have_left(real):
     with real.http.stream("POST", "/v1/responses", json={"input": "Hi", "stream": True}) as stream:
         next(stream.iter_lines())
-    give_up_s = time.monotonic() + 30
-    while time.monotonic() < give_up_s:
-        told = real.http.get("/metrics").text
-        if "ossia_engine_running 0.0" in told and "ossia_running 0.0" in told:
-            return
-        time.sleep(0.1)
-    raise AssertionError("a sequence was not freed")
+    _until_free(real)
+
+
+@pytest.mark.slow
+def test_many_clients_that_come_and_leave_at_random_leave_nothing_behind(real):
+    end_s = time.monotonic() + float(os.environ.get("OSSIA_SOAK_S", "300"))
+    faults: list[str] = []
+
+    def client(number: int) -> None:
+        draw = random.Random(number)
+        with httpx.Client(base_url=real.url, timeout=120) as http:
+            while time.monotonic() < end_s:
+                body = {"input": f"Hi {draw.random()}", "stream": True, "max_output_tokens": draw.randint(1, 30)}
+                path = draw.choice(["/v1/responses", "/v1/chat/completions"])
+                if path.endswith("completions"):
+                    body = {"messages": [{"role": "user", "content": "Hi"}], "stream": True, "max_tokens": 20}
+                patience = draw.choice([0, 1, 5, 10_000])
+                with http.stream("POST", path, json=body) as stream:
+                    if stream.status_code != 200:
+                        faults.append(f"status {stream.status_code}")
+                    lines = [line for line, _ in zip(stream.iter_lines(), range(patience), strict=False)]
+                    if patience == 10_000 and "data: [DONE]" not in lines:
+                        faults.append(f"the stream broke off: {lines[-3:]}")
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(64)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults
+    _until_free(real)
+    assert not real.service.live

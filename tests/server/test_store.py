@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -192,10 +193,8 @@ def test_the_oldest_go_when_all_together_are_too_large(url):
     store.sweep()
     kept = []
     for one in ids:
-        try:
+        with suppress(NotFoundError):
             kept.append(store.response(one)["id"])
-        except NotFoundError:
-            pass
     assert kept and kept == ids[-len(kept) :] and len(kept) <= 3
     store.close()
 
