@@ -28,6 +28,8 @@ class Size(int):
 
 
 _GIB = Size(1 << 30)
+_4_GIB = Size(4 << 30)
+_32_MIB = Size(32 << 20)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,34 @@ class Config:
     """Most memory that keys and values may take, such as 2GiB; never exceeded."""
     max_context: int = 0
     """Longest prompt and answer together, in tokens; 0 takes what the model allows and kv_memory holds."""
+    host: str = "127.0.0.1"
+    """Address that the server listens on; one that others reach needs key_file, or open_to_all."""
+    port: int = 8000
+    """Port that the server listens on; 0 takes a free one."""
+    store: str = ""
+    """Where responses are kept: an SQLAlchemy URL of SQLite or PostgreSQL; empty is a file in the data folder."""
+    store_days: int = 30
+    """Days that a response is kept after it was last continued; 0 for ever."""
+    store_size: Size = _4_GIB
+    """Most bytes of responses that are kept, the oldest go first; 0 for no bound."""
+    key_file: str = ""
+    """File with the hashed API keys that the server asks for; empty asks for none."""
+    open_to_all: Literal["no", "yes"] = "no"
+    """Whether the server may listen where others reach it without asking for a key."""
+    max_request: Size = _32_MIB
+    """Largest body of a request that the server reads."""
+    max_running: int = 64
+    """Requests that are answered at once."""
+    max_queued: int = 256
+    """Requests that may wait for their turn; more are refused with status 429."""
+    max_per_minute: int = 0
+    """Requests that one key, or one address without keys, may make in a minute; 0 for no limit."""
+
+
+def data_folder(environ: Mapping[str, str] | None = None) -> Path:
+    """Where ossia keeps what it must not lose: `$XDG_DATA_HOME/ossia`, else `~/.local/share/ossia`."""
+    home = (os.environ if environ is None else environ).get("XDG_DATA_HOME") or "~/.local/share"
+    return Path(home).expanduser() / "ossia"
 
 
 _UNITS = {"": 1, "B": 1} | {

@@ -3,8 +3,12 @@
     OssiaError
     ├── InputError                 the request, prompt, schema or flag is not usable      400
     │   ├── ContextLengthError     the request can never fit the context or the memory    400
+    │   ├── UnsupportedError       a parameter of the API that ossia does not have        400
+    │   ├── TooLargeError          the request's body is larger than allowed              413
     │   └── ConfigError            a setting (flag, OSSIA_* variable, TOML) is not usable 400
     ├── NotFoundError              a model, response or file that was named is not there  404
+    ├── AuthError                  no key, or one that is not known                       401
+    ├── LimitError                 too many requests now; later the same one may pass     429
     ├── CheckpointError            a checkpoint's files are damaged or not what they say  500
     └── UnavailableError           the network, a device or an extra is not there         503
 
@@ -47,6 +51,19 @@ class ContextLengthError(InputError):
     code = "context_length_exceeded"
 
 
+class UnsupportedError(InputError):
+    """The API has this, ossia does not."""
+
+    code = "unsupported_parameter"
+
+
+class TooLargeError(InputError):
+    """The request's body is larger than the server was told to read."""
+
+    status = 413
+    code = "request_too_large"
+
+
 class ConfigError(InputError):
     """A setting has a value that it cannot have."""
 
@@ -59,6 +76,26 @@ class NotFoundError(OssiaError):
     status = 404
     type = "invalid_request_error"
     code = "not_found"
+
+
+class AuthError(OssiaError):
+    """The request carries no key, or one that the server does not know."""
+
+    status = 401
+    type = "invalid_request_error"
+    code = "invalid_api_key"
+
+
+class LimitError(OssiaError):
+    """The server, or this key, has as much to do as it was told to take; ``retry_after_s`` says when to come back."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class CheckpointError(OssiaError):

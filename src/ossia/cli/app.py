@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ossia.cli import bench, checkpoint, generate, prompts, pull
+from ossia.cli import bench, checkpoint, generate, prompts, pull, serve
 
 app = typer.Typer(
     name="ossia",
@@ -35,6 +35,7 @@ def _root(
 
 
 app.command("generate")(generate.generate)
+app.command("serve")(serve.serve)
 app.command("bench")(bench.bench)
 app.command("pull")(pull.pull)
 app.add_typer(checkpoint.app, name="checkpoint")

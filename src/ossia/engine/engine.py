@@ -273,6 +273,10 @@ class AsyncEngine:
         self._engine.check(token_ids, params)
         return self._read(_Add(_Reader(asyncio.get_running_loop()), token_ids, params))
 
+    def check(self, token_ids: SequenceOf[int], params: SamplingParams) -> int:
+        """What `Engine.check` says, in any thread."""
+        return self._engine.check(token_ids, params)
+
     def stats(self) -> EngineStats:
         return self._engine.stats()
 

@@ -1,0 +1,344 @@
+"""Parsed harmony to stream events, while the response grows.
+
+    header              item
+    analysis            reasoning            content_part reasoning_text
+    commentary          message, phase commentary
+    final               message, phase final_answer
+    to=functions.f      function_call, or custom_tool_call
+    to=browser.search   what the toolbox says: web_search_call, code_interpreter_call, ...
+    anything else       reasoning: a call of a tool that nobody declared is a thought of the model's, until answered
+
+An item gets its id and index when its header is read and keeps them; its dicts in events are never changed afterwards.
+A token whose text is held back (half a character) gives its log-probability to the next delta.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from ossia.errors import OssiaError
+from ossia.harmony import Channel, Header, Role
+from ossia.responses.events import TERMINAL, Event
+from ossia.responses.schema import Json, Usage, error_object, new_id
+from ossia.responses.tools import Function, Toolbox, Tools
+
+
+class _Kind(NamedTuple):
+    """How the text of an item is told: names of its events and of the field that holds it."""
+
+    name: str
+    prefix: str
+    text_event: str
+    # The part of a content, or the item's own field.
+    part: str | None = None
+    field: str | None = None
+
+
+_REASONING = _Kind("reasoning", "rs", "response.reasoning_text", part="reasoning_text")
+_MESSAGE = _Kind("message", "msg", "response.output_text", part="output_text")
+_FUNCTION = _Kind("function_call", "fc", "response.function_call_arguments", field="arguments")
+_CUSTOM = _Kind("custom_tool_call", "ctc", "response.custom_tool_call_input", field="input")
+_PYTHON = _Kind("code_interpreter_call", "ci", "response.code_interpreter_call_code", field="code")
+_MCP = _Kind("mcp_call", "mcp", "response.mcp_call_arguments", field="arguments")
+_SEARCH = _Kind("web_search_call", "ws", "")
+_BUILTIN = {kind.name: kind for kind in (_PYTHON, _MCP, _SEARCH)}
+# Events before a tool's text, and between its text and its end.
+_BEGINS = {_PYTHON: ("in_progress",), _MCP: ("in_progress",), _SEARCH: ("in_progress", "searching")}
+_RUNS = {_PYTHON: ("interpreting",), _MCP: (), _SEARCH: ()}
+
+
+class Builder:
+    """Grows ``response`` from the events of a parser, and tells each step.
+
+    ``stops`` are texts that end the answer: what might be the beginning of one is held back, and `stopped` is set when
+    one is complete.
+    """
+
+    def __init__(
+        self,
+        response: Json,
+        tools: Tools,
+        *,
+        toolbox: Toolbox | None = None,
+        include: Sequence[str] = (),
+        stops: Sequence[str] = (),
+    ) -> None:
+        self.response = response
+        self.stopped: str | None = None
+        # Of the item that is open, or was last: what it calls.
+        self.function: Function | None = None
+        self._tools = tools
+        self._toolbox = toolbox
+        self._include = include
+        self._stops = tuple(stops)
+        self._num_events = 0
+        # The open item.
+        self._kind: _Kind | None = None
+        self._item: Json = {}
+        self._is_open = False
+        self._is_answer = False
+        # Whether the text of the open item is complete, while its tool runs.
+        self._is_text_told = False
+        self._texts: list[str] = []
+        self._held = ""
+        self._logprobs: list[Json] = []
+        self._waiting_logprobs: list[Json] = []
+        # Fields that repeat in every delta of the open item.
+        self._place: Json = {}
+
+    # The response as a whole ---------------------------------------------------------------------------------------
+
+    def begin(self) -> list[Event]:
+        """The response exists; if it has to wait, it is queued until `run`."""
+        events = [self._lifecycle("response.created")]
+        if self.response["status"] == "queued":
+            events.append(self._lifecycle("response.queued"))
+        return events
+
+    def run(self) -> list[Event]:
+        self.response["status"] = "in_progress"
+        return [self._lifecycle("response.in_progress")]
+
+    def end(
+        self, status: str, usage: Usage | None, *, reason: str | None = None, error: OssiaError | None = None
+    ) -> list[Event]:
+        """Close what is open, as incomplete unless the response is complete, and end the response."""
+        events = self.close("completed" if status == "completed" else "incomplete")
+        self.response["status"] = status
+        self.response["usage"] = usage.to_dict() if usage is not None else None
+        if status == "completed":
+            self.response["completed_at"] = int(time.time())
+        if reason is not None:
+            self.response["incomplete_details"] = {"reason": reason}
+        if error is not None:
+            self.response["error"] = error_object(error)
+        return [*events, self._lifecycle(TERMINAL[status])]
+
+    # Items -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def item(self) -> Json:
+        """The item that is open, or was last."""
+        return self._item
+
+    @property
+    def is_open(self) -> bool:
+        return self._is_open
+
+    def is_call(self, header: Header) -> bool:
+        """Whether a message is for a tool, known or not."""
+        return header.role is Role.ASSISTANT and header.recipient not in (None, "assistant", "user", "all")
+
+    def open(self, header: Header) -> list[Event]:
+        """A message begins."""
+        events = self.close("incomplete")
+        kind, fields = self._kind_of(header)
+        self._kind, self._is_open = kind, True
+        self._is_answer = kind is _MESSAGE and fields["phase"] == "final_answer"
+        self._texts, self._held, self._logprobs, self._waiting_logprobs = [], "", [], []
+        index = len(self.response["output"])
+        begun = {"id": new_id(kind.prefix), "type": kind.name, "status": "in_progress", **fields}
+        if kind.part is not None:
+            begun["content"] = []
+        elif kind.field is not None:
+            begun[kind.field] = ""
+        self._item = begun
+        self.response["output"].append(begun)
+        self._place = {"item_id": begun["id"], "output_index": index}
+        events.append(self._event("response.output_item.added", {"output_index": index, "item": begun}))
+        if kind.part is not None:
+            self._place["content_index"] = 0
+            events.append(self._event("response.content_part.added", {**self._place, "part": _part(kind, "", ())}))
+        events += self._steps(_BEGINS.get(kind, ()))
+        return events
+
+    def delta(self, text: str, logprobs: Sequence[Json] = ()) -> list[Event]:
+        """More text of the open item."""
+        self._waiting_logprobs += logprobs
+        if self._stops and self._is_answer:
+            text = self._until_stop(text)
+        return self._tell(text) if text else []
+
+    def close(self, status: str = "completed", *, fields: Json | None = None, text: str | None = None) -> list[Event]:
+        """The open item ends; nothing if none is open. ``fields`` are what its end adds, such as a tool's outputs."""
+        if not self._is_open or self._kind is None:
+            return []
+        events = []
+        if self._held and self.stopped is None:
+            events += self._tell(self._held)
+        self._held = ""
+        events += self._end_text()
+        done = self._whole(status) | (fields or {})
+        self._item = done
+        self._is_open = False
+        self.response["output"][self._place["output_index"]] = done
+        events.append(
+            self._event("response.output_item.done", {"output_index": self._place["output_index"], "item": done})
+        )
+        return events
+
+    def begin_tool(self) -> list[Event]:
+        """The text of a call that ossia runs is complete, and its tool starts."""
+        assert self._kind is not None
+        events = self._end_text()
+        self._is_text_told = True
+        return events + self._steps(_RUNS.get(self._kind, ()))
+
+    def end_tool(self, fields: Json, *, is_failed: bool) -> list[Event]:
+        """The tool is done."""
+        assert self._kind is not None
+        has_failed_event = self._kind is _MCP and is_failed
+        events = self._steps(("failed",) if has_failed_event else ("completed",))
+        return events + self.close("failed" if is_failed else "completed", fields=fields)
+
+    # Parts of these ------------------------------------------------------------------------------------------------
+
+    def _kind_of(self, header: Header) -> tuple[_Kind, Json]:
+        self.function = None
+        if self.is_call(header):
+            recipient = header.recipient or ""
+            function = self.function = self._tools.find(recipient)
+            if function is not None:
+                called: Json = {"call_id": new_id("call"), "name": function.name}
+                if function.namespace is not None:
+                    called["namespace"] = function.namespace
+                return (_FUNCTION if function.kind == "function" else _CUSTOM), called
+            item = self._toolbox.item(recipient) if self._toolbox is not None else None
+            if item is not None:
+                return _BUILTIN[item["type"]], {key: value for key, value in item.items() if key != "type"}
+            return _REASONING, {"summary": []}
+        if header.role is not Role.ASSISTANT or header.channel == Channel.ANALYSIS:
+            return _REASONING, {"summary": []}
+        phase = "commentary" if header.channel == Channel.COMMENTARY else "final_answer"
+        return _MESSAGE, {"role": "assistant", "phase": phase}
+
+    def _tell(self, text: str) -> list[Event]:
+        kind = self._kind
+        assert kind is not None
+        self._texts.append(text)
+        if not kind.text_event:
+            return []
+        fields = {**self._place, "delta": text}
+        if kind is _MESSAGE:
+            fields["logprobs"] = self._waiting_logprobs
+            self._logprobs += self._waiting_logprobs
+            self._waiting_logprobs = []
+        return [self._event(f"{kind.text_event}.delta", fields)]
+
+    def _end_text(self) -> list[Event]:
+        kind = self._kind
+        assert kind is not None
+        if self._is_text_told or not kind.text_event:
+            self._is_text_told = False
+            return []
+        text = "".join(self._texts)
+        if kind.part is not None:
+            spoken: Json = {**self._place, "text": text}
+            if kind is _MESSAGE:
+                spoken["logprobs"] = self._logprobs
+            part = _part(kind, text, self._logprobs)
+            return [
+                self._event(f"{kind.text_event}.done", spoken),
+                self._event("response.content_part.done", {**self._place, "part": part}),
+            ]
+        assert kind.field is not None
+        fields = {**self._place, kind.field: text}
+        if kind is _FUNCTION:
+            fields["name"] = self._item["name"]
+        return [self._event(f"{kind.text_event}.done", fields)]
+
+    def _whole(self, status: str) -> Json:
+        """The item with its text, as it stays."""
+        kind = self._kind
+        assert kind is not None
+        done = {**self._item, "status": status}
+        text = "".join(self._texts)
+        if kind.part is not None:
+            done["content"] = [_part(kind, text, self._logprobs)]
+        elif kind.field is not None:
+            done[kind.field] = text
+        return done
+
+    def _until_stop(self, text: str) -> str:
+        """What may be shown of the answer, now that ``text`` has come too; a stop text ends it."""
+        if self.stopped is not None:
+            return ""
+        text = self._held + text
+        found = [(text.find(stop), stop) for stop in self._stops if stop in text]
+        if found:
+            begin, self.stopped = min(found)
+            self._held = ""
+            return text[:begin]
+        num_held = max(_overlap(text, stop) for stop in self._stops)
+        self._held = text[len(text) - num_held :]
+        return text[: len(text) - num_held]
+
+    def _steps(self, names: Sequence[str]) -> list[Event]:
+        if not names or self._kind is None:
+            return []
+        return [self._event(f"response.{self._kind.name}.{name}", dict(self._place)) for name in names]
+
+    def _lifecycle(self, name: str) -> Event:
+        return self._event(name, {"response": {**self.response, "output": list(self.response["output"])}})
+
+    def _event(self, name: str, fields: Json) -> Event:
+        event = Event(name, self._num_events, fields)
+        self._num_events += 1
+        return event
+
+
+def _part(kind: _Kind, text: str, logprobs: Sequence[Json]) -> Json:
+    if kind is _REASONING:
+        return {"type": "reasoning_text", "text": text}
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(logprobs)}
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The longest end of ``text`` that is a beginning of ``stop``, not the whole of it."""
+    for size in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:size]):
+            return size
+    return 0
+
+
+def replayed(response: Json) -> Iterator[Event]:
+    """The events of a response that has ended, in their order, each text in one piece."""
+    events: list[tuple[str, Any]] = []
+    begun = {**response, "status": "in_progress", "output": [], "usage": None, "completed_at": None, "error": None,
+             "incomplete_details": None}  # fmt: skip
+    events += [("response.created", {"response": begun}), ("response.in_progress", {"response": begun})]
+    kinds = {kind.name: kind for kind in (_REASONING, _MESSAGE, _FUNCTION, _CUSTOM, _PYTHON, _MCP, _SEARCH)}
+    for index, item in enumerate(response["output"]):
+        kind = kinds.get(item["type"])
+        place: Json = {"item_id": item["id"], "output_index": index}
+        added: Json = {**item, "status": "in_progress"}
+        if kind and kind.part:
+            added["content"] = []
+        elif kind and kind.field:
+            added[kind.field] = ""
+        events.append(("response.output_item.added", {"output_index": index, "item": added}))
+        for name in _BEGINS.get(kind, ()) if kind else ():
+            events.append((f"response.{item['type']}.{name}", place))
+        for i, part in enumerate(item.get("content", ()) if kind and kind.part else ()):
+            assert kind is not None
+            at = {**place, "content_index": i}
+            told = {"logprobs": part.get("logprobs", [])} if kind is _MESSAGE else {}
+            events += [
+                ("response.content_part.added", {**at, "part": _part(kind, "", ())}),
+                *([(f"{kind.text_event}.delta", {**at, "delta": part["text"], **told})] if part["text"] else []),
+                (f"{kind.text_event}.done", {**at, "text": part["text"], **told}),
+                ("response.content_part.done", {**at, "part": part}),
+            ]
+        if kind and kind.field:
+            named = {"name": item["name"]} if kind is _FUNCTION else {}
+            text = item[kind.field]
+            events += [(f"{kind.text_event}.delta", {**place, "delta": text})] if text else []
+            events.append((f"{kind.text_event}.done", {**place, kind.field: text, **named}))
+        for name in (*_RUNS[kind], "completed") if kind in _RUNS and kind else ():
+            events.append((f"response.{item['type']}.{name}", place))
+        events.append(("response.output_item.done", {"output_index": index, "item": item}))
+    events.append((TERMINAL[response["status"]], {"response": response}))
+    for number, (name, fields) in enumerate(events):
+        yield Event(name, number, fields)

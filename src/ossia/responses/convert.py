@@ -1,0 +1,435 @@
+"""Items to harmony messages, and messages to the tokens of a prompt.
+
+An `Entry` is an item with the messages that it stands for; a message that the model itself sampled keeps its tokens, so
+that a prompt repeats them exactly and the engine finds them in its prefix cache. What was sampled in a turn that waits
+for a tool's answer is known again in three ways: from the stored response, from `TurnMemory` by call id (for clients
+that send the history themselves, and drop the chain of thought), or from encrypted_content.
+
+The chain of thought stays while a turn is under way, and is left out before the last final message: the format's rule.
+
+Sources   openai/harmony docs/format.md; the Responses API.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from ossia.errors import InputError, NotFoundError
+from ossia.harmony import (
+    Channel,
+    DeveloperContent,
+    Message,
+    ResponseFormat,
+    Role,
+    SystemContent,
+    Tokenizer,
+    render_message,
+)
+from ossia.responses.schema import Json, PromptRequest, new_id
+from ossia.responses.seal import Seal
+from ossia.responses.tools import Tools
+
+_JSON_CALL = "<|constrain|>json"
+
+
+class Spoken(NamedTuple):
+    """A message, and the tokens as which it was sampled, opening included; () if it is to be rendered."""
+
+    message: Message
+    token_ids: tuple[int, ...] = ()
+
+    def to_dict(self) -> Json:
+        return {"message": self.message.to_dict(), "token_ids": list(self.token_ids)}
+
+    @classmethod
+    def from_dict(cls, data: Json) -> Spoken:
+        return cls(Message.from_dict(data["message"]), tuple(data["token_ids"]))
+
+
+class Entry(NamedTuple):
+    """One item of a history, and the messages that it stands for."""
+
+    item: Json
+    spoken: tuple[Spoken, ...] = ()
+
+
+@dataclass
+class History:
+    """What was said before, and what was left out of it."""
+
+    entries: list[Entry] = field(default_factory=list)
+    # The date that the pending turn was begun with: it stands in the prompt, and a new one would change every token.
+    current_date: str | None = None
+    # `input_transformations` of the response.
+    transformations: list[Json] = field(default_factory=list)
+
+
+class TurnMemory:
+    """What was sampled up to each recent call, by call id: the last ``max_tokens`` tokens of it."""
+
+    def __init__(self, max_tokens: int = 4_000_000) -> None:
+        self._max_tokens = max_tokens
+        self._num_tokens = 0
+        self._turns: OrderedDict[str, tuple[Spoken, ...]] = OrderedDict()
+
+    def keep(self, call_id: str, turn: tuple[Spoken, ...]) -> None:
+        self._turns[call_id] = turn
+        self._num_tokens += _num_tokens(turn)
+        while self._num_tokens > self._max_tokens:
+            _, oldest = self._turns.popitem(last=False)
+            self._num_tokens -= _num_tokens(oldest)
+
+    def recall(self, call_id: str) -> tuple[Spoken, ...]:
+        turn = self._turns.get(call_id, ())
+        if turn:
+            self._turns.move_to_end(call_id)
+        return turn
+
+
+def _num_tokens(turn: tuple[Spoken, ...]) -> int:
+    return sum(len(spoken.token_ids) for spoken in turn)
+
+
+# Items to entries ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Reader:
+    """Reads the items of a request after a history.
+
+    ``references`` are the entries that `item_reference` items name. Items of kinds that do not concern the model are
+    kept, and say nothing.
+    """
+
+    history: History
+    seal: Seal
+    memory: TurnMemory
+    references: Mapping[str, Entry] = field(default_factory=dict)
+
+    def read(self, items: Sequence[Any]) -> list[Entry]:
+        """Entries of the new items alone; they are not added to the history. Raises InputError naming the item."""
+        calls = {
+            entry.item["call_id"]: (entry.item, entry.spoken)
+            for entry in self.history.entries
+            if "call_id" in entry.item and not entry.item["type"].endswith("_output")
+        }
+        out: list[Entry] = []
+        for i, item in enumerate(items):
+            where = f"input[{i}]"
+            if not isinstance(item, dict):
+                raise InputError(f"{where} is {str(item)[:80]!r}; expected an object", param=where)
+            entry = self._entry(item, where, calls, out)
+            if entry.item.get("type") in ("function_call", "custom_tool_call"):
+                calls[entry.item["call_id"]] = (entry.item, entry.spoken)
+            out.append(entry)
+        return out
+
+    def _entry(self, item: Json, where: str, calls: Mapping[str, Any], out: list[Entry]) -> Entry:
+        kind = item.get("type") or ("message" if "role" in item else None)
+        match kind:
+            case "message":
+                return self._message(item, where)
+            case "reasoning":
+                return self._reasoning(item, where)
+            case "function_call" | "custom_tool_call":
+                return self._call(item, kind, where, out)
+            case "function_call_output" | "custom_tool_call_output":
+                return self._output(item, kind, where, calls)
+            case "item_reference":
+                if item.get("id") in self.references:
+                    return self.references[item["id"]]
+                raise NotFoundError(f"{where} refers to item {item.get('id')!r}, which is not stored", param=where)
+            case "compaction":
+                return self._compaction(item, where)
+            case str():
+                return Entry({"id": _text(item.get("id"), where) or new_id("item"), **item})
+            case _:
+                raise InputError(f"{where} has neither a type nor a role", param=f"{where}.type")
+
+    def _message(self, item: Json, where: str) -> Entry:
+        role = item.get("role")
+        if role not in ("user", "assistant", "system", "developer"):
+            raise InputError(
+                f"{where}.role is {role!r}; expected user, assistant, system or developer", param=f"{where}.role"
+            )
+        text = _content_text(item.get("content"), f"{where}.content")
+        known: Json = {"type": "message", "role": role, "status": "completed"}
+        identity = {"id": _text(item.get("id"), f"{where}.id") or new_id("msg")}
+        if role == "assistant":
+            known["content"] = [{"type": "output_text", "text": text, "annotations": [], "logprobs": []}]
+            channel = Channel.COMMENTARY if item.get("phase") == "commentary" else Channel.FINAL
+            known["phase"] = "commentary" if channel is Channel.COMMENTARY else "final_answer"
+            return Entry(identity | known, (Spoken(Message(Role.ASSISTANT, text, channel=str(channel))),))
+        known["content"] = [{"type": "input_text", "text": text}]
+        if role == "user":
+            return Entry(identity | known, (Spoken(Message(Role.USER, text)),))
+        return Entry(identity | known, (Spoken(Message(Role.DEVELOPER, DeveloperContent(instructions=text))),))
+
+    def _reasoning(self, item: Json, where: str) -> Entry:
+        identity = _text(item.get("id"), f"{where}.id") or new_id("rs")
+        content = item.get("content") or []
+        text = _content_text(content, f"{where}.content")
+        sealed = item.get("encrypted_content")
+        kept = {"id": identity, "type": "reasoning", "summary": item.get("summary") or []}
+        if isinstance(sealed, str):
+            kept["encrypted_content"] = sealed
+            opened = self._open(sealed)
+            if opened is not None and (not text or text == opened.message.text):
+                return Entry(kept | ({"content": content} if content else {}), (opened,))
+            if opened is None and not text:
+                self.history.transformations.append(
+                    {"id": identity, "type": "reasoning", "action": "removed", "reason": "model_mismatch"}
+                )
+        if content:
+            kept["content"] = [{"type": "reasoning_text", "text": text}]
+        spoken = Spoken(Message(Role.ASSISTANT, text, channel=str(Channel.ANALYSIS)))
+        return Entry(kept, (spoken,) if text else ())
+
+    def _open(self, sealed: str) -> Spoken | None:
+        data = self.seal.open(sealed)
+        return None if data is None else Spoken.from_dict(json.loads(data))
+
+    def _call(self, item: Json, kind: str, where: str, out: list[Entry]) -> Entry:
+        is_function = kind == "function_call"
+        given = item.get("arguments" if is_function else "input")
+        name, call_id = item.get("name"), item.get("call_id") or item.get("id")
+        if not isinstance(name, str) or not isinstance(call_id, str) or not isinstance(given, str):
+            raise InputError(
+                f"{where} is a {kind} without name, call_id or {'arguments' if is_function else 'input'}", param=where
+            )
+        namespace = _text(item.get("namespace"), f"{where}.namespace")
+        kept: Json = {
+            "id": _text(item.get("id"), f"{where}.id") or new_id("fc" if is_function else "ctc"),
+            "type": kind,
+            "call_id": call_id,
+            "name": name,
+            **({"namespace": namespace} if namespace else {}),
+            "arguments" if is_function else "input": given,
+            "status": "completed",
+        }
+        recipient = f"{namespace or 'functions'}.{name}"
+        turn = self._recalled(call_id, recipient, given, out)
+        if turn:
+            return Entry(kept, turn)
+        content_type = _JSON_CALL if is_function else None
+        call = Message(
+            Role.ASSISTANT, given, channel=str(Channel.COMMENTARY), recipient=recipient, content_type=content_type
+        )
+        return Entry(kept, (Spoken(call),))
+
+    def _recalled(self, call_id: str, recipient: str, given: str, out: list[Entry]) -> tuple[Spoken, ...]:
+        """What was sampled up to this call; the entries that show parts of it then say nothing themselves.
+
+        A client that has changed the call or its thoughts is taken at its word: () is returned.
+        """
+        turn = self.memory.recall(call_id)
+        if not turn or not _same_arguments(turn[-1].message.text, given):
+            return ()
+        if (turn[-1].message.recipient or "").rpartition(".")[2] != recipient.rpartition(".")[2]:
+            return ()
+        begin = len(out)
+        while begin and _is_by_model(out[begin - 1].item):
+            begin -= 1
+        for channel in (Channel.ANALYSIS, Channel.COMMENTARY):
+            shown = [s.message.text for e in out[begin:] for s in e.spoken if _is_talk(s.message, channel)]
+            sampled = [s.message.text for s in turn if _is_talk(s.message, channel)]
+            if "".join(shown).strip() not in ("", "".join(sampled).strip()):
+                return ()
+        out[begin:] = [Entry(entry.item) for entry in out[begin:]]
+        return turn
+
+    def _output(self, item: Json, kind: str, where: str, calls: Mapping[str, Any]) -> Entry:
+        call_id = item.get("call_id")
+        call, spoken = calls.get(call_id, (None, ())) if isinstance(call_id, str) else (None, ())
+        name, namespace = item.get("name"), item.get("namespace")
+        if call is not None:
+            name, namespace = call.get("name"), call.get("namespace")
+        if not isinstance(name, str):
+            raise InputError(
+                f"{where}: no tool call found for the output with call_id {call_id!r}; send the call before it, or "
+                "continue from the response that made it",
+                param=where,
+            )
+        text = _content_text(item.get("output"), f"{where}.output")
+        # A tool answers on the channel that it was called on, under the name it was called by.
+        recipient = spoken[-1].message.recipient if spoken else f"{namespace or 'functions'}.{name}"
+        channel = (spoken[-1].message.channel if spoken else None) or str(Channel.COMMENTARY)
+        answer = tool_message(recipient or f"functions.{name}", channel, text)
+        identity = _text(item.get("id"), f"{where}.id") or new_id("fco" if kind == "function_call_output" else "ctco")
+        return Entry({**item, "id": identity, "type": kind, "status": "completed"}, (Spoken(answer),))
+
+    def _compaction(self, item: Json, where: str) -> Entry:
+        sealed = item.get("encrypted_content")
+        data = self.seal.open(sealed) if isinstance(sealed, str) else None
+        if data is None:
+            raise InputError(
+                f"{where} is a compaction that this server did not make; send the items it stands for", param=where
+            )
+        message = Message(Role.DEVELOPER, DeveloperContent(instructions=data.decode()))
+        return Entry({**item, "id": _text(item.get("id"), where) or new_id("cmp")}, (Spoken(message),))
+
+
+def tool_message(name: str, channel: str | None, text: str) -> Message:
+    """A tool's answer to the assistant."""
+    return Message(Role.TOOL, text, name=name, recipient="assistant", channel=channel)
+
+
+def sealed_reasoning(spoken: Spoken, seal: Seal) -> str:
+    """The `encrypted_content` that `Reader` opens to the same message and tokens."""
+    return seal.seal(json.dumps(spoken.to_dict()).encode())
+
+
+def _is_by_model(item: Json) -> bool:
+    kind = item.get("type")
+    if kind == "message":
+        return item.get("role") == "assistant" and item.get("phase") == "commentary"
+    return isinstance(kind, str) and (kind == "reasoning" or kind.endswith("_call"))
+
+
+def _is_talk(message: Message, channel: Channel) -> bool:
+    return message.role is Role.ASSISTANT and message.channel == channel and message.recipient is None
+
+
+def _same_arguments(sampled: str, given: str) -> bool:
+    if sampled == given:
+        return True
+    try:
+        return bool(json.loads(sampled) == json.loads(given))
+    except (ValueError, RecursionError):
+        return False
+
+
+def _text(value: object, where: str) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str) or len(value) > 512:
+        raise InputError(f"{where} is {str(value)[:80]!r}; expected a short text", param=where)
+    return value
+
+
+_TEXT_PARTS = frozenset({"input_text", "output_text", "text", "reasoning_text", "summary_text"})
+
+
+def _content_text(content: object, where: str) -> str:
+    """The text of a content: a text, or a list of parts. gpt-oss reads nothing else."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise InputError(f"{where} is {str(content)[:80]!r}; expected a text or a list of parts", param=where)
+    texts = []
+    for i, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else None
+        if (kind in _TEXT_PARTS or kind == "refusal") and isinstance(text, str):
+            texts.append(text)
+        else:
+            met = f"a part of type {kind!r}" if kind else str(part)[:80]
+            raise InputError(f"{where}[{i}] is {met}; this model reads text only", param=f"{where}[{i}]")
+    return "".join(texts)
+
+
+# Entries to a prompt ---------------------------------------------------------------------------------------------
+
+
+class Prompt:
+    """The tokens of a prompt, by message, so that the oldest can be left out.
+
+    ``extend`` is for the loop: what was sampled, and a tool's answer, behind all that stands there already.
+    """
+
+    def __init__(
+        self,
+        request: PromptRequest,
+        entries: Sequence[Entry],
+        tools: Tools,
+        tokenizer: Tokenizer,
+        current_date: str | None,
+    ) -> None:
+        spoken = [one for entry in entries for one in entry.spoken]
+        num_leading = next((i for i, s in enumerate(spoken) if s.message.role is not Role.DEVELOPER), len(spoken))
+        given = [_instructions(s.message) for s in spoken[:num_leading]]
+        texts = [text for text in [request.instructions, *given] if text]
+        has_functions = any(function.namespace is None for function in tools.functions)
+        self._tokenizer = tokenizer
+        self._opening = [tokenizer.special("<|start|>"), *tokenizer.encode(str(Role.ASSISTANT))]
+        self._head: list[int] = []
+        for message in _head_messages(request, tools, texts, current_date):
+            self._head += render_message(message, tokenizer, has_functions=has_functions)
+        keeps_all = request.reasoning is not None and request.reasoning.context == "all_turns"
+        kept = spoken[num_leading:] if keeps_all else _without_old_analysis(spoken[num_leading:])
+        self._is_user = [one.message.role is Role.USER for one in kept]
+        self._pieces = [list(one.token_ids) or render_message(one.message, tokenizer) for one in kept]
+        self._num_dropped = 0
+
+    @property
+    def opening(self) -> tuple[int, ...]:
+        """``<|start|>assistant``: the end of the prompt, and what precedes the first sampled token."""
+        return tuple(self._opening)
+
+    @property
+    def token_ids(self) -> list[int]:
+        out = list(self._head)
+        for piece in self._pieces[self._num_dropped :]:
+            out += piece
+        return out + self._opening
+
+    def extend(self, sampled: Sequence[int]) -> None:
+        """The model has said ``sampled`` behind the opening."""
+        self._pieces.append(self._opening + list(sampled))
+        self._is_user.append(False)
+
+    def extend_answer(self, answer: Message) -> None:
+        """A tool has answered."""
+        self._pieces.append(render_message(answer, self._tokenizer))
+        self._is_user.append(False)
+
+    def shorten_until(self, fits: Callable[[list[int]], bool]) -> bool:
+        """Leave out the oldest turns until it ``fits``; False if not even the last message alone does.
+
+        A turn begins with a user's message; only when the last turn itself is too long, single messages go.
+        """
+        last = len(self._pieces) - 1
+        turns = [i for i in range(1, last + 1) if self._is_user[i]]
+        for cuts in (turns, range((turns or [0])[-1] + 1, last + 1)):
+            low, high = 0, len(cuts)
+            while low < high:
+                middle = (low + high) // 2
+                self._num_dropped = cuts[middle]
+                low, high = (low, middle) if fits(self.token_ids) else (middle + 1, high)
+            if low < len(cuts):
+                self._num_dropped = cuts[low]
+                return True
+        self._num_dropped = 0
+        return False
+
+
+def _instructions(message: Message) -> str:
+    part = message.content[0]
+    return (part.instructions or "") if isinstance(part, DeveloperContent) else message.text
+
+
+def _head_messages(request: PromptRequest, tools: Tools, texts: list[str], current_date: str | None) -> list[Message]:
+    system = SystemContent(current_date=current_date, effort=request.effort, tools=tools.builtin)
+    shape = request.format
+    formats = []
+    if shape.type == "json_schema":
+        formats = [ResponseFormat(shape.name or "answer", shape.json_schema or {}, shape.description)]
+    elif shape.type == "json_object":
+        formats = [ResponseFormat("answer", {"type": "object"})]
+    developer = DeveloperContent("\n\n".join(texts) or None, tuple(tools.namespaces), tuple(formats))
+    head = [Message(Role.SYSTEM, system)]
+    if developer != DeveloperContent():
+        head.append(Message(Role.DEVELOPER, developer))
+    return head
+
+
+def _without_old_analysis(spoken: list[Spoken]) -> list[Spoken]:
+    finals = [i for i, one in enumerate(spoken) if _is_talk(one.message, Channel.FINAL)]
+    boundary = finals[-1] if finals else 0
+    return [one for i, one in enumerate(spoken) if i >= boundary or one.message.channel != Channel.ANALYSIS]

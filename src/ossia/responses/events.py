@@ -1,0 +1,45 @@
+"""Stream events: what a response tells while it grows, and the bytes in which it travels.
+
+    event: response.output_text.delta
+    data: {"type":"response.output_text.delta","sequence_number":7,"item_id":"msg_...",...}
+
+Source   the Responses API; `event` always equals the `type` in the data, and the stream ends in `data: [DONE]`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ossia.responses.schema import Json, dumps
+
+DONE = b"data: [DONE]\n\n"
+
+# A response that was cancelled ends its stream with `incomplete`, and the status "cancelled" in it: the API names no
+# event of its own.
+TERMINAL = {
+    "completed": "response.completed",
+    "incomplete": "response.incomplete",
+    "failed": "response.failed",
+    "cancelled": "response.incomplete",
+}
+TERMINAL_EVENTS = frozenset(TERMINAL.values())
+
+
+class Event(NamedTuple):
+    """One event; ``fields`` are its own, beside type and number, and are not changed after it was made."""
+
+    type: str
+    sequence_number: int
+    fields: Json
+
+    @property
+    def is_terminal(self) -> bool:
+        return self.type in TERMINAL_EVENTS
+
+    def to_dict(self) -> Json:
+        return {"type": self.type, "sequence_number": self.sequence_number, **self.fields}
+
+
+def sse(event: Event) -> bytes:
+    """The event as it goes over the wire."""
+    return b"event: %b\ndata: %b\n\n" % (event.type.encode(), dumps(event.to_dict()))

@@ -1,0 +1,453 @@
+"""One response, start to end: render, generate, parse, run tools, go on - an iterator of events.
+
+    run = Run(request, model, history)      whatever is wrong with the request is raised here
+    async for event in run.events(): ...    or when the first event is asked for
+    run.response, run.input, run.output     what there is to store
+
+A call of a client's function ends the turn; the next request's prompt then begins with exactly the tokens that were
+read and sampled here. A tool that ossia runs is answered on the spot, and only the answer is new to the engine.
+Errors after the first event end the response as failed; leaving the iterator frees the engine's sequence.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from ossia.engine.request import NO_TOKEN, Constraint, SamplingParams, TokenOutput
+from ossia.errors import ContextLengthError, OssiaError
+from ossia.harmony import Delta, Header, ParsedMessage, StreamParser, Tokenizer
+from ossia.responses.builder import Builder
+from ossia.responses.constrain import Turn
+from ossia.responses.convert import Entry, History, Prompt, Reader, Spoken, TurnMemory, sealed_reasoning, tool_message
+from ossia.responses.events import Event
+from ossia.responses.schema import (
+    Json,
+    PromptRequest,
+    ResponseRequest,
+    Usage,
+    check_request,
+    new_response,
+)
+from ossia.responses.seal import Seal
+from ossia.responses.tools import Toolbox, Tools, check_tool_choice, read_tools
+
+_log = logging.getLogger(__name__)
+
+# A prompt that was shortened leaves at least this much room for the answer.
+_MIN_ROOM_TOKENS = 512
+# Calls of tools that nobody declared, before the response ends without more.
+_MAX_UNKNOWN_CALLS = 3
+
+
+class TokenSource(Protocol):
+    """What the loop needs of an engine; `ossia.engine.AsyncEngine` is one."""
+
+    def check(self, token_ids: Sequence[int], params: SamplingParams) -> int:
+        """The most tokens that the answer may have; in any thread. Raises InputError and ContextLengthError."""
+
+    def generate(self, token_ids: Sequence[int], params: SamplingParams) -> AsyncGenerator[TokenOutput, None]:
+        """Tokens of one answer. Raises what `check` raises at once, other errors when iterated."""
+
+
+def unconstrained(_turn: Turn) -> Constraint | None:
+    return None
+
+
+def _today() -> str:
+    return datetime.date.today().isoformat()
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that answers, and what answering takes."""
+
+    name: str
+    engine: TokenSource
+    tokenizer: Tokenizer
+    seal: Seal = field(default_factory=Seal.ephemeral)
+    memory: TurnMemory = field(default_factory=TurnMemory)
+    # The constraint of one turn; called anew for each, since a constraint has a state.
+    constrain: Callable[[Turn], Constraint | None] = unconstrained
+    # Tools that ossia runs, made anew for each response.
+    toolbox: Callable[[], Toolbox | None] = lambda: None
+    # The date that the model is told, YYYY-MM-DD.
+    today: Callable[[], str] = _today
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What Chat Completions and others know beside the fields of a Responses request."""
+
+    # Fields of SamplingParams.
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    # Texts that end the final answer.
+    stops: tuple[str, ...] = ()
+
+
+class Run:
+    """One response being made. Its attributes are complete when `events` has ended."""
+
+    def __init__(
+        self,
+        request: ResponseRequest,
+        model: Model,
+        history: History | None = None,
+        *,
+        references: Mapping[str, Entry] | None = None,
+        extras: Extras | None = None,
+    ) -> None:
+        """Raises InputError, or NotFoundError for an item that is not there, naming what is wrong."""
+        check_request(request)
+        self.request = request
+        self.history = history or History()
+        self.input: list[Entry] = []
+        self.output: list[Entry] = []
+        self.error: OssiaError | None = None
+        self._model = model
+        self._toolbox = model.toolbox()
+        self.tools, self.input, self.current_date, self._prompt = prepare(
+            request, model, self.history, references, self._toolbox
+        )
+        self.response = new_response(request, model.name)
+        # Tools that are not offered here are not echoed as if they were.
+        self.response["tools"] = [t for t in self.response["tools"] if t["type"] not in self.tools.ignored]
+        self.response["input_transformations"] = self.history.transformations
+        self._extras = extras or Extras()
+        self._builder = Builder(self.response, self.tools, toolbox=self._toolbox, stops=self._extras.stops)
+        self._params = _sampling(request, self._extras)
+        self._usage = Usage()
+        self._num_tool_calls = 0
+        self._num_unknown_calls = 0
+        # Fails here, before anything is sent, if the prompt cannot fit or a schema cannot be enforced.
+        self._fit(self._params)
+        self._constraint = self._constrain()
+        # All that was said since the input, as the next prompt repeats it.
+        self._turn: list[Spoken] = []
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self._prompt.token_ids)
+
+    @property
+    def stopped(self) -> str | None:
+        """The stop text that ended the answer."""
+        return self._builder.stopped
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether the turn waits for a tool's answer."""
+        last = self.output[-1].item if self.output else {}
+        return last.get("type") in ("function_call", "custom_tool_call")
+
+    async def events(self, slot: AbstractAsyncContextManager[Any] | None = None) -> AsyncGenerator[Event, None]:
+        """Make the response. A background response is queued until ``slot`` is entered."""
+        for event in self._builder.begin():
+            yield event
+        try:
+            if slot is None:
+                for event in self._builder.run():
+                    yield event
+                async with aclosing(self._generations()) as made:
+                    async for event in made:
+                        yield event
+            else:
+                async with slot, aclosing(self._generations()) as made:
+                    for event in self._builder.run():
+                        yield event
+                    async for event in made:
+                        yield event
+        except OssiaError as error:
+            self.error = error
+        # A fault of ours must still end the stream in a way that clients understand.
+        except Exception:
+            _log.exception("response=%s failed", self.response["id"])
+            self.error = OssiaError("the server met an error of its own; its log tells more")
+        if self.error is not None:
+            for event in self._builder.end("failed", self._usage, error=self.error):
+                yield event
+
+    def cancel(self) -> list[Event]:
+        """The events that end a response whose iterator was left."""
+        return self._builder.end("cancelled", self._usage)
+
+    # The loop --------------------------------------------------------------------------------------------------------
+
+    async def _generations(self) -> AsyncGenerator[Event, None]:
+        while True:
+            generation = _Generation(self._model.tokenizer, self._prompt)
+            async with aclosing(self._generate(generation)) as made:
+                async for event in made:
+                    yield event
+            call = generation.call
+            self._prompt.extend(generation.sampled)
+            if call is None or self._builder.function is not None:
+                break
+            async with aclosing(self._answer(call)) as answered:
+                async for event in answered:
+                    yield event
+            limit = self._params.max_tokens
+            generation.is_cut = limit is not None and self._usage.output_tokens >= limit
+            if generation.is_cut or self._num_unknown_calls > _MAX_UNKNOWN_CALLS or self._has_called_too_often(1):
+                break
+        if generation.is_cut:
+            ended = self._builder.end("incomplete", self._usage, reason="max_output_tokens")
+        elif self._has_called_too_often(1):
+            ended = self._builder.end("incomplete", self._usage, reason="max_messages")
+        else:
+            ended = self._builder.end("completed", self._usage)
+        for event in ended:
+            yield event
+
+    async def _generate(self, generation: _Generation) -> AsyncGenerator[Event, None]:
+        """One generation of the engine, to its end or to a call."""
+        used = self._usage
+        params = self._params
+        if params.max_tokens is not None:
+            params = replace(params, max_tokens=params.max_tokens - used.output_tokens)
+        params = self._fit(params)
+        token_ids = self._prompt.token_ids
+        constraint = self._constraint or self._constrain()
+        self._constraint = None
+        params = replace(params, constraint=constraint)
+        num_cached = 0
+        try:
+            async with aclosing(self._model.engine.generate(token_ids, params)) as source:
+                async for output in source:
+                    if output.token_id != NO_TOKEN:
+                        for event in self._take(generation, output):
+                            yield event
+                    num_cached = output.num_cached_tokens
+                    if output.finish_reason is not None or generation.call or self._builder.stopped is not None:
+                        generation.is_cut = output.finish_reason == "length" and generation.call is None
+                        break
+        finally:
+            self._usage = Usage(
+                used.input_tokens + len(token_ids),
+                used.cached_tokens + num_cached,
+                used.output_tokens + len(generation.sampled),
+                used.reasoning_tokens + generation.num_reasoning_tokens,
+            )
+        # Behind a call nothing counts.
+        for parsed in generation.parser.close() if generation.call is None else ():
+            for event in self._tell(generation, parsed, is_whole=not generation.is_cut):
+                yield event
+        self._usage = self._usage._replace(reasoning_tokens=used.reasoning_tokens + generation.num_reasoning_tokens)
+
+    def _take(self, generation: _Generation, output: TokenOutput) -> Iterable[Event]:
+        """The events of one token."""
+        generation.sampled.append(output.token_id)
+        parsed_events = generation.parser.feed(output.token_id)
+        if output.logprob is None and len(parsed_events) == 1 and type(parsed_events[0]) is Delta:
+            return self._builder.delta(parsed_events[0].text)
+        return list(self._take_all(generation, output, parsed_events))
+
+    def _take_all(
+        self, generation: _Generation, output: TokenOutput, parsed_events: Sequence[object]
+    ) -> Iterator[Event]:
+        logprobs = []
+        if output.logprob is not None and output.token_id not in self._model.tokenizer.special_ids:
+            logprobs = [_logprob(self._model.tokenizer, output)]
+        if logprobs and not any(type(parsed) is Delta for parsed in parsed_events):
+            # Half a character: told with the rest of it.
+            if generation.parser.header is not None:
+                self._builder.delta("", logprobs)
+            logprobs = []
+        for parsed in parsed_events:
+            if type(parsed) is Delta:
+                yield from self._builder.delta(parsed.text, logprobs)
+                logprobs = []
+            else:
+                yield from self._tell(generation, parsed, is_whole=True)
+
+    def _tell(self, generation: _Generation, parsed: object, *, is_whole: bool) -> Iterator[Event]:
+        if isinstance(parsed, Header):
+            yield from self._builder.open(parsed)
+        elif isinstance(parsed, Delta):
+            yield from self._builder.delta(parsed.text)
+        elif isinstance(parsed, ParsedMessage):
+            spoken = generation.spoken(parsed, is_whole=is_whole)
+            if self._builder.item["type"] == "reasoning":
+                generation.num_reasoning_tokens += len(parsed.token_ids)
+            if self._builder.is_call(_header(parsed)):
+                if is_whole:
+                    yield from self._called(generation, parsed, spoken)
+                else:
+                    # Half a call is shown, and not said again.
+                    yield from self._builder.close("incomplete")
+                    self.output.append(Entry(self._builder.item))
+                return
+            fields: Json = {}
+            if self._builder.item["type"] == "reasoning" and _SEALED in (self.request.include or ()):
+                fields = {"encrypted_content": sealed_reasoning(spoken, self._model.seal)}
+            yield from self._builder.close("completed" if is_whole else "incomplete", fields=fields)
+            self._turn.append(spoken)
+            self.output.append(Entry(self._builder.item, (spoken,)))
+
+    def _called(self, generation: _Generation, parsed: ParsedMessage, spoken: Spoken) -> Iterator[Event]:
+        """A call is complete: a client's ends the turn, ours stays open until it is answered."""
+        generation.call = parsed
+        self._turn.append(spoken)
+        if self._builder.function is None:
+            return
+        yield from self._builder.close()
+        item = self._builder.item
+        self.output.append(Entry(item, (spoken,)))
+        self._model.memory.keep(item["call_id"], tuple(self._turn))
+
+    async def _answer(self, call: ParsedMessage) -> AsyncGenerator[Event, None]:
+        """Run a tool of ours and give its answer to the model."""
+        recipient = call.recipient or ""
+        fields: Json = {}
+        is_failed = True
+        is_known = self._builder.item["type"] != "reasoning"
+        if not is_known:
+            self._num_unknown_calls += 1
+            names = sorted(function.recipient for function in self.tools.functions)
+            known = f"The tools are: {', '.join(names)}." if names else "There are no tools; answer without."
+            text = f"Unknown tool: {recipient}. {known}"
+        else:
+            assert self._toolbox is not None
+            for event in self._builder.begin_tool():
+                yield event
+            self._num_tool_calls += 1
+            if self._has_called_too_often(0):
+                text = "No more tool calls are allowed in this response. Give your final answer now."
+            else:
+                text, fields, is_failed = await self._toolbox.run(call.message)
+        for event in self._builder.end_tool(fields, is_failed=is_failed) if is_known else self._builder.close():
+            yield event
+        answer = tool_message(recipient, call.channel, text)
+        self._prompt.extend_answer(answer)
+        said = (self._turn[-1], Spoken(answer))
+        self._turn.append(said[1])
+        self.output.append(Entry(self._builder.item, said))
+
+    def _constrain(self) -> Constraint | None:
+        """A fresh constraint for the next generation."""
+        choice = self.request.tool_choice or "auto"
+        # What had to be called has been.
+        choice = "auto" if self._num_tool_calls and choice != "none" else choice
+        cap = self.request.max_reasoning_tokens
+        left = None if cap is None else max(cap - self._usage.reasoning_tokens, 0)
+        return self._model.constrain(Turn(self.tools, choice, self.request.format, left))
+
+    def _has_called_too_often(self, grace: int) -> bool:
+        limit = self.request.max_tool_calls
+        return limit is not None and self._num_tool_calls > limit + grace
+
+    def _fit(self, params: SamplingParams) -> SamplingParams:
+        """Parameters with which the prompt fits, the prompt shortened if need be and if the request allows it.
+
+        An answer that may be longer than there is room for gets the room there is.
+        """
+        engine = self._model.engine
+        room = min(params.max_tokens or _MIN_ROOM_TOKENS, _MIN_ROOM_TOKENS)
+        as_fits = replace(params, max_tokens=None)
+
+        def fits(token_ids: list[int]) -> bool:
+            try:
+                engine.check(token_ids, replace(params, max_tokens=room))
+            except ContextLengthError:
+                return False
+            return True
+
+        token_ids = self._prompt.token_ids
+        try:
+            engine.check(token_ids, params)
+            return params
+        except ContextLengthError as error:
+            if self.request.truncation == "auto" and not fits(token_ids):
+                if self._prompt.shorten_until(fits):
+                    return as_fits if params.max_tokens is None or params.max_tokens > room else params
+                raise
+            try:
+                engine.check(token_ids, as_fits)
+                return as_fits
+            except ContextLengthError:
+                raise ContextLengthError(
+                    f"{error.message}; shorten the input, or let truncation 'auto' leave out the oldest turns",
+                    param="input",
+                ) from None
+
+
+_SEALED = "reasoning.encrypted_content"
+
+
+class _Generation:
+    """One run of the engine within a response."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Prompt) -> None:
+        self.parser = StreamParser(tokenizer)
+        self.sampled: list[int] = []
+        self.call: ParsedMessage | None = None
+        # Ended by its length.
+        self.is_cut = False
+        self.num_reasoning_tokens = 0
+        self._opening = prompt.opening
+        self._end = tokenizer.special("<|end|>")
+
+    def spoken(self, parsed: ParsedMessage, *, is_whole: bool) -> Spoken:
+        """The message with its tokens as a later prompt repeats them; half a message is rendered anew, with an end."""
+        if not is_whole or parsed.stop is None:
+            return Spoken(parsed.message)
+        token_ids = (self._opening if parsed.start == 0 else ()) + parsed.token_ids
+        if parsed.stop in ("<|return|>", "<|endoftext|>"):
+            token_ids = (*token_ids[:-1], self._end)
+        return Spoken(parsed.message, token_ids)
+
+
+def prepare(
+    request: PromptRequest,
+    model: Model,
+    history: History,
+    references: Mapping[str, Entry] | None = None,
+    toolbox: Toolbox | None = None,
+) -> tuple[Tools, list[Entry], str, Prompt]:
+    """What a request says: its tools, the entries of its input, the date told to the model, and the prompt."""
+    tools = read_tools(request.tools or (), toolbox)
+    check_tool_choice(request.tool_choice, tools)
+    entries = Reader(history, model.seal, model.memory, references or {}).read(request.input_items)
+    current_date = history.current_date or model.today()
+    prompt = Prompt(request, [*history.entries, *entries], tools, model.tokenizer, current_date)
+    return tools, entries, current_date, prompt
+
+
+async def finish(run: Run) -> Json:
+    """The response when it is done, for callers that do not stream. Raises what made it fail."""
+    async with aclosing(run.events()) as events:
+        async for _ in events:
+            pass
+    if run.error is not None:
+        raise run.error
+    return run.response
+
+
+def _sampling(request: ResponseRequest, extras: Extras) -> SamplingParams:
+    return SamplingParams(
+        **{
+            "temperature": 1.0 if request.temperature is None else request.temperature,
+            "top_p": 1.0 if request.top_p is None else request.top_p,
+            "logprobs": request.wants_logprobs,
+            "top_logprobs": request.top_logprobs or 0,
+            "max_tokens": request.max_output_tokens,
+            **extras.sampling,
+        }
+    )
+
+
+def _header(parsed: ParsedMessage) -> Header:
+    return Header(parsed.role, parsed.name, parsed.channel, parsed.recipient, parsed.content_type)
+
+
+def _logprob(tokenizer: Tokenizer, output: TokenOutput) -> Json:
+    def one(token_id: int, logprob: float | None) -> Json:
+        data = tokenizer.token_bytes(token_id)
+        return {"token": data.decode("utf-8", "replace"), "bytes": list(data), "logprob": logprob}
+
+    top = [one(token_id, logprob) for token_id, logprob in output.top_logprobs]
+    return {**one(output.token_id, output.logprob), "top_logprobs": top}

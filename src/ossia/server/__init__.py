@@ -1,0 +1,1 @@
+"""HTTP: the Responses and Chat Completions APIs, their store, limits and metrics."""

@@ -1,0 +1,191 @@
+"""The application: routes, and the gate in front of them - keys, rates, size, request id, errors, the log line.
+
+Errors have OpenAI's shape, `{"error": {"message", "type", "param", "code"}}`, for Anthropic's endpoints theirs. What is
+wrong with a request is a 4xx: clients ask again after a 5xx, and would be wrong again.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ossia.errors import LimitError, OssiaError, TooLargeError
+from ossia.responses.schema import Json
+from ossia.server import chat, messages, ollama, responses
+from ossia.server.metrics import log_fields, log_request
+from ossia.server.service import Service
+from ossia.server.stream import ClientGone, JSONResponse
+
+_log = logging.getLogger(__name__)
+
+# What may be asked without a key.
+_OPEN_PATHS = frozenset({"/health", "/ready"})
+# Responses that are still under way when the server is told to stop get this long.
+_PATIENCE_S = 20.0
+
+
+def create_app(service: Service) -> FastAPI:
+    """The application that serves ``service``; it closes the store when it ends."""
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        num_failed = await service.store.run(service.store.fail_orphans)
+        await service.store.run(service.store.sweep)
+        if num_failed:
+            _log.warning("responses that an earlier server left undone: %d", num_failed)
+        yield
+        await service.stop(_PATIENCE_S)
+
+    app = FastAPI(
+        title="ossia",
+        version="1",
+        description="OpenAI's Responses and Chat Completions APIs for gpt-oss.",
+        lifespan=lifespan,
+    )
+    for part in (responses, chat, messages, ollama):
+        app.include_router(part.router(service))
+
+    @app.get("/health", tags=["Server"], summary="Whether the server runs")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/ready", tags=["Server"], summary="Whether the server takes requests")
+    async def ready() -> Response:
+        is_ready = not service.is_stopping
+        return JSONResponse({"status": "ready" if is_ready else "stopping"}, status_code=200 if is_ready else 503)
+
+    @app.get("/metrics", tags=["Server"], summary="Metrics for Prometheus", response_class=Response)
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    app.add_exception_handler(OssiaError, _on_error)
+    app.add_exception_handler(RequestValidationError, _on_error)
+    app.add_exception_handler(HTTPException, _on_error)
+    app.add_exception_handler(ClientGone, _on_error)
+    app.add_exception_handler(Exception, _on_error)
+    app.add_middleware(Gate, service=service)
+    return app
+
+
+def _on_error(request: Request, error: Exception) -> Response:
+    """Every error, decided in one place."""
+    headers: dict[str, str] = {}
+    kind, code, param = "invalid_request_error", None, None
+    match error:
+        case OssiaError():
+            status, message, kind, code, param = error.status, error.message, error.type, error.code, error.param
+            if isinstance(error, LimitError):
+                headers["retry-after"] = str(math.ceil(error.retry_after_s))
+            if status == 401:
+                headers["www-authenticate"] = "Bearer"
+        case RequestValidationError():
+            first = error.errors()[0]
+            param = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path")) or None
+            status, message = 400, f"{param or 'the body'}: {first['msg']}"
+        case HTTPException():
+            status, message = error.status_code, str(error.detail)
+            headers |= dict(error.headers or {})
+            if status == 404:
+                message = f"{request.method} {request.url.path[:200]} is not offered here; see /docs"
+        case ClientGone():
+            # Nobody reads this; the number is for the log.
+            status, message = 499, "the client left"
+        case _:
+            _log.error("request failed", exc_info=error)
+            status, message, kind = 500, "the server met an error of its own; its log tells more", "server_error"
+    if request.url.path.startswith("/v1/messages"):
+        return JSONResponse(messages.error_body(status, message), status_code=status, headers=headers)
+    body: Json = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return JSONResponse(body, status_code=status, headers=headers)
+
+
+class Gate:
+    """In front of every request: an id, the key, the rate, the size; behind it: the log line and the counts."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app = app
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope)
+        request_id = f"req_{secrets.token_hex(12)}"
+        began_s = time.perf_counter()
+        status = 0
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        caller: str | None = None
+        fields: Json = {}
+        log_fields.set(fields)
+        try:
+            try:
+                caller = self._admit(request)
+                await self._app(scope, _bounded(receive, self._service.max_request_bytes), answer)
+            except OssiaError as error:
+                await _on_error(request, error)(scope, receive, answer)
+        finally:
+            elapsed_s = time.perf_counter() - began_s
+            route = getattr(scope.get("route"), "path", None) or "none"
+            self._service.metrics.requests.labels(route, str(status)).inc()
+            self._service.metrics.duration_s.labels(route).observe(elapsed_s)
+            seconds = round(elapsed_s, 4)
+            log_request(
+                request=request_id,
+                method=request.method,
+                route=route,
+                status=status,
+                key=caller,
+                seconds=seconds,
+                **fields,
+            )
+
+    def _admit(self, request: Request) -> str | None:
+        """The caller's name. Raises what stands against the request."""
+        if request.url.path in _OPEN_PATHS:
+            return None
+        caller = self._service.keys.check(request.headers.get("authorization"), request.headers.get("x-api-key"))
+        if request.method == "POST":
+            self._service.rates.take(caller or (request.client.host if request.client else "local"))
+        length = request.headers.get("content-length", "0")
+        if length.isdecimal() and int(length) > self._service.max_request_bytes:
+            raise _too_large(self._service.max_request_bytes)
+        return caller
+
+
+def _too_large(limit: int) -> TooLargeError:
+    return TooLargeError(f"the request's body is larger than {limit} bytes; send less, or raise max_request")
+
+
+def _bounded(receive: Receive, limit: int) -> Receive:
+    """Of a body that does not tell its length, no more is read than is allowed."""
+    num_bytes = 0
+
+    async def read() -> Message:
+        nonlocal num_bytes
+        message = await receive()
+        num_bytes += len(message.get("body", b""))
+        if num_bytes > limit:
+            error = _too_large(limit)
+            raise HTTPException(error.status, error.message)
+        return message
+
+    return read

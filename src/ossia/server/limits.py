@@ -1,0 +1,187 @@
+"""Who may ask, how much, and when: keys, rates, request size, admission.
+
+A key is `ossia-` and 32 random bytes; the key file holds only its SHA-256, one to a line, with a name behind it:
+
+    2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b  laptop
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import ipaddress
+import secrets
+import time
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from ossia.errors import AuthError, ConfigError, LimitError
+
+# Callers whose rate is remembered; the one that has not asked for the longest time is forgotten first.
+_MAX_CALLERS = 10_000
+
+
+class Keys:
+    """The keys that are known; without any, everybody may ask."""
+
+    def __init__(self, digests: Sequence[tuple[str, str]] = ()) -> None:
+        """``digests`` are (SHA-256 in hexadecimal, name)."""
+        self._digests = [(bytes.fromhex(digest), name) for digest, name in digests]
+
+    @classmethod
+    def read(cls, path: Path) -> Keys:
+        """Raises ConfigError if the file cannot be read or is no key file."""
+        try:
+            lines = [line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: the key file cannot be read: {error}") from None
+        digests = []
+        for number, words in enumerate(lines, start=1):
+            if not words or words[0].startswith("#"):
+                continue
+            if len(words[0]) != 64 or not all(letter in "0123456789abcdef" for letter in words[0]):
+                raise ConfigError(f"{path}: line {number} is no SHA-256; make a key with `ossia serve --new-key NAME`")
+            digests.append((words[0], words[1] if len(words) > 1 else "unnamed"))
+        if not digests:
+            raise ConfigError(f"{path}: the key file holds no key; make one with `ossia serve --new-key NAME`")
+        return cls(digests)
+
+    @staticmethod
+    def make(path: Path, name: str) -> str:
+        """Add a new key to the file and return it; nothing else ever knows it."""
+        key = f"ossia-{secrets.token_urlsafe(32)}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            path.chmod(0o600)
+            file.write(f"{_digest(key).hex()}  {' '.join(name.split())}\n")
+        return key
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def check(self, authorization: str | None, api_key: str | None = None) -> str | None:
+        """The caller's name, None where no key is asked for. Raises AuthError.
+
+        ``authorization`` is the header of OpenAI's clients, ``api_key`` that of Anthropic's.
+        """
+        if not self._digests:
+            return None
+        scheme, _, given = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer":
+            given = api_key or ""
+        if not given:
+            raise AuthError("no API key was given; send 'Authorization: Bearer KEY'")
+        digest = _digest(given.strip())
+        # Every key is compared, in constant time, so that time tells nothing.
+        names = [name for known, name in self._digests if hmac.compare_digest(known, digest)]
+        if not names:
+            raise AuthError("the API key is not known to this server")
+        return names[0]
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "replace")).digest()
+
+
+def check_bind(host: str, keys: Keys, *, is_open_allowed: bool) -> None:
+    """Raise ConfigError for an address that others reach, without a key, unless it was asked for in so many words."""
+    if keys or is_open_allowed or _is_loopback(host):
+        return
+    raise ConfigError(
+        f"host {host!r} lets others reach this server and no key protects it; give --key-file (make a key with "
+        "--new-key NAME), bind 127.0.0.1, or say --open-to-all"
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class Rates:
+    """At most ``per_minute`` requests of one caller within a minute; 0 for no limit."""
+
+    def __init__(self, per_minute: int) -> None:
+        self._per_minute = per_minute
+        self._recent: OrderedDict[str, deque[float]] = OrderedDict()
+
+    def take(self, caller: str) -> None:
+        """Count a request. Raises LimitError."""
+        if not self._per_minute:
+            return
+        now = time.monotonic()
+        recent = self._recent.setdefault(caller, deque())
+        self._recent.move_to_end(caller)
+        if len(self._recent) > _MAX_CALLERS:
+            self._recent.popitem(last=False)
+        while recent and recent[0] <= now - 60:
+            recent.popleft()
+        if len(recent) >= self._per_minute:
+            raise LimitError(
+                f"more than {self._per_minute} requests in a minute; wait and ask again",
+                retry_after_s=recent[0] + 60 - now,
+            )
+        recent.append(now)
+
+
+class Admission:
+    """At most ``max_running`` requests at once and ``max_queued`` that wait, in order; the rest is refused."""
+
+    def __init__(self, max_running: int, max_queued: int) -> None:
+        self._max_running, self._max_queued = max_running, max_queued
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self.num_running = 0
+        # Of recent requests, smoothed: what a caller is told to wait.
+        self._mean_s = 1.0
+
+    @property
+    def num_queued(self) -> int:
+        return sum(not waiting.done() for waiting in self._waiting)
+
+    def check(self) -> None:
+        """Raise LimitError if a request could not even wait."""
+        if self.num_running >= self._max_running and self.num_queued >= self._max_queued:
+            wait_s = self._mean_s * (self.num_queued + 1) / self._max_running
+            raise LimitError(
+                f"{self.num_running} requests are running and {self.num_queued} are waiting; ask again later",
+                retry_after_s=min(max(wait_s, 1.0), 120.0),
+            )
+
+    @asynccontextmanager
+    async def slot(self) -> AsyncIterator[None]:
+        """Wait for a turn, and have it for the length of the block. Raises LimitError."""
+        self.check()
+        if self.num_running >= self._max_running or self._waiting:
+            turn = asyncio.get_running_loop().create_future()
+            self._waiting.append(turn)
+            try:
+                await turn
+            except BaseException:
+                # The turn may have been given to a caller who leaves at the same moment.
+                if turn.done() and not turn.cancelled():
+                    self._leave()
+                else:
+                    self._waiting.remove(turn)
+                raise
+        else:
+            self.num_running += 1
+        began_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self._mean_s += 0.1 * (time.monotonic() - began_s - self._mean_s)
+            self._leave()
+
+    def _leave(self) -> None:
+        """Give the turn to who has waited longest, or take it back."""
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self.num_running -= 1

@@ -1,0 +1,257 @@
+"""The Responses API over HTTP: responses, their items and streams, conversations."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query
+from openai.types.conversations import Conversation, ConversationDeletedResource, ConversationItemList
+from openai.types.responses import CompactedResponse, Response
+from openai.types.responses.input_token_count_response import InputTokenCountResponse
+from openai.types.responses.response_item_list import ResponseItemList
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import Request
+from starlette.responses import Response as HttpResponse
+
+from ossia.errors import InputError, NotFoundError
+from ossia.responses.builder import replayed
+from ossia.responses.convert import Entry, History, Reader
+from ossia.responses.events import DONE, sse
+from ossia.responses.loop import Run, prepare
+from ossia.responses.schema import Json, Metadata, PromptRequest, ResponseRequest, Usage, check_request, new_id
+from ossia.server.service import Service, split
+from ossia.server.stream import EventStream, JSONResponse, opened, while_there
+
+_SUMMARIZE = (
+    "Write a summary of this conversation that lets another assistant go on with it: what was asked, what was found "
+    "and decided, what was done with which result, names and numbers that matter, and what is still to do. Write only "
+    "the summary."
+)
+_SUMMARY_HEAD = "Summary of the conversation so far, which was shortened:\n\n"
+
+Limit = Annotated[int, Query(ge=1, le=100)]
+After = Annotated[str | None, Query(description="The id of the item behind which the page begins.")]
+Order = Annotated[Literal["asc", "desc"], Query()]
+Include = Annotated[list[str] | None, Query(alias="include[]")]
+
+
+class NewConversation(BaseModel):
+    """The body of POST /v1/conversations."""
+
+    model_config = ConfigDict(extra="allow")
+    items: Annotated[list[Json], Field(max_length=20)] | None = None
+    metadata: Metadata | None = None
+
+
+class NewItems(BaseModel):
+    """The body of POST /v1/conversations/{id}/items."""
+
+    model_config = ConfigDict(extra="allow")
+    items: Annotated[list[Json], Field(max_length=20)]
+
+
+class NewMetadata(BaseModel):
+    """The body of POST /v1/conversations/{id}."""
+
+    model_config = ConfigDict(extra="allow")
+    metadata: Metadata | None = None
+
+
+def router(service: Service) -> APIRouter:
+    routes = APIRouter(prefix="/v1", tags=["Responses"], default_response_class=JSONResponse)
+    store = service.store
+
+    @routes.post("/responses", responses=_says(Response), summary="Create a response")
+    async def create(body: ResponseRequest, request: Request) -> HttpResponse:
+        run = await service.begin(body)
+        headers = ignored_header(run)
+        if body.background:
+            live = await service.start(run)
+            if body.stream:
+                return EventStream(live.follow(0), headers)
+            return JSONResponse(run.response, headers=headers)
+        if body.stream:
+            return EventStream(await opened(request, service.encoded(run)), headers)
+        return JSONResponse(await while_there(request, service.finish(run)), headers=headers)
+
+    @routes.post("/responses/input_tokens", responses=_says(InputTokenCountResponse), summary="Count input tokens")
+    async def count(body: PromptRequest) -> HttpResponse:
+        service.check_model(body.model)
+        check_request(body)
+        history = await service.history(body)
+        toolbox = service.model.toolbox()
+        *_, prompt = await service.beside_if_long(body, lambda: prepare(body, service.model, history, toolbox=toolbox))
+        return JSONResponse({"object": "response.input_tokens", "input_tokens": len(prompt.token_ids)})
+
+    @routes.post("/responses/compact", responses=_says(CompactedResponse), summary="Compact a conversation")
+    async def compact(body: PromptRequest, request: Request) -> HttpResponse:
+        return JSONResponse(await while_there(request, _compacted(service, body)))
+
+    @routes.get("/responses/{response_id}", responses=_says(Response), summary="Retrieve a response, or its stream")
+    async def retrieve(
+        response_id: str,
+        stream: bool = False,
+        starting_after: Annotated[int | None, Query(ge=0)] = None,
+        include: Include = None,
+    ) -> HttpResponse:
+        live = service.live.get(response_id)
+        begin = 0 if starting_after is None else starting_after + 1
+        if live is not None:
+            return EventStream(live.follow(begin)) if stream else JSONResponse(live.run.response)
+        response = await store.run(store.response, response_id)
+        if not stream:
+            return JSONResponse(response)
+        if response["status"] in ("queued", "in_progress"):
+            raise InputError("the response is made by another server; ask that one for its stream", param="stream")
+        sent = await store.run(store.events, response_id)
+        events = split(sent) if sent is not None else [sse(event) for event in replayed(response)]
+        return EventStream(_each([*events[begin:], DONE]))
+
+    @routes.delete("/responses/{response_id}", summary="Delete a response")
+    async def delete(response_id: str) -> HttpResponse:
+        if response_id in service.live:
+            await service.cancel(service.live[response_id])
+        await store.run(store.delete_response, response_id)
+        return JSONResponse({"id": response_id, "object": "response", "deleted": True})
+
+    @routes.post("/responses/{response_id}/cancel", responses=_says(Response), summary="Cancel a background response")
+    async def cancel(response_id: str) -> HttpResponse:
+        live = service.live.get(response_id)
+        if live is not None:
+            await service.cancel(live)
+        response = await store.run(store.response, response_id)
+        if not response["background"]:
+            raise InputError("only a background response can be cancelled; leave the stream of any other")
+        return JSONResponse(response)
+
+    @routes.get("/responses/{response_id}/input_items", responses=_says(ResponseItemList), summary="List input items")
+    async def input_items(
+        response_id: str, limit: Limit = 20, after: After = None, order: Order = "desc", include: Include = None
+    ) -> HttpResponse:
+        return JSONResponse(page(await store.run(store.input_items, response_id), limit, after, order))
+
+    @routes.post("/conversations", responses=_says(Conversation), summary="Create a conversation")
+    async def create_conversation(body: NewConversation | None = None) -> HttpResponse:
+        body = body or NewConversation()
+        entries = _read(service, body.items or [])
+        return JSONResponse(await store.run(store.create_conversation, body.metadata or {}, entries))
+
+    @routes.get("/conversations/{conversation_id}", responses=_says(Conversation), summary="Retrieve a conversation")
+    async def conversation(conversation_id: str) -> HttpResponse:
+        return JSONResponse(await store.run(store.conversation, conversation_id))
+
+    @routes.post("/conversations/{conversation_id}", responses=_says(Conversation), summary="Update its metadata")
+    async def update_conversation(conversation_id: str, body: NewMetadata) -> HttpResponse:
+        return JSONResponse(await store.run(store.update_conversation, conversation_id, body.metadata or {}))
+
+    @routes.delete(
+        "/conversations/{conversation_id}",
+        responses=_says(ConversationDeletedResource),
+        summary="Delete a conversation",
+    )
+    async def delete_conversation(conversation_id: str) -> HttpResponse:
+        await store.run(store.delete_conversation, conversation_id)
+        return JSONResponse({"id": conversation_id, "object": "conversation.deleted", "deleted": True})
+
+    @routes.post(
+        "/conversations/{conversation_id}/items", responses=_says(ConversationItemList), summary="Add items to it"
+    )
+    async def add_items(conversation_id: str, body: NewItems, include: Include = None) -> HttpResponse:
+        history = await store.run(store.conversation_history, conversation_id)
+        entries = _read(service, body.items, history)
+        await store.run(store.append_items, conversation_id, entries)
+        return JSONResponse(page([entry.item for entry in entries], 100, None, "asc"))
+
+    @routes.get(
+        "/conversations/{conversation_id}/items", responses=_says(ConversationItemList), summary="List its items"
+    )
+    async def list_items(
+        conversation_id: str, limit: Limit = 20, after: After = None, order: Order = "desc", include: Include = None
+    ) -> HttpResponse:
+        return JSONResponse(page(await store.run(store.conversation_items, conversation_id), limit, after, order))
+
+    @routes.get("/conversations/{conversation_id}/items/{item_id}", summary="Retrieve an item")
+    async def retrieve_item(conversation_id: str, item_id: str, include: Include = None) -> HttpResponse:
+        items = await store.run(store.conversation_items, conversation_id)
+        for item in items:
+            if item["id"] == item_id:
+                return JSONResponse(item)
+        raise NotFoundError(f"item {item_id[:80]!r} is not in the conversation", param="item_id")
+
+    @routes.delete(
+        "/conversations/{conversation_id}/items/{item_id}", responses=_says(Conversation), summary="Delete an item"
+    )
+    async def delete_item(conversation_id: str, item_id: str) -> HttpResponse:
+        return JSONResponse(await store.run(store.delete_item, conversation_id, item_id))
+
+    return routes
+
+
+def page(items: list[Json], limit: int, after: str | None, order: str) -> Json:
+    """One page of a list, in the API's envelope. Raises NotFoundError for an ``after`` that is not in it."""
+    ordered = items if order == "asc" else items[::-1]
+    if after is not None:
+        places = [i for i, item in enumerate(ordered) if item["id"] == after]
+        if not places:
+            raise NotFoundError(f"item {after[:80]!r} is not in the list", param="after")
+        ordered = ordered[places[0] + 1 :]
+    shown = ordered[:limit]
+    return {
+        "object": "list",
+        "data": shown,
+        "first_id": shown[0]["id"] if shown else "",
+        "last_id": shown[-1]["id"] if shown else "",
+        "has_more": len(ordered) > limit,
+    }
+
+
+def ignored_header(run: Run) -> Mapping[str, str]:
+    """Tells which tools were passed by."""
+    named = [name if name.isascii() and name.isprintable() else "?" for name in run.tools.ignored]
+    return {"x-ossia-ignored-tools": ", ".join(named)[:500]} if named else {}
+
+
+async def _compacted(service: Service, body: PromptRequest) -> Json:
+    """A summary by the model itself, sealed; the user's own messages stay as they are."""
+    fields: dict[str, Any] = {
+        "model": body.model,
+        "previous_response_id": body.previous_response_id,
+        "instructions": body.instructions,
+        "input": [*body.input_items, {"type": "message", "role": "user", "content": _SUMMARIZE}],
+        "reasoning": {"effort": "low"},
+        "truncation": "auto",
+        "store": False,
+    }
+    run = await service.begin(ResponseRequest(**fields))
+    response = await service.finish(run)
+    text = "".join(
+        part["text"]
+        for item in response["output"]
+        if item["type"] == "message" and item["phase"] == "final_answer"
+        for part in item["content"]
+    )
+    said = [entry.item for entry in [*run.history.entries, *run.input[:-1]]]
+    kept = [item for item in said if item.get("type") == "message" and item.get("role") == "user"]
+    sealed = service.model.seal.seal((_SUMMARY_HEAD + text).encode("utf-8", "replace"))
+    return {
+        "id": new_id("resp"),
+        "object": "response.compaction",
+        "created_at": response["created_at"],
+        "output": [*kept, {"id": new_id("cmp"), "type": "compaction", "encrypted_content": sealed}],
+        "usage": response["usage"] or Usage().to_dict(),
+    }
+
+
+def _read(service: Service, items: list[Json], history: History | None = None) -> list[Entry]:
+    return Reader(history or History(), service.model.seal, service.model.memory).read(items)
+
+
+async def _each(chunks: list[bytes]) -> AsyncGenerator[bytes, None]:
+    for chunk in chunks:
+        yield chunk
+
+
+def _says(model: type[Any]) -> dict[int | str, dict[str, Any]]:
+    """The documented answer: a type of the openai package's."""
+    return {200: {"model": model}}

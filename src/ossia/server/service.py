@@ -1,0 +1,250 @@
+"""What all endpoints share: the model, the store, the limits, and the responses that are under way.
+
+begin    request -> Run                     history looked up, model checked
+events   Run -> events                      a turn taken; stored before the last event is told
+start    Run -> Live                        in the background: events kept for whoever follows
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable, Iterable
+from contextlib import aclosing
+from typing import TypeVar
+
+from ossia.engine import EngineStats
+from ossia.errors import InputError, NotFoundError
+from ossia.responses.convert import History
+from ossia.responses.events import DONE, Event, sse
+from ossia.responses.loop import Extras, Model, Run
+from ossia.responses.schema import Json, PromptRequest, ResponseRequest
+from ossia.server.limits import Admission, Keys, Rates
+from ossia.server.metrics import Metrics, Watch
+from ossia.server.store import Store, Stored
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+# Items of a request from this many characters on are read beside the event loop: it is tokenization that takes time.
+_LONG_INPUT_CHARS = 50_000
+
+
+class Live:
+    """A background response under way: its events so far, as bytes, for any number of followers."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.sent: list[bytes] = []
+        self.task: asyncio.Task[None] | None = None
+        self.is_done = False
+        self._news = asyncio.Event()
+
+    def tell(self, data: bytes) -> None:
+        self.sent.append(data)
+        self._wake()
+
+    def end(self) -> None:
+        self.is_done = True
+        self._wake()
+
+    async def follow(self, begin: int) -> AsyncGenerator[bytes, None]:
+        """Events from number ``begin`` on, as they come, to the end."""
+        position = begin
+        while True:
+            while position < len(self.sent):
+                yield self.sent[position]
+                position += 1
+            if self.is_done:
+                yield DONE
+                return
+            await self._news.wait()
+
+    def _wake(self) -> None:
+        self._news.set()
+        self._news = asyncio.Event()
+
+
+class Service:
+    """One model, served."""
+
+    def __init__(
+        self,
+        model: Model,
+        store: Store,
+        *,
+        aliases: Iterable[str] = (),
+        keys: Keys | None = None,
+        rates: Rates | None = None,
+        admission: Admission | None = None,
+        max_request_bytes: int = 32 << 20,
+        created_at: int = 0,
+    ) -> None:
+        self.model, self.store = model, store
+        self.names = {model.name, *aliases}
+        self.keys = keys or Keys()
+        self.rates = rates or Rates(0)
+        self.admission = admission or Admission(64, 256)
+        self.max_request_bytes = max_request_bytes
+        self.created_at = created_at
+        self.metrics = Metrics()
+        self.live: dict[str, Live] = {}
+        self.is_stopping = False
+        self.metrics.gauge("ossia_running", "Requests under way", lambda: self.admission.num_running)
+        self.metrics.gauge("ossia_queued", "Requests that wait for their turn", lambda: self.admission.num_queued)
+
+    def watch(self, stats: Callable[[], EngineStats]) -> None:
+        """Tell of an engine's queue, memory and cache in the metrics."""
+        gauge = self.metrics.gauge
+        gauge("ossia_engine_running", "Sequences under way", lambda: stats().num_running)
+        gauge("ossia_engine_waiting", "Sequences that wait for memory", lambda: stats().num_waiting)
+        gauge("ossia_kv_blocks", "Blocks for keys and values", lambda: stats().num_full_blocks)
+        gauge("ossia_kv_blocks_free", "Blocks that hold nothing needed", lambda: stats().num_free_full_blocks)
+
+    def check_model(self, name: str | None) -> None:
+        if name and name not in self.names:
+            raise NotFoundError(
+                f"model {name!r} is not served here; this server has {self.model.name!r}", param="model"
+            )
+
+    async def begin(self, request: ResponseRequest, extras: Extras | None = None) -> Run:
+        """Look up what the request refers to, and read it. Raises what is wrong with it."""
+        self.check_model(request.model)
+        history = await self.history(request)
+        references = await self.store.run(self.store.references, _referenced(request)) if _referenced(request) else {}
+        return await self.beside_if_long(
+            request, lambda: Run(request, self.model, history, references=references, extras=extras)
+        )
+
+    async def history(self, request: PromptRequest) -> History:
+        if request.previous_response_id is not None and request.conversation is not None:
+            return History()  # Refused when the request is read.
+        if request.previous_response_id is not None:
+            if request.previous_response_id in self.live:
+                raise InputError("the previous response is not done yet", param="previous_response_id")
+            return await self.store.run(self.store.history, request.previous_response_id)
+        if request.conversation is not None:
+            return await self.store.run(self.store.conversation_history, request.conversation_id)
+        return History()
+
+    async def beside_if_long(self, request: PromptRequest, work: Callable[[], T]) -> T:
+        text = request.input if isinstance(request.input, str) else ""
+        # Tools and schemas are compiled into a grammar.
+        is_long = len(text) > _LONG_INPUT_CHARS or len(request.input_items) > 8 or bool(request.tools or request.text)
+        return await asyncio.to_thread(work) if is_long else work()
+
+    async def events(self, run: Run) -> AsyncGenerator[Event, None]:
+        """The events of a response that somebody waits for. Raises LimitError before the first."""
+        async with aclosing(self._made(run, None)) as events:
+            async for event, _ in events:
+                yield event
+
+    async def encoded(self, run: Run) -> AsyncGenerator[bytes, None]:
+        """The same as they go over the wire, to the end of the stream; kept as they were if the response is stored."""
+        async with aclosing(self._made(run, [])) as events:
+            async for _, data in events:
+                yield data
+        yield DONE
+
+    async def _made(self, run: Run, sent: list[bytes] | None) -> AsyncGenerator[tuple[Event, bytes], None]:
+        watch = Watch(self.metrics)
+        keeps, data = bool(run.response["store"]), b""
+        async with self.admission.slot(), aclosing(run.events()) as events:
+            async for event in events:
+                if sent is not None:
+                    data = sse(event)
+                    if keeps:
+                        sent.append(data)
+                if event.is_terminal:
+                    await self._save(run, sent)
+                    watch.done(run.response)
+                elif watch.first_s is None and event.type.endswith(".delta"):
+                    watch.token()
+                yield event, data
+
+    async def finish(self, run: Run) -> Json:
+        """The response when it is done. Raises what made it fail."""
+        async with aclosing(self.events(run)) as events:
+            async for _ in events:
+                pass
+        if run.error is not None:
+            raise run.error
+        return run.response
+
+    async def start(self, run: Run) -> Live:
+        """Make a response in the background. It is in the store when this returns."""
+        self.admission.check()
+        await self.store.run(self.store.save, Stored(run.response, run.input))
+        live = self.live[run.response["id"]] = Live(run)
+        live.task = asyncio.create_task(self._make(live))
+        return live
+
+    async def _make(self, live: Live) -> None:
+        run, watch = live.run, Watch(self.metrics)
+        try:
+            async with aclosing(run.events(self.admission.slot())) as events:
+                async for event in events:
+                    data = sse(event)
+                    if event.is_terminal:
+                        await self._save(run, [*live.sent, data])
+                    elif event.type.endswith(".delta"):
+                        watch.token()
+                    live.tell(data)
+        except asyncio.CancelledError:
+            ending = [sse(event) for event in run.cancel()]
+            await self._save(run, [*live.sent, *ending])
+            for data in ending:
+                live.tell(data)
+        except Exception:
+            _log.exception("response=%s could not be kept", run.response["id"])
+        finally:
+            watch.done(run.response)
+            live.end()
+            del self.live[run.response["id"]]
+
+    async def cancel(self, live: Live) -> None:
+        """Stop a background response; it is stored as cancelled when this returns."""
+        assert live.task is not None
+        live.task.cancel()
+        await asyncio.wait([live.task])
+
+    async def _save(self, run: Run, sent: list[bytes] | None) -> None:
+        response, failed = run.response, run.response["status"] in ("failed", "cancelled")
+        conversation_id = None if failed else run.request.conversation_id
+        if response["store"]:
+            stored = Stored(
+                response,
+                run.input,
+                run.output,
+                run.current_date if run.is_pending else None,
+                None if sent is None else b"".join(sent),
+                conversation_id,
+            )
+            await self.store.run(self.store.save, stored)
+        elif conversation_id is not None:
+            await self.store.run(self.store.append_items, conversation_id, [*run.input, *run.output])
+
+    async def stop(self, patience_s: float) -> None:
+        """Let background responses finish, and cancel those that take longer."""
+        self.is_stopping = True
+        tasks = [live.task for live in self.live.values() if live.task is not None]
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=patience_s)
+            for task in late:
+                task.cancel()
+            if late:
+                await asyncio.wait(late)
+        self.store.close()
+
+
+def _referenced(request: PromptRequest) -> list[str]:
+    return [
+        item["id"]
+        for item in request.input_items
+        if isinstance(item, dict) and item.get("type") == "item_reference" and isinstance(item.get("id"), str)
+    ]
+
+
+def split(events: bytes) -> list[bytes]:
+    """Stored events, one by one."""
+    return [block + b"\n\n" for block in events.split(b"\n\n")[:-1]]

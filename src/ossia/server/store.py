@@ -1,0 +1,406 @@
+"""What outlives a request: responses, their items, conversations. SQLite in a file, or PostgreSQL by URL.
+
+A response that a client has seen the end of is in the store already: `save` returns when it is durable (SQLite: write-
+ahead log, synchronous FULL). JSON and events are kept as bytes, so that what goes out is what went in; half characters
+and NULs included. Everything expires: a response after the time to live, counted from the last response that continues
+it, and the oldest first when all together are larger than the bound.
+
+Schema   responses 1-n items (kind input, output), conversations 1-n items (kind conversation)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from ossia.errors import ConfigError, InputError, NotFoundError
+from ossia.responses.convert import Entry, History, Spoken
+from ossia.responses.schema import Json, dumps, new_id
+
+_META = sa.MetaData()
+_RESPONSES = sa.Table(
+    "responses",
+    _META,
+    sa.Column("id", sa.String(128), primary_key=True),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("expires_at", sa.Float, nullable=False, index=True),
+    sa.Column("is_running", sa.Boolean, nullable=False, index=True),
+    # Of the server that makes it.
+    sa.Column("server", sa.String(256), nullable=False),
+    sa.Column("previous_id", sa.String(128)),
+    sa.Column("current_date", sa.String(32)),
+    sa.Column("body", sa.LargeBinary, nullable=False),
+    sa.Column("events", sa.LargeBinary),
+    sa.Column("size_bytes", sa.BigInteger, nullable=False),
+)
+_CONVERSATIONS = sa.Table(
+    "conversations",
+    _META,
+    sa.Column("id", sa.String(128), primary_key=True),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("expires_at", sa.Float, nullable=False, index=True),
+    sa.Column("current_date", sa.String(32)),
+    sa.Column("metadata", sa.LargeBinary, nullable=False),
+)
+_ITEMS = sa.Table(
+    "items",
+    _META,
+    sa.Column("owner_id", sa.String(128), primary_key=True),
+    sa.Column("kind", sa.String(16), primary_key=True),
+    sa.Column("position", sa.Integer, primary_key=True),
+    sa.Column("id", sa.String(512), nullable=False, index=True),
+    sa.Column("body", sa.LargeBinary, nullable=False),
+    # The messages that the item stands for, with their tokens: JSON, zlib.
+    sa.Column("spoken", sa.LargeBinary, nullable=False),
+)
+
+_MAX_CHAIN = 10_000
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A response as it is kept."""
+
+    response: Json
+    input: Sequence[Entry] = ()
+    output: Sequence[Entry] = ()
+    # Of a turn that waits for a tool's answer: the date that its prompt tells.
+    current_date: str | None = None
+    # The whole stream, as it went out.
+    events: bytes | None = None
+    # Items are also appended to this conversation.
+    conversation_id: str | None = None
+
+
+class Store:
+    """Opens the store at an SQLAlchemy URL; methods are for threads, `run` is for the event loop.
+
+    ``ttl_s`` and ``max_bytes`` bound what is kept, 0 for no bound. ``server`` names this server among those that share
+    a PostgreSQL database. Raises ConfigError if the store cannot be opened.
+    """
+
+    def __init__(self, url: str, *, ttl_s: float = 30 * 86_400, max_bytes: int = 4 << 30, server: str = "") -> None:
+        self._ttl_s, self._max_bytes, self._server = ttl_s, max_bytes, server
+        try:
+            self._is_sqlite = sa.make_url(url).get_backend_name() == "sqlite"
+            self._db = _open_sqlite(url) if self._is_sqlite else sa.create_engine(url, pool_pre_ping=True)
+            _META.create_all(self._db)
+        except (sa.exc.SQLAlchemyError, ImportError, OSError) as error:
+            raise ConfigError(f"store {_without_password(url)}: cannot be opened: {error}") from None
+        # SQLite has one writer; one thread spares it the waiting.
+        self._threads = ThreadPoolExecutor(1 if self._is_sqlite else 4, thread_name_prefix="ossia-store")
+        self._num_saved = 0
+
+    async def run(self, method: Callable[..., T], *args: Any) -> T:
+        """Call a method of this store in its threads. What has been begun is finished, whoever leaves."""
+        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._threads, lambda: method(*args)))
+
+    def close(self) -> None:
+        self._threads.shutdown()
+        self._db.dispose()
+
+    # Responses -------------------------------------------------------------------------------------------------------
+
+    def save(self, stored: Stored) -> None:
+        """Keep a response, or its new state; durable on return."""
+        response = stored.response
+        body = dumps(response)
+        events = None if stored.events is None else zlib.compress(stored.events, 1)
+        rows = _rows(response["id"], "input", stored.input) + _rows(response["id"], "output", stored.output)
+        size = len(body) + len(events or b"") + sum(len(row["body"]) + len(row["spoken"]) for row in rows)
+        now = time.time()
+        with self._db.begin() as db:
+            db.execute(sa.delete(_ITEMS).where(_ITEMS.c.owner_id == response["id"]))
+            db.execute(sa.delete(_RESPONSES).where(_RESPONSES.c.id == response["id"]))
+            db.execute(
+                sa.insert(_RESPONSES).values(
+                    id=response["id"],
+                    created_at=response["created_at"],
+                    expires_at=self._expiry(now),
+                    is_running=response["status"] in ("queued", "in_progress"),
+                    server=self._server,
+                    previous_id=response["previous_response_id"],
+                    current_date=stored.current_date,
+                    body=body,
+                    events=events,
+                    size_bytes=size,
+                )
+            )
+            if rows:
+                db.execute(sa.insert(_ITEMS), rows)
+            if stored.conversation_id is not None:
+                self._append(db, stored.conversation_id, [*stored.input, *stored.output], stored.current_date)
+        self._num_saved += 1
+        if self._num_saved % 100 == 0:
+            self.sweep()
+
+    def response(self, response_id: str) -> Json:
+        """Raises NotFoundError."""
+        row = self._one(sa.select(_RESPONSES.c.body).where(_RESPONSES.c.id == _known(response_id, "response")))
+        if row is None:
+            raise _not_found("response", response_id)
+        return _json(row.body)
+
+    def events(self, response_id: str) -> bytes | None:
+        """The stream of a response, as it went out; None if it was not kept."""
+        row = self._one(sa.select(_RESPONSES.c.events).where(_RESPONSES.c.id == _known(response_id, "response")))
+        if row is None:
+            raise _not_found("response", response_id)
+        return None if row.events is None else zlib.decompress(row.events)
+
+    def delete_response(self, response_id: str) -> None:
+        with self._db.begin() as db:
+            found = db.execute(sa.delete(_RESPONSES).where(_RESPONSES.c.id == _known(response_id, "response")))
+            if not found.rowcount:
+                raise _not_found("response", response_id)
+            db.execute(sa.delete(_ITEMS).where(_ITEMS.c.owner_id == response_id))
+
+    def input_items(self, response_id: str) -> list[Json]:
+        """Items that the response answered: those of its own request."""
+        self.response(response_id)
+        return self._items(response_id, "input")
+
+    def history(self, response_id: str) -> History:
+        """All that was said up to the end of a response, for the next one. Raises NotFoundError, InputError."""
+        chain: list[str] = []
+        current: str | None = _known(response_id, "response")
+        pending_date: str | None = None
+        now = time.time()
+        with self._db.begin() as db:
+            while current is not None and len(chain) < _MAX_CHAIN:
+                columns = (_RESPONSES.c.previous_id, _RESPONSES.c.current_date, _RESPONSES.c.is_running)
+                row = db.execute(sa.select(*columns).where(_RESPONSES.c.id == current)).first()
+                if row is None:
+                    raise NotFoundError(
+                        f"previous response {current!r} not found; it was not stored, was deleted, or has expired",
+                        param="previous_response_id",
+                    )
+                if row.is_running:
+                    raise InputError(f"response {current!r} is not done yet", param="previous_response_id")
+                pending_date = row.current_date if not chain else pending_date
+                chain.append(current)
+                current = row.previous_id
+            db.execute(sa.update(_RESPONSES).where(_RESPONSES.c.id.in_(chain)).values(expires_at=self._expiry(now)))
+            entries = [entry for one in reversed(chain) for entry in _entries(db, one)]
+        return History(entries, pending_date)
+
+    def references(self, ids: Iterable[str]) -> Mapping[str, Entry]:
+        """Entries of stored items, by id."""
+        wanted = [one for one in ids if _is_plain(one)]
+        if not wanted:
+            return {}
+        with self._db.connect() as db:
+            rows = db.execute(sa.select(_ITEMS).where(_ITEMS.c.id.in_(wanted)))
+            return {row.id: _entry(row) for row in rows}
+
+    def fail_orphans(self) -> int:
+        """End responses that were under way when their server stopped; how many there were."""
+        with self._db.begin() as db:
+            query = sa.select(_RESPONSES.c.id, _RESPONSES.c.body).where(_RESPONSES.c.is_running)
+            if not self._is_sqlite:
+                query = query.where(_RESPONSES.c.server == self._server)
+            rows = db.execute(query).all()
+            for row in rows:
+                error = {"code": "server_error", "message": "the server stopped before the response was done"}
+                body = dumps(_json(row.body) | {"status": "failed", "error": error})
+                db.execute(sa.update(_RESPONSES).where(_RESPONSES.c.id == row.id).values(is_running=False, body=body))
+        return len(rows)
+
+    # Conversations ---------------------------------------------------------------------------------------------------
+
+    def create_conversation(self, metadata: Json, entries: Sequence[Entry]) -> Json:
+        conversation_id, now = new_id("conv"), time.time()
+        with self._db.begin() as db:
+            row = {"id": conversation_id, "created_at": now, "metadata": dumps(metadata)}
+            db.execute(sa.insert(_CONVERSATIONS).values(**row, expires_at=self._expiry(now)))
+            self._append(db, conversation_id, entries, None)
+        return _conversation(conversation_id, now, metadata)
+
+    def conversation(self, conversation_id: str) -> Json:
+        row = self._conversation_row(conversation_id)
+        return _conversation(row.id, row.created_at, _json(row.metadata))
+
+    def update_conversation(self, conversation_id: str, metadata: Json) -> Json:
+        row = self._conversation_row(conversation_id)
+        with self._db.begin() as db:
+            query = sa.update(_CONVERSATIONS).where(_CONVERSATIONS.c.id == conversation_id)
+            db.execute(query.values(metadata=dumps(metadata)))
+        return _conversation(row.id, row.created_at, metadata)
+
+    def delete_conversation(self, conversation_id: str) -> None:
+        self._conversation_row(conversation_id)
+        with self._db.begin() as db:
+            db.execute(sa.delete(_CONVERSATIONS).where(_CONVERSATIONS.c.id == conversation_id))
+            db.execute(sa.delete(_ITEMS).where(_ITEMS.c.owner_id == conversation_id))
+
+    def conversation_history(self, conversation_id: str) -> History:
+        row = self._conversation_row(conversation_id)
+        with self._db.begin() as db:
+            query = sa.update(_CONVERSATIONS).where(_CONVERSATIONS.c.id == conversation_id)
+            db.execute(query.values(expires_at=self._expiry(time.time())))
+            return History(_entries(db, conversation_id), row.current_date)
+
+    def append_items(self, conversation_id: str, entries: Sequence[Entry]) -> None:
+        self._conversation_row(conversation_id)
+        with self._db.begin() as db:
+            self._append(db, conversation_id, entries, None)
+
+    def conversation_items(self, conversation_id: str) -> list[Json]:
+        self._conversation_row(conversation_id)
+        return self._items(conversation_id, "conversation")
+
+    def delete_item(self, conversation_id: str, item_id: str) -> Json:
+        """The conversation without the item."""
+        conversation = self.conversation(conversation_id)
+        with self._db.begin() as db:
+            query = sa.delete(_ITEMS).where(
+                _ITEMS.c.owner_id == conversation_id, _ITEMS.c.id == _known(item_id, "item")
+            )
+            if not db.execute(query).rowcount:
+                raise _not_found("item", item_id)
+        return conversation
+
+    # Bounds ----------------------------------------------------------------------------------------------------------
+
+    def sweep(self) -> None:
+        """Forget what has expired, and the oldest responses beyond the size bound."""
+        now = time.time()
+        with self._db.begin() as db:
+            gone = _RESPONSES.c.expires_at < now
+            ids = list(db.execute(sa.select(_RESPONSES.c.id).where(gone, ~_RESPONSES.c.is_running)).scalars())
+            ids += db.execute(sa.select(_CONVERSATIONS.c.id).where(_CONVERSATIONS.c.expires_at < now)).scalars()
+            if self._max_bytes:
+                total = db.execute(sa.select(sa.func.coalesce(sa.func.sum(_RESPONSES.c.size_bytes), 0))).scalar_one()
+                columns = (_RESPONSES.c.id, _RESPONSES.c.size_bytes)
+                oldest = sa.select(*columns).where(~_RESPONSES.c.is_running).order_by(_RESPONSES.c.expires_at)
+                for row in db.execute(oldest) if total > self._max_bytes else ():
+                    if total <= self._max_bytes:
+                        break
+                    ids.append(row.id)
+                    total -= row.size_bytes
+            for begin in range(0, len(ids), 500):
+                some = ids[begin : begin + 500]
+                db.execute(sa.delete(_ITEMS).where(_ITEMS.c.owner_id.in_(some)))
+                db.execute(sa.delete(_RESPONSES).where(_RESPONSES.c.id.in_(some)))
+                db.execute(sa.delete(_CONVERSATIONS).where(_CONVERSATIONS.c.id.in_(some)))
+
+    # Parts of these --------------------------------------------------------------------------------------------------
+
+    def _expiry(self, now: float) -> float:
+        return now + self._ttl_s if self._ttl_s else 1e12
+
+    def _one(self, query: sa.Select[Any]) -> Any:
+        with self._db.connect() as db:
+            return db.execute(query).first()
+
+    def _items(self, owner_id: str, kind: str) -> list[Json]:
+        query = sa.select(_ITEMS.c.body).where(_ITEMS.c.owner_id == owner_id, _ITEMS.c.kind == kind)
+        with self._db.connect() as db:
+            return [_json(row.body) for row in db.execute(query.order_by(_ITEMS.c.position))]
+
+    def _conversation_row(self, conversation_id: str) -> Any:
+        known = _known(conversation_id, "conversation")
+        row = self._one(sa.select(_CONVERSATIONS).where(_CONVERSATIONS.c.id == known))
+        if row is None:
+            raise _not_found("conversation", conversation_id)
+        return row
+
+    def _append(self, db: Connection, owner_id: str, entries: Sequence[Entry], current_date: str | None) -> None:
+        # The row is locked first: two responses may end at the same time.
+        values = {"current_date": current_date, "expires_at": self._expiry(time.time())}
+        db.execute(sa.update(_CONVERSATIONS).where(_CONVERSATIONS.c.id == owner_id).values(**values))
+        last = sa.select(sa.func.coalesce(sa.func.max(_ITEMS.c.position), -1)).where(_ITEMS.c.owner_id == owner_id)
+        rows = _rows(owner_id, "conversation", entries, db.execute(last).scalar_one() + 1)
+        if rows:
+            db.execute(sa.insert(_ITEMS), rows)
+
+
+def _open_sqlite(url: str) -> sa.Engine:
+    path = sa.make_url(url).database
+    if path and path != ":memory:":
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        # Conversations are for the owner's eyes; SQLite gives its log the same mode.
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        engine = sa.create_engine(url)
+    else:
+        engine = sa.create_engine(url, poolclass=sa.StaticPool, connect_args={"check_same_thread": False})
+
+    @sa.event.listens_for(engine, "connect")
+    def _set_up(connection: Any, _record: Any) -> None:
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=10000"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    return engine
+
+
+def _without_password(url: str) -> str:
+    try:
+        return sa.make_url(url).render_as_string(hide_password=True)
+    except sa.exc.ArgumentError:
+        return repr(url)
+
+
+def _rows(owner_id: str, kind: str, entries: Sequence[Entry], first: int = 0) -> list[Json]:
+    return [
+        {
+            "owner_id": owner_id,
+            "kind": kind,
+            "position": first + i,
+            "id": entry.item["id"],
+            "body": dumps(entry.item),
+            "spoken": zlib.compress(dumps([spoken.to_dict() for spoken in entry.spoken]), 1),
+        }
+        for i, entry in enumerate(entries)
+    ]
+
+
+def _entries(db: Connection, owner_id: str) -> list[Entry]:
+    # "input" comes before "output".
+    query = sa.select(_ITEMS).where(_ITEMS.c.owner_id == owner_id).order_by(_ITEMS.c.kind, _ITEMS.c.position)
+    return [_entry(row) for row in db.execute(query)]
+
+
+def _entry(row: Any) -> Entry:
+    spoken = json.loads(zlib.decompress(row.spoken))
+    return Entry(_json(row.body), tuple(Spoken.from_dict(one) for one in spoken))
+
+
+def _json(data: bytes) -> Json:
+    loaded: Json = json.loads(data)
+    return loaded
+
+
+def _conversation(conversation_id: str, created_at: float, metadata: Json) -> Json:
+    return {
+        "id": conversation_id,
+        "object": "conversation",
+        "created_at": int(created_at),
+        "metadata": metadata,
+    }
+
+
+def _is_plain(one: object) -> bool:
+    return isinstance(one, str) and len(one) <= 512 and one.isascii() and one.isprintable()
+
+
+def _known(one: str, what: str) -> str:
+    """An id that a database can be asked for; no other was ever given out."""
+    if not _is_plain(one):
+        raise _not_found(what, one)
+    return one
+
+
+def _not_found(what: str, one: str) -> NotFoundError:
+    return NotFoundError(f"{what} {one[:80]!r} not found; it was not stored, was deleted, or has expired")

@@ -1,0 +1,304 @@
+"""Chat Completions, Completions, Models, Anthropic's Messages and Ollama's questions."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import openai
+import pytest
+from pydantic import BaseModel
+from tests.responses.scripts import CALL, FINAL, PREAMBLE, REASONED, TOKENIZER, tokens
+
+PARAMETERS = {"type": "object", "properties": {"a": {"type": "number"}}}
+ADD = {"type": "function", "function": {"name": "add", "parameters": PARAMETERS}}
+USER = {"role": "user", "content": "2+2?"}
+
+
+def chat(served, **fields: Any) -> Any:
+    return served.openai.chat.completions.create(**{"model": "gpt-oss-20b", "messages": [USER], **fields})
+
+
+def test_a_completion_has_its_reasoning_under_both_names(served):
+    made = chat(served)
+    message = made.choices[0].message
+    assert message.content == "The answer is 4."
+    assert message.reasoning == message.reasoning_content == "2 and 2 make 4."
+    assert made.choices[0].finish_reason == "stop"
+    assert made.usage.completion_tokens_details.reasoning_tokens > 0
+    assert made.usage.prompt_tokens_details.cached_tokens == 7
+
+
+def test_chunks_add_up_to_the_whole_and_usage_comes_last(served):
+    chunks = list(chat(served, stream=True, stream_options={"include_usage": True}))
+    deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
+    assert deltas[0].role == "assistant"
+    assert "".join(delta.content or "" for delta in deltas) == "The answer is 4."
+    assert "".join(getattr(delta, "reasoning", "") for delta in deltas) == "2 and 2 make 4."
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]][-1] == "stop"
+    assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == len(tokens(REASONED + FINAL))
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_call_is_told_and_its_answer_continues_exactly(served, streams):
+    engine = served.play(REASONED + PREAMBLE + CALL, FINAL)
+    if streams:
+        with served.openai.chat.completions.stream(model="gpt-oss-20b", messages=[USER], tools=[ADD]) as stream:
+            choice = stream.get_final_completion().choices[0]
+    else:
+        choice = chat(served, tools=[ADD]).choices[0]
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content == "I shall add them."
+    call = choice.message.tool_calls[0]
+    assert (call.function.name, call.function.arguments) == ("add", '{"a": 2, "b": 2}')
+    # The client drops the chain of thought, and the preamble.
+    assistant = {"role": "assistant", "content": None, "tool_calls": [call.to_dict()]}
+    chat(served, tools=[ADD], messages=[USER, assistant, {"role": "tool", "tool_call_id": call.id, "content": "4"}])
+    prompt, after = engine.prompts
+    sampled = tokens(REASONED + PREAMBLE + CALL)
+    assert after[: len(prompt) + len(sampled)] == prompt + sampled
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content", "thinking"])
+def test_reasoning_is_taken_back_under_every_name(served, name):
+    engine = served.play(FINAL)
+    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+    assistant = {"role": "assistant", "content": "", name: "I must add.", "tool_calls": [call]}
+    chat(served, tools=[ADD], messages=[USER, assistant, {"role": "tool", "tool_call_id": "c1", "content": "4"}])
+    assert "analysis<|message|>I must add.<|end|>" in TOKENIZER.decode(engine.prompts[0])
+
+
+def test_a_custom_tool_is_called_with_text(served):
+    served.play("<|channel|>commentary to=functions.patch<|message|>*** Begin<|call|>")
+    grammar = {"type": "grammar", "grammar": {"syntax": "lark", "definition": "start: /.+/"}}
+    tool = {"type": "custom", "custom": {"name": "patch", "format": grammar}}
+    message = chat(served, tools=[tool]).choices[0].message
+    assert message.tool_calls[0].custom.input == "*** Begin"
+    chunks = list(chat(served, tools=[tool], stream=True))
+    parts = [c.choices[0].delta.tool_calls[0].to_dict() for c in chunks if c.choices[0].delta.tool_calls]
+    assert "".join(part["custom"]["input"] for part in parts) == "*** Begin"
+
+
+class Sum(BaseModel):
+    value: int
+
+
+def test_structured_output_is_asked_for_and_parsed(served):
+    engine = served.play(REASONED + '<|channel|>final<|message|>{"value": 4}<|return|>')
+    made = served.openai.chat.completions.parse(model="gpt-oss-20b", messages=[USER], response_format=Sum)
+    assert made.choices[0].message.parsed == Sum(value=4)
+    assert "# Response Formats\n\n## Sum" in TOKENIZER.decode(engine.prompts[0])
+    chat(served, response_format={"type": "json_object"})
+
+
+def test_several_choices_each_draw_their_own_seed(served):
+    engine = served.play(REASONED + FINAL)
+    made = chat(served, n=3, seed=7)
+    assert [choice.index for choice in made.choices] == [0, 1, 2]
+    assert sorted(params.seed for params in engine.params) == [7, 8, 9]
+    chunks = [chunk.choices[0] for chunk in chat(served, n=2, stream=True)]
+    for index in (0, 1):
+        assert "".join(c.delta.content or "" for c in chunks if c.index == index) == "The answer is 4."
+
+
+def test_stop_texts_and_the_cap_end_the_answer(served):
+    assert chat(served, stop=" is").choices[0].message.content == "The answer"
+    assert chat(served, stop=[" is"]).choices[0].finish_reason == "stop"
+    cut = chat(served, max_completion_tokens=6).choices[0]
+    assert cut.finish_reason == "length" and cut.message.content == "" and cut.message.reasoning
+
+
+def test_log_probabilities_are_of_the_content(served):
+    for made in (chat(served, logprobs=True, top_logprobs=2), chat(served, logprobs=True)):
+        entries = made.choices[0].logprobs.content
+        assert "".join(entry.token for entry in entries) == "The answer is 4."
+    chunks = list(chat(served, logprobs=True, top_logprobs=1, stream=True))
+    told = [entry.token for c in chunks if c.choices[0].logprobs for entry in c.choices[0].logprobs.content]
+    assert "".join(told) == "The answer is 4."
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"reasoning_effort": "high"},
+        {"extra_body": {"chat_template_kwargs": {"reasoning_effort": "high"}}},
+        {"extra_body": {"reasoning": {"effort": "high"}}},
+    ],
+)
+def test_the_effort_is_heard_from_every_side(served, fields):
+    engine = served.play(FINAL)
+    chat(served, **fields)
+    assert "Reasoning: high" in TOKENIZER.decode(engine.prompts[0])
+
+
+def test_sampling_reaches_the_engine(served):
+    engine = served.play(FINAL)
+    extra = {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1}
+    chat(
+        served,
+        temperature=0.5,
+        top_p=0.9,
+        frequency_penalty=1,
+        presence_penalty=-1,
+        logit_bias={"5": 2},
+        extra_body=extra,
+    )
+    params = engine.params[0]
+    assert (params.temperature, params.top_p, params.top_k, params.min_p) == (0.5, 0.9, 5, 0.1)
+    assert (params.frequency_penalty, params.presence_penalty, params.logit_bias) == (1, -1, {5: 2})
+
+
+def test_reasoning_can_be_left_out(served):
+    message = chat(served, extra_body={"include_reasoning": False}).choices[0].message
+    assert not hasattr(message, "reasoning") and message.content
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [{"role": "tool", "tool_call_id": "gone", "content": "4"}]},
+        {"messages": [{"role": "assistant", "tool_calls": ["x"]}]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        {"messages": []},
+        {"reasoning_effort": "enormous"},
+        {"response_format": {"type": "yaml"}},
+        {"logit_bias": {"x": 1}},
+        {"extra_body": {"modalities": ["audio"]}},
+        {"tool_choice": "required"},
+    ],
+)
+def test_what_cannot_be_is_the_clients_fault(served, fields):
+    with pytest.raises(openai.BadRequestError):
+        chat(served, **fields)
+
+
+def test_a_failure_in_a_stream_is_told(serve):
+    from tests.responses.scripts import Scripted
+
+    from ossia.errors import UnavailableError
+
+    class Failing(Scripted):
+        async def _read(self, prompt, params):
+            async for output in super()._read(prompt, params):
+                yield output
+                raise UnavailableError("the engine is gone")
+
+    served = serve(engine=Failing(FINAL))
+    with pytest.raises(openai.APIError, match="the engine is gone"):
+        list(chat(served, stream=True))
+    with pytest.raises(openai.InternalServerError):
+        chat(served)
+    body = {"max_tokens": 9, "messages": [USER], "stream": True}
+    assert "event: error" in served.http.post("/v1/messages", json=body).text
+
+
+def test_raw_prompts_are_completed_from_text_and_from_tokens(served):
+    engine = served.play(" there and<|return|>")
+    made = served.openai.completions.create(model="gpt-oss-20b", prompt="Hi", logprobs=1, echo=True, n=2)
+    assert [choice.text for choice in made.choices] == ["Hi there and"] * 2
+    assert made.choices[0].logprobs.tokens[0] == " there"
+    served.openai.completions.create(model="gpt-oss-20b", prompt=[1, 2, 3])
+    assert engine.prompts[0] == TOKENIZER.encode("Hi") and engine.prompts[-1] == [1, 2, 3]
+    options = {"include_usage": True}
+    chunks = list(
+        served.openai.completions.create(model="gpt-oss-20b", prompt=["a", "b"], stream=True, stream_options=options)
+    )
+    assert "".join(c.choices[0].text for c in chunks if c.choices and c.choices[0].index == 1) == " there and"
+    assert chunks[-1].usage.completion_tokens == 6
+    assert (
+        served.openai.completions.create(model="gpt-oss-20b", prompt="a", max_tokens=0, echo=True).choices[0].text
+        == "a"
+    )
+    for wrong in ({"suffix": "x"}, {"model": "x"}, {"prompt": ["a"] * 65}):
+        assert 400 <= served.http.post("/v1/completions", json={"prompt": "a", **wrong}).status_code < 500
+
+
+def test_models_are_listed_under_all_their_names(served):
+    names = [one.id for one in served.openai.models.list()]
+    assert names == ["gpt-oss-20b", "gpt-oss:20b", "openai/gpt-oss-20b"]
+    assert served.openai.models.retrieve("openai/gpt-oss-20b").owned_by == "openai"
+    with pytest.raises(openai.NotFoundError):
+        served.openai.models.retrieve("gpt-5")
+
+
+def test_an_ollama_would_answer_the_same_three_questions(served):
+    assert served.http.get("/api/version").json()["version"]
+    assert "gpt-oss:20b" in [one["name"] for one in served.http.get("/api/tags").json()["models"]]
+    assert "tools" in served.http.post("/api/show", json={"model": "gpt-oss:20b"}).json()["capabilities"]
+    assert served.http.post("/api/show", json={}).status_code == 404
+
+
+# Anthropic's Messages ----------------------------------------------------------------------------------------------
+
+
+def messages(served, **fields: Any) -> Any:
+    return served.http.post("/v1/messages", json={"model": "claude", "max_tokens": 100, "messages": [USER], **fields})
+
+
+def events_of(text: str) -> list[dict[str, Any]]:
+    events = []
+    for block in text.strip().split("\n\n"):
+        name, data = block.split("\n")
+        events.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {events[-1]['type']}"
+    return events
+
+
+def test_a_message_has_thinking_and_text(served):
+    made = messages(served, system="Be brief.").json()
+    assert [block["type"] for block in made["content"]] == ["thinking", "text"]
+    assert (made["stop_reason"], made["role"], made["model"]) == ("end_turn", "assistant", "claude")
+    assert made["usage"]["cache_read_input_tokens"] == 7
+
+
+def test_a_streamed_message_has_every_block_opened_and_closed(served):
+    served.play(REASONED + PREAMBLE + CALL)
+    tool = {"name": "add", "input_schema": PARAMETERS}
+    events = events_of(messages(served, stream=True, tools=[tool]).text)
+    kinds = [
+        event["type"] for event in events if not event["type"].endswith("_delta") or event["type"] == "message_delta"
+    ]
+    block = ["content_block_start", "content_block_stop"]
+    assert kinds == ["message_start", "ping", *block * 3, "message_delta", "message_stop"]
+    assert events[0]["message"]["usage"]["input_tokens"] > 0
+    deltas = [event["delta"] for event in events if event["type"] == "content_block_delta"]
+    assert json.loads("".join(d.get("partial_json", "") for d in deltas)) == {"a": 2, "b": 2}
+    assert any(delta["type"] == "signature_delta" for delta in deltas)
+    assert events[-2]["delta"]["stop_reason"] == "tool_use"
+
+
+def test_a_tool_result_continues_exactly(served):
+    engine = served.play(REASONED + PREAMBLE + CALL, FINAL)
+    tool = {"name": "add", "input_schema": PARAMETERS}
+    content = messages(served, tools=[tool]).json()["content"]
+    result = {"type": "tool_result", "tool_use_id": content[-1]["id"], "content": [{"type": "text", "text": "4"}]}
+    history = [USER, {"role": "assistant", "content": content}, {"role": "user", "content": [result]}]
+    assert messages(served, tools=[tool], messages=history).json()["stop_reason"] == "end_turn"
+    prompt, after = engine.prompts
+    sampled = tokens(REASONED + PREAMBLE + CALL)
+    assert after[: len(prompt) + len(sampled)] == prompt + sampled
+
+
+def test_messages_know_budgets_stops_and_counts(served):
+    engine = served.play(REASONED + FINAL)
+    stopped = messages(served, stop_sequences=[" is"], thinking={"type": "enabled", "budget_tokens": 30_000}).json()
+    assert (stopped["stop_reason"], stopped["stop_sequence"]) == ("stop_sequence", " is")
+    assert "Reasoning: high" in TOKENIZER.decode(engine.prompts[0])
+    assert messages(served, max_tokens=3).json()["stop_reason"] == "max_tokens"
+    for budget, effort in ((1_024, "low"), (8_000, "medium")):
+        messages(served, thinking={"type": "enabled", "budget_tokens": budget})
+        assert f"Reasoning: {effort}" in TOKENIZER.decode(engine.prompts[-1])
+    messages(served, thinking={"type": "disabled"}, tool_choice={"type": "none"}, top_k=4)
+    assert engine.params[-1].top_k == 4
+    counted = served.http.post("/v1/messages/count_tokens", json={"messages": [USER]}).json()
+    assert counted["input_tokens"] == messages(served).json()["usage"]["input_tokens"] + 7
+
+
+@pytest.mark.parametrize(
+    "content", [[{"type": "image"}], 5, ["x"], [{"type": "tool_result", "tool_use_id": "x", "content": [{}]}]]
+)
+def test_errors_of_messages_have_their_own_shape(served, content):
+    answer = messages(served, messages=[{"role": "user", "content": content}])
+    assert answer.status_code == 400
+    assert answer.json()["error"]["type"] == "invalid_request_error"

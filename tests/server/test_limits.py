@@ -1,0 +1,206 @@
+"""Keys, rates, sizes, admission, metrics, shutdown."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+from tests.responses.scripts import FINAL, REASONED, Scripted
+
+from ossia.errors import AuthError, ConfigError, LimitError
+from ossia.server.limits import Admission, Keys, Rates, check_bind
+
+
+def test_a_key_is_known_by_its_hash_alone(tmp_path):
+    path = tmp_path / "keys"
+    key = Keys.make(path, "my  laptop")
+    assert key not in path.read_text() and path.stat().st_mode & 0o777 == 0o600
+    path.write_text(path.read_text() + "\n# a note\n")
+    keys = Keys.read(path)
+    assert keys.check(f"Bearer {key}") == keys.check(None, key) == "my laptop"
+    for header in (None, "", "Bearer", "Bearer x", f"Basic {key}", f"Bearer {key}x", "Bearer é\udcff"):
+        with pytest.raises(AuthError):
+            keys.check(header)
+    assert Keys().check(None) is None
+
+
+@pytest.mark.parametrize("text", ["", "sk-plain-text", "# only a note", None])
+def test_a_file_without_a_usable_key_is_refused(tmp_path, text):
+    if text is not None:
+        (tmp_path / "keys").write_text(text)
+    with pytest.raises(ConfigError):
+        Keys.read(tmp_path / "keys")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "example.org", ""])
+def test_an_address_that_others_reach_needs_a_key_or_a_word(host):
+    with pytest.raises(ConfigError, match="--open-to-all"):
+        check_bind(host, Keys(), is_open_allowed=False)
+    check_bind(host, Keys(), is_open_allowed=True)
+    check_bind(host, Keys([("0" * 64, "x")]), is_open_allowed=False)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.8.8.8"])
+def test_an_address_of_this_machine_alone_needs_none(host):
+    check_bind(host, Keys(), is_open_allowed=False)
+
+
+def test_rates_are_counted_for_each_caller(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    rates = Rates(2)
+    rates.take("a"), rates.take("a"), rates.take("b")
+    with pytest.raises(LimitError) as raised:
+        rates.take("a")
+    assert raised.value.retry_after_s == 60
+    now[0] = 61
+    rates.take("a")
+    Rates(0).take("a")
+
+
+def test_turns_are_given_in_order_and_no_more_wait_than_may():
+    async def go() -> list[int]:
+        admission, order = Admission(1, 2), []
+
+        async def work(number: int) -> None:
+            async with admission.slot():
+                order.append(number)
+                await asyncio.sleep(0.01)
+
+        tasks = [asyncio.create_task(work(number)) for number in range(3)]
+        await asyncio.sleep(0)
+        assert (admission.num_running, admission.num_queued) == (1, 2)
+        with pytest.raises(LimitError) as raised:
+            await work(3)
+        assert raised.value.retry_after_s >= 1
+        tasks[1].cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert admission.num_running == admission.num_queued == 0
+        return order
+
+    assert asyncio.run(go()) == [0, 2]
+
+
+def test_a_turn_given_to_a_caller_who_leaves_goes_on():
+    async def go() -> None:
+        admission = Admission(1, 2)
+        async with admission.slot():
+            waiting = asyncio.create_task(admission.slot().__aenter__())
+            await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        assert admission.num_running == 0
+
+    asyncio.run(go())
+
+
+def test_without_the_key_nothing_but_health_is_told(serve, tmp_path):
+    key = Keys.make(tmp_path / "keys", "me")
+    served = serve(keys=Keys.read(tmp_path / "keys"))
+    with pytest.raises(openai.AuthenticationError):
+        served.openai.models.list()
+    assert served.openai.with_options(api_key=key).models.list().data
+    assert served.http.get("/v1/models", headers={"x-api-key": key}).status_code == 200
+    assert [served.http.get(path).status_code for path in ("/health", "/ready", "/metrics", "/docs")] == [
+        200,
+        200,
+        401,
+        401,
+    ]
+    assert served.http.get("/v1/models").headers["www-authenticate"] == "Bearer"
+
+
+def test_what_is_too_large_is_not_read(serve):
+    served = serve(max_request_bytes=1_000)
+    answer = served.http.post("/v1/responses", json={"input": "x" * 2_000})
+    assert answer.status_code == 413
+
+    def chunks():
+        yield b'{"input": "'
+        for _ in range(100):
+            yield b"x" * 100
+        yield b'"}'
+
+    headers = {"content-type": "application/json"}
+    assert served.http.post("/v1/responses", content=chunks(), headers=headers).status_code == 413
+    assert served.http.post("/v1/responses", json={"input": "x"}).status_code == 200
+
+
+def test_more_than_may_wait_are_told_when_to_come_back(serve):
+    served = serve(engine=Scripted(REASONED + FINAL, delay_s=0.05), admission=Admission(1, 1))
+    answers: list[httpx.Response] = []
+
+    def ask() -> None:
+        answers.append(httpx.post(f"{served.url}/v1/responses", json={"input": "?", "store": False}, timeout=30))
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(answer.status_code for answer in answers) == [200, 200, 429, 429]
+    refused = next(answer for answer in answers if answer.status_code == 429)
+    assert int(refused.headers["retry-after"]) >= 1
+    assert refused.json()["error"]["type"] == "rate_limit_error"
+
+
+def test_requests_of_one_address_are_limited(serve):
+    served = serve(rates=Rates(2))
+    codes = [served.http.post("/v1/responses/input_tokens", json={"input": "?"}).status_code for _ in range(3)]
+    assert codes == [200, 200, 429]
+
+
+def test_a_slow_client_does_not_hold_others_up(serve):
+    long = "<|channel|>final<|message|>" + "word " * 20_000 + "<|return|>"
+    served = serve(long, FINAL)
+    with served.http.stream("POST", "/v1/responses", json={"input": "?", "stream": True, "store": False}) as slow:
+        next(slow.iter_raw(1))
+        began_s = time.perf_counter()
+        assert served.openai.responses.create(model="gpt-oss-20b", input="?").output_text
+        assert time.perf_counter() - began_s < 5
+    served.until_idle()
+
+
+def test_metrics_and_the_log_line_tell_of_each_request(serve, caplog):
+    served = serve()
+    with caplog.at_level(logging.INFO, logger="ossia.requests"):
+        made = served.http.post("/v1/responses", json={"input": "?", "stream": True})
+        served.http.get("/v1/nowhere")
+        time.sleep(0.05)
+    line = next(record.message for record in caplog.records if "/v1/responses" in record.message)
+    assert made.headers["x-request-id"] in line
+    for part in ("method=POST", "status=200", "prompt_tokens=", "cached=7", "output_tokens=24", "ttft_s=", "seconds="):
+        assert part in line
+    told = served.http.get("/metrics").text
+    for name in (
+        'ossia_requests_total{route="/v1/responses",status="200"} 1.0', "ossia_time_to_first_token_seconds_count 1.0",
+        "ossia_inter_token_seconds_count 1.0", "ossia_cached_tokens_total 7.0", "ossia_queued 0.0", "ossia_running 0.0",
+        'route="none",status="404"',
+    ):  # fmt: skip
+        assert name in told
+
+
+def test_a_server_that_stops_lets_its_streams_finish(serve):
+    served = serve(engine=Scripted(REASONED + FINAL, delay_s=0.03))
+    with served.http.stream("POST", "/v1/responses", json={"input": "?", "stream": True}) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        served.server.should_exit = True
+        assert list(lines)[-2:] == ["data: [DONE]", ""]
+
+
+def test_a_silent_stream_is_kept_open_by_comments(serve, monkeypatch):
+    monkeypatch.setattr("ossia.server.stream.KEEPALIVE_S", 0.02)
+    served = serve(engine=Scripted(FINAL, delay_s=0.1))
+    assert ": keepalive\n\n" in served.http.post("/v1/responses", json={"input": "?", "stream": True}).text
+
+
+def test_docs_are_offered_and_the_document_names_every_endpoint(served):
+    assert served.http.get("/docs").status_code == 200
+    paths = served.http.get("/openapi.json").json()["paths"]
+    assert len(paths) >= 22 and "/v1/responses/{response_id}/input_items" in paths

@@ -1,0 +1,148 @@
+"""A real engine behind the server: random weights under grammars, the prefix cache, stop texts, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import threading
+import time
+
+import httpx
+import jsonschema
+import openai
+import pytest
+from tests.server.conftest import Served
+
+from ossia.config import Config
+from ossia.engine import AsyncEngine
+from ossia.engine.masks import GrammarCompiler
+from ossia.local import LocalModel
+from ossia.model.random_checkpoint import write_random_checkpoint
+from ossia.responses.constrain import Grammars
+from ossia.responses.loop import Model
+from ossia.server.limits import Admission
+from ossia.server.store import Store
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 9}, "ok": {"type": "boolean"}},
+    "required": ["a", "ok"],
+    "additionalProperties": False,
+}
+ADD = {"type": "function", "name": "add", "parameters": SCHEMA, "strict": True}
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    folder = write_random_checkpoint(tmp_path_factory.mktemp("model") / "tiny", "tiny")
+    local = LocalModel.open(Config(model=str(folder), backend="reference"))
+    engine = AsyncEngine(local.engine)
+    made = Model("tiny", engine, local.tokenizer, constrain=Grammars(GrammarCompiler(local.tokenizer)))
+    served = Served(made, Store("sqlite://"), admission=Admission(64, 64))
+    served.service.watch(engine.stats)
+    yield served
+    served.stop()
+    engine.close()
+
+
+def ask(real, **fields):
+    fields = {"reasoning": {"max_tokens": 4}, "max_output_tokens": 60, **fields}
+    return real.http.post("/v1/responses", json={"input": "Hi", **fields}, timeout=60).json()
+
+
+def test_a_required_strict_call_is_made_and_valid_whatever_the_weights(real):
+    made = ask(real, tools=[ADD], tool_choice="required")
+    if made["status"] == "completed":
+        call = made["output"][-1]
+        assert call["type"] == "function_call"
+        jsonschema.validate(json.loads(call["arguments"]), SCHEMA)
+    say = {"type": "custom", "name": "say", "format": {"type": "grammar", "syntax": "regex", "definition": "yes|no"}}
+    named = ask(real, tools=[ADD, say], tool_choice={"type": "custom", "name": "say"}, parallel_tool_calls=True)
+    if named["status"] == "completed":
+        assert named["output"][-1]["input"] in ("yes", "no")
+
+
+def test_a_strict_answer_is_valid_beside_tools(real):
+    shape = {"format": {"type": "json_schema", "name": "x", "schema": SCHEMA, "strict": True}}
+    made = ask(real, tools=[ADD], tool_choice="none", text=shape)
+    texts = [i["content"][0]["text"] for i in made["output"] if i["type"] == "message" and i["status"] == "completed"]
+    assert made["status"] == "incomplete" or len(texts) == 1
+    for text in texts:
+        jsonschema.validate(json.loads(text), SCHEMA)
+
+
+def test_what_cannot_be_enforced_is_refused_by_feature_and_place(real):
+    wrong = {**ADD, "parameters": {"type": "object", "properties": {"a": {"$ref": "http://elsewhere/x"}}}}
+    with pytest.raises(openai.BadRequestError) as raised:
+        real.openai.responses.create(model="tiny", input="Hi", tools=[wrong])
+    assert raised.value.param.startswith("tools[0]")
+
+
+def test_the_next_turn_finds_its_prompt_in_the_cache(real):
+    for _ in range(20):
+        made = ask(real, tools=[ADD], tool_choice="required")
+        if made["status"] == "completed":
+            break
+    output = {"type": "function_call_output", "call_id": made["output"][-1]["call_id"], "output": "4"}
+    after = ask(real, tools=[ADD], previous_response_id=made["id"], input=[output], max_output_tokens=5)
+    known = made["usage"]["total_tokens"]
+    assert after["usage"]["input_tokens_details"]["cached_tokens"] >= known - 32 - 1
+
+
+def test_a_stop_text_ends_a_raw_completion(real):
+    made = real.openai.completions.create(model="tiny", prompt="Hi", max_tokens=30, seed=1)
+    text = made.choices[0].text
+    stop = text[5:8]
+    cut = real.openai.completions.create(model="tiny", prompt="Hi", max_tokens=30, seed=1, stop=stop)
+    assert cut.choices[0].text == text[: text.index(stop)]
+    parts = real.openai.completions.create(model="tiny", prompt="Hi", max_tokens=30, seed=1, stop=stop, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in parts) == cut.choices[0].text
+
+
+def _until_free(real):
+    stats, give_up_s = real.engine.stats, time.monotonic() + 60
+    while time.monotonic() < give_up_s:
+        if not real.service.admission.num_running and not stats().num_running and not stats().num_waiting:
+            assert stats().num_free_full_blocks == stats().num_full_blocks
+            assert stats().num_free_window_blocks == stats().num_window_blocks
+            return
+        time.sleep(0.05)
+    raise AssertionError("a sequence was not freed")
+
+
+def test_every_block_is_free_when_clients_have_left(real):
+    with real.http.stream("POST", "/v1/responses", json={"input": "Hi", "stream": True}) as stream:
+        next(stream.iter_lines())
+    _until_free(real)
+
+
+@pytest.mark.slow
+def test_many_clients_that_come_and_leave_at_random_leave_nothing_behind(real):
+    end_s = time.monotonic() + float(os.environ.get("OSSIA_SOAK_S", "300"))
+    faults: list[str] = []
+
+    def client(number: int) -> None:
+        draw = random.Random(number)
+        with httpx.Client(base_url=real.url, timeout=120) as http:
+            while time.monotonic() < end_s:
+                body = {"input": f"Hi {draw.random()}", "stream": True, "max_output_tokens": draw.randint(1, 30)}
+                path = draw.choice(["/v1/responses", "/v1/chat/completions"])
+                if path.endswith("completions"):
+                    body = {"messages": [{"role": "user", "content": "Hi"}], "stream": True, "max_tokens": 20}
+                patience = draw.choice([0, 1, 5, 10_000])
+                with http.stream("POST", path, json=body) as stream:
+                    if stream.status_code != 200:
+                        faults.append(f"status {stream.status_code}")
+                    lines = [line for line, _ in zip(stream.iter_lines(), range(patience), strict=False)]
+                    if patience == 10_000 and "data: [DONE]" not in lines:
+                        faults.append(f"the stream broke off: {lines[-3:]}")
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(64)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults
+    _until_free(real)
+    assert not real.service.live
