@@ -88,7 +88,10 @@ class LocalModel:
 
         ``effort`` is "low", "medium" (the default) or "high"; ``current_date`` is YYYY-MM-DD and today's by default.
         They, ``instructions`` and ``tools`` make the system and developer messages, which ``messages`` may hold
-        instead. ``sampling`` are fields of `ossia.engine.SamplingParams`: max_tokens, temperature, top_p, seed, ...
+        instead. What is elsewhere called the system prompt is ``instructions`` here: a system message of your own
+        stands as it is, without the lines on reasoning and channels that the model was trained with, unless its content
+        is a SystemContent. ``sampling`` are fields of `ossia.engine.SamplingParams`: max_tokens, temperature, top_p,
+        seed, ...
         A call of a tool ends the answer: see ``Generation.messages``.
 
         Raises InputError for what cannot be used and ContextLengthError for what cannot fit.
