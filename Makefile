@@ -44,6 +44,7 @@ check: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/harmony.py
+	$(BIN)/python benchmarks/server.py
 
 clean:
 	rm -rf build dist $(VENV)

@@ -10,12 +10,12 @@ import shutil
 import subprocess
 
 import pytest
+from tests.responses.scripts import FINAL, REASONED, TOKENIZER, Scripted, model
+from tests.server.conftest import Served
 
 from ossia.engine.masks import GrammarCompiler
 from ossia.responses.constrain import Grammars
 from ossia.server.store import Store
-from tests.responses.scripts import FINAL, REASONED, TOKENIZER, Scripted, model
-from tests.server.conftest import Served
 
 _COMMAND = '{"cmd": "echo made-by-codex > out.txt"}'
 _CALL = f"<|channel|>commentary to=functions.exec_command <|constrain|>json<|message|>{_COMMAND}<|call|>"
