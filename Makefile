@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: help run test test-all check bench clean
+.PHONY: help run test test-all sanitize aarch64 check bench clean
 
 help:
 	@echo "make run       set up, then answer a prompt with a small model"
@@ -34,8 +34,24 @@ run: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: $(VENV)/.installed-dev
+test-all: $(VENV)/.installed-dev sanitize aarch64
 	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
+
+# The kernels' own test program under AddressSanitizer with UndefinedBehaviorSanitizer, and under ThreadSanitizer.
+sanitize: $(VENV)/.installed-dev
+	for kind in address,undefined thread; do \
+	  cmake -S . -B build/sanitize-$$kind -DOSSIA_PYTHON=OFF -DOSSIA_TESTS=ON -DOSSIA_SANITIZE=$$kind && \
+	  cmake --build build/sanitize-$$kind --parallel && build/sanitize-$$kind/kernels_test || exit 1; \
+	done
+
+# The same on 64-bit Arm, where a cross compiler and qemu's user emulation are installed
+# (Debian: g++-aarch64-linux-gnu, qemu-user).
+aarch64:
+	@if command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64; then \
+	  cmake -S . -B build/aarch64 -DOSSIA_PYTHON=OFF -DOSSIA_TESTS=ON -DCMAKE_SYSTEM_NAME=Linux \
+	    -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ && \
+	  cmake --build build/aarch64 --parallel && qemu-aarch64 -L /usr/aarch64-linux-gnu build/aarch64/kernels_test; \
+	else echo "no cross compiler or emulator for aarch64: its kernels were not tested"; fi
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -44,6 +60,9 @@ check: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/harmony.py
+	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/masks.py
+	$(BIN)/python benchmarks/vs_llamacpp.py
 	$(BIN)/python benchmarks/server.py
 
 clean:

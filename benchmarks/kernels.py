@@ -1,9 +1,9 @@
-"""Each CPU kernel at the shape of a gpt-oss-20b layer, as a percent of what this machine can do, measured in the same run.
+"""Each CPU kernel at the shape of a gpt-oss-20b layer, as a percent of what this machine does at most.
 
     python benchmarks/kernels.py [--threads 2] [--isa avx2] [--rounds 7]
 
 Products that read weights for a few tokens are told in GB/s and percent of the read bandwidth; products for many tokens
-in GMAC/s and percent of the integer peak. Weights are random. The limits are measured before and after, and between
+in GMAC/s and percent of the integer peak. Weights are random. The limits are measured in the same run, in turn with the
 kernels; medians are told.
 """
 

@@ -141,16 +141,18 @@ void fetch_tile(const AttentionArgs& a, const Piece& piece, int64_t first_key, i
     }
     return;
   }
-  for (int64_t j = 0; j < count; ++j) {
+  // Keys of one block lie in a row, and so do those a tile ahead, which are asked for while this tile is widened.
+  for (int64_t j = 0; j < count;) {
     const int64_t slot = slot_index(a, piece.sequence, piece.kv_head, first_key + j);
+    const int64_t end = least(count, j + a.block_size - (first_key + j) % a.block_size);
     const int64_t ahead = first_key + j + kKeyTile;
-    if (ahead < piece.end_key) {
-      const int64_t next = slot_index(a, piece.sequence, piece.kv_head, ahead);
-      prefetch_row(a.kv_format, a.keys, next, a.head_dim);
-      prefetch_row(a.kv_format, a.values, next, a.head_dim);
+    const int64_t next = ahead < piece.end_key ? slot_index(a, piece.sequence, piece.kv_head, ahead) : slot;
+    for (int64_t i = 0; j < end; ++i, ++j) {
+      prefetch_row(a.kv_format, a.keys, next + i, a.head_dim);
+      prefetch_row(a.kv_format, a.values, next + i, a.head_dim);
+      fetch_row(a.kv_format, a.keys, slot + i, a.head_dim, desk.keys + j * shape.dim);
+      fetch_row(a.kv_format, a.values, slot + i, a.head_dim, desk.values + j * shape.dim);
     }
-    fetch_row(a.kv_format, a.keys, slot, a.head_dim, desk.keys + j * shape.dim);
-    fetch_row(a.kv_format, a.values, slot, a.head_dim, desk.values + j * shape.dim);
   }
 }
 

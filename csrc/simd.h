@@ -29,6 +29,15 @@
 #include <immintrin.h>
 #endif
 
+// Loops over registers must be unrolled, or the registers become memory.
+#if defined(__clang__)
+#define OSSIA_PRAGMA(text) _Pragma(#text)
+#define OSSIA_UNROLL(count) OSSIA_PRAGMA(unroll count)
+#else
+#define OSSIA_PRAGMA(text) _Pragma(#text)
+#define OSSIA_UNROLL(count) OSSIA_PRAGMA(GCC unroll count)
+#endif
+
 #define OSSIA_INLINE static inline __attribute__((always_inline))
 
 namespace ossia::OSSIA_NS {

@@ -28,7 +28,7 @@ def test_a_size_is_read_with_its_unit(text, size):
     assert config.parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "2XB", "-1GiB", "2 gigs", True, None, [1]])
+@pytest.mark.parametrize("text", ["", "GiB", "2XB", "-1GiB", "2 gigs", True, None, [1], -1, "9" * 400])
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(ValueError):
         config.parse_size(text)
@@ -60,3 +60,21 @@ def test_a_missing_file_matters_only_when_it_was_named(tmp_path):
         config.load(environ={"OSSIA_CONFIG": str(tmp_path / "none.toml")})
     with pytest.raises(ConfigError, match="cannot be read"):
         config.load(environ={"OSSIA_CONFIG": str(tmp_path)})
+
+
+def test_a_user_without_a_home_has_no_settings_file(monkeypatch):
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: (_ for _ in ()).throw(KeyError(uid)))
+    assert config.load(environ={}) == config.Config()
+
+
+def test_arguments_of_a_program_are_read_like_the_settings_file():
+    assert config.from_arguments({"kv_memory": "2GiB", "threads": 3}) == config.Config(kv_memory=2 << 30, threads=3)
+    for arguments, said in (
+        ({"thread": 1}, "unknown setting 'thread'; did you mean 'threads'"),
+        ({"threads": "many"}, "threads is 'many'; expected a whole number"),
+        ({"kv_memory": -1}, "kv_memory is -1; expected a size"),
+        ({"backend": "gpu"}, "backend is 'gpu'; expected one of: cpu, reference"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            config.from_arguments(arguments)

@@ -1,4 +1,4 @@
-"""The compiled kernels; see csrc/bindings.cc. Arrays are C-contiguous float32 unless told, results are written in place."""
+"""The compiled kernels; see csrc/bindings.cc. Arrays are C-contiguous float32 or int32, results written in place."""
 
 from typing import Any
 

@@ -15,11 +15,10 @@ import difflib
 import os
 import re
 import tomllib
-import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ossia.errors import ConfigError
 
@@ -88,6 +87,10 @@ _UNITS = {"": 1, "B": 1} | {
 }
 
 
+# Far beyond every memory, and within what a float holds.
+_MAX_SIZE_DIGITS = 30
+
+
 def load(
     flags: Mapping[str, Any] | None = None,
     *,
@@ -117,21 +120,36 @@ def load(
     return dataclasses.replace(Config(), **values)
 
 
+def from_arguments(arguments: Mapping[str, Any]) -> Config:
+    """The defaults with ``arguments`` of a program in their place, in the types and spellings of the TOML file.
+
+    Raises ConfigError for an unknown name or a value that does not fit.
+    """
+    hints = get_type_hints(Config)
+    values = {}
+    for name, value in arguments.items():
+        if name not in hints:
+            raise ConfigError(f"unknown setting {name!r}; {_did_you_mean(name, hints)}", param=name)
+        values[name] = _convert(name, value, hints[name])
+    return dataclasses.replace(Config(), **values)
+
+
 def parse_size(text: str | int) -> Size:
     """Bytes from "2GiB", "1.5 GB", "4096" or a number. Raises ValueError."""
-    if isinstance(text, int) and not isinstance(text, bool):
+    if isinstance(text, int) and not isinstance(text, bool) and text >= 0:
         return Size(text)
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(text).strip())
-    if not match or match[2] not in _UNITS:
+    if not match or match[2] not in _UNITS or len(match[1]) > _MAX_SIZE_DIGITS:
         raise ValueError(f"{text!r} is not a size")
     return Size(float(match[1]) * _UNITS[match[2]])
 
 
 def _toml_path(environ: Mapping[str, str]) -> tuple[Path, bool]:
     if named := environ.get("OSSIA_CONFIG"):
-        return Path(named).expanduser(), True
+        return Path(os.path.expanduser(named)), True
     home = environ.get("XDG_CONFIG_HOME") or "~/.config"
-    return Path(home).expanduser() / "ossia" / "config.toml", False
+    # Unlike Path.expanduser this raises nothing for a user without a home, as in many containers.
+    return Path(os.path.expanduser(home)) / "ossia" / "config.toml", False
 
 
 def _read_toml(path: Path, is_named: bool) -> dict[str, Any]:
@@ -154,8 +172,6 @@ def _did_you_mean(key: str, known: Mapping[str, Any]) -> str:
 
 def _convert(source: str, value: Any, hint: Any) -> Any:
     """A value of the setting's type, from TOML's types or from text; ``source`` opens the error's message."""
-    if get_origin(hint) in (Union, types.UnionType):
-        hint = next(member for member in get_args(hint) if member is not type(None))
     if get_origin(hint) is Literal:
         if value in get_args(hint):
             return value

@@ -17,9 +17,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from ossia import ops as backends
-from ossia.config import Config
+from ossia.config import Config, from_arguments
 from ossia.engine import Engine, EngineConfig, FinishReason, Runner, SamplingParams, TokenOutput
-from ossia.errors import ConfigError, InputError, NotFoundError
+from ossia.errors import InputError, NotFoundError, OssiaError
 from ossia.harmony import (
     Channel,
     Conversation,
@@ -47,14 +47,11 @@ Messages = str | Conversation | Sequence[Message | Mapping[str, Any]]
 def load(model: str | Path = "", **settings: Any) -> LocalModel:
     """Open a checkpoint: a folder, a .gguf file, or a name such as "gpt-oss-20b" that `ossia pull` has fetched.
 
-    ``settings`` are fields of `ossia.config.Config`: backend, threads, dense, kv, kv_memory, max_context.
+    ``settings`` are fields of `ossia.config.Config`: backend, threads, dense, kv, kv_memory (such as "2GiB"),
+    max_context. Neither the settings file nor OSSIA_* variables are read.
     Raises NotFoundError, CheckpointError or ConfigError, each saying what to do.
     """
-    known = [field.name for field in fields(Config)]
-    for name in settings:
-        if name not in known:
-            raise ConfigError(f"unknown setting {name!r}; expected one of: {', '.join(known)}")
-    return LocalModel.open(replace(Config(), model=str(model), **settings))
+    return LocalModel.open(from_arguments(settings | {"model": str(model)}))
 
 
 class LocalModel:
@@ -105,15 +102,27 @@ class LocalModel:
         for name in sampling:
             if name not in known:
                 raise InputError(f"unknown parameter {name!r}; expected one of: {', '.join(known)}", param=name)
-        request_id = self.engine.add_request(prompt_token_ids, SamplingParams(**sampling))
+        params = SamplingParams(**sampling)
+        if not params.ignore_eos:
+            # Not every published generation_config.json names <|call|>: behind it the model would invent the result.
+            params = replace(params, stop_token_ids=(*params.stop_token_ids, *self.tokenizer.stop_ids))
+        request_id = self.engine.add_request(prompt_token_ids, params)
         self._outputs[request_id] = deque()
         return Generation(self, request_id, prompt_token_ids)
 
     def _next_output(self, request_id: int) -> TokenOutput:
         """The next token of one request; tokens that other requests get meanwhile are kept for them."""
+        if request_id not in self._outputs:
+            raise OssiaError("this answer was lost when the model failed, or was interrupted, at another; ask again")
         own = self._outputs[request_id]
         while not own:
-            for output in self.engine.step():
+            try:
+                outputs = self.engine.step()
+            except BaseException:
+                # The engine has forgotten all requests: nobody is to wait for their tokens.
+                self._outputs.clear()
+                raise
+            for output in outputs:
                 if output.request_id in self._outputs:
                     self._outputs[output.request_id].append(output)
         return own.popleft()
@@ -127,8 +136,8 @@ class Generation(Iterator[Delta]):
     """One answer under way: an iterator of deltas, and what is known of it so far.
 
     A delta tells its ``channel`` ("analysis" is the chain of thought and not for end users, "final" the answer,
-    "commentary" a call of a tool or a word on what is being done). Leaving the iteration early, by ``close`` or the end
-    of a ``with`` block, gives the engine's memory back.
+    "commentary" a call of a tool or a word on what is being done). Leaving the iteration early, by ``close``, the end
+    of a ``with`` block or dropping the object, gives the engine's memory back.
     """
 
     def __init__(self, model: LocalModel, request_id: int, prompt_token_ids: Sequence[int]) -> None:
@@ -187,8 +196,16 @@ class Generation(Iterator[Delta]):
     ) -> None:
         self.close()
 
+    def __del__(self) -> None:
+        # A loop that was left by `break` drops its answer without closing it.
+        self.close()
+
     def _advance(self) -> None:
-        output = self._model._next_output(self._request_id)
+        try:
+            output = self._model._next_output(self._request_id)
+        except BaseException:
+            self._finish("error")
+            raise
         self.last_token_s = time.perf_counter()
         self.num_cached_tokens = output.num_cached_tokens
         if not self.token_ids:
@@ -228,7 +245,7 @@ def make_conversation(
         if effort is not None or current_date is not None:
             raise InputError("effort and current_date belong to the system message, but the messages bring their own")
     else:
-        date = current_date or datetime.date.today().isoformat()
+        date = _date(current_date) if current_date is not None else datetime.date.today().isoformat()
         opening.append(Message(Role.SYSTEM, SystemContent(effort=_effort(effort), current_date=date)))
     if instructions or tools:
         if Role.DEVELOPER in roles:
@@ -247,6 +264,13 @@ def _read_messages(messages: Messages) -> tuple[Message, ...]:
         message if isinstance(message, Message) else Message.from_dict(message, f"messages[{i}]")
         for i, message in enumerate(messages)
     )
+
+
+def _date(text: str) -> str:
+    try:
+        return datetime.datetime.strptime(text, "%Y-%m-%d").date().isoformat()
+    except (TypeError, ValueError):
+        raise InputError(f"current_date is {text!r}; expected YYYY-MM-DD", param="current_date") from None
 
 
 def _effort(effort: Effort | str | None) -> Effort:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
+from ossia.cli.generate import _stream
+from ossia.harmony import Delta, Header, Role
 from ossia.model.random_checkpoint import write_random_checkpoint
 
 
@@ -75,6 +79,36 @@ def test_an_error_of_the_user_is_one_line_without_a_traceback(tmp_path):
         assert result.stderr.count("\n") == 1 and not result.stdout
 
 
+def test_what_the_system_refuses_is_one_line_without_a_traceback(tmp_path, tiny):
+    with open("/dev/full", "w") as full:
+        for arguments in (["tokenize", "hi"], ["generate", "hi", "--model", tiny, "--max-tokens", 1]):
+            command = [sys.executable, "-m", "ossia", *map(str, arguments)]
+            result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+            assert result.returncode == 1 and "ossia: No space left on device" in result.stderr
+            assert "Traceback" not in result.stderr and "Exception" not in result.stderr
+    (tmp_path / "file").touch()
+    result = ossia("checkpoint", "new", tmp_path / "file" / "new")
+    assert result.returncode == 1 and result.stderr.endswith("Not a directory\n") and result.stderr.count("\n") == 1
+
+
+def test_input_that_is_no_text_is_refused():
+    for arguments in (["generate", "-", "--model", "m"], ["render", "-"], ["parse"], ["tokenize"]):
+        command = [sys.executable, "-m", "ossia", *arguments]
+        result = subprocess.run(command, input=b"\xff\xfe", capture_output=True, timeout=60)
+        assert result.returncode == 1 and result.stderr.startswith(b"ossia: standard input is not UTF-8 text")
+    closed = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m ossia tokenize - <&-"], capture_output=True, text=True, timeout=60
+    )
+    assert closed.returncode == 1 and closed.stderr.startswith("ossia: standard input is closed")
+
+
+def test_characters_that_the_terminal_lacks_are_no_error():
+    result = ossia("parse", "<|channel|>final<|message|>é<|return|>", environ={"PYTHONIOENCODING": "ascii"})
+    assert result.returncode == 0 and "    ?" in result.stdout
+    as_json = ossia("parse", "<|channel|>final<|message|>é<|return|>", "--json", environ={"PYTHONIOENCODING": "ascii"})
+    assert json.loads(as_json.stdout)["messages"][0]["content"] == "é"
+
+
 # Prompts -------------------------------------------------------------------------------------------------------------
 
 
@@ -116,9 +150,41 @@ def test_output_is_parsed_from_text_and_from_ids_alike():
     assert "channel=final" in ossia("parse", "-", stdin=text).stdout
 
 
+def test_ids_that_are_none_and_text_that_is_nested_are_read():
+    assert ossia("parse", "[]").returncode == 0
+    nested = "[" * 50_000
+    result = ossia("parse", "-", "--json", stdin=nested)
+    assert json.loads(result.stdout)["messages"][0]["content"] == nested
+
+
+def test_a_text_from_elsewhere_cannot_steer_the_terminal(tmp_path):
+    file = tmp_path / "chat.json"
+    file.write_text(json.dumps({"messages": [{"role": "user", "content": "\x1b[2J\x9b\t"}]}))
+    text = "<|channel|>final<|message|>\x1b[2J<|return|>"
+    for arguments in (
+        ["render", str(file)],
+        ["render", str(file), "--json"],
+        ["parse", text],
+        ["parse", text, "--json"],
+    ):
+        ours, theirs = pty.openpty()
+        subprocess.run([sys.executable, "-m", "ossia", *map(str, arguments)], stdout=theirs, check=True, timeout=60)
+        os.close(theirs)
+        shown = os.read(ours, 1 << 16)
+        os.close(ours)
+        assert b"[2J" in shown and b"\x1b" not in shown and "\x9b".encode() not in shown
+    assert "\x1b[2J" in ossia("render", file).stdout
+
+
 def test_malformed_output_is_named_and_ends_with_1():
     result = ossia("parse", "<|channel|>final <|constrain|>json{}")
     assert result.returncode == 1 and "malformed: missing_message at token" in result.stderr
+
+
+def test_the_vocabulary_is_found_wherever_a_model_is(tmp_path):
+    folder = write_random_checkpoint(tmp_path / "m", "tiny", num_layers=1, layout="original")
+    for place in (folder, folder / "tokenizer.json", folder / "original", folder / "original" / "model.safetensors"):
+        assert ossia("tokenize", "hi", "--model", place).stdout == "    3686  'hi'\n"
 
 
 # Checkpoints ---------------------------------------------------------------------------------------------------------
@@ -153,12 +219,69 @@ def test_an_answer_is_streamed_and_random_weights_are_named(tiny):
     assert "random" in result.stderr
 
 
+def test_what_the_model_writes_is_printed_to_the_letter(capsys):
+    # A Makefile needs its tabs, and what looks like an emoji's name, markup or a link is text.
+    text = "all:\n\tgcc :heart: [bold]x[/bold]\r\n  https://a.b  \x0c"
+    header = Header(Role.ASSISTANT, channel="final")
+    deltas = [Delta(text, header), Delta("next", header), Delta("preamble", Header(Role.ASSISTANT))]
+    _stream(iter(deltas), Console(stderr=True), show_reasoning=False)
+    assert capsys.readouterr().out == text + "next\n\npreamble\n"
+
+
+def test_thoughts_and_calls_are_shown_only_when_asked_for(capsys):
+    thought, call = (Delta("hm", Header(Role.ASSISTANT, channel="analysis")), Delta("{}", CALL))
+    answer = Delta("Hi", Header(Role.ASSISTANT, channel="final"))
+    for is_asked, shown in ((False, "Hi\n"), (True, "hm\n\n{}\n\nHi\n")):
+        generation = Scripted([thought, call, answer])
+        _stream(generation, Console(stderr=True), show_reasoning=is_asked)
+        assert capsys.readouterr().out == shown
+
+
+CALL = Header(Role.ASSISTANT, channel="commentary", recipient="functions.f")
+
+
+class Scripted(list):
+    """Deltas that stand in for an answer."""
+
+    token_ids = (1, 2)
+    tokens_per_s = 1.0
+
+
+def test_what_cannot_be_is_refused_before_the_model_is_loaded():
+    for wrong in (["--temperature", -1], ["--top-p", 2], ["--seed", 2**63], ["--max-tokens", 0]):
+        result = ossia("generate", "Hi", "--model", "none", *wrong)
+        assert result.returncode == 2 and wrong[0] in result.stderr
+
+
+def test_more_than_the_machine_has_is_refused(tiny):
+    for wrong, said in (
+        (["--threads", 10**6], "threads is 1000000; expected 1 to 1024"),
+        (["--threads", 10**20], "expected 1 to 1024"),
+        (["--kv-memory", "9999999TiB"], "cannot give as much memory"),
+        (["--kv-memory", "9" * 28], "cannot give as much memory"),
+    ):
+        result = ossia("generate", "Hi", "--model", tiny, "--max-tokens", 1, *wrong)
+        assert result.returncode == 1 and said in result.stderr and result.stderr.count("\n") == 1
+
+
 def test_the_same_seed_gives_the_same_answer_as_json(tiny):
     arguments = ["generate", "Hello", "--model", tiny, "--max-tokens", 6, "--date", "2026-01-01", "--json"]
     first, second = (json.loads(ossia(*arguments, "--seed", 7).stdout) for _ in range(2))
     assert first["messages"] == second["messages"]
     assert first["usage"]["completion_tokens"] == 6 and first["finish_reason"] == "length"
     assert json.loads(ossia(*arguments, "--seed", 8).stdout)["messages"] != first["messages"]
+
+
+def test_a_prompt_is_the_same_from_an_argument_and_from_a_pipe(tiny):
+    arguments = ["--model", tiny, "--max-tokens", 1, "--seed", 1, "--json"]
+    piped, given = ossia("generate", "-", *arguments, stdin="Hi\n"), ossia("generate", "Hi", *arguments)
+    assert json.loads(piped.stdout)["messages"] == json.loads(given.stdout)["messages"]
+
+
+@pytest.mark.parametrize("empty", ["", "\n", "  "])
+def test_an_empty_prompt_is_refused(tiny, empty):
+    for result in (ossia("generate", "-", "--model", tiny, stdin=empty), ossia("generate", empty, "--model", tiny)):
+        assert result.returncode == 1 and result.stderr.startswith("ossia: the prompt is empty")
 
 
 def test_settings_come_from_the_environment(tiny):
@@ -187,3 +310,16 @@ def test_a_reader_that_leaves_early_is_no_error(tiny):
     command = f"{sys.executable} -m ossia tokenize '{'word ' * 20000}' | head -1"
     result = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=60)
     assert "Traceback" not in result.stderr and "Exception" not in result.stderr
+
+
+# Speed ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_machine_and_the_model_are_measured(tiny):
+    arguments = ["bench", "--model", tiny, "--prefill", "8", "--depth", "0,64", "--batch", "2", "--steps", 1]
+    report = json.loads(ossia(*arguments, "--repeats", 1, "--json").stdout)
+    assert report["machine"]["read_bytes_per_s"] > 1e8 and report["machine"]["integer_macs_per_s"] > 1e8
+    assert [one["name"] for one in report["measurements"]] == ["prefill 8", "decode at 0", "decode at 64", "decode x2"]
+    table = ossia(*arguments)
+    assert table.returncode == 0 and "of memory's limit" in table.stdout
+    assert ossia("bench", "--model", tiny, "--depth", "deep").returncode == 2

@@ -254,11 +254,15 @@ void test_elementwise(const Kernels& kernels) {
 
 }  // namespace
 
-int main() {
-  test_pool();
+// With an argument: only that instruction set, which must be there (an emulator takes its time).
+int main(int num_arguments, char** arguments) {
+  const std::string only = num_arguments > 1 ? arguments[1] : "";
+  if (only.empty()) test_pool();
   int num_sets = 0;
   for (const char* isa : {"portable", "avx2", "avxvnni", "avx512vnni"}) {
+    if (!only.empty() && only != isa) continue;
     const Kernels* kernels = ossia::find_kernels(isa);
+    check(kernels || only.empty(), only + " is missing");
     if (!kernels) continue;
     ++num_sets;
     for (const Format format : {Format::kQ8, Format::kF32}) {

@@ -112,6 +112,12 @@ def tiny(ops: Ops) -> Callable[..., Engine]:
     return make
 
 
+@pytest.fixture(scope="session")
+def tiny_runner() -> Callable[..., Runner]:
+    """A runner of the tiny model over any backend: tiny_runner(ops, **settings of EngineConfig)."""
+    return lambda ops, **settings: Runner(ops, TINY, tiny_weights(ops, TINY), EngineConfig(**settings))
+
+
 def tiny_weights(ops: Ops, config: ModelConfig) -> Weights:
     rng = np.random.default_rng(0)
 

@@ -147,3 +147,10 @@ def test_missing_tensors_and_bad_numbers_are_reported_together(folder):
     problems = verify_checkpoint(folder)
     assert len(problems) == 2
     assert "model.norm.weight" in problems[0] and "512 values" in problems[1]
+
+
+def test_a_tensor_of_one_number_without_a_shape_is_read_too(folder):
+    damage(folder, lambda tensors: tensors.update(extra=np.array(np.nan, np.float32)))
+    problems = verify_checkpoint(folder)
+    assert "extra (F32 []) does not belong" in problems[0]
+    assert "tensor extra has 1 values that are NaN or infinite, the first at [0]" in problems[1]

@@ -193,7 +193,8 @@ def test_a_full_disk_is_told_in_numbers_before_anything_is_written(tmp_path, mon
     [
         ({"shape": "7b"}, "unknown shape '7b'; expected one of: tiny, 20b, 120b"),
         ({"shape": SMALL, "layout": "gguf"}, "unknown layout 'gguf'; expected one of: hf, hf-bf16, original"),
-        ({"shape": SMALL, "num_layers": 0}, "at least one layer, got 0"),
+        ({"shape": SMALL, "num_layers": 0}, "num_layers is 0; expected 1 to 1000"),
+        ({"shape": SMALL, "num_layers": 10**9}, "num_layers is 1000000000; expected 1 to 1000"),
         ({"shape": replace(SMALL, hidden_size=48)}, "multiples of 32, got 48 and 32"),
     ],
 )
@@ -206,3 +207,17 @@ def test_what_cannot_be_written_is_refused_with_what_can(arguments, message, tmp
 def test_counted_parameters_are_those_of_the_tensors(shape):
     tensors = SAFETENSORS["hf-bf16"].expected(SHAPES[shape]).values()
     assert count_parameters(SHAPES[shape]).total == sum(math.prod(expected.shape) for expected in tensors)
+
+
+@pytest.mark.parametrize("layout", SAFETENSORS)
+def test_a_checkpoint_says_that_its_weights_are_random(layout, tmp_path):
+    folder = write_random_checkpoint(tmp_path / "out", SMALL, layout=layout)
+    assert Checkpoint.open(folder).has_random_weights
+
+
+def test_the_folder_that_one_is_in_is_no_new_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for out in (".", "", "..", "sub/.."):
+        with pytest.raises(InputError, match="names no new folder"):
+            write_random_checkpoint(out, SMALL)
+    assert not any(tmp_path.iterdir())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -348,3 +350,18 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "model.bin").write_bytes(b"PK")
     with pytest.raises(CheckpointError, match=r"model.bin is not a checkpoint"):
         Checkpoint.open(tmp_path / "model.bin")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_file_that_may_not_be_read_is_named(name, copy, monkeypatch):
+    may_open = builtins.open
+
+    def refuse(file, *arguments, **options):
+        if str(file).endswith(name):
+            raise PermissionError(13, "Permission denied", str(file))
+        return may_open(file, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "open", refuse)
+    monkeypatch.setattr(io, "open", refuse)
+    with pytest.raises(CheckpointError, match=f"{name} cannot be read: Permission denied"):
+        Checkpoint.open(copy)

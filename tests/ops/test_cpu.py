@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import mmap
 from typing import Any
 
 import numpy as np
 import pytest
+from tests.ops import cases
 
 from ossia.errors import ConfigError
 from ossia.ops import Q8, Batch, ExpertArrays, Mxfp4, Routing, cpu, load, mxfp4
 from ossia.ops.cpu import CpuOps
 from ossia.ops.reference import ReferenceOps, swiglu
-from tests.ops import cases
 
 ISAS = [isa for isa in cpu.ISAS if cpu._kernels.has_isa(isa)]
 REFERENCE = ReferenceOps(np.float64)
@@ -163,9 +164,7 @@ def moe_in_eight_bits(
     out = np.zeros((len(x), arrays.down_bias_ED.shape[1]))
     for t, a in np.ndindex(routing.experts_TA.shape):
         e = routing.experts_TA[t, a]
-        gate, up, down = (
-            REFERENCE._matrix(m, e) for m in (arrays.gate, arrays.up, arrays.down)
-        )
+        gate, up, down = (REFERENCE._matrix(m, e) for m in (arrays.gate, arrays.up, arrays.down))
         biases = [b[e].astype(np.float64) for b in (arrays.gate_bias_EF, arrays.up_bias_EF, arrays.down_bias_ED)]
         h = swiglu(gate @ x[t] + biases[0], up @ x[t] + biases[1], limit)
         if h_in_8_bits:
@@ -265,13 +264,13 @@ def rounded(qkv: tuple[np.ndarray, ...], kv: str) -> tuple[np.ndarray, ...]:
 def test_attention_of_a_token_is_the_same_bits_however_the_prompt_is_cut(isa: str, kv: str, window: int | None) -> None:
     case = cases.Attention("", ((0, 1200),), window=window)
     q, k, v = case.qkv(1200)
-    whole = OPS[isa, "q8", kv].attention(
-        q, k, v, case.sinks(), OPS[isa, "q8", kv].kv_cache(case.num_blocks, case.S, case.K, case.H), case.batch(), window
-    )
+    ops = OPS[isa, "q8", kv]
+    cache = ops.kv_cache(case.num_blocks, case.S, case.K, case.H)
+    whole = ops.attention(q, k, v, case.sinks(), cache, case.batch(), window)
     for threads, cuts in ((1, [0, 1, 2, 33, 520, 1199, 1200]), (2, [0, 600, 1200]), (5, [0, 7, 1193, 1200])):
         ops = CpuOps(threads, kv=kv, isa=isa)
         cache = ops.kv_cache(case.num_blocks, case.S, case.K, case.H)
-        for start, end in zip(cuts[:-1], cuts[1:], strict=True):
+        for start, end in itertools.pairwise(cuts):
             batch = dataclasses.replace(
                 case.batch(),
                 positions_T=np.arange(start, end, dtype=np.int32),

@@ -6,6 +6,8 @@ interrupted. What a command was asked for goes to standard output, everything el
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 
 from ossia.errors import OssiaError
@@ -13,6 +15,22 @@ from ossia.errors import OssiaError
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code. ``argv`` None takes the process's own arguments."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A character that the terminal's encoding lacks becomes a question mark, and no traceback.
+        sys.stdout.reconfigure(errors="replace")
+    code = _run(argv)
+    if sys.stdout is None:
+        return code
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # Or Python would try again at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1 if isinstance(error, BrokenPipeError) else _fail(_reason(error))
+    return code
+
+
+def _run(argv: list[str] | None) -> int:
     # typer is wanted by the command line alone, not by whoever imports this package for its layers.
     from ossia.cli.app import app
 
@@ -21,6 +39,18 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0
     except OssiaError as error:
-        print(f"ossia: {error.message}", file=sys.stderr)
-        return 1
+        return _fail(error.message)
+    except OSError as error:
+        # What the system refuses is the user's to mend: a full disk, a file without permission, a name too long.
+        return _fail(_reason(error))
     return 0
+
+
+def _reason(error: OSError) -> str:
+    named = f"{error.filename}: " if error.filename is not None else ""
+    return f"{named}{error.strerror or error}"
+
+
+def _fail(message: str) -> int:
+    print(f"ossia: {message}", file=sys.stderr)
+    return 1

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ossia.cli.prompts import argument_or_stdin, printable
+from ossia.errors import InputError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -32,9 +35,13 @@ def generate(
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Stop after this many tokens, thoughts included.")
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens that reach this share.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(min=0, max=1, help="Sample among the likeliest tokens that reach this share.")
+    ] = 1.0,
+    seed: Annotated[
+        int | None, typer.Option(min=-(2**63), max=2**63 - 1, help="The same seed gives the same answer.")
+    ] = None,
     date: Annotated[
         str | None, typer.Option(help="The date that the model is told, YYYY-MM-DD; today's by default.")
     ] = None,
@@ -84,6 +91,9 @@ def generate(
             "max_context": max_context,
         }
     )
+    prompt = argument_or_stdin(prompt)
+    if not prompt.strip():
+        raise InputError("the prompt is empty; give what to ask, or `-` and a text in standard input")
     console = Console(stderr=True)
     with console.status("loading"):
         local = LocalModel.open(settings)
@@ -92,7 +102,7 @@ def generate(
             "The weights of this checkpoint are random: what follows is noise, not an answer.", style="yellow"
         )
     generation = local.generate(
-        sys.stdin.read() if prompt == "-" else prompt,
+        prompt,
         effort=effort,
         instructions=instructions,
         current_date=date,
@@ -105,7 +115,7 @@ def generate(
         if as_json:
             for _ in generation:
                 pass
-            print(json.dumps(_as_json(generation), ensure_ascii=False))
+            print(json.dumps(_as_json(generation)))
         elif raw:
             _stream_raw(generation, local.tokenizer)
         else:
@@ -117,21 +127,24 @@ def generate(
 def _stream(generation: Generation, notes: Console, show_reasoning: bool) -> None:
     """Print what a reader wants to see; until there is any, tell on a terminal how the thinking goes."""
     from rich.console import Console
+    from rich.segment import Segment, Segments
+    from rich.style import Style
 
-    answer = Console(highlight=False, markup=False, soft_wrap=True)
+    answer = Console()
     status = notes.status("reading the prompt")
     status.start()
     shown: Delta | None = None
     try:
         for delta in generation:
-            if not show_reasoning and (delta.channel == "analysis" or delta.recipient):
+            if not show_reasoning and _is_aside(delta):
                 # The speed of a model that is not seen writing is all there is to see.
                 status.update(f"thinking: {len(generation.token_ids)} tokens, {generation.tokens_per_s:.1f} tokens/s")
                 continue
             status.stop()
-            if shown is not None and shown.header is not delta.header:
-                answer.print("\n")
-            answer.print(printable(delta.text, answer.is_terminal), end="", style=_style(delta))
+            gap = "\n\n" if shown is not None and shown.header is not delta.header else ""
+            # A segment is printed as it is: as text, rich would widen tabs, drop returns and turn :heart: into a heart.
+            segment = Segment(gap + printable(delta.text, answer.is_terminal), Style(dim=_is_aside(delta)))
+            answer.print(Segments([segment]), end="", soft_wrap=True)
             shown = delta
     finally:
         status.stop()
@@ -156,19 +169,9 @@ def _print_tokens(generation: Generation, decoder: StreamDecoder, start: int) ->
     return len(generation.token_ids)
 
 
-def printable(text: str, is_terminal: bool) -> str:
-    """Text that cannot steer a terminal: control characters, but for tab and newline, become visible signs."""
-    return text.translate(_CONTROL_SIGNS) if is_terminal else text
-
-
-# C0 has pictures of its own from U+2400 on; C1 and delete have none or few.
-_CONTROL_SIGNS = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | dict.fromkeys(
-    range(0x7F, 0xA0), 0xFFFD
-)
-
-
-def _style(delta: Delta) -> str:
-    return "dim" if delta.channel == "analysis" or delta.recipient else ""
+def _is_aside(delta: Delta) -> bool:
+    """Whether a delta is not for end users: of a thought, or of a call."""
+    return delta.channel == "analysis" or delta.recipient is not None
 
 
 def _as_json(generation: Generation) -> dict[str, Any]:

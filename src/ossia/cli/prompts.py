@@ -34,7 +34,7 @@ def tokenize(
     Text from people never becomes a special token; `--specials` is for text that is a rendered prompt.
     """
     tokenizer = load_tokenizer(model)
-    text = _argument_or_stdin(text)
+    text = argument_or_stdin(text)
     token_ids = encode_with_specials(tokenizer, text) if specials else tokenizer.encode(text)
     if as_json:
         print(json.dumps({"token_ids": token_ids, "tokens": [_shown(tokenizer, i) for i in token_ids]}))
@@ -67,7 +67,7 @@ def render(
     elif tokens:
         _print_tokens(tokenizer, token_ids)
     else:
-        print(tokenizer.decode(token_ids))
+        print(printable(tokenizer.decode(token_ids), sys.stdout.isatty()))
 
 
 def parse(
@@ -85,15 +85,17 @@ def parse(
     from ossia.harmony import Malformed, StreamParser
 
     tokenizer = load_tokenizer(model)
-    text = _argument_or_stdin(text)
-    token_ids = _as_token_ids(text) or encode_with_specials(tokenizer, text)
+    text = argument_or_stdin(text)
+    token_ids = _as_token_ids(text)
+    if token_ids is None:
+        token_ids = encode_with_specials(tokenizer, text)
     begins_with_start = token_ids[:1] == [tokenizer.special("<|start|>")]
     parser = StreamParser(tokenizer, role=None if begins_with_start else "assistant", strict=True)
     events = [*parser.feed_all(token_ids), *parser.close()]
     faults = [f"{event.kind} at token {event.position}" for event in events if isinstance(event, Malformed)]
     if as_json:
         messages = [message.to_dict() for message in parser.messages]
-        print(json.dumps({"messages": messages, "malformed": faults}, ensure_ascii=False))
+        print(json.dumps({"messages": messages, "malformed": faults}))
         raise typer.Exit(int(bool(faults)))
     for message in parser.messages:
         header = [str(message.role)]
@@ -102,11 +104,22 @@ def parse(
             for key in ("name", "channel", "recipient", "content_type")
             if (value := getattr(message, key))
         ]
-        print(" ".join(header))
-        print("".join(f"    {line}\n" for line in message.text.splitlines()) or "    (empty)\n")
+        lines = [" ".join(header), *(f"    {line}" for line in message.text.splitlines() or ["(empty)"]), ""]
+        print(printable("\n".join(lines), sys.stdout.isatty()))
     for fault in faults:
         print(f"malformed: {fault}", file=sys.stderr)
     raise typer.Exit(int(bool(faults)))
+
+
+def printable(text: str, is_terminal: bool) -> str:
+    """Text that cannot steer a terminal: control characters, but for tab and newline, become visible signs."""
+    return text.translate(_CONTROL_SIGNS) if is_terminal else text
+
+
+# C0 has pictures of its own from U+2400 on; C1 and delete have none or few.
+_CONTROL_SIGNS = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | dict.fromkeys(
+    range(0x7F, 0xA0), 0xFFFD
+)
 
 
 def load_tokenizer(model: str) -> Tokenizer:
@@ -116,8 +129,13 @@ def load_tokenizer(model: str) -> Tokenizer:
     if not model:
         return Tokenizer.o200k_harmony()
     from ossia.model.hub import resolve_model
+    from ossia.model.weights import Checkpoint
 
-    return Tokenizer.from_file(resolve_model(model))
+    path = resolve_model(model)
+    if path.suffix == ".json" or (path / "tokenizer.json").is_file():
+        # A vocabulary may stand alone.
+        return Tokenizer.from_file(path)
+    return Checkpoint.open_unchecked(path).tokenizer()
 
 
 def encode_with_specials(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -134,19 +152,29 @@ def _as_token_ids(text: str) -> list[int] | None:
     """The numbers of a JSON list, None when the text is something else."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     is_list = isinstance(value, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in value)
     return value if is_list else None
 
 
-def _argument_or_stdin(text: str) -> str:
-    return sys.stdin.read().removesuffix("\n") if text == "-" else text
+def argument_or_stdin(text: str) -> str:
+    """An argument, or for `-` what stands in standard input, without the newline that ends it."""
+    return _read_stdin().removesuffix("\n") if text == "-" else text
+
+
+def _read_stdin() -> str:
+    if sys.stdin is None:
+        raise InputError("standard input is closed; give a text or a file instead of `-`")
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input is not UTF-8 text: {error}") from None
 
 
 def _read(file: Path) -> str:
     if str(file) == "-":
-        return sys.stdin.read()
+        return _read_stdin()
     try:
         return file.read_text(encoding="utf-8")
     except FileNotFoundError:

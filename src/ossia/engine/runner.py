@@ -39,7 +39,14 @@ class Runner:
         self.window = config.sliding_window if _num_window_layers(config) else None
         self._ops = ops
         self._weights = weights
-        self._caches = new_caches(ops, config, self.num_blocks.full, self.num_blocks.window, options.block_size)
+        try:
+            self._caches = new_caches(ops, config, self.num_blocks.full, self.num_blocks.window, options.block_size)
+        # numpy's word for more than memory or addresses hold differs with the size.
+        except (MemoryError, OverflowError, ValueError) as error:
+            raise ConfigError(
+                f"kv_memory_bytes is {options.kv_memory_bytes}; this machine cannot give as much memory",
+                param="kv_memory_bytes",
+            ) from error
 
     def run(self, batch: Batch) -> npt.NDArray[np.float32]:
         """logits_RV of the rows that the batch asks for; the keys and values of all its tokens are kept."""

@@ -18,9 +18,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from decimal import Decimal
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from ossia.errors import InputError
@@ -125,7 +125,6 @@ class _Reader:
         self._num_subschemas = 0
         self._num_enum_values = 0
         self._num_chars = 0
-        self._multiples: list[Decimal] = []
         # Whether some object takes names beside those it declares: see _options.
         self._has_open_objects = False
         # JSON pointer of a target -> its name, for those that are read or still to be.
@@ -395,14 +394,11 @@ class _Reader:
         number = self._number(value, path)
         if number <= 0:
             raise self.error(path, f"multipleOf is {_short(value)}", "a number above 0")
-        self._multiples.append(Decimal(repr(number)))
-        digits = [max(0, -int(multiple.as_tuple().exponent)) for multiple in self._multiples]
-        last, *_ = units = [int(multiple.scaleb(max(digits))) for multiple in reversed(self._multiples)]
-        if last > MAX_MULTIPLE * 10 ** (max(digits) - digits[-1]) or math.lcm(*units) > MAX_COMMON_MULTIPLE:
+        if _units([Decimal(repr(number))]) > MAX_MULTIPLE:
             raise self.error(
                 path,
-                f"multipleOf {_short(value)} needs too many states, alone or with the schema's others",
-                f"at most {MAX_MULTIPLE:,} units of its last decimal",
+                f"multipleOf {_short(value)} needs too many states",
+                f"at most {MAX_MULTIPLE:,} of its last decimal",
             )
         return number
 
@@ -438,6 +434,14 @@ class _Reader:
         return InputError(f"{where}, {met}; expected {expected}", param=self._param)
 
 
+class _Size(NamedTuple):
+    """What a schema comes to: alternatives for one value, subschemas in all, every multipleOf of the one value."""
+
+    alternatives: int
+    subschemas: int
+    multiples: frozenset[Decimal] = frozenset()
+
+
 class _Expansion:
     """How much larger a schema becomes when all that applies to the same value is multiplied out."""
 
@@ -446,7 +450,7 @@ class _Expansion:
         self._root = root
         self._definitions = definitions
         # Name of a definition -> what it comes to; None while that is being found out.
-        self._known: dict[str, tuple[int, int] | None] = {}
+        self._known: dict[str, _Size | None] = {}
 
     def check(self) -> None:
         self._of(self._root, "#", False)
@@ -454,32 +458,37 @@ class _Expansion:
             if isinstance(schema, dict):
                 self._of(schema, schema["title"], False)
 
-    def _of(self, schema: Any, path: str, merged: bool) -> tuple[int, int]:
-        """Alternatives and subschemas. ``merged`` is whether something else applies to the same value."""
+    def _of(self, schema: Any, path: str, merged: bool) -> _Size:
+        """``merged`` is whether something else applies to the same value."""
         if not isinstance(schema, Mapping):
-            return 1, 1
+            return _Size(1, 1)
         merged = merged or len(schema.keys() - {"title", "$defs", "x-guidance"}) > 1
-        around = {keyword: value for keyword, value in schema.items() if keyword not in _SAME_VALUE}
-        own = 1 + sum(self._of(inner, inner_path, False)[1] for inner_path, inner in subschemas(around, path))
         groups = [self._of(inner, path, True) for inner in schema.get("allOf", ())]
         for keyword in ("anyOf", "oneOf"):
             if keyword in schema:
                 options = [self._of(inner, path, merged) for inner in schema[keyword]]
-                total = sum(size for _, size in options)
-                groups.append((sum(alternatives for alternatives, _ in options), total))
+                multiples = frozenset[Decimal]().union(*(option.multiples for option in options))
+                groups.append(
+                    _Size(sum(o.alternatives for o in options), sum(o.subschemas for o in options), multiples)
+                )
         if merged and "$ref" in schema:
             groups.append(self._target(schema["$ref"].removeprefix("#/$defs/"), path))
-        alternatives, size = 1, own
-        for more, more_size in groups:
+        around = {keyword: value for keyword, value in schema.items() if keyword not in _SAME_VALUE}
+        size = 1 + sum(self._of(inner, inner_path, False).subschemas for inner_path, inner in subschemas(around, path))
+        alternatives = 1
+        multiples = frozenset([Decimal(repr(schema["multipleOf"]))] if "multipleOf" in schema else [])
+        for group in groups:
             # Each alternative of the one is joined with each of the other.
-            alternatives, size = alternatives * more, size * more + more_size * alternatives
-        if size > MAX_EXPANDED_SUBSCHEMAS:
+            size = size * group.alternatives + group.subschemas * alternatives
+            alternatives *= group.alternatives
+            multiples |= group.multiples
+        if size > MAX_EXPANDED_SUBSCHEMAS or _units(multiples) > MAX_COMMON_MULTIPLE:
             raise self._reader.error(
                 path, "the schema multiplies out to too much", "less under allOf, or beside anyOf, oneOf and $ref"
             )
-        return (alternatives if merged else 1), size
+        return _Size(alternatives if merged else 1, size, multiples)
 
-    def _target(self, name: str, path: str) -> tuple[int, int]:
+    def _target(self, name: str, path: str) -> _Size:
         if name not in self._known:
             self._known[name] = None
             self._known[name] = self._of(self._definitions[name], path, True)
@@ -487,6 +496,12 @@ class _Expansion:
         if known is None:
             raise self._reader.error(path, "a $ref beside other keywords leads back to itself", "the $ref alone")
         return known
+
+
+def _units(multiples: Collection[Decimal]) -> int:
+    """The least common multiple, counted in the last decimal of all."""
+    last = max((-int(multiple.as_tuple().exponent) for multiple in multiples), default=0)
+    return math.lcm(*(int(multiple.scaleb(max(last, 0))) for multiple in multiples))
 
 
 _SAME_VALUE = ("anyOf", "oneOf", "allOf", "$defs")

@@ -6,6 +6,7 @@ Nothing here is a store of ossia's own: what transformers or vLLM have downloade
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,11 @@ def resolve_model(name_or_path: str | Path, revision: str | None = None) -> Path
     Names are those of `PUBLISHED` and repositories such as openai/gpt-oss-20b. Raises NotFoundError when there is
     neither.
     """
-    path = Path(name_or_path).expanduser()
-    if path.exists():
-        return path
     name = str(name_or_path)
+    # os.path.expanduser keeps what names no home as it is, where Path's raises; exists is false for names too long.
+    path = Path(os.path.expanduser(name))
+    if name and os.path.exists(path):
+        return path
     repository = _repository(name)
     if repository is None:
         raise NotFoundError(
@@ -105,7 +107,7 @@ def _repository(name: str) -> str | None:
     if name in PUBLISHED:
         return f"openai/{name}"
     owner, slash, rest = name.partition("/")
-    is_repository = bool(slash and owner.strip(".~") and rest) and "/" not in rest
+    is_repository = bool(slash and owner.strip(".") and rest) and not owner.startswith("~") and "/" not in rest
     return name if is_repository and not rest.endswith((".safetensors", ".gguf")) else None
 
 

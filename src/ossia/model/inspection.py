@@ -103,7 +103,7 @@ def verify_checkpoint(path: str | Path, progress: Callable[[int, int], None] | N
     for name, part in parts.items():
         num_wrong = 0
         first: tuple[int, ...] = ()
-        for start, chunk in _chunks(part):
+        for start, chunk in _chunks(np.atleast_1d(part)):
             wrong = chunk == SCALE_NAN if chunk.dtype == np.uint8 else ~np.isfinite(chunk)
             if wrong.any():
                 first = first or _position(wrong, start)

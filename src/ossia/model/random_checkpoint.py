@@ -57,6 +57,8 @@ SHAPES: dict[ShapeName, ModelConfig] = {
     "120b": ModelConfig(num_layers=36, num_experts=128),
 }
 
+# Beyond every published model; the plan of files is made before the disk is looked at, and takes memory.
+_MAX_LAYERS = 1000
 _SHARD_BYTES = 5_000_000_000
 _CHUNK_BYTES = 16 << 20
 # config.json, index, headers and tokenizer.json together stay below this.
@@ -84,6 +86,8 @@ def write_random_checkpoint(
     config = _config(shape, num_layers)
     if layout not in SAFETENSORS:
         raise InputError(f"unknown layout {layout!r}; expected one of: {', '.join(SAFETENSORS)}")
+    if out.name in ("", ".."):
+        raise InputError(f"{out} names no new folder. Give the name of one, such as {out / 'random'}.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is there already and not empty. Give a new folder.")
     shards = _plan(config, SAFETENSORS[layout])
@@ -118,8 +122,8 @@ def _config(shape: ShapeName | ModelConfig, num_layers: int | None) -> ModelConf
         raise InputError(f"unknown shape {shape!r}; expected one of: {', '.join(SHAPES)}")
     config = shape if isinstance(shape, ModelConfig) else SHAPES[shape]
     if num_layers is not None:
-        if num_layers < 1:
-            raise InputError(f"a model needs at least one layer, got {num_layers}")
+        if not 1 <= num_layers <= _MAX_LAYERS:
+            raise InputError(f"num_layers is {num_layers}; expected 1 to {_MAX_LAYERS}")
         config = replace(config, num_layers=num_layers)
     if config.hidden_size % 32 or config.intermediate_size % 32:
         raise InputError(

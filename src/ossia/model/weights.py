@@ -56,7 +56,14 @@ class Checkpoint:
     @classmethod
     def open_unchecked(cls, path: str | Path) -> Checkpoint:
         """As `open`, but tensors that are missing, of a wrong shape, or too many are left to `problems`."""
-        files = find_files(Path(path))
+        try:
+            return cls._open(Path(path))
+        except OSError as error:
+            raise CheckpointError(f"{error.filename or path} cannot be read: {error.strerror or error}.") from error
+
+    @classmethod
+    def _open(cls, path: Path) -> Checkpoint:
+        files = find_files(path)
         maps = {file: map_file(file) for file in files}
         if files[0].suffix == ".gguf":
             headers = [read_gguf(file, mapped) for file, mapped in maps.items()]

@@ -1,7 +1,7 @@
 """The operations on a CPU, by the C++ kernels of `csrc/`. Shapes: see `ossia.ops`; activations are float32 arrays.
 
-    experts     MXFP4 is multiplied where it lies, in a mapped checkpoint or anywhere, with activations rounded to 8 bits
-                per 32; float experts stay in the checkpoint's dtype and are multiplied in float32
+    experts     MXFP4 is multiplied where it lies, in a mapped checkpoint or anywhere, with activations rounded to 8
+                bits per 32; float experts stay in the checkpoint's dtype and are multiplied in float32
     dense       "q8": rounded once to 8 bits per 32 weights (float16 scale); "bf16": the checkpoint's own bytes, float32
                 products. Q8_0 matrices of GGUF files are taken as they are in both
     routers     every matrix of at most 256 rows is kept as with "bf16": a router's choice of experts must not depend on
@@ -9,7 +9,7 @@
     cache       keys and values in bfloat16, or in 8 bits with a scale per key and head ("q8")
 
 A token's results are the same bits whatever else is in the batch, however a prompt is split into passes, and whatever
-the number of threads; the exact rules stand in `csrc/kernels.h`. Different instruction sets may differ in the last bits.
+the number of threads; the exact rules stand in `csrc/kernels.h`. Instruction sets may differ in the last bits.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ Isa = Literal["portable", "avx2", "avxvnni", "avx512vnni"]
 
 ISAS: tuple[Isa, ...] = ("portable", "avx2", "avxvnni", "avx512vnni")
 BLOCK = 32
+# Twice the hardware threads of the largest machines; a system that cannot start as many ends the process.
+MAX_THREADS = 1024
 # The largest number of experts of a published model is 128.
 _MAX_EXACT_ROWS = 256
 # Rows are rounded to 8 bits a piece at a time, and the pages that they came from given back.
@@ -89,8 +91,8 @@ class CpuOps:
             raise ConfigError(f"dense is {dense!r}; expected one of: q8, bf16", param="dense")
         if kv not in ("bf16", "q8"):
             raise ConfigError(f"kv is {kv!r}; expected one of: bf16, q8", param="kv")
-        if threads is not None and threads < 1:
-            raise ConfigError(f"threads is {threads}; expected at least 1", param="threads")
+        if threads is not None and not 1 <= threads <= MAX_THREADS:
+            raise ConfigError(f"threads is {threads}; expected 1 to {MAX_THREADS}", param="threads")
         if isa is not None and not _kernels.has_isa(isa):
             usable = ", ".join(each for each in ISAS if _kernels.has_isa(each))
             raise ConfigError(f"this machine cannot run isa {isa!r}; it runs: {usable}", param="isa")
@@ -288,7 +290,15 @@ def _hold_q8_0(matrix: Q8) -> Held:
     values, scales = matrix.values, matrix.scales
     num_rows, num_inputs = matrix.shape
     held = _kernels.Matrix(
-        _Q8, num_rows, num_inputs, _address(values), _address(scales), 0, *values.strides[:2], 0, *scales.strides
+        _Q8,
+        num_rows,
+        num_inputs,
+        _address(values),
+        _address(scales),
+        row_stride=values.strides[0],
+        block_stride=values.strides[1],
+        scale_row_stride=scales.strides[0],
+        scale_block_stride=scales.strides[1],
     )
     return Held(held, (values, scales))
 

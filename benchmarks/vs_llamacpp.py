@@ -1,0 +1,223 @@
+"""ossia against llama.cpp on the same weights, threads and machine, in turn: A B A B, medians.
+
+    python benchmarks/vs_llamacpp.py [--layers 4] [--rounds 3] [--llamacpp FOLDER] [--quick]
+
+Makes under build/bench: a checkpoint of gpt-oss-20b's shape with random weights (`--layers 24` for all of it), the same
+weights as GGUF with Q8_0 dense tensors, and llama.cpp from the source package of llama-cpp-python, built for this
+machine (`--llamacpp` names a folder with its programs instead). Needs some 8 GB of disk for 4 layers, 25 for 24.
+
+Both engines read 8-bit dense tensors and MXFP4 experts. Each line is one program run of either side after the other;
+the tokens are random on both sides. Results go to benchmarks/results/<processor>/<date>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from to_gguf import convert
+
+from ossia.model.random_checkpoint import write_random_checkpoint
+
+ROOT = Path(__file__).parent.parent
+WORK = ROOT / "build" / "bench"
+PROMPT = "word " * 31
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--llamacpp", type=Path, help="a folder with llama-bench, llama-batched-bench, llama-completion"
+    )
+    parser.add_argument("--quick", action="store_true", help="leave out the long prompts and depths")
+    parser.add_argument("--checkpoint", type=Path, help="a checkpoint that is there already")
+    parser.add_argument("--gguf", type=Path, help="its GGUF file")
+    arguments = parser.parse_args()
+
+    WORK.mkdir(parents=True, exist_ok=True)
+    llamacpp = arguments.llamacpp or build_llamacpp()
+    checkpoint = arguments.checkpoint or WORK / f"shape-20b-{arguments.layers}"
+    if not checkpoint.exists():
+        write_random_checkpoint(checkpoint, "20b", num_layers=arguments.layers)
+    gguf = arguments.gguf or checkpoint.with_suffix(".gguf")
+    if not gguf.exists():
+        convert(checkpoint, gguf)
+
+    sides = Sides(checkpoint, gguf, llamacpp, arguments.threads)
+    machine, lines = {}, []
+    for name, ours, theirs in plan(sides, quick=arguments.quick):
+        pairs = [(ours(), theirs()) for _ in range(arguments.rounds)]
+        machine = sides.machine
+        lines.append(line(name, pairs))
+        print(
+            f"{name:<28} ossia {lines[-1]['ossia']:8.2f}  llama.cpp {lines[-1]['llama.cpp']:8.2f} {unit(name):<9}"
+            f" ratio {lines[-1]['ratio']:.2f}  {share(lines[-1], sides, name)}",
+            flush=True,
+        )
+    result = {"layers": arguments.layers, "machine": machine, "lines": lines, "load": os.getloadavg()}
+    print(f"written: {write_result(result)}")
+
+
+class Sides:
+    """The two engines' programs, each run as a process that prints JSON."""
+
+    def __init__(self, checkpoint: Path, gguf: Path, llamacpp: Path, threads: int) -> None:
+        self.checkpoint, self.gguf, self.llamacpp, self.threads = checkpoint, gguf, llamacpp, threads
+        self.machine: dict[str, Any] = {}
+        self.shares: dict[str, list[tuple[float, float]]] = {}
+
+    def ours(self, name: str, **options: str | int) -> float:
+        """Tokens per second of the one line that ``options`` of `ossia bench` ask for."""
+        asked = {"prefill": "", "depth": "", "batch": ""} | options
+        flags = [part for key, value in asked.items() for part in (f"--{key}", str(value))]
+        command = [sys.executable, "-m", "ossia", "bench", "--json", "--model", str(self.checkpoint)]
+        report = json.loads(run([*command, "--threads", str(self.threads), *flags]))
+        self.machine = report["machine"]
+        measured = report["measurements"][-1]
+        seconds = measured["seconds_per_pass"]
+        self.shares.setdefault(name, []).append(
+            (
+                measured["bytes_per_pass"] / seconds / self.machine["read_bytes_per_s"],
+                measured["macs_per_pass"] / seconds / self.machine["integer_macs_per_s"],
+            )
+        )
+        return float(measured["tokens_per_s"])
+
+    def theirs(self, *options: str | int) -> float:
+        command = [self.llamacpp / "llama-bench", "-m", self.gguf, "-t", self.threads, "-r", 1, "-o", "json", *options]
+        return float(json.loads(run(command))[-1]["avg_ts"])
+
+    def theirs_together(self, num_seqs: int) -> float:
+        command = [self.llamacpp / "llama-batched-bench", "-m", self.gguf, "-t", self.threads, "-c", 4096]
+        command += ["-npp", 8, "-ntg", 16, "-npl", num_seqs, "--output-format", "jsonl"]
+        lines = [text for text in run(command).splitlines() if text.startswith("{")]
+        return float(json.loads(lines[-1])["speed_tg"])
+
+    def our_first_token_s(self) -> float:
+        started_s = time.perf_counter()
+        # 32 tokens with the opening of the assistant's message: the prompt is given as it is, without a system message.
+        program = (
+            "import ossia; model = ossia.load({!r}, threads={}); "
+            "next(model.complete(model.tokenizer.encode({!r})[:32], max_tokens=1, temperature=0), None)"
+        ).format(str(self.checkpoint), self.threads, PROMPT + "word")
+        run([sys.executable, "-c", program])
+        return time.perf_counter() - started_s
+
+    def their_first_token_s(self) -> float:
+        started_s = time.perf_counter()
+        command = [self.llamacpp / "llama-completion", "-m", self.gguf, "-t", self.threads, "-c", 8192, "-n", 1]
+        run([*command, "--temp", 0, "-no-cnv", "--no-warmup", "-p", PROMPT + "word"])
+        return time.perf_counter() - started_s
+
+
+Line = tuple[str, Callable[[], float], Callable[[], float]]
+
+
+def plan(sides: Sides, *, quick: bool) -> list[Line]:
+    lines: list[Line] = []
+    for depth in (0,) if quick else (0, 4096, 16384):
+        name = f"decode at depth {depth}"
+        lines.append(
+            (
+                name,
+                lambda name=name, depth=depth: sides.ours(name, depth=depth),
+                lambda depth=depth: sides.theirs("-p", 0, "-n", 16 if depth == 0 else 8, "-d", depth),
+            )
+        )
+    for length in (512,) if quick else (512, 4096):
+        name = f"prefill {length}"
+        lines.append(
+            (
+                name,
+                lambda name=name, length=length: sides.ours(name, prefill=length, repeats=1),
+                lambda length=length: sides.theirs("-p", length, "-n", 0),
+            )
+        )
+    for num_seqs in (8,) if quick else (2, 4, 8, 16):
+        name = f"decode, {num_seqs} sequences"
+        lines.append(
+            (
+                name,
+                lambda name=name, num_seqs=num_seqs: sides.ours(name, batch=num_seqs),
+                lambda num_seqs=num_seqs: sides.theirs_together(num_seqs),
+            )
+        )
+    lines.append(("start to first token", sides.our_first_token_s, sides.their_first_token_s))
+    return lines
+
+
+def line(name: str, pairs: list[tuple[float, float]]) -> dict[str, Any]:
+    """Medians of both sides, and the median of the pairs' ratios."""
+    ours, theirs = zip(*pairs, strict=True)
+    return {
+        "name": name,
+        "unit": unit(name),
+        "ossia": statistics.median(ours),
+        "llama.cpp": statistics.median(theirs),
+        "ratio": statistics.median(a / b for a, b in pairs),
+        "pairs": pairs,
+    }
+
+
+def share(entry: dict[str, Any], sides: Sides, name: str) -> str:
+    if name not in sides.shares:
+        return ""
+    entry["share_of_bandwidth"] = statistics.median(memory for memory, _ in sides.shares[name])
+    entry["share_of_arithmetic"] = statistics.median(arithmetic for _, arithmetic in sides.shares[name])
+    return f"{entry['share_of_bandwidth']:.0%} of memory, {entry['share_of_arithmetic']:.0%} of arithmetic"
+
+
+def unit(name: str) -> str:
+    return "s" if name.startswith("start") else "tokens/s"
+
+
+def build_llamacpp() -> Path:
+    """The folder with llama.cpp's programs, built once from the source package of llama-cpp-python."""
+    source = WORK / "llamacpp"
+    if not source.exists():
+        package = WORK / "package"
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+        run([*command, "--no-build-isolation", "--dest", package, "llama-cpp-python"])
+        with tarfile.open(next(package.glob("*.tar.gz"))) as archive:
+            archive.extractall(package, filter="data")
+        next(package.glob("*/vendor/llama.cpp")).rename(source)
+    build = source / "build"
+    options = ["-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DLLAMA_CURL=OFF", "-DLLAMA_BUILD_TESTS=OFF"]
+    run(["cmake", "-S", source, "-B", build, *options])
+    targets = ["llama-bench", "llama-batched-bench", "llama-completion"]
+    run(["cmake", "--build", build, "--parallel", os.cpu_count() or 1, "--target", *targets])
+    return build / "bin"
+
+
+def run(command: list[Any]) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        sys.exit(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def write_result(result: dict[str, Any]) -> Path:
+    processor = re.sub(r"\W+", "-", result["machine"]["processor"]).strip("-").lower()
+    folder = ROOT / "benchmarks" / "results" / processor
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{datetime.date.today().isoformat()}-vs-llamacpp-{result['layers']}-layers.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return path
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,496 @@
+// Products of a tile of kTileRows matrix rows with any number of tokens.
+//
+// Quantised weights: 32 inputs of 8 (16) rows are decoded once into bytes whose 4-byte groups stand row beside row,
+//     w[group g of 4 inputs][row r][4]            256 (512) bytes, in registers
+// and multiplied by every token: 4 of its bytes broadcast to all rows, eight times. So a row's sum sits in one lane:
+//     out[t, r] = sum_b float(sum_i w[r, b, i] q[t, b, i]) * (scale[r, b] * d[t, b])
+// with exact integers inside and the float sum in the order of b, whatever the number of tokens.
+//
+// MXFP4's codes doubled are the integers 0 1 2 3 4 6 8 12 and negatives. Byte products need one unsigned side: weights
+// are taken as code + 12, and the block's -12 * sum(q) is where the accumulator starts. AVX2 adds 16-bit products modulo
+// 2^16: eight sums of two may pass 2^15 on the way, the true sum of 16 products of |12 * 127| does not.
+// The nibbles' order is met by storing the activations in the order of the nibbles: all low ones, then all high ones.
+#include "dot.h"
+
+#include <chrono>
+
+namespace ossia::OSSIA_NS {
+namespace {
+
+// Integer products ----------------------------------------------------------------------------------------------------
+
+#if OSSIA_512 || OSSIA_256
+
+#if OSSIA_512
+using Bytes = __m512i;
+#else
+using Bytes = __m256i;
+#endif
+
+struct Decoded {
+  Bytes group[8];
+};
+
+OSSIA_INLINE Bytes broadcast4(const int8_t* q) {
+  int32_t four;
+  std::memcpy(&four, q, 4);
+#if OSSIA_512
+  return _mm512_set1_epi32(four);
+#else
+  return _mm256_set1_epi32(four);
+#endif
+}
+
+#if OSSIA_512
+OSSIA_INLINE Bytes rows_apart(const uint8_t* p, int64_t stride) {  // 16 bytes of rows 0, 4, 8 and 12
+  const auto row = [&](int r) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + r * stride)); };
+  const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(row(0)), row(4), 1);
+  const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(row(8)), row(12), 1);
+  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+#define OSSIA_UNPACK(size, half) _mm512_unpack##half##_epi##size
+OSSIA_INLINE Bytes low_nibbles(Bytes a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
+OSSIA_INLINE Bytes high_nibbles(Bytes a) { return low_nibbles(_mm512_srli_epi16(a, 4)); }
+OSSIA_INLINE Bytes unsigned_codes(Bytes nibbles) {
+  const __m128i codes = _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0);
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(codes), nibbles);
+}
+#else
+OSSIA_INLINE Bytes rows_apart(const uint8_t* p, int64_t stride) {  // 16 bytes of rows 0 and 4
+  const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 4 * stride));
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+}
+#define OSSIA_UNPACK(size, half) _mm256_unpack##half##_epi##size
+OSSIA_INLINE Bytes low_nibbles(Bytes a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
+OSSIA_INLINE Bytes high_nibbles(Bytes a) { return low_nibbles(_mm256_srli_epi16(a, 4)); }
+OSSIA_INLINE Bytes unsigned_codes(Bytes nibbles) {
+  const __m128i codes = _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0);
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(codes), nibbles);
+}
+#endif
+
+// 16 bytes of every row, 4 x 4 groups turned inside each 128-bit lane, then nibbles to codes.
+OSSIA_INLINE Decoded decode_mxfp4(const uint8_t* p, int64_t stride) {
+  const Bytes a = rows_apart(p, stride), b = rows_apart(p + stride, stride);
+  const Bytes c = rows_apart(p + 2 * stride, stride), d = rows_apart(p + 3 * stride, stride);
+  const Bytes ab_low = OSSIA_UNPACK(32, lo)(a, b), ab_high = OSSIA_UNPACK(32, hi)(a, b);
+  const Bytes cd_low = OSSIA_UNPACK(32, lo)(c, d), cd_high = OSSIA_UNPACK(32, hi)(c, d);
+  const Bytes group[4] = {OSSIA_UNPACK(64, lo)(ab_low, cd_low), OSSIA_UNPACK(64, hi)(ab_low, cd_low),
+                          OSSIA_UNPACK(64, lo)(ab_high, cd_high), OSSIA_UNPACK(64, hi)(ab_high, cd_high)};
+  Decoded w;
+  for (int g = 0; g < 4; ++g) {
+    w.group[g] = unsigned_codes(low_nibbles(group[g]));
+    w.group[4 + g] = unsigned_codes(high_nibbles(group[g]));
+  }
+  return w;
+}
+
+OSSIA_INLINE Decoded load_q8(const int8_t* p) {
+  Decoded w;
+  for (int g = 0; g < 8; ++g) std::memcpy(&w.group[g], p + g * sizeof(Bytes), sizeof(Bytes));
+#if OSSIA_512
+  for (Bytes& bytes : w.group) bytes = _mm512_xor_si512(bytes, _mm512_set1_epi8(-128));
+#elif OSSIA_ISA == OSSIA_AVXVNNI
+  for (Bytes& bytes : w.group) bytes = _mm256_xor_si256(bytes, _mm256_set1_epi8(-128));
+#endif
+  return w;
+}
+
+// gcc would first make all products and then add them, and has no registers to keep them in.
+OSSIA_INLINE void keep_order(Bytes& sum) { asm volatile("" : "+x"(sum)); }
+
+// The integer sums of kTokens tokens' blocks; each group of weights is in a register once for all of them.
+#if OSSIA_ISA == OSSIA_AVX2
+
+template <int kTokens>
+OSSIA_INLINE void dot_mxfp4(const Decoded& w, const QBlock* x, Vf* dots) {
+  __m256i sums[kTokens];
+  for (int t = 0; t < kTokens; ++t) sums[t] = _mm256_set1_epi32(x[t].correction);
+  OSSIA_UNROLL(8)
+  for (int g = 0; g < 8; ++g)
+    OSSIA_UNROLL(4)
+    for (int t = 0; t < kTokens; ++t) {
+      sums[t] = _mm256_add_epi16(sums[t], _mm256_maddubs_epi16(w.group[g], broadcast4(x[t].q + 4 * g)));
+      keep_order(sums[t]);
+    }
+  for (int t = 0; t < kTokens; ++t) dots[t] = _mm256_cvtepi32_ps(_mm256_madd_epi16(sums[t], _mm256_set1_epi16(1)));
+}
+
+// |w| unsigned times q with the sign of w: pairs reach 2 * 127 * 128, just below 2^15.
+template <int kTokens>
+OSSIA_INLINE void dot_q8(const Decoded& w, const QBlock* x, Vf* dots) {
+  __m256i sums[kTokens];
+  for (int t = 0; t < kTokens; ++t) sums[t] = _mm256_setzero_si256();
+  OSSIA_UNROLL(8)
+  for (int g = 0; g < 8; ++g) {
+    const __m256i magnitude = _mm256_abs_epi8(w.group[g]);
+    OSSIA_UNROLL(4)
+    for (int t = 0; t < kTokens; ++t) {
+      const __m256i signed_q = _mm256_sign_epi8(broadcast4(x[t].q + 4 * g), w.group[g]);
+      const __m256i pairs = _mm256_maddubs_epi16(magnitude, signed_q);
+      sums[t] = _mm256_add_epi32(sums[t], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+      keep_order(sums[t]);
+    }
+  }
+  for (int t = 0; t < kTokens; ++t) dots[t] = _mm256_cvtepi32_ps(sums[t]);
+}
+
+#else
+
+OSSIA_INLINE Bytes dot_bytes(Bytes sum, Bytes unsigned_bytes, Bytes signed_bytes) {
+#if OSSIA_512
+  return _mm512_dpbusd_epi32(sum, unsigned_bytes, signed_bytes);
+#else
+  return _mm256_dpbusd_avx_epi32(sum, unsigned_bytes, signed_bytes);
+#endif
+}
+
+template <int kTokens>
+OSSIA_INLINE void dot_unsigned(const Decoded& w, const QBlock* x, Vf* dots) {
+  Bytes sums[kTokens];
+  for (int t = 0; t < kTokens; ++t) sums[t] = broadcast4(reinterpret_cast<const int8_t*>(&x[t].correction));
+  OSSIA_UNROLL(8)
+  for (int g = 0; g < 8; ++g)
+    OSSIA_UNROLL(4)
+    for (int t = 0; t < kTokens; ++t) sums[t] = dot_bytes(sums[t], w.group[g], broadcast4(x[t].q + 4 * g));
+  for (int t = 0; t < kTokens; ++t) {
+#if OSSIA_512
+    dots[t] = _mm512_cvtepi32_ps(sums[t]);
+#else
+    dots[t] = _mm256_cvtepi32_ps(sums[t]);
+#endif
+  }
+}
+template <int kTokens>
+OSSIA_INLINE void dot_mxfp4(const Decoded& w, const QBlock* x, Vf* dots) {
+  dot_unsigned<kTokens>(w, x, dots);
+}
+template <int kTokens>
+OSSIA_INLINE void dot_q8(const Decoded& w, const QBlock* x, Vf* dots) {
+  dot_unsigned<kTokens>(w, x, dots);
+}
+
+#endif
+
+#else  // portable: row by row, which any compiler turns into widening multiply-adds
+
+struct Decoded {
+  int8_t row[kTileRows][kBlock];
+};
+
+OSSIA_INLINE Decoded decode_mxfp4(const uint8_t* p, int64_t stride) {
+  Decoded w;
+  for (int r = 0; r < kTileRows; ++r) {
+    uint8_t codes[kBlock];
+    for (int i = 0; i < kBlock / 2; ++i) {
+      codes[i] = p[r * stride + i] & 15;
+      codes[kBlock / 2 + i] = p[r * stride + i] >> 4;
+    }
+    for (int i = 0; i < kBlock; ++i) {
+      // 0 1 2 3 4 5 6 7 -> 0 1 2 3 4 6 8 12 in arithmetic that has a vector form everywhere.
+      const int8_t m = codes[i] & 7;
+      const int8_t above_4 = m > 4 ? m - 4 : 0, above_6 = m > 6 ? m - 6 : 0;
+      const int8_t magnitude = static_cast<int8_t>(m + above_4 + 2 * above_6);
+      w.row[r][i] = static_cast<int8_t>(codes[i] > 7 ? -magnitude : magnitude);
+    }
+  }
+  return w;
+}
+
+OSSIA_INLINE Decoded load_q8(const int8_t* p) {
+  Decoded w;
+  for (int g = 0; g < 8; ++g)
+    for (int r = 0; r < kTileRows; ++r) std::memcpy(&w.row[r][4 * g], p + (g * kTileRows + r) * 4, 4);
+  return w;
+}
+
+template <int kTokens>
+OSSIA_INLINE void dot_rows(const Decoded& w, const QBlock* x, Vf* dots) {
+  for (int t = 0; t < kTokens; ++t)
+    for (int r = 0; r < kTileRows; ++r) {
+      int32_t sum = 0;
+      for (int i = 0; i < kBlock; ++i) sum += static_cast<int16_t>(w.row[r][i]) * static_cast<int16_t>(x[t].q[i]);
+      dots[t][r] = static_cast<float>(sum);
+    }
+}
+template <int kTokens>
+OSSIA_INLINE void dot_mxfp4(const Decoded& w, const QBlock* x, Vf* dots) {
+  dot_rows<kTokens>(w, x, dots);
+}
+template <int kTokens>
+OSSIA_INLINE void dot_q8(const Decoded& w, const QBlock* x, Vf* dots) {
+  dot_rows<kTokens>(w, x, dots);
+}
+
+#endif
+
+// Scales --------------------------------------------------------------------------------------------------------------
+
+// 2^(s - 127) of one byte per row. The bits s << 23 are right but for 0 (2^-127 is subnormal) and 255 (NaN, not
+// infinity); setting the fraction's top bit mends both.
+OSSIA_INLINE Vf e8m0_scales(const uint8_t* s) {
+#if OSSIA_512
+  const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(s)));
+  const __mmask16 edge =
+      _mm512_cmpeq_epi32_mask(byte, _mm512_setzero_si512()) | _mm512_cmpeq_epi32_mask(byte, _mm512_set1_epi32(255));
+  const __m512i bits = _mm512_slli_epi32(byte, 23);
+  return _mm512_castsi512_ps(_mm512_mask_or_epi32(bits, edge, bits, _mm512_set1_epi32(0x400000)));
+#elif OSSIA_256
+  const __m256i byte = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(s)));
+  const __m256i edge = _mm256_or_si256(_mm256_cmpeq_epi32(byte, _mm256_setzero_si256()),
+                                       _mm256_cmpeq_epi32(byte, _mm256_set1_epi32(255)));
+  const __m256i half = _mm256_and_si256(edge, _mm256_set1_epi32(0x400000));
+  return _mm256_castsi256_ps(_mm256_or_si256(_mm256_slli_epi32(byte, 23), half));
+#else
+  Vi bits;
+  for (int r = 0; r < kTileRows; ++r)
+    bits[r] = static_cast<int32_t>((static_cast<uint32_t>(s[r]) << 23) | (s[r] == 0 || s[r] == 255 ? 0x400000u : 0u));
+  return (Vf)bits;
+#endif
+}
+
+constexpr int kScaleRun = 8;  // blocks whose scales are turned at a time
+
+// to[block][row] = scales of the tile's rows, `count` <= 8 blocks.
+OSSIA_INLINE void turn_scales(const uint8_t* from, int64_t row_stride, int64_t block_stride, int64_t count,
+                              uint8_t to[kScaleRun][kTileRows]) {
+#if OSSIA_512 || OSSIA_256
+  if (block_stride == 1 && count == kScaleRun) {
+    for (int part = 0; part < kTileRows; part += 8) {
+      const auto row = [&](int r) {
+        return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + (part + r) * row_stride));
+      };
+      const __m128i r01 = _mm_unpacklo_epi8(row(0), row(1)), r23 = _mm_unpacklo_epi8(row(2), row(3));
+      const __m128i r45 = _mm_unpacklo_epi8(row(4), row(5)), r67 = _mm_unpacklo_epi8(row(6), row(7));
+      const __m128i r0123_low = _mm_unpacklo_epi16(r01, r23), r0123_high = _mm_unpackhi_epi16(r01, r23);
+      const __m128i r4567_low = _mm_unpacklo_epi16(r45, r67), r4567_high = _mm_unpackhi_epi16(r45, r67);
+      const __m128i blocks[4] = {
+          _mm_unpacklo_epi32(r0123_low, r4567_low), _mm_unpackhi_epi32(r0123_low, r4567_low),
+          _mm_unpacklo_epi32(r0123_high, r4567_high), _mm_unpackhi_epi32(r0123_high, r4567_high)};
+      for (int i = 0; i < 4; ++i) {
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(&to[2 * i][part]), blocks[i]);
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(&to[2 * i + 1][part]), _mm_unpackhi_epi64(blocks[i], blocks[i]));
+      }
+    }
+    return;
+  }
+#endif
+  for (int r = 0; r < kTileRows; ++r)
+    for (int64_t b = 0; b < count; ++b) to[b][r] = from[r * row_stride + b * block_stride];
+}
+
+// Tiles ---------------------------------------------------------------------------------------------------------------
+
+// sums[t, r] += w[r, i] q[t, i] * (scale[r] d[t])
+template <int kTokens>
+OSSIA_INLINE void accumulate_few(const Decoded& w, bool mxfp4, Vf scale, const QBlock* x, Vf* sums) {
+  Vf dots[kTokens];
+  if (mxfp4) {
+    dot_mxfp4<kTokens>(w, x, dots);
+  } else {
+    dot_q8<kTokens>(w, x, dots);
+  }
+  for (int t = 0; t < kTokens; ++t) sums[t] = fma(dots[t], mul(scale, set1(x[t].d)), sums[t]);
+}
+
+template <int kTokens>
+OSSIA_INLINE void accumulate_in_memory(const Decoded& w, bool mxfp4, Vf scale, const QBlock* x, float* sums) {
+  Vf few[kTokens];
+  for (int t = 0; t < kTokens; ++t) few[t] = load(sums + t * kTileRows);
+  accumulate_few<kTokens>(w, mxfp4, scale, x, few);
+  for (int t = 0; t < kTokens; ++t) store(sums + t * kTileRows, few[t]);
+}
+
+template <int kTokens>
+OSSIA_INLINE void accumulate(const Decoded& w, bool mxfp4, Vf scale, const QBlock* x, int64_t num_tokens, Vf* registers,
+                             float* sums) {
+  if constexpr (kTokens > 0) {
+    accumulate_few<kTokens>(w, mxfp4, scale, x, registers);
+  } else {
+    int64_t t = 0;
+    for (; t + 4 <= num_tokens; t += 4) accumulate_in_memory<4>(w, mxfp4, scale, x + t, sums + t * kTileRows);
+    for (; t < num_tokens; ++t) accumulate_in_memory<1>(w, mxfp4, scale, x + t, sums + t * kTileRows);
+  }
+}
+
+// kTokens > 0: exactly so many, sums in registers; 0: any number, sums in memory.
+template <int kTokens>
+OSSIA_INLINE void mxfp4_tile(const Matrix& w, int64_t first_row, int64_t row_step, const QBlock* x, int64_t num_tokens,
+                             float* sums) {
+  const int64_t num_blocks = w.cols / kBlock;
+  const int64_t stride = w.row_stride * row_step, scale_stride = w.scale_row_stride * row_step;
+  const uint8_t* data = w.data + first_row * w.row_stride;
+  const uint8_t* scales = w.scales + first_row * w.scale_row_stride;
+  // The next tile's bytes are asked for while this one's are multiplied.
+  const uint8_t* ahead = data + kTileRows * stride;
+  Vf registers[kTokens > 0 ? kTokens : 1];
+  for (Vf& sum : registers) sum = zero();
+  if (kTokens == 0)
+    for (int64_t t = 0; t < num_tokens; ++t) store(sums + t * kTileRows, zero());
+  for (int64_t run = 0; run < num_blocks; run += kScaleRun) {
+    const int64_t count = least<int64_t>(kScaleRun, num_blocks - run);
+    alignas(64) uint8_t turned[kScaleRun][kTileRows];
+    turn_scales(scales + run * w.scale_block_stride, scale_stride, w.scale_block_stride, count, turned);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t b = run + i;
+      if (i % 4 == 0)
+        for (int r = 0; r < kTileRows; ++r) prefetch(ahead + r * stride + b * w.block_stride);
+      const Decoded decoded = decode_mxfp4(data + b * w.block_stride, stride);
+      accumulate<kTokens>(decoded, true, e8m0_scales(turned[i]), x + b * num_tokens, num_tokens, registers, sums);
+    }
+  }
+  for (int t = 0; t < kTokens; ++t) store(sums + t * kTileRows, registers[t]);
+}
+
+template <int kTokens>
+OSSIA_INLINE void q8_tile(const Matrix& w, int64_t tile, const QBlock* x, int64_t num_tokens, float* sums) {
+  const int64_t num_blocks = w.cols / kBlock;
+  constexpr int64_t kBytes = kTileRows * kBlock;
+  const int8_t* data = reinterpret_cast<const int8_t*>(w.data) + tile * num_blocks * kBytes;
+  const uint16_t* scales = reinterpret_cast<const uint16_t*>(w.scales) + tile * num_blocks * kTileRows;
+  Vf registers[kTokens > 0 ? kTokens : 1];
+  for (Vf& sum : registers) sum = zero();
+  if (kTokens == 0)
+    for (int64_t t = 0; t < num_tokens; ++t) store(sums + t * kTileRows, zero());
+  for (int64_t b = 0; b < num_blocks; ++b) {
+    const int8_t* block = data + b * kBytes;
+    for (int64_t line = 0; line < kBytes; line += 64) prefetch(block + 4096 + line);
+    accumulate<kTokens>(load_q8(block), false, load_half(scales + b * kTileRows), x + b * num_tokens, num_tokens,
+                        registers, sums);
+  }
+  for (int t = 0; t < kTokens; ++t) store(sums + t * kTileRows, registers[t]);
+}
+
+// Float weights -------------------------------------------------------------------------------------------------------
+
+// out[t][r] = sum_i x[t, i] w[r, i]: lanes over i, added at the end, then the inputs past the last full vector.
+template <Format kFormat, int kRows, int kTokens>
+OSSIA_INLINE void float_patch(const uint8_t* w, int64_t row_stride, int64_t cols, const float* x, int64_t x_stride,
+                              float* out, int64_t out_stride) {
+  using Number = Numbers<kFormat>;
+  Vf sums[kTokens][kRows];
+  for (int t = 0; t < kTokens; ++t)
+    for (int r = 0; r < kRows; ++r) sums[t][r] = zero();
+  int64_t i = 0;
+  for (; i + kLanes <= cols; i += kLanes) {
+    Vf x_lanes[kTokens];
+    for (int t = 0; t < kTokens; ++t) x_lanes[t] = load(x + t * x_stride + i);
+    for (int r = 0; r < kRows; ++r) {
+      const uint8_t* p = w + r * row_stride + i * Number::kBytes;
+      if (i % 32 == 0) prefetch(p + 2048);
+      const Vf w_lanes = Number::vector(p);
+      for (int t = 0; t < kTokens; ++t) sums[t][r] = fma(w_lanes, x_lanes[t], sums[t][r]);
+    }
+  }
+  for (int t = 0; t < kTokens; ++t)
+    for (int r = 0; r < kRows; ++r) {
+      float sum = sum_lanes(sums[t][r]);
+      for (int64_t rest = i; rest < cols; ++rest)
+        sum += Number::one(w + r * row_stride + rest * Number::kBytes) * x[t * x_stride + rest];
+      out[t * out_stride + r] = sum;
+    }
+}
+
+template <Format kFormat, int kRows>
+OSSIA_INLINE void float_rows_of(const uint8_t* w, int64_t row_stride, int64_t cols, const float* x, int64_t x_stride,
+                                int64_t num_tokens, float* out, int64_t out_stride) {
+  int64_t t = 0;
+  for (; t + 3 <= num_tokens; t += 3)
+    float_patch<kFormat, kRows, 3>(w, row_stride, cols, x + t * x_stride, x_stride, out + t * out_stride, out_stride);
+  for (; t < num_tokens; ++t)
+    float_patch<kFormat, kRows, 1>(w, row_stride, cols, x + t * x_stride, x_stride, out + t * out_stride, out_stride);
+}
+
+template <Format kFormat>
+static void float_rows_as(const Matrix& w, int64_t row, int64_t count, const float* x, int64_t x_stride,
+                          int64_t num_tokens, float* out, int64_t out_stride) {
+  const int64_t end = row + count;
+  for (; row + 4 <= end; row += 4, out += 4)
+    float_rows_of<kFormat, 4>(w.data + row * w.row_stride, w.row_stride, w.cols, x, x_stride, num_tokens, out, out_stride);
+  for (; row < end; ++row, ++out)
+    float_rows_of<kFormat, 1>(w.data + row * w.row_stride, w.row_stride, w.cols, x, x_stride, num_tokens, out, out_stride);
+}
+
+// Enough products of them at once to hide their latency. Where there is no byte dot
+// product, a multiplication counts with the 16-bit addition that keeps it.
+#if OSSIA_512 || OSSIA_256
+OSSIA_INLINE Bytes multiply_accumulate(Bytes sum, Bytes a, Bytes b) {
+#if OSSIA_512
+  return _mm512_dpbusd_epi32(sum, a, b);
+#elif OSSIA_ISA == OSSIA_AVXVNNI
+  return _mm256_dpbusd_avx_epi32(sum, a, b);
+#else
+  // Written out, since a compiler would see that all products are the same.
+  __m256i product;
+  asm volatile("vpmaddubsw %2, %1, %0" : "=x"(product) : "x"(a), "x"(b));
+  return _mm256_add_epi16(sum, product);
+#endif
+}
+#endif
+
+}  // namespace
+
+void quantized_tile(const Matrix& w, int64_t tile, const QBlock* x, int64_t num_tokens, float* sums) {
+  if (w.format == Format::kQ8) {
+    switch (num_tokens) {
+      case 1: return q8_tile<1>(w, tile, x, 1, sums);
+      case 2: return q8_tile<2>(w, tile, x, 2, sums);
+      default: return q8_tile<0>(w, tile, x, num_tokens, sums);
+    }
+  }
+  const RowTile rows = row_tile(w.rows, tile);
+  switch (num_tokens) {
+    case 1: return mxfp4_tile<1>(w, rows.first_row, rows.row_step, x, 1, sums);
+    case 2: return mxfp4_tile<2>(w, rows.first_row, rows.row_step, x, 2, sums);
+    case 3: return mxfp4_tile<3>(w, rows.first_row, rows.row_step, x, 3, sums);
+    default: return mxfp4_tile<0>(w, rows.first_row, rows.row_step, x, num_tokens, sums);
+  }
+}
+
+void float_rows(const Matrix& w, int64_t row, int64_t count, const float* x, int64_t x_stride, int64_t num_tokens,
+                float* out, int64_t out_stride) {
+  switch (w.format) {
+    case Format::kF32: return float_rows_as<Format::kF32>(w, row, count, x, x_stride, num_tokens, out, out_stride);
+    case Format::kBf16: return float_rows_as<Format::kBf16>(w, row, count, x, x_stride, num_tokens, out, out_stride);
+    default: return float_rows_as<Format::kF16>(w, row, count, x, x_stride, num_tokens, out, out_stride);
+  }
+}
+
+double integer_peak(int64_t num_rounds) {
+  const auto start = std::chrono::steady_clock::now();
+#if OSSIA_512 || OSSIA_256
+  constexpr double kPerRound = 8 * static_cast<double>(sizeof(Bytes));
+  const Bytes a = broadcast4(reinterpret_cast<const int8_t*>("\1\2\3\4"));
+  Bytes b = a, s0 = a, s1 = a, s2 = a, s3 = a, s4 = a, s5 = a, s6 = a, s7 = a;
+  for (int64_t i = 0; i < num_rounds; ++i) {
+    s0 = multiply_accumulate(s0, a, b);
+    s1 = multiply_accumulate(s1, a, b);
+    s2 = multiply_accumulate(s2, a, b);
+    s3 = multiply_accumulate(s3, a, b);
+    s4 = multiply_accumulate(s4, a, b);
+    s5 = multiply_accumulate(s5, a, b);
+    s6 = multiply_accumulate(s6, a, b);
+    s7 = multiply_accumulate(s7, a, b);
+    asm volatile("" : "+x"(b));
+  }
+  asm volatile("" : : "x"(s0), "x"(s1), "x"(s2), "x"(s3), "x"(s4), "x"(s5), "x"(s6), "x"(s7));
+#else
+  constexpr double kPerRound = kTileRows * kBlock;
+  Decoded w;
+  std::memset(&w, 3, sizeof w);
+  QBlock x = {};
+  Vf sum = zero();
+  for (int64_t i = 0; i < num_rounds; ++i) {
+    asm volatile("" : : "r"(&w), "r"(&x) : "memory");
+    Vf dot;
+    dot_mxfp4<1>(w, &x, &dot);
+    sum = add(sum, dot);
+  }
+  asm volatile("" : : "m"(sum));
+#endif
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+  return kPerRound * static_cast<double>(num_rounds) / seconds.count() / 1e9;
+}
+
+}  // namespace ossia::OSSIA_NS

@@ -1,0 +1,112 @@
+"""A model as a Python program uses it: load, generate, read deltas, leave."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+import ossia
+from ossia.errors import ConfigError, InputError, NotFoundError, OssiaError
+from ossia.model.random_checkpoint import write_random_checkpoint
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_random_checkpoint(tmp_path_factory.mktemp("local") / "tiny", "tiny", num_layers=2)
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return ossia.load(tiny)
+
+
+def test_settings_are_checked_and_spelled_as_in_the_settings_file(tiny):
+    model = ossia.load(tiny, kv_memory="16MiB", max_context=100)
+    assert len(list(model.generate("Hello", seed=1))) > 0
+    with pytest.raises(ConfigError, match="kv_memory is 'lots'; expected a size such as 2GiB"):
+        ossia.load(tiny, kv_memory="lots")
+    with pytest.raises(ConfigError, match="unknown setting 'kvmemory'; did you mean 'kv_memory'"):
+        ossia.load(tiny, kvmemory=1)
+    with pytest.raises(NotFoundError, match="no model was named"):
+        ossia.load()
+
+
+# Answers -------------------------------------------------------------------------------------------------------------
+
+
+def test_deltas_join_to_the_texts_of_the_messages(model):
+    generation = model.generate("Hello", max_tokens=20, seed=1, current_date="2026-01-01")
+    deltas = "".join(delta.text for delta in generation)
+    assert deltas == "".join(message.text for message in generation.messages)
+    assert generation.finish_reason == "length" and len(generation.token_ids) == 20
+
+
+def test_answers_read_in_turns_are_those_given_alone(model):
+    alone = [[d.text for d in model.generate("Hello", max_tokens=8, seed=seed)] for seed in (1, 2)]
+    first, second = (model.generate("Hello", max_tokens=8, seed=seed) for seed in (1, 2))
+    texts = ([next(first).text], [next(second).text])
+    texts[1].extend(delta.text for delta in second)
+    texts[0].extend(delta.text for delta in first)
+    assert list(texts) == alone
+
+
+def test_an_answer_stops_at_a_call_whatever_the_checkpoint_says(model):
+    call = model.tokenizer.special("<|call|>")
+    # The stops of generation_config.json as first published, which lack <|call|>.
+    stops = model.engine._runner.config.stop_token_ids
+    old = dataclasses.replace(model.engine._runner.config, stop_token_ids=tuple(i for i in stops if i != call))
+    model.engine._runner.config, published = old, model.engine._runner.config
+    try:
+        generation = model.generate("Hello", max_tokens=5, temperature=0, logit_bias={call: 1000})
+        list(generation)
+        going_on = model.generate("Hello", max_tokens=5, temperature=0, logit_bias={call: 1000}, ignore_eos=True)
+        list(going_on)
+    finally:
+        model.engine._runner.config = published
+    assert generation.token_ids == [call] and generation.finish_reason == "stop"
+    assert going_on.token_ids == [call] * 5
+
+
+def test_a_date_that_is_none_is_refused(model):
+    assert model.generate("Hello", max_tokens=1, current_date="2026-02-28").prompt_token_ids
+    for wrong in ("tomorrow", "2026-02-30", ""):
+        with pytest.raises(InputError, match="expected YYYY-MM-DD"):
+            model.generate("Hello", current_date=wrong)
+
+
+# Leaving and failing -------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_that_is_closed_ends_and_frees_its_memory(model):
+    with model.generate("Hello", seed=1) as generation:
+        next(generation)
+    assert generation.finish_reason == "abort" and list(generation) == []
+    assert not any(output.finish_reason is None for output in model.engine.step())
+    assert model.engine.stats().num_running == 0
+
+
+def test_a_loop_that_is_broken_off_frees_its_memory(model):
+    for _ in model.generate("Hello", seed=1):
+        break
+    assert model._outputs == {}
+    model.engine.step()
+    assert not model.engine.has_work
+
+
+class Interrupted(BaseException):
+    pass
+
+
+def test_after_an_interrupted_step_no_answer_waits_for_ever(model, monkeypatch):
+    interrupted, other = (model.generate("Hello", max_tokens=8, seed=seed) for seed in (1, 2))
+    next(interrupted)
+    with monkeypatch.context() as patch:
+        patch.setattr(model.engine._runner, "run", lambda batch: (_ for _ in ()).throw(Interrupted))
+        with pytest.raises(Interrupted):
+            list(interrupted)
+    assert interrupted.finish_reason == "error" and list(interrupted) == []
+    with pytest.raises(OssiaError, match="ask again"):
+        list(other)
+    assert other.finish_reason == "error" and list(other) == []
+    assert list(model.generate("Hello", max_tokens=2, seed=1))
