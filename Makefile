@@ -63,6 +63,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/masks.py
 	$(BIN)/python benchmarks/vs_llamacpp.py
+	$(BIN)/python benchmarks/server.py
 
 clean:
 	rm -rf build dist $(VENV)

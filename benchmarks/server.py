@@ -86,7 +86,7 @@ def cpu_s(pid: int) -> float:
 async def streamed(
     port: int, pid: int, path: str, body: dict[str, object], num_streams: int, num_tokens: int
 ) -> dict[str, float]:
-    """Tokens per second over the wire, and the time to the first delta; by raw sockets, which cost the client little."""
+    """Tokens per second over the wire and the time to the first delta; raw sockets cost this client little."""
     payload = json.dumps(body).encode()
     head = (
         f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(payload)}\r\n\r\n"

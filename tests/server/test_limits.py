@@ -202,5 +202,5 @@ def test_a_silent_stream_is_kept_open_by_comments(serve, monkeypatch):
 
 def test_docs_are_offered_and_the_document_names_every_endpoint(served):
     assert served.http.get("/docs").status_code == 200
-    paths = served.http.get("/openapi.json").json()["paths"]
+    paths = served.http.get("/openapi.json", timeout=120).json()["paths"]
     assert len(paths) >= 22 and "/v1/responses/{response_id}/input_items" in paths

@@ -6,6 +6,7 @@ wrong with a request is a 4xx: clients ask again after a 5xx, and would be wrong
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import secrets
@@ -15,6 +16,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -52,6 +54,7 @@ def create_app(service: Service) -> FastAPI:
         version="1",
         description="OpenAI's Responses and Chat Completions APIs for gpt-oss.",
         lifespan=lifespan,
+        openapi_url=None,
     )
     for part in (responses, chat, messages, ollama):
         app.include_router(part.router(service))
@@ -64,6 +67,15 @@ def create_app(service: Service) -> FastAPI:
     async def ready() -> Response:
         is_ready = not service.is_stopping
         return JSONResponse({"status": "ready" if is_ready else "stopping"}, status_code=200 if is_ready else 503)
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> Response:
+        # Seconds of work at the first time: beside the event loop, and not for a server that nobody asks.
+        return JSONResponse(await asyncio.to_thread(app.openapi))
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return get_swagger_ui_html(openapi_url="/openapi.json", title="ossia")
 
     @app.get("/metrics", tags=["Server"], summary="Metrics for Prometheus", response_class=Response)
     async def metrics() -> Response:

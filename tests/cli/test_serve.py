@@ -1,0 +1,67 @@
+"""`ossia serve` as a person starts it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import openai
+import pytest
+
+from ossia.model.random_checkpoint import write_random_checkpoint
+
+
+@pytest.fixture
+def environ(tmp_path):
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("OSSIA_")}
+    return clean | {"XDG_CONFIG_HOME": "/nonexistent", "XDG_DATA_HOME": str(tmp_path / "data")}
+
+
+def _ossia(environ, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "ossia", "serve", *arguments], capture_output=True, text=True, timeout=60, env=environ
+    )
+
+
+def test_a_served_model_answers_a_client_and_remembers(tmp_path, environ):
+    folder = write_random_checkpoint(tmp_path / "gpt-oss-tiny", "tiny")
+    key = _ossia(environ, "--key-file", str(tmp_path / "keys"), "--new-key", "me").stdout.strip()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    arguments = ["--model", str(folder), "--backend", "reference", "--port", str(port), "--key-file", tmp_path / "keys"]
+    command = [sys.executable, "-m", "ossia", "serve", *map(str, arguments)]
+    server = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True)
+    try:
+        for _ in range(600):
+            try:
+                httpx.get(f"http://127.0.0.1:{port}/ready").raise_for_status()
+                break
+            except httpx.HTTPError:
+                time.sleep(0.1)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key)
+        assert "openai/gpt-oss-tiny" in [model.id for model in client.models.list()]
+        made = client.responses.create(model="gpt-oss-tiny", input="Hi", max_output_tokens=3)
+        assert made.status == "incomplete" and made.usage.output_tokens == 3
+        assert client.responses.retrieve(made.id).id == made.id
+        assert (tmp_path / "data" / "ossia" / "responses.db").exists()
+    finally:
+        server.send_signal(signal.SIGINT)
+        told = server.communicate(timeout=30)[1]
+    assert "random" in told
+    assert re.search(r"request=req_\w+ method=POST route=/v1/responses status=200 key=me .* output_tokens=3", told)
+
+
+def test_a_server_that_others_reach_needs_a_key(environ):
+    refused = _ossia(environ, "--model", "x", "--host", "0.0.0.0")
+    assert refused.returncode == 1 and "--open-to-all" in refused.stderr
+
+
+def test_a_new_key_needs_a_file(environ):
+    refused = _ossia(environ, "--new-key", "me")
+    assert refused.returncode == 1 and "--key-file" in refused.stderr
