@@ -1,13 +1,13 @@
 """ossia against llama.cpp on the same weights, threads and machine, in turn: A B A B, medians.
 
-    python benchmarks/vs_llamacpp.py [--layers 4] [--rounds 3] [--llamacpp FOLDER] [--quick]
+    python benchmarks/vs_llamacpp.py [--layers 4] [--rounds 3] [--llamacpp FOLDER] [--only LINES]
 
 Makes under build/bench: a checkpoint of gpt-oss-20b's shape with random weights (`--layers 24` for all of it), the same
 weights as GGUF with Q8_0 dense tensors, and llama.cpp from the source package of llama-cpp-python, built for this
 machine (`--llamacpp` names a folder with its programs instead). Needs some 8 GB of disk for 4 layers, 25 for 24.
 
 Both engines read 8-bit dense tensors and MXFP4 experts. Each line is one program run of either side after the other;
-the tokens are random on both sides. Results go to benchmarks/results/<processor>/<date>.json.
+the tokens are random on both sides. Results go to benchmarks/results/<processor>/.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument(
         "--llamacpp", type=Path, help="a folder with llama-bench, llama-batched-bench, llama-completion"
     )
-    parser.add_argument("--quick", action="store_true", help="leave out the long prompts and depths")
+    parser.add_argument("--only", default="", help="a regular expression for the lines to run")
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint that is there already")
     parser.add_argument("--gguf", type=Path, help="its GGUF file")
     arguments = parser.parse_args()
@@ -59,7 +59,9 @@ def main() -> None:
 
     sides = Sides(checkpoint, gguf, llamacpp, arguments.threads)
     machine, lines = {}, []
-    for name, ours, theirs in plan(sides, quick=arguments.quick):
+    for name, ours, theirs in plan(sides):
+        if not re.search(arguments.only, name):
+            continue
         pairs = [(ours(), theirs()) for _ in range(arguments.rounds)]
         machine = sides.machine
         lines.append(line(name, pairs))
@@ -127,9 +129,9 @@ class Sides:
 Line = tuple[str, Callable[[], float], Callable[[], float]]
 
 
-def plan(sides: Sides, *, quick: bool) -> list[Line]:
+def plan(sides: Sides) -> list[Line]:
     lines: list[Line] = []
-    for depth in (0,) if quick else (0, 4096, 16384):
+    for depth in (0, 4096, 16384):
         name = f"decode at depth {depth}"
         lines.append(
             (
@@ -138,7 +140,7 @@ def plan(sides: Sides, *, quick: bool) -> list[Line]:
                 lambda depth=depth: sides.theirs("-p", 0, "-n", 16 if depth == 0 else 8, "-d", depth),
             )
         )
-    for length in (512,) if quick else (512, 4096):
+    for length in (512, 4096):
         name = f"prefill {length}"
         lines.append(
             (
@@ -147,7 +149,7 @@ def plan(sides: Sides, *, quick: bool) -> list[Line]:
                 lambda length=length: sides.theirs("-p", length, "-n", 0),
             )
         )
-    for num_seqs in (8,) if quick else (2, 4, 8, 16):
+    for num_seqs in (2, 4, 8, 16):
         name = f"decode, {num_seqs} sequences"
         lines.append(
             (
@@ -215,6 +217,10 @@ def write_result(result: dict[str, Any]) -> Path:
     folder = ROOT / "benchmarks" / "results" / processor
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{datetime.date.today().isoformat()}-vs-llamacpp-{result['layers']}-layers.json"
+    if path.exists():
+        # Lines of an earlier run of the day that this one did not repeat.
+        new = {entry["name"] for entry in result["lines"]}
+        result["lines"] += [entry for entry in json.loads(path.read_text())["lines"] if entry["name"] not in new]
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
 
