@@ -58,19 +58,18 @@ def main() -> None:
         convert(checkpoint, gguf)
 
     sides = Sides(checkpoint, gguf, llamacpp, arguments.threads)
-    machine, lines = {}, []
+    lines = []
     for name, ours, theirs in plan(sides):
         if not re.search(arguments.only, name):
             continue
         pairs = [(ours(), theirs()) for _ in range(arguments.rounds)]
-        machine = sides.machine
         lines.append(line(name, pairs))
         print(
             f"{name:<28} ossia {lines[-1]['ossia']:8.2f}  llama.cpp {lines[-1]['llama.cpp']:8.2f} {unit(name):<9}"
             f" ratio {lines[-1]['ratio']:.2f}  {share(lines[-1], sides, name)}",
             flush=True,
         )
-    result = {"layers": arguments.layers, "machine": machine, "lines": lines, "load": os.getloadavg()}
+    result = {"layers": arguments.layers, "machine": sides.machine, "lines": lines, "load": os.getloadavg()}
     print(f"written: {write_result(result)}")
 
 
@@ -79,15 +78,12 @@ class Sides:
 
     def __init__(self, checkpoint: Path, gguf: Path, llamacpp: Path, threads: int) -> None:
         self.checkpoint, self.gguf, self.llamacpp, self.threads = checkpoint, gguf, llamacpp, threads
-        self.machine: dict[str, Any] = {}
+        self.machine: dict[str, Any] = self._bench()["machine"]
         self.shares: dict[str, list[tuple[float, float]]] = {}
 
     def ours(self, name: str, **options: str | int) -> float:
         """Tokens per second of the one line that ``options`` of `ossia bench` ask for."""
-        asked = {"prefill": "", "depth": "", "batch": ""} | options
-        flags = [part for key, value in asked.items() for part in (f"--{key}", str(value))]
-        command = [sys.executable, "-m", "ossia", "bench", "--json", "--model", str(self.checkpoint)]
-        report = json.loads(run([*command, "--threads", str(self.threads), *flags]))
+        report = self._bench(**options)
         self.machine = report["machine"]
         measured = report["measurements"][-1]
         seconds = measured["seconds_per_pass"]
@@ -98,6 +94,13 @@ class Sides:
             )
         )
         return float(measured["tokens_per_s"])
+
+    def _bench(self, **options: str | int) -> dict[str, Any]:
+        asked = {"prefill": "", "depth": "", "batch": ""} | options
+        flags = [part for key, value in asked.items() for part in (f"--{key}", str(value))]
+        command = [sys.executable, "-m", "ossia", "bench", "--json", "--model", str(self.checkpoint)]
+        report: dict[str, Any] = json.loads(run([*command, "--threads", str(self.threads), *flags]))
+        return report
 
     def theirs(self, *options: str | int) -> float:
         command = [self.llamacpp / "llama-bench", "-m", self.gguf, "-t", self.threads, "-r", 1, "-o", "json", *options]
