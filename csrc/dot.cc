@@ -439,7 +439,7 @@ void quantized_tile(const Matrix& w, int64_t tile, const QBlock* x, int64_t num_
       default: return q8_tile<0>(w, tile, x, num_tokens, sums);
     }
   }
-  const RowTile rows = row_tile(w.rows, tile);
+  const RowTile rows = row_tile(w, tile);
   switch (num_tokens) {
     case 1: return mxfp4_tile<1>(w, rows.first_row, rows.row_step, x, 1, sums);
     case 2: return mxfp4_tile<2>(w, rows.first_row, rows.row_step, x, 2, sums);

@@ -20,18 +20,21 @@ void float_rows(const Matrix& w, int64_t row, int64_t count, const float* x, int
 // Multiply-accumulates of bytes per second, in G, that one thread does in registers.
 double integer_peak(int64_t num_rounds);
 
-// Which rows a tile reads and which of its lanes are new. A matrix's last tile reads back over rows of the one before;
-// a matrix of fewer rows than a tile is done row by row, the row standing in all lanes.
+// Which rows a tile reads and which of its lanes are new. An MXFP4 matrix's last tile reads back over rows of the one
+// before; one of fewer rows than a tile is done row by row, the row standing in all lanes. A packed Q8 matrix is padded.
 struct RowTile {
   int64_t first_row;
   int64_t row_step;   // 1, or 0 where one row stands in all lanes
   int first_lane, end_lane;
 };
-OSSIA_INLINE int64_t num_row_tiles(int64_t rows) { return rows < kTileRows ? rows : divide_up(rows, kTileRows); }
-OSSIA_INLINE RowTile row_tile(int64_t rows, int64_t tile) {
-  if (rows < kTileRows) return {tile, 0, 0, 1};
+OSSIA_INLINE int64_t num_row_tiles(const Matrix& w) {
+  return w.format != Format::kQ8 && w.rows < kTileRows ? w.rows : divide_up(w.rows, kTileRows);
+}
+OSSIA_INLINE RowTile row_tile(const Matrix& w, int64_t tile) {
   const int64_t first = tile * kTileRows;
-  const int64_t shift = greatest<int64_t>(0, first + kTileRows - rows);
+  if (w.format == Format::kQ8) return {first, 1, 0, static_cast<int>(least<int64_t>(kTileRows, w.rows - first))};
+  if (w.rows < kTileRows) return {tile, 0, 0, 1};
+  const int64_t shift = greatest<int64_t>(0, first + kTileRows - w.rows);
   return {first - shift, 1, static_cast<int>(shift), kTileRows};
 }
 

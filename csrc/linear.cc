@@ -20,7 +20,7 @@ void quantized_linear(Workspace& work, const float* x, const Matrix& w, const fl
     const int64_t first = t / kTokenTile * kTokenTile;
     quantize_row(x + t * w.cols, num_blocks, w.format, quantized + first * num_blocks + (t - first), token_tile(first));
   });
-  const int64_t num_tiles = num_row_tiles(w.rows), tiles_per_item = kItemRows / kTileRows;
+  const int64_t num_tiles = num_row_tiles(w), tiles_per_item = kItemRows / kTileRows;
   work.pool.for_each(divide_up(num_tiles, tiles_per_item), worth_sharing, [&](int64_t item, int) {
     alignas(64) float sums[kTokenTile * kTileRows];
     for (int64_t first = 0; first < num_tokens; first += kTokenTile) {
@@ -28,9 +28,7 @@ void quantized_linear(Workspace& work, const float* x, const Matrix& w, const fl
       const int64_t end_tile = least(num_tiles, (item + 1) * tiles_per_item);
       for (int64_t tile = item * tiles_per_item; tile < end_tile; ++tile) {
         quantized_tile(w, tile, quantized + first * num_blocks, count, sums);
-        const RowTile rows = w.format == Format::kQ8
-                                 ? RowTile{tile * kTileRows, 1, 0, static_cast<int>(least<int64_t>(kTileRows, w.rows - tile * kTileRows))}
-                                 : row_tile(w.rows, tile);
+        const RowTile rows = row_tile(w, tile);
         for (int64_t t = 0; t < count; ++t)
           for (int lane = rows.first_lane; lane < rows.end_lane; ++lane) {
             const int64_t row = rows.first_row + lane;

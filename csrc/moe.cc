@@ -78,7 +78,7 @@ OSSIA_INLINE void quantized_product(const Matrix& w, int64_t tile, int64_t item,
                                     float* product) {
   alignas(64) float sums[kTokenTile * kTileRows];
   quantized_tile(w, tile, x, count, sums);
-  const RowTile rows = row_tile(w.rows, tile);
+  const RowTile rows = row_tile(w, tile);
   float* to = product + rows.first_row - item * kItemRows;
   for (int64_t t = 0; t < count; ++t)
     for (int lane = rows.first_lane; lane < rows.end_lane; ++lane)
@@ -87,7 +87,7 @@ OSSIA_INLINE void quantized_product(const Matrix& w, int64_t tile, int64_t item,
 
 OSSIA_INLINE void tiles_of_item(const Matrix& w, int64_t item, int64_t* first, int64_t* end) {
   *first = item * (kItemRows / kTileRows);
-  *end = w.rows < kTileRows ? w.rows : least(num_row_tiles(w.rows), *first + kItemRows / kTileRows);
+  *end = w.rows < kTileRows ? w.rows : least(num_row_tiles(w), *first + kItemRows / kTileRows);
 }
 
 OSSIA_INLINE void item_product(const Matrix& w, int64_t item, const Activations& x, Tile slots, float* product) {
