@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from ossia.cli import options
 
 if TYPE_CHECKING:
     from ossia.engine.benchmark import CountingOps, Measurement
@@ -23,18 +25,16 @@ _READ_BYTES = 1 << 30
 
 
 def bench(
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="A checkpoint folder, a .gguf file, or a name such as gpt-oss-20b.")
-    ] = "",
+    model: options.Model = "",
     prefill: Annotated[str, typer.Option(help="Lengths of prompts, in tokens; empty for none.")] = "32,512,4096",
     depth: Annotated[str, typer.Option(help="Tokens that a single sequence holds already.")] = "0,4096,16384",
     batch: Annotated[str, typer.Option(help="Numbers of sequences that go on together.")] = "2,4,8,16",
     steps: Annotated[int, typer.Option(min=1, help="Passes per line of decoding; the median counts.")] = 16,
     repeats: Annotated[int, typer.Option(min=1, help="Passes per line of prefill; the median counts.")] = 3,
-    threads: Annotated[int | None, typer.Option(min=0, help="Threads; 0 for all cores.")] = None,
-    dense: Annotated[Literal["q8", "bf16"] | None, typer.Option(help="As of `ossia generate`.")] = None,
-    kv: Annotated[Literal["bf16", "q8"] | None, typer.Option(help="As of `ossia generate`.")] = None,
-    kv_memory: Annotated[str | None, typer.Option(help="As of `ossia generate`.")] = None,
+    threads: options.Threads = None,
+    dense: options.Dense = None,
+    kv: options.KeysAndValues = None,
+    kv_memory: options.KvMemory = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
     """Measure prefill, decoding and batches, as tokens per second and as a share of this machine's limits.

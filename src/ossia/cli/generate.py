@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ossia.cli import options
 from ossia.cli.prompts import argument_or_stdin, printable
 from ossia.errors import InputError
 
@@ -20,9 +21,7 @@ if TYPE_CHECKING:
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to ask; `-` reads standard input.")],
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="A checkpoint folder, a .gguf file, or a name such as gpt-oss-20b.")
-    ] = "",
+    model: options.Model = "",
     effort: Annotated[
         Literal["low", "medium", "high"], typer.Option(help="How long the model thinks before it answers.")
     ] = "medium",
@@ -47,25 +46,12 @@ def generate(
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Show every token as it comes, special ones too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end, for programs.")] = False,
-    backend: Annotated[
-        Literal["cpu", "reference"] | None, typer.Option(help="C++ kernels, or slow and readable numpy. [default: cpu]")
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=0, help="Threads of the CPU backend; 0 for all cores. [default: 0]")
-    ] = None,
-    dense: Annotated[
-        Literal["q8", "bf16"] | None,
-        typer.Option(help="Attention and unembedding in 8 bits, or exactly as published. [default: q8]"),
-    ] = None,
-    kv: Annotated[
-        Literal["bf16", "q8"] | None, typer.Option(help="How keys and values are kept. [default: bf16]")
-    ] = None,
-    kv_memory: Annotated[
-        str | None, typer.Option(help="Most memory for keys and values, such as 2GiB. [default: 1GiB]")
-    ] = None,
-    max_context: Annotated[
-        int | None, typer.Option(min=0, help="Most tokens of prompt and answer; 0 for what fits. [default: 0]")
-    ] = None,
+    backend: options.Backend = None,
+    threads: options.Threads = None,
+    dense: options.Dense = None,
+    kv: options.KeysAndValues = None,
+    kv_memory: options.KvMemory = None,
+    max_context: options.MaxContext = None,
 ) -> None:
     """Ask a model and print its answer as it comes.
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from ossia.cli import options
 
 if TYPE_CHECKING:
     from ossia.config import Config
@@ -16,9 +18,7 @@ _GRACE_S = 30
 
 
 def serve(
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="A checkpoint folder, a .gguf file, or a name such as gpt-oss-20b.")
-    ] = "",
+    model: options.Model = "",
     host: Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]")] = None,
     port: Annotated[
         int | None, typer.Option(min=0, help="Port to listen on; 0 for a free one. [default: 8000]")
@@ -43,25 +43,12 @@ def serve(
     max_per_minute: Annotated[
         int | None, typer.Option(min=0, help="Requests of one key in a minute; 0 for no limit. [default: 0]")
     ] = None,
-    backend: Annotated[
-        Literal["cpu", "reference"] | None, typer.Option(help="C++ kernels, or slow and readable numpy. [default: cpu]")
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=0, help="Threads of the CPU backend; 0 for all cores. [default: 0]")
-    ] = None,
-    dense: Annotated[
-        Literal["q8", "bf16"] | None,
-        typer.Option(help="Attention and unembedding in 8 bits, or exactly as published. [default: q8]"),
-    ] = None,
-    kv: Annotated[
-        Literal["bf16", "q8"] | None, typer.Option(help="How keys and values are kept. [default: bf16]")
-    ] = None,
-    kv_memory: Annotated[
-        str | None, typer.Option(help="Most memory for keys and values, such as 2GiB. [default: 1GiB]")
-    ] = None,
-    max_context: Annotated[
-        int | None, typer.Option(min=0, help="Most tokens of prompt and answer; 0 for what fits. [default: 0]")
-    ] = None,
+    backend: options.Backend = None,
+    threads: options.Threads = None,
+    dense: options.Dense = None,
+    kv: options.KeysAndValues = None,
+    kv_memory: options.KvMemory = None,
+    max_context: options.MaxContext = None,
 ) -> None:
     """Serve a model to OpenAI's clients: Responses, Chat Completions, and Anthropic's Messages.
 
