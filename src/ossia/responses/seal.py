@@ -50,7 +50,7 @@ class Seal:
 
     def seal(self, data: bytes) -> str:
         nonce = os.urandom(_NUM_NONCE_BYTES)
-        return _PREFIX + base64.urlsafe_b64encode(nonce + self._cipher.encrypt(nonce, data, None)).decode()
+        return _spelled(nonce + self._cipher.encrypt(nonce, data, None))
 
     def open(self, text: str) -> bytes | None:
         """What was sealed; None for what this key did not seal."""
@@ -58,6 +58,13 @@ class Seal:
             return None
         try:
             raw = base64.b64decode(text[len(_PREFIX) :].encode(), altchars=b"-_", validate=True)
+            # base64 ignores spare bits of its last letter: the same bytes spelled otherwise are not what was sealed.
+            if _spelled(raw) != text:
+                return None
             return self._cipher.decrypt(raw[:_NUM_NONCE_BYTES], raw[_NUM_NONCE_BYTES:], None)
         except (ValueError, InvalidTag):
             return None
+
+
+def _spelled(raw: bytes) -> str:
+    return _PREFIX + base64.urlsafe_b64encode(raw).decode()
