@@ -7,7 +7,7 @@
 
 #include <mutex>
 #include <string>
-#include <vector>
+#include <type_traits>
 
 #include "kernels.h"
 
@@ -204,13 +204,9 @@ class Context {
   }
 
   double integer_peak(int64_t num_rounds) {
-    std::vector<double> peaks(num_threads());
-    run([&] {
-      work_.pool.for_each(num_threads(), true, [&](int64_t i, int) { peaks[i] = kernels_->integer_peak(num_rounds); });
-    });
-    double sum = 0;
-    for (const double peak : peaks) sum += peak;
-    return sum;
+    double result = 0;
+    run([&] { result = ossia::integer_peak(work_.pool, *kernels_, num_rounds); });
+    return result;
   }
 
  private:

@@ -12,8 +12,6 @@
 // The nibbles' order is met by storing the activations in the order of the nibbles: all low ones, then all high ones.
 #include "dot.h"
 
-#include <chrono>
-
 namespace ossia::OSSIA_NS {
 namespace {
 
@@ -457,8 +455,7 @@ void float_rows(const Matrix& w, int64_t row, int64_t count, const float* x, int
   }
 }
 
-double integer_peak(int64_t num_rounds) {
-  const auto start = std::chrono::steady_clock::now();
+double integer_products(int64_t num_rounds) {
 #if OSSIA_512 || OSSIA_256
   constexpr double kPerRound = 8 * static_cast<double>(sizeof(Bytes));
   const Bytes a = broadcast4(reinterpret_cast<const int8_t*>("\1\2\3\4"));
@@ -489,8 +486,7 @@ double integer_peak(int64_t num_rounds) {
   }
   asm volatile("" : : "m"(sum));
 #endif
-  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-  return kPerRound * static_cast<double>(num_rounds) / seconds.count() / 1e9;
+  return kPerRound * static_cast<double>(num_rounds);
 }
 
 }  // namespace ossia::OSSIA_NS

@@ -17,8 +17,8 @@ void quantized_tile(const Matrix& w, int64_t tile, const QBlock* x, int64_t num_
 void float_rows(const Matrix& w, int64_t row, int64_t count, const float* x, int64_t x_stride, int64_t num_tokens,
                 float* out, int64_t out_stride);
 
-// Multiply-accumulates of bytes per second, in G, that one thread does in registers.
-double integer_peak(int64_t num_rounds);
+// Multiplies bytes in registers, to be timed; gives the number of multiply-accumulates.
+double integer_products(int64_t num_rounds);
 
 // Which rows a tile reads and which of its lanes are new. An MXFP4 matrix's last tile reads back over rows of the one
 // before; one of fewer rows than a tile is done row by row, the row standing in all lanes. A packed Q8 matrix is padded.

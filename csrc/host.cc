@@ -3,6 +3,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstdlib>
+#include <mutex>
 #include <new>
 
 #include "kernels.h"
@@ -53,16 +54,30 @@ void* Scratch::grow(size_t num_bytes) {
   return data_;
 }
 
+double integer_peak(ThreadPool& pool, const Kernels& kernels, int64_t num_rounds) {
+  // Many small shares: a thread that gets a core late still takes part.
+  const int64_t num_shares = 16 * pool.num_threads();
+  double products = 0;
+  std::mutex mutex;
+  const auto start = std::chrono::steady_clock::now();
+  pool.for_each(num_shares, true, [&](int64_t, int) {
+    const double own = kernels.integer_products(num_rounds / 16);
+    const std::lock_guard<std::mutex> lock(mutex);
+    products += own;
+  });
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+  return products / seconds.count() / 1e9;
+}
+
 double read_bandwidth(ThreadPool& pool, int64_t num_bytes, int num_rounds) {
-  const int num_threads = pool.num_threads();
-  const int64_t words = num_bytes / 8 / num_threads / 32 * 32;
+  const int64_t num_parts = 16 * pool.num_threads(), words = num_bytes / 8 / num_parts / 32 * 32;
   Scratch memory;
-  uint64_t* data = memory.get<uint64_t>(words * num_threads);
-  pool.for_each(num_threads, true, [&](int64_t part, int) { std::fill_n(data + part * words, words, part); });
+  uint64_t* data = memory.get<uint64_t>(words * num_parts);
+  pool.for_each(num_parts, true, [&](int64_t part, int) { std::fill_n(data + part * words, words, part); });
   double best = 0;
   for (int round = 0; round < num_rounds; ++round) {
     const auto start = std::chrono::steady_clock::now();
-    pool.for_each(num_threads, true, [&](int64_t part, int) {
+    pool.for_each(num_parts, true, [&](int64_t part, int) {
       const uint64_t* from = data + part * words;
       uint64_t sums[32] = {};
       for (int64_t i = 0; i < words; i += 32)
@@ -71,7 +86,7 @@ double read_bandwidth(ThreadPool& pool, int64_t num_bytes, int num_rounds) {
       for (const uint64_t sum : sums) sink = sink ^ sum;
     });
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-    best = std::max(best, static_cast<double>(words * num_threads * 8) / seconds.count() / 1e9);
+    best = std::max(best, static_cast<double>(words * num_parts * 8) / seconds.count() / 1e9);
   }
   return best;
 }

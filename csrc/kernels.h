@@ -132,14 +132,16 @@ struct Kernels {
   // Rows [first_row, first_row + rows) of a float matrix, or of Q8_0 blocks (int8 [row, b, 32], float16 [row, b]), into
   // the packed layout of a matrix of `cols` inputs; first_row is a multiple of tile_rows.
   void (*pack_q8)(Workspace&, const Matrix& source, int64_t first_row, int8_t* data, uint16_t* scales);
-  // Multiply-accumulates per second of the instruction that the integer products are made of, in G, by one thread.
-  double (*integer_peak)(int64_t num_rounds);
+  // The instruction that the integer products are made of, in registers; gives the number of multiply-accumulates.
+  double (*integer_products)(int64_t num_rounds);
 };
 
 // Elementwise operations that need no instruction set of their own (host.cc).
 void route(const float* logits, int64_t num_tokens, int64_t num_experts, int64_t num_active, int32_t* experts, float* weights);
 void rope_angles(Workspace&, const int32_t* positions, const float* inv_freq, int64_t num_tokens, int64_t pairs,
                  double concentration, float* cos, float* sin);
+// Multiply-accumulates per second that the pool's threads reach together, in G.
+double integer_peak(ThreadPool& pool, const Kernels& kernels, int64_t num_rounds);
 // Bytes per second that `pool` reads from memory, in G.
 double read_bandwidth(ThreadPool& pool, int64_t num_bytes, int num_rounds);
 

@@ -27,8 +27,8 @@ ThreadPool::ThreadPool(int num_threads) : num_threads_(num_threads < 1 ? 1 : num
 ThreadPool::~ThreadPool() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    stop_ = true;
-    job_.fetch_add(1, std::memory_order_seq_cst);
+    stop_.store(true, std::memory_order_release);
+    job_.fetch_add(kNext, std::memory_order_seq_cst);
   }
   wake_.notify_all();
   for (std::thread& thread : threads_) thread.join();
@@ -41,17 +41,22 @@ void ThreadPool::run(int64_t num_items, Task task, const void* context) {
   }
   task_ = task;
   context_ = context;
-  num_busy_.store(num_threads_ - 1, std::memory_order_relaxed);
-  // Sequentially consistent with the sleeper's own count and look: one of the two sees the other.
-  job_.fetch_add(1, std::memory_order_seq_cst);
+  // The last job is closed and nobody is in it, so that nobody else writes here. Sequentially consistent with the
+  // sleeper's own count and look: one of the two sees the other.
+  job_.store((number(job_.load(std::memory_order_relaxed)) + 1) * kNext | kOpen, std::memory_order_seq_cst);
   if (num_asleep_.load(std::memory_order_seq_cst) > 0) {
     { std::lock_guard<std::mutex> lock(mutex_); }
     wake_.notify_all();
   }
   take_part(0);
-  for (int spins = 0; num_busy_.load(std::memory_order_acquire) != 0; ++spins) {
+  job_.fetch_and(~kOpen, std::memory_order_acq_rel);
+  for (int spins = 0; (job_.load(std::memory_order_acquire) & kJoined) != 0; ++spins) {
     // With more threads than free cores the one waited for may need ours.
-    if (spins < kSpins) pause_briefly(); else std::this_thread::yield();
+    if (spins < kSpins) {
+      pause_briefly();
+    } else {
+      std::this_thread::yield();
+    }
   }
 }
 
@@ -67,21 +72,31 @@ void ThreadPool::take_part(int worker) {
 }
 
 void ThreadPool::work(int worker) {
-  uint64_t done = 0;
+  uint64_t seen = 0;
+  const auto is_new = [&](uint64_t job) { return number(job) != seen; };
   for (;;) {
-    for (int spins = 0; spins < kSpins && job_.load(std::memory_order_acquire) == done; ++spins) pause_briefly();
-    if (job_.load(std::memory_order_acquire) == done) {
+    for (int spins = 0; spins < kSpins && !is_new(job_.load(std::memory_order_acquire)); ++spins) pause_briefly();
+    if (!is_new(job_.load(std::memory_order_acquire))) {
       std::unique_lock<std::mutex> lock(mutex_);
       num_asleep_.fetch_add(1, std::memory_order_seq_cst);
-      wake_.wait(lock, [&] { return job_.load(std::memory_order_seq_cst) != done; });
+      wake_.wait(lock, [&] { return is_new(job_.load(std::memory_order_seq_cst)); });
       num_asleep_.fetch_sub(1, std::memory_order_seq_cst);
     }
-    // Jobs never overlap, so a worker can miss none: run() waits for all of them.
-    done = job_.load(std::memory_order_acquire);
-    if (stop_) return;
+    const uint64_t job = job_.load(std::memory_order_acquire);
+    seen = number(job);
+    if (stop_.load(std::memory_order_acquire)) return;
+    if (!join(job)) continue;
     take_part(worker);
-    num_busy_.fetch_sub(1, std::memory_order_release);
+    job_.fetch_sub(1, std::memory_order_release);
   }
+}
+
+// False when the job has been closed in the meantime.
+bool ThreadPool::join(uint64_t job) {
+  const uint64_t wanted = number(job);
+  while ((job & kOpen) && number(job) == wanted)
+    if (job_.compare_exchange_weak(job, job + 1, std::memory_order_acq_rel, std::memory_order_acquire)) return true;
+  return false;
 }
 
 }  // namespace ossia

@@ -1,7 +1,9 @@
 // A persistent team of threads that share out numbered pieces of work.
 //
 // Workers spin for some tens of microseconds after a job, since the next operation of a forward pass follows at once,
-// and then sleep. The calling thread is worker 0. Which worker takes a piece never changes what the piece computes.
+// and then sleep. The calling thread is worker 0, and it waits only for workers that have joined: where other programs
+// hold the cores, a worker that gets none in time is not missed. Which worker takes a piece never changes what the piece
+// computes.
 #pragma once
 
 #include <atomic>
@@ -46,7 +48,12 @@ class ThreadPool {
     int64_t end = 0;
   };
 
+  // The job's number, whether it may still be joined, and how many workers have.
+  static constexpr uint64_t kJoined = 0xffff, kOpen = 0x10000, kNext = 0x20000;
+  static uint64_t number(uint64_t job) { return job / kNext; }
+
   void work(int worker);
+  bool join(uint64_t job);
   void take_part(int worker);
 
   int num_threads_;
@@ -54,9 +61,8 @@ class ThreadPool {
   Task task_ = nullptr;
   const void* context_ = nullptr;
   alignas(64) std::atomic<uint64_t> job_{0};
-  alignas(64) std::atomic<int> num_busy_{0};
-  std::atomic<int> num_asleep_{0};
-  bool stop_ = false;
+  alignas(64) std::atomic<int> num_asleep_{0};
+  std::atomic<bool> stop_{false};
   std::mutex mutex_;
   std::condition_variable wake_;
   std::vector<std::thread> threads_;
