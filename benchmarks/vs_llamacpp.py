@@ -196,7 +196,7 @@ def build_llamacpp() -> Path:
     if not source.exists():
         package = WORK / "package"
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
-        run([*command, "--no-build-isolation", "--dest", package, "llama-cpp-python"])
+        run([*command, "--dest", package, "llama-cpp-python"])
         with tarfile.open(next(package.glob("*.tar.gz"))) as archive:
             archive.extractall(package, filter="data")
         next(package.glob("*/vendor/llama.cpp")).rename(source)

@@ -1,0 +1,1 @@
+"""Tools that ossia runs itself: what the model asks for, done safely, and said back as text."""
