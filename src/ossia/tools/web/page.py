@@ -344,7 +344,7 @@ def domain_of(url: str) -> str:
 
 def join_url(base: str, reference: str) -> str:
     """A reference on a page as a whole URL. Raises ValueError for what is none."""
-    reference = reference.strip()
+    reference = re.sub(r"[\t\r\n]", "", reference.strip()).replace(" ", "%20")
     # urljoin knows no scheme but the web's.
     if base.startswith("local:") and not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:|//", reference):
         return "local" + urljoin("http" + base.removeprefix("local"), reference).removeprefix("http")
