@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from ossia.errors import ConfigError, OssiaError
 from ossia.tools.web.fetch import AGENT, Fetched, Fetcher, FetchError, FetchLimits
-from ossia.tools.web.guard import Domains, RefusedError
+from ossia.tools.web.guard import Domains, RefusedError, Url
 from ossia.tools.web.page import Hit, Page, clean, domain_of, merge_space
 from ossia.tools.web.parse_child import ParseError, Parser
 
@@ -64,13 +64,11 @@ class Web:
         self._parser = parser
 
     async def fetch(self, url: str, scope: Scope, *, is_source: bool = False) -> Page:
-        read = self._fetcher.read(url, scope.domains)
-        if scope.obeys_robots:
-            await self._check_robots(str(read), read.origin, scope)
-        fetched = await self._fetcher.get(str(read), scope.domains)
-        if scope.obeys_robots and fetched.url != str(read):
-            end = self._fetcher.read(fetched.url, scope.domains)
-            await self._check_robots(fetched.url, end.origin, scope)
+        async def ask_robots(hop: Url) -> None:
+            if scope.obeys_robots:
+                await self._check_robots(str(hop), hop.origin, scope)
+
+        fetched = await self._fetcher.get(url, scope.domains, before=ask_robots)
         if fetched.status >= 400 or fetched.status < 200:
             raise FetchError(f"the server answered with status {fetched.status}{_STATUS.get(fetched.status, '')}")
         kind = document_kind(fetched)
@@ -78,7 +76,9 @@ class Web:
             raise FetchError(f"the PDF is larger than {len(fetched.body)} bytes")
         page = await make_page(self._parser, kind, fetched.body, fetched.url, fetched.charset, is_source=is_source)
         if fetched.is_cut:
-            return Page(page.kind, page.url, page.title, f"{page.text}\n[The page goes on; it was cut here.]", page.links)
+            return Page(
+                page.kind, page.url, page.title, f"{page.text}\n[The page goes on; it was cut here.]", page.links
+            )
         return page
 
     async def _check_robots(self, url: str, origin: str, scope: Scope) -> None:

@@ -17,7 +17,7 @@ import json
 import re
 import ssl
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode, urljoin
@@ -83,12 +83,22 @@ class Fetcher:
         self._limits = limits or FetchLimits()
         self._tls = tls
 
-    async def get(self, url: str, domains: Domains, limits: FetchLimits | None = None) -> Fetched:
-        """Raises RefusedError for what may not be reached, FetchError for what does not answer as it should."""
+    async def get(
+        self,
+        url: str,
+        domains: Domains,
+        limits: FetchLimits | None = None,
+        *,
+        before: Callable[[Url], Awaitable[None]] | None = None,
+    ) -> Fetched:
+        """``before`` is asked before each hop, and may raise.
+
+        Raises RefusedError for what may not be reached, FetchError for what does not answer as it should.
+        """
         limits = limits or self._limits
         try:
             async with asyncio.timeout(limits.total_s):
-                return await self._follow(url, domains, limits)
+                return await self._follow(url, domains, limits, before)
         except TimeoutError:
             raise FetchError(f"no complete answer within {limits.total_s:g} s") from None
 
@@ -98,10 +108,14 @@ class Fetcher:
         domains.check(read.host)
         return read
 
-    async def _follow(self, url: str, domains: Domains, limits: FetchLimits) -> Fetched:
+    async def _follow(
+        self, url: str, domains: Domains, limits: FetchLimits, before: Callable[[Url], Awaitable[None]] | None
+    ) -> Fetched:
         hops: list[tuple[str, str]] = []
         for _ in range(limits.max_redirects + 1):
             read = self.read(url, domains)
+            if before is not None:
+                await before(read)
             answer, address = await self._ask(read, limits)
             hops.append((str(read), address))
             location = answer.headers.get("location")
@@ -279,7 +293,8 @@ async def _exchange(
 
 
 async def _receive(connection: h11.Connection, reader: asyncio.StreamReader, max_bytes: int) -> _Answer:
-    status, headers = 0, {}
+    status = 0
+    headers: dict[str, str] = {}
     unpacker = None
     body = bytearray()
     num_read = 0

@@ -4,8 +4,8 @@
     addresses = await guard.resolve(url)        every address of the host is public
     ...                                         the connection goes to one of these, and the name is not asked for again
 
-The only way past is `Guard(allowed=...)`, addresses with ports that an operator or a test names; nothing that a model or
-a page says gets there.
+The only way past is `Guard(allowed=...)`, addresses with ports that an operator or a test names; nothing that a model
+or a page says gets there.
 
 Sources  IANA's special-purpose address registries; WHATWG URL on what a host may hide (numbers, other scripts).
 """
@@ -124,10 +124,10 @@ def _host(text: str) -> str:
 
 
 # Top-level names that never belong to the public network.
-_LOCAL_NAMES = frozenset(
-    "localhost local localdomain internal intranet lan home corp private arpa invalid test example onion "
-    "alt".split()
-)
+_LOCAL_NAMES = frozenset({
+    "localhost", "local", "localdomain", "internal", "intranet", "lan", "home", "corp", "private", "arpa",
+    "invalid", "test", "example", "onion", "alt",
+})  # fmt: skip
 
 
 class Guard:

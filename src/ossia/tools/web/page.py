@@ -78,7 +78,9 @@ class Page:
         """The text of some lines without the marks of links, for people."""
         if self.kept_lines is not None:
             return strip_links("".join(self.kept_lines.get(n, "") for n in range(first, last + 1))).strip()
-        return "".join(self.lines.plain(n) + "\n" * self.lines.ends_paragraph(n) for n in range(first, last + 1)).strip()
+        return "".join(
+            self.lines.plain(n) + "\n" * self.lines.ends_paragraph(n) for n in range(first, last + 1)
+        ).strip()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values without the fields that are empty."""
@@ -313,7 +315,7 @@ _REPLACED = {ord("【"): "〖", ord("】"): "〗", ord("◼"): "◾", 0x2028: "\
 _REMOVED = [0x200B, 0x2060, 0xFEFF, 0xAD, *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x7F,
             *(n for n in range(0x20) if chr(n) not in "\n\t"), *range(0x80, 0xA0)]  # fmt: skip
 _TABLE = dict.fromkeys(_REMOVED) | _REPLACED
-_DIRTY = re.compile("[%s\ud800-\udfff\U000e0000-\U000e007f]" % re.escape("".join(map(chr, _TABLE))))
+_DIRTY = re.compile(f"[{re.escape(''.join(map(chr, _TABLE)))}\ud800-\udfff\U000e0000-\U000e007f]")
 _LOOSE_TAGS = re.compile("(?<![\U0001f3f4\U000e0000-\U000e007f])[\U000e0000-\U000e007f]+")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 

@@ -4,7 +4,7 @@ No parser survives everything that a page can be, so this runs in the child of `
 Of HTML nothing is loaded and nothing is run: images, frames and refreshes become words that the model may act on.
 
     # heading   two levels: ##     * item    numbered: 1. item     > quotation
-    a | b       rows of a table    four blanks before code, `code` within text, 2^{10}, x_{i}, [Image 0: its description]
+    a | b       rows of a table    four blanks before code, `code` within text, 2^{10}, x_{i}, [Image 0: what it shows]
 
 Left out is what a reader would not see: scripts, styles, what is hidden.
 
@@ -66,15 +66,18 @@ def _cut(rendered: Rendered) -> Rendered:
 
 _BOMS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
 # Python's names of those that the web has; Python knows others, which are no encodings of text at all.
-_ENCODINGS = frozenset(
-    "utf-8 utf-16 utf-16-le utf-16-be cp1250 cp1251 cp1252 cp1253 cp1254 cp1255 cp1256 cp1257 cp1258 cp874 cp866 cp932 "
-    "cp949 cp950 iso8859-2 iso8859-3 iso8859-4 iso8859-5 iso8859-6 iso8859-7 iso8859-8 iso8859-10 iso8859-13 iso8859-14 "
-    "iso8859-15 iso8859-16 koi8-r koi8-u mac-roman mac-cyrillic gb2312 gbk gb18030 big5 big5hkscs euc_jp shift_jis "
-    "iso2022_jp euc_kr tis-620".split()
-)
+_ENCODINGS = frozenset({
+    "utf-8", "utf-16", "utf-16-le", "utf-16-be", "cp1250", "cp1251", "cp1252", "cp1253", "cp1254", "cp1255",
+    "cp1256", "cp1257", "cp1258", "cp874", "cp866", "cp932", "cp949", "cp950", "iso8859-2", "iso8859-3",
+    "iso8859-4", "iso8859-5", "iso8859-6", "iso8859-7", "iso8859-8", "iso8859-10", "iso8859-13", "iso8859-14",
+    "iso8859-15", "iso8859-16", "koi8-r", "koi8-u", "mac-roman", "mac-cyrillic", "gb2312", "gbk", "gb18030",
+    "big5", "big5hkscs", "euc_jp", "shift_jis", "iso2022_jp", "euc_kr", "tis-620",
+})  # fmt: skip
 # What browsers take these names for.
-_WIDER = {"ascii": "cp1252", "iso8859-1": "cp1252", "gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932",
-          "euc_kr": "cp949", "big5": "big5hkscs", "iso8859-9": "cp1254", "utf-16": "utf-16-le", "tis-620": "cp874"}  # fmt: skip
+_WIDER = {
+    "ascii": "cp1252", "iso8859-1": "cp1252", "gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932",
+    "euc_kr": "cp949", "big5": "big5hkscs", "iso8859-9": "cp1254", "utf-16": "utf-16-le", "tis-620": "cp874",
+}  # fmt: skip
 _META = re.compile(rb"<meta[^>]{0,500}?charset\s*=\s*[\"']?\s*([A-Za-z0-9_:.-]{1,40})", re.IGNORECASE)
 _XML = re.compile(rb"\A\s*<\?xml[^>]{0,200}?encoding\s*=\s*[\"']([A-Za-z0-9_:.-]{1,40})")
 
@@ -82,9 +85,9 @@ _XML = re.compile(rb"\A\s*<\?xml[^>]{0,200}?encoding\s*=\s*[\"']([A-Za-z0-9_:.-]
 def decode(body: bytes, charset: str, *, is_html: bool = False) -> str:
     """Text of bytes: a byte order mark, else what the server says, else what the document says, else UTF-8 if it is
     that, else Windows-1252."""
-    for mark, encoding in _BOMS:
+    for mark, name in _BOMS:
         if body.startswith(mark):
-            return body[len(mark) :].decode(encoding, "replace")
+            return body[len(mark) :].decode(name, "replace")
     if encoding := _encoding(charset):
         return body.decode(encoding, "replace")
     if is_html and (match := _XML.search(body[:1024]) or _META.search(body[:4096])):
@@ -111,17 +114,21 @@ def _encoding(name: str) -> str | None:
 
 # HTML ----------------------------------------------------------------------------------------------------------------
 
-_SKIPPED = frozenset(
-    "head script style template svg canvas audio video object embed select datalist textarea applet map noframes "
-    "title".split()
-)
+_SKIPPED = frozenset({
+    "head", "script", "style", "template", "svg", "canvas", "audio", "video", "object", "embed", "select",
+    "datalist", "textarea", "applet", "map", "noframes", "title",
+})  # fmt: skip
 # Blocks with an empty line before and after.
-_APART = frozenset(
-    "p div section article main header footer nav aside figure figcaption form fieldset address dl h1 h2 h3 h4 h5 h6 "
-    "blockquote pre table center details dialog hgroup search".split()
-)
+_APART = frozenset({
+    "p", "div", "section", "article", "main", "header", "footer", "nav", "aside", "figure", "figcaption",
+    "form", "fieldset", "address", "dl", "h1", "h2", "h3", "h4", "h5", "h6", "blockquote", "pre", "table",
+    "center", "details", "dialog", "hgroup", "search",
+})  # fmt: skip
 # Blocks on lines of their own.
-_BLOCKS = _APART | frozenset("li dt dd tr td th summary legend ul ol menu caption thead tbody tfoot option hr".split())
+_BLOCKS = _APART | frozenset({
+    "li", "dt", "dd", "tr", "td", "th", "summary", "legend", "ul", "ol", "menu", "caption", "thead", "tbody",
+    "tfoot", "option", "hr",
+})  # fmt: skip
 _HEADINGS = {f"h{n}": "#" * n + " " for n in range(1, 7)}
 _CODE = frozenset(("code", "kbd", "samp", "tt"))
 _SPACE = re.compile(r"[ \t\n\r\f\v\xa0]+")
@@ -209,7 +216,7 @@ class _Renderer:
         base = root.find(".//base[@href]")
         if base is not None:
             try:
-                joined = join_url(self._url, base.get("href"))
+                joined = join_url(self._url, base.get("href") or "")
                 if joined.startswith(("http://", "https://")):
                     self._base = joined
             except ValueError:
@@ -243,9 +250,9 @@ class _Renderer:
             return True
         if tag in ("frame", "iframe"):
             title = element.get("title") or (element.get("name") if tag == "frame" else "") or ""
-            if element.get("src") and (tag == "frame" or title):
+            if (source := element.get("src")) and (tag == "frame" or title):
                 self._block(tag)
-                self._buffer.append(f"[Frame: {self._linked(element.get('src'), clean(title or 'frame'))}]")
+                self._buffer.append(f"[Frame: {self._linked(source, clean(title or 'frame'))}]")
                 self._flush()
             return True
         return tag == "span" and "katex-html" in (element.get("class") or "")
@@ -261,9 +268,7 @@ class _Renderer:
             self._buffer.append("\n" if self._num_pre else " " if self._is_inline() else _BREAK)
         elif tag == "img":
             self._image(element)
-        elif tag in ("sup", "sub"):
-            self._starts.append(len(self._buffer))
-        elif tag in _CODE and not self._num_pre:
+        elif tag in ("sup", "sub") or (tag in _CODE and not self._num_pre):
             self._starts.append(len(self._buffer))
 
     def _end(self, element: ElementTree.Element, tag: str) -> None:

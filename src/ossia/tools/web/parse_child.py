@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ossia.errors import OssiaError
@@ -143,11 +144,9 @@ class _Child:
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe:
-                try:
+                # What was still to be written is for nobody.
+                with suppress(BrokenPipeError):
                     pipe.close()
-                except BrokenPipeError:
-                    # What was still to be written is for nobody.
-                    pass
 
     def _write(self, data: bytes, until: float) -> None:
         view = memoryview(data)
@@ -192,7 +191,7 @@ def main() -> None:
     import resource
 
     # Loaded before files are out of reach.
-    import protego  # type: ignore[import-untyped]
+    import protego
     import pypdf  # noqa: F401
 
     from ossia.tools.web import page_text
@@ -218,9 +217,7 @@ def main() -> None:
                 rules = protego.Protego.parse(body.decode("utf-8", "replace"))
                 answer = {"allowed": rules.can_fetch(header["url"], header["agent"])}
             else:
-                rendered = page_text.render(
-                    header["kind"], body, header["url"], header["charset"], header["seconds"]
-                )
+                rendered = page_text.render(header["kind"], body, header["url"], header["charset"], header["seconds"])
                 answer = rendered._asdict()
         except ValueError as error:
             answer = {"error": str(error)}

@@ -37,9 +37,13 @@ class _Service:
         self._parser = parser
         self._web = web
         if not self._base_url:
-            raise ConfigError(f"browser is {self.name!r} without a URL; expected one such as {self.name}:http://host:port")
+            raise ConfigError(
+                f"browser is {self.name!r} without a URL; expected one such as {self.name}:http://host:port"
+            )
         if self._needs_key() and not key:
-            raise ConfigError(f"browser is {self.name!r} and browser_key is empty; set OSSIA_BROWSER_KEY to its API key")
+            raise ConfigError(
+                f"browser is {self.name!r} and browser_key is empty; set OSSIA_BROWSER_KEY to its API key"
+            )
         self._client = JsonClient(self._base_url, self._headers(), name=self.name)
 
     async def search(self, query: str, num_hits: int, scope: Scope) -> list[Hit]:
@@ -177,7 +181,9 @@ class Tavily(_Service):
             body = _text(result.get("raw_content")).encode("utf-8", "replace")
             return await make_page(self._parser, "markdown", body, url, "utf-8", is_source=is_source)
         reasons = [_text(one.get("error")) for one in _objects(answer, "failed_results")]
-        raise FetchError(f"tavily has no contents of this page: {', '.join(filter(None, reasons)) or 'no reason given'}")
+        raise FetchError(
+            f"tavily has no contents of this page: {', '.join(filter(None, reasons)) or 'no reason given'}"
+        )
 
 
 class Brave(_Service):
@@ -216,7 +222,9 @@ class SearXNG(_Service):
             answer = await self._client.get("/search", {"q": query, "format": "json"})
         except FetchError as error:
             if "status 403" in error.message:
-                raise FetchError("searxng does not give JSON; its settings.yml needs search.formats: [html, json]") from None
+                raise FetchError(
+                    "searxng does not give JSON; its settings.yml needs search.formats: [html, json]"
+                ) from None
             raise
         return [
             Hit(_text(result.get("url")), _text(result.get("title")), _snippet(_text(result.get("content"))))
