@@ -99,7 +99,7 @@ def decode(body: bytes, charset: str, *, is_html: bool = False) -> str:
         return body.decode("utf-8")
     except UnicodeDecodeError as error:
         # A body that was cut may end within a character.
-        is_cut = error.reason == "unexpected end of data" and error.start >= len(body) - 3
+        is_cut = error.reason == "unexpected end of data" and not body[: error.start].isascii()
         return body.decode("utf-8" if is_cut else "cp1252", "replace")
 
 

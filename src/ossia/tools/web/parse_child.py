@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # Wall time of one document, and memory and processor time of one child.
 TIMEOUT_S = 10.0
-_MEMORY_BYTES = 1 << 30
+MEMORY_BYTES = 1 << 30
 _CPU_S = 120
 _RETIRE_CPU_S = 60.0
 _MAX_ANSWER_BYTES = 64 << 20
@@ -49,8 +49,11 @@ class _BrokenError(ParseError):
 class Parser:
     """Children that parse, at most ``num_children`` at once. May be used from any thread and any event loop."""
 
-    def __init__(self, num_children: int = 2, *, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(
+        self, num_children: int = 2, *, timeout_s: float = TIMEOUT_S, memory_bytes: int = MEMORY_BYTES
+    ) -> None:
         self.timeout_s = timeout_s
+        self._memory_bytes = memory_bytes
         self._room = threading.BoundedSemaphore(num_children)
         self._lock = threading.Lock()
         self._idle: list[_Child] = []
@@ -85,7 +88,7 @@ class Parser:
                 child = self._idle.pop() if self._idle else None
             try:
                 if child is None:
-                    child = _Child()
+                    child = _Child(self._memory_bytes)
                     answer = child.ask(header, body, self.timeout_s)
                 else:
                     try:
@@ -93,7 +96,7 @@ class Parser:
                     except _BrokenError:
                         # It may have died of what came before, or with the thread that started it.
                         child.kill()
-                        child = _Child()
+                        child = _Child(self._memory_bytes)
                         answer = child.ask(header, body, self.timeout_s)
             except BaseException:
                 if child is not None:
@@ -111,11 +114,13 @@ class Parser:
 
 
 class _Child:
-    def __init__(self) -> None:
+    def __init__(self, memory_bytes: int) -> None:
         # The child finds its modules where this process does, and takes nothing else of it.
-        start = "import sys; sys.path[:] = sys.argv[1:]; from ossia.tools.web.parse_child import main; main()"
+        start = (
+            "import sys; sys.path[:] = sys.argv[2:]; from ossia.tools.web.parse_child import main; main(int(sys.argv[1]))"
+        )
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-c", start, *(path for path in sys.path if path)],
+            [sys.executable, "-I", "-c", start, str(memory_bytes), *(path for path in sys.path if path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -186,7 +191,7 @@ class _Child:
 # In the child --------------------------------------------------------------------------------------------------------
 
 
-def main() -> None:
+def main(memory_bytes: int) -> None:
     """Answer jobs until standard input ends."""
     import resource
 
@@ -200,7 +205,7 @@ def main() -> None:
     jobs, answers = os.fdopen(0, "rb"), os.fdopen(1, "wb")
     page_text.render("html", b"<p>warm", "", "", 1)
     for limit, value in (
-        (resource.RLIMIT_AS, _MEMORY_BYTES),
+        (resource.RLIMIT_AS, memory_bytes),
         (resource.RLIMIT_CPU, _CPU_S),
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_CORE, 0),
