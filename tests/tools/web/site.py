@@ -65,7 +65,11 @@ class Site:
             self.last = head
             path = head.split(b" ")[1].decode()
             self.asked.append(path)
-            answer = self.pages.get(path) or self.pages.get(path.partition("?")[0]) or page("nothing", status="404 Not Found")
+            answer = (
+                self.pages.get(path)
+                or self.pages.get(path.partition("?")[0])
+                or page("nothing", status="404 Not Found")
+            )
             if isinstance(answer, bytes):
                 writer.write(answer)
                 await writer.drain()
@@ -218,7 +222,9 @@ def add_bad_pages(site: Site) -> None:
         "/500": page("broken", status="500 Internal Server Error"),
         "/401": page("<form>Log in</form>", status="401 Unauthorized", WWW_Authenticate="Basic realm=x"),
         "/login-wall": redirect("/login"),
-        "/login": page("<title>Sign in</title><form action=/in><label>Name <input name=u></label><button>Sign in</button></form>"),
+        "/login": page(
+            "<title>Sign in</title><form action=/in><label>Name <input name=u></label><button>Sign in</button></form>"
+        ),
         "/cookie": page("<p>took", Set_Cookie="a=b"),
         "/empty": page(""),
-    }  # fmt: skip
+    }

@@ -133,7 +133,7 @@ def document_kind(fetched: Fetched) -> str:
     if kind:
         raise FetchError(f"a document of type {clean(kind)[:80]!r} cannot be shown as text")
     start = body[:1024].lstrip().lower()
-    if start.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
+    if re.match(rb"<(!doctype html|!--|[a-z][a-z0-9]*[\s>])", start):
         return "html"
     if b"\0" in start:
         raise FetchError("a document without a type cannot be shown as text")

@@ -103,7 +103,7 @@ class Parser:
                     child.kill()
                 raise
             with self._lock:
-                is_kept = not self._is_closed and answer.pop("cpu_s") < _RETIRE_CPU_S
+                is_kept = not self._is_closed and not answer.pop("is_spent")
                 if is_kept:
                     self._idle.append(child)
             if not is_kept:
@@ -117,7 +117,8 @@ class _Child:
     def __init__(self, memory_bytes: int) -> None:
         # The child finds its modules where this process does, and takes nothing else of it.
         start = (
-            "import sys; sys.path[:] = sys.argv[2:]; from ossia.tools.web.parse_child import main; main(int(sys.argv[1]))"
+            "import sys; sys.path[:] = sys.argv[2:]; "
+            "from ossia.tools.web.parse_child import main; main(int(sys.argv[1]))"
         )
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-c", start, str(memory_bytes), *(path for path in sys.path if path)],
@@ -228,8 +229,10 @@ def main(memory_bytes: int) -> None:
             answer = {"error": str(error)}
         except MemoryError:
             answer = {"error": "the document is too large to be read"}
+            # Another child begins with all of it.
+            answer["is_spent"] = True
         used = resource.getrusage(resource.RUSAGE_SELF)
-        answer["cpu_s"] = used.ru_utime + used.ru_stime
+        answer["is_spent"] = answer.get("is_spent", False) or used.ru_utime + used.ru_stime > _RETIRE_CPU_S
         data = json.dumps(answer).encode()
         answers.write(_SIZE.pack(len(data)) + data)
         answers.flush()
