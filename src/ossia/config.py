@@ -16,7 +16,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -72,6 +72,20 @@ class Config:
     """Requests that may wait for their turn; more are refused with status 429."""
     max_per_minute: int = 0
     """Requests that one key, or one address without keys, may make in a minute; 0 for no limit."""
+    browser: str = ""
+    """Where the browser tool searches: local:FOLDER, searxng:URL, exa, youcom, brave, tavily; empty for no browser."""
+    browser_key: str = field(default="", repr=False)
+    """API key of the search service that browser names."""
+    browser_allow: str = ""
+    """Domains that the browser may search and open, with those below them, parted by commas; empty for all."""
+    browser_block: str = ""
+    """Domains that the browser may not open, with those below them, parted by commas."""
+    browser_links: Literal["any", "seen"] = "any"
+    """Whether the browser opens any URL, or only those that the user, a search or an opened page has named."""
+    browser_robots: Literal["yes", "no"] = "yes"
+    """Whether the browser leaves alone what a site's robots.txt keeps from programs."""
+    browser_requests: int = 100
+    """Searches and pages that the browser may fetch in one conversation."""
 
 
 def data_folder(environ: Mapping[str, str] | None = None) -> Path:

@@ -1,4 +1,4 @@
-"""A web site on the loopback for the browser's tests: well-behaved pages and every kind of bad one, requests counted."""
+"""A web site on the loopback for the browser's tests: good pages and every kind of bad one, requests counted."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 from ossia.tools.web.guard import Guard, RefusedError
@@ -170,6 +171,7 @@ async def no_http(writer: asyncio.StreamWriter) -> None:
     writer.write(b"SSH-2.0-OpenSSH_9.2\r\n")
 
 
+@lru_cache
 def gzip_bomb(num_bytes: int) -> bytes:
     packer = zlib.compressobj(9, wbits=31)
     block = b"\0" * (1 << 20)

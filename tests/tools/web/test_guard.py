@@ -120,7 +120,6 @@ HOSTILE = [
     "http://nat64.site.org/",
     "http://unknown.site.org/",
     "http://link.site.org/",
-] + [
     "http://example.com\\@127.0.0.1/",
     "http://127.0.0.1\t/",
     "http://exa mple.com/",

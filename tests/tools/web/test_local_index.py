@@ -21,7 +21,8 @@ def folder(tmp_path):
     (folder / "README.md").write_text("# Welcome\n\nThis is the [guide](guide/install.md).\n")
     (folder / "guide" / "install.md").write_text("# Installing\n\nRun `make install` to install the packages.\n")
     (folder / "guide" / "harbour.html").write_text(
-        "<title>The harbour</title><p>The harbour lay still.</p><a href='install.md'>how</a> <a href='../README.md#x'>up</a>"
+        "<title>The harbour</title><p>The harbour lay still.</p>"
+        "<a href='install.md'>how</a> <a href='../README.md#x'>up</a>"
     )
     (folder / "notes.txt").write_text("東京の天気は晴れです。\n")
     (folder / "paper.pdf").write_bytes(_pdf("A paper about lighthouses"))

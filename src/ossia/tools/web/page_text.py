@@ -163,6 +163,7 @@ class _Renderer:
         self._domain = domain_of(url)
         self._links: list[str] = []
         self._id_of: dict[str, int] = {}
+        self._num_url_chars = 0
         self._num_images = 0
         # Finished lines.
         self._out: list[str] = []
@@ -327,7 +328,8 @@ class _Renderer:
             return words
         link_id = self._id_of.get(url)
         if link_id is None:
-            if len(self._links) >= MAX_LINKS:
+            self._num_url_chars += len(url)
+            if len(self._links) >= MAX_LINKS or self._num_url_chars > MAX_CHARS:
                 return words
             link_id = self._id_of[url] = len(self._links)
             self._links.append(url)
