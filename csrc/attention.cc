@@ -56,10 +56,11 @@ struct Desk {
   float* scores;    // [kKeyTile, lanes]
   float* keys;      // [kKeyTile, dim]
   float* values;    // [kKeyTile, dim]
+  float* columns;   // [dim, kKeyTile], the keys turned
   float* rescale;   // [lanes]
   State split, total;
   static int64_t size(const Shape& s) {
-    return s.lanes * s.dim + 3 * s.lanes + kKeyTile * (s.lanes + 2 * s.dim) + 2 * state_size(s);
+    return s.lanes * s.dim + 3 * s.lanes + kKeyTile * (s.lanes + 3 * s.dim) + 2 * state_size(s);
   }
   Desk(float* m, const Shape& s) {
     const auto take = [&](int64_t count) {
@@ -74,6 +75,7 @@ struct Desk {
     scores = take(kKeyTile * s.lanes);
     keys = take(kKeyTile * s.dim);
     values = take(kKeyTile * s.dim);
+    columns = take(kKeyTile * s.dim);
     split = state_at(take(state_size(s)), s);
     total = state_at(take(state_size(s)), s);
   }
@@ -189,6 +191,78 @@ OSSIA_INLINE void score_columns(const Desk& desk, int64_t column, int64_t count,
                              desk.scores + j * lanes + column);
 }
 
+#if OSSIA_512
+
+// to[j][i] = from[i][j] for 16 x 16 numbers.
+OSSIA_INLINE void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  Vf a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = load(from + i * from_stride);
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int k = 0; k < 2; ++k) {
+      const __m512d first = _mm512_castps_pd(b[i + k]), second = _mm512_castps_pd(b[i + 2 + k]);
+      a[i + 2 * k] = _mm512_castpd_ps(_mm512_unpacklo_pd(first, second));
+      a[i + 2 * k + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(first, second));
+    }
+  // a[4 g + c] holds columns c, c + 4, c + 8, c + 12 of rows 4 g .. 4 g + 3, one in each quarter.
+  for (int c = 0; c < 4; ++c) {
+    const Vf low = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x88), high = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xdd);
+    const Vf low2 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x88);
+    const Vf high2 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xdd);
+    store(to + c * to_stride, _mm512_shuffle_f32x4(low, low2, 0x88));
+    store(to + (c + 8) * to_stride, _mm512_shuffle_f32x4(low, low2, 0xdd));
+    store(to + (c + 4) * to_stride, _mm512_shuffle_f32x4(high, high2, 0x88));
+    store(to + (c + 12) * to_stride, _mm512_shuffle_f32x4(high, high2, 0xdd));
+  }
+}
+
+constexpr int kFewLanes = 8;
+
+// The same sums in the same order for a full tile and at most kFewLanes queries, which would leave half of every vector
+// of lanes empty: keys stand in the lanes instead.
+void score_few_lanes(const Desk& desk, const Shape& shape, int64_t head_dim, int64_t lanes) {
+  static_assert(kKeyTile == 2 * kLanes);
+  for (int64_t j = 0; j < kKeyTile; j += kLanes)
+    for (int64_t h = 0; h < shape.dim; h += kLanes)
+      transpose(desk.keys + j * shape.dim + h, shape.dim, desk.columns + h * kKeyTile + j, kKeyTile);
+  Vf sums[kFewLanes][2];
+  for (auto& row : sums) row[0] = row[1] = zero();
+  for (int64_t h = 0; h < head_dim; ++h) {
+    const Vf first = load(desk.columns + h * kKeyTile), second = load(desk.columns + h * kKeyTile + kLanes);
+    OSSIA_UNROLL(8)
+    for (int l = 0; l < kFewLanes; ++l) {
+      const Vf q = set1(desk.q[h * lanes + l]);
+      sums[l][0] = fma(first, q, sums[l][0]);
+      sums[l][1] = fma(second, q, sums[l][1]);
+    }
+  }
+  alignas(64) float rows[kLanes][kKeyTile] = {};
+  for (int l = 0; l < kFewLanes; ++l) {
+    store(rows[l], sums[l][0]);
+    store(rows[l] + kLanes, sums[l][1]);
+  }
+  for (int64_t j = 0; j < kKeyTile; j += kLanes) transpose(rows[0] + j, kKeyTile, desk.scores + j * lanes, lanes);
+}
+
+#endif
+
+// scores[j, l] of `count` keys and the `used` first of the lanes.
+OSSIA_INLINE void score_tile(const Desk& desk, int64_t count, const Shape& shape, int64_t head_dim, int64_t used,
+                             int64_t lanes) {
+#if OSSIA_512
+  if (used <= kFewLanes && count == kKeyTile) return score_few_lanes(desk, shape, head_dim, lanes);
+#else
+  (void)used;
+#endif
+  int64_t column = 0;
+  for (; column + 2 * kLanes <= lanes; column += 2 * kLanes)
+    score_columns<2>(desk, column, count, shape, head_dim, lanes);
+  for (; column < lanes; column += kLanes) score_columns<1>(desk, column, count, shape, head_dim, lanes);
+}
+
 // o[l, h] = o[l, h] rescale[l] + p[j, l] values[j, h] for kCount lanes and kVectors vectors of h
 template <int kCount, int kVectors>
 OSSIA_INLINE void value_patch(const float* p, const float* values, const float* rescale, int64_t count, int64_t lanes,
@@ -208,16 +282,23 @@ OSSIA_INLINE void value_patch(const float* p, const float* values, const float* 
     for (int i = 0; i < kVectors; ++i) store(o + l * dim + i * kLanes, sums[l][i]);
 }
 
-OSSIA_INLINE void add_values(const Desk& desk, int64_t count, const Shape& shape, int64_t lanes) {
-  for (int64_t l = 0; l < lanes; l += 4) {
-    int64_t h = 0;
-    for (; h + 2 * kLanes <= shape.dim; h += 2 * kLanes)
-      value_patch<4, 2>(desk.scores + l, desk.values + h, desk.rescale + l, count, lanes, shape.dim,
-                        desk.split.o + l * shape.dim + h);
-    for (; h < shape.dim; h += kLanes)
-      value_patch<4, 1>(desk.scores + l, desk.values + h, desk.rescale + l, count, lanes, shape.dim,
-                        desk.split.o + l * shape.dim + h);
-  }
+template <int kCount>
+OSSIA_INLINE void add_values_of(const Desk& desk, int64_t l, int64_t count, const Shape& shape, int64_t lanes) {
+  int64_t h = 0;
+  for (; h + 2 * kLanes <= shape.dim; h += 2 * kLanes)
+    value_patch<kCount, 2>(desk.scores + l, desk.values + h, desk.rescale + l, count, lanes, shape.dim,
+                           desk.split.o + l * shape.dim + h);
+  for (; h < shape.dim; h += kLanes)
+    value_patch<kCount, 1>(desk.scores + l, desk.values + h, desk.rescale + l, count, lanes, shape.dim,
+                           desk.split.o + l * shape.dim + h);
+}
+
+OSSIA_INLINE void add_values(const Desk& desk, int64_t count, const Shape& shape, int64_t used, int64_t lanes) {
+  int64_t l = 0;
+#if OSSIA_512
+  for (; l + 8 <= used; l += 8) add_values_of<8>(desk, l, count, shape, lanes);
+#endif
+  for (; l < used; l += 4) add_values_of<4>(desk, l, count, shape, lanes);
 }
 
 // A piece of work -----------------------------------------------------------------------------------------------------
@@ -279,17 +360,13 @@ void softmax_tile(const AttentionArgs& a, const Desk& desk, int64_t first_key, i
 void attend_split(const AttentionArgs& a, const Piece& piece, int64_t split, const Shape& shape, const Desk& desk) {
   begin(desk.split, desk, shape, piece.lanes);
   const int64_t first = greatest(piece.first_key, split * kSplit), end = least(piece.end_key, (split + 1) * kSplit);
-  const int64_t last_position = piece.end_key - 1;
+  const int64_t last_position = piece.end_key - 1, used = piece.num_tokens * shape.group;
   for (int64_t tile = first / kKeyTile * kKeyTile; tile < end; tile += kKeyTile) {
     const int64_t first_key = greatest(first, tile), count = least(end, tile + kKeyTile) - first_key;
     fetch_tile(a, piece, first_key, count, shape, desk);
-    int64_t column = 0;
-    for (; column + 2 * kLanes <= piece.lanes; column += 2 * kLanes)
-      score_columns<2>(desk, column, count, shape, a.head_dim, piece.lanes);
-    for (; column < piece.lanes; column += kLanes)
-      score_columns<1>(desk, column, count, shape, a.head_dim, piece.lanes);
+    score_tile(desk, count, shape, a.head_dim, used, piece.lanes);
     softmax_tile(a, desk, first_key, count, piece.first_position, last_position, piece.lanes);
-    add_values(desk, count, shape, piece.lanes);
+    add_values(desk, count, shape, used, piece.lanes);
   }
 }
 

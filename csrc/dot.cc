@@ -312,6 +312,23 @@ OSSIA_INLINE void accumulate(const Decoded& w, bool mxfp4, Vf scale, const QBloc
   }
 }
 
+// Asks for the cache lines of rows in the order of memory, a few at a time.
+struct Ahead {
+  const uint8_t* row;
+  int64_t row_stride, row_bytes, at = 0;
+  OSSIA_INLINE_MEMBER Ahead(const uint8_t* first, int64_t stride, int64_t bytes) : row(first), row_stride(stride), row_bytes(bytes) {}
+  OSSIA_INLINE_MEMBER void ask(int num_lines) {
+    for (int n = 0; n < num_lines; ++n) {
+      prefetch(row + at);
+      at += 64;
+      if (at >= row_bytes) {
+        at = 0;
+        row += row_stride;
+      }
+    }
+  }
+};
+
 // kTokens > 0: exactly so many, sums in registers; 0: any number, sums in memory.
 template <int kTokens>
 OSSIA_INLINE void mxfp4_tile(const Matrix& w, int64_t first_row, int64_t row_step, const QBlock* x, int64_t num_tokens,
@@ -320,8 +337,9 @@ OSSIA_INLINE void mxfp4_tile(const Matrix& w, int64_t first_row, int64_t row_ste
   const int64_t stride = w.row_stride * row_step, scale_stride = w.scale_row_stride * row_step;
   const uint8_t* data = w.data + first_row * w.row_stride;
   const uint8_t* scales = w.scales + first_row * w.scale_row_stride;
-  // The next tile's bytes are asked for while this one's are multiplied.
-  const uint8_t* ahead = data + kTileRows * stride;
+  // The next tile's bytes are asked for while this one's are multiplied, row after row as they lie in memory.
+  Ahead ahead(data + kTileRows * stride, stride, num_blocks * w.block_stride);
+  Ahead scales_ahead(scales + kTileRows * scale_stride, scale_stride, num_blocks * w.scale_block_stride);
   Vf registers[kTokens > 0 ? kTokens : 1];
   for (Vf& sum : registers) sum = zero();
   if (kTokens == 0)
@@ -332,8 +350,8 @@ OSSIA_INLINE void mxfp4_tile(const Matrix& w, int64_t first_row, int64_t row_ste
     turn_scales(scales + run * w.scale_block_stride, scale_stride, w.scale_block_stride, count, turned);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t b = run + i;
-      if (i % 4 == 0)
-        for (int r = 0; r < kTileRows; ++r) prefetch(ahead + r * stride + b * w.block_stride);
+      ahead.ask(kTileRows * 16 / 64);
+      if (i % 2 == 0) scales_ahead.ask(1);
       const Decoded decoded = decode_mxfp4(data + b * w.block_stride, stride);
       accumulate<kTokens>(decoded, true, e8m0_scales(turned[i]), x + b * num_tokens, num_tokens, registers, sums);
     }
