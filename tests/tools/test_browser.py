@@ -23,7 +23,10 @@ from ossia.tools.browser import Browser, BrowserRules
 from ossia.tools.web.backend import Scope, Web, backend_of, open_backend
 from ossia.tools.web.fetch import Fetcher, FetchError, FetchLimits
 from ossia.tools.web.guard import Domains, Guard
-from ossia.tools.web.page import VIEW_TOKENS, Hit, Page
+from ossia.tools.web.page import Hit, Page
+
+
+VIEW_TOKENS = 1024
 
 
 class Scripted:
