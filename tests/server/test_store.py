@@ -199,6 +199,48 @@ def test_the_oldest_go_when_all_together_are_too_large(url):
     store.close()
 
 
+def chat(number: int, text: str = "") -> dict[str, Any]:
+    return {"id": f"chatcmpl-{number}_{os.urandom(4).hex()}", "model": "m", "metadata": {"n": str(number % 2)},
+            "text": text}  # fmt: skip
+
+
+def test_chat_completions_are_kept_and_paged_in_the_order_they_were_made(store):
+    made = [chat(number) for number in range(6)]
+    for one in made:
+        store.save_chat(one, [{"role": "user", "content": "ä\0\ud800"}])
+    ids = [one["id"] for one in made]
+    assert [one["id"] for one in store.chats(3, None, "asc", "m", {})][-3:] == ids[:3]
+    assert [one["id"] for one in store.chats(9, ids[2], "asc", None, {})] == ids[3:]
+    assert [one["id"] for one in store.chats(2, ids[2], "desc", None, {})] == ids[1::-1]
+    assert [one["id"] for one in store.chats(2, ids[0], "asc", None, {"n": "1"})] == ids[1:4:2]
+    assert store.chats(2, None, "asc", "x\0", {}) == store.chats(2, None, "asc", None, {"n": "7"}) == []
+    assert store.chat_messages(ids[0]) == [{"role": "user", "content": "ä\0?"}]
+    assert store.update_chat(ids[0], {"x": "y"}) == store.chat(ids[0]) == made[0] | {"metadata": {"x": "y"}}
+    for one in ids:
+        store.delete_chat(one)
+        for method in (store.chat, store.chat_messages, store.delete_chat):
+            with pytest.raises(NotFoundError):
+                method(one)
+
+
+def test_chat_completions_are_within_the_bounds_too(url):
+    store = Store(url, max_bytes=40_000)
+    made = [chat(number, "x" * 10_000) for number in range(8)]
+    for one in made:
+        store.save_chat(one, [])
+    store.sweep()
+    left = [one["id"] for one in store.chats(9, None, "asc", None, {})]
+    assert left == [one["id"] for one in made[-3:]]
+    store._ttl_s = -1
+    store.save_chat(gone := chat(9), [])
+    store.sweep()
+    with pytest.raises(NotFoundError):
+        store.chat(gone["id"])
+    for one in left:
+        store.delete_chat(one)
+    store.close()
+
+
 @pytest.mark.parametrize("wrong", ["nonsense", "sqlite:////proc/none/x.db", "mysql+none://x"])
 def test_a_store_that_cannot_be_opened_says_so(wrong):
     with pytest.raises(ConfigError, match="cannot be opened"):

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from ossia.engine.masks import GrammarCompiler
 from ossia.engine.request import Constraint
 from ossia.errors import InputError
-from ossia.harmony.grammar import Body, Schema, Tool, ToolChoice, turn_grammar
+from ossia.harmony.grammar import Body, Lark, Regex, Schema, Tool, ToolChoice, turn_grammar
 from ossia.harmony.grammar import Json as AnyJson
 from ossia.responses.schema import Json, TextFormat
 from ossia.responses.tools import Function, Tools
@@ -69,6 +69,8 @@ def _tool(function: Function) -> Tool:
 def _output(shape: TextFormat) -> Body | None:
     if shape.type == "json_schema":
         return Schema(shape.json_schema or {}) if shape.strict else AnyJson()
+    if shape.type == "grammar":
+        return (Regex if shape.syntax == "regex" else Lark)(shape.definition or "")
     return AnyJson("object") if shape.type == "json_object" else None
 
 

@@ -59,12 +59,15 @@ class TextFormat(_Tolerant):
 
     model_config = ConfigDict(extra="allow", populate_by_name=True)
 
-    type: Literal["text", "json_object", "json_schema"] = "text"
+    type: Literal["text", "json_object", "json_schema", "grammar"] = "text"
     name: str | None = Field(default=None, max_length=64)
     description: str | None = None
     # "schema" is a method of pydantic's models.
     json_schema: dict[str, Any] | None = Field(default=None, alias="schema")
     strict: bool | None = None
+    # Of a grammar, which the API has for custom tools alone.
+    syntax: Literal["lark", "regex"] | None = None
+    definition: str | None = None
 
 
 class Text(_Tolerant):
@@ -75,7 +78,7 @@ class Text(_Tolerant):
 
 
 class StreamOptions(_Tolerant):
-    """How events are sent; padding against traffic analysis is accepted and not added."""
+    """How events are sent; padding against traffic analysis is added when it is asked for."""
 
     include_obfuscation: bool | None = None
 
@@ -154,6 +157,10 @@ class ResponseRequest(PromptRequest):
         return include
 
     @property
+    def wants_padding(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_obfuscation)
+
+    @property
     def wants_logprobs(self) -> bool:
         return bool(self.top_logprobs) or "message.output_text.logprobs" in (self.include or ())
 
@@ -185,6 +192,8 @@ def check_request(request: PromptRequest) -> None:
     shape = request.format
     if shape.type == "json_schema" and shape.json_schema is None:
         raise InputError("text.format is json_schema without a schema; expected one", param="text.format.schema")
+    if shape.type == "grammar" and (shape.definition is None or shape.syntax is None):
+        raise InputError("text.format is grammar without a syntax or definition; expected both", param="text.format")
 
 
 # What goes out ---------------------------------------------------------------------------------------------------
@@ -223,7 +232,10 @@ def new_response(request: ResponseRequest, model: str) -> Json:
             "schema": request.format.json_schema,
             "strict": bool(request.format.strict),
         }
+    if request.format.type == "grammar":
+        shape |= {"syntax": request.format.syntax, "definition": request.format.definition}
     conversation_id = request.conversation_id
+    effort = (request.reasoning and request.reasoning.effort) or "medium"
     echoed = {key: value for key, value in (request.model_extra or {}).items() if key in _ECHOED}
     return {
         "id": new_id("resp"),
@@ -244,8 +256,9 @@ def new_response(request: ResponseRequest, model: str) -> Json:
         "conversation": {"id": conversation_id} if conversation_id else None,
         "prompt_cache_key": request.prompt_cache_key,
         "reasoning": {
-            "effort": (request.reasoning and request.reasoning.effort) or "medium",
-            "summary": request.reasoning.summary if request.reasoning else None,
+            "summary": None,
+            **(request.reasoning.model_dump(exclude_none=True) if request.reasoning else {}),
+            "effort": effort,
         },
         "safety_identifier": request.safety_identifier,
         "service_tier": "default",
@@ -267,7 +280,11 @@ def new_response(request: ResponseRequest, model: str) -> Json:
     }  # fmt: skip
 
 
-_ECHOED = frozenset({"prompt_cache_retention", "prompt_cache_options", "access_programs", "image"})
+_ECHOED = frozenset(
+    {"prompt_cache_retention", "prompt_cache_options", "access_programs", "image", "background_options"}
+)
+# Fields that are taken without a word: they change nothing here, and need not.
+HINTS = _ECHOED | {"client_metadata"}
 
 
 def error_object(error: OssiaError) -> Json:

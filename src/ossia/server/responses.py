@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
@@ -18,8 +18,8 @@ from ossia.errors import InputError, NotFoundError
 from ossia.responses.builder import replayed
 from ossia.responses.convert import Entry, History, Reader
 from ossia.responses.events import DONE, sse
-from ossia.responses.loop import Run, prepare
-from ossia.responses.schema import Json, Metadata, PromptRequest, ResponseRequest, Usage, check_request, new_id
+from ossia.responses.loop import prepare
+from ossia.responses.schema import HINTS, Json, Metadata, PromptRequest, ResponseRequest, Usage, check_request, new_id
 from ossia.server.service import Service, split
 from ossia.server.stream import EventStream, JSONResponse, opened, while_there
 
@@ -65,7 +65,7 @@ def router(service: Service) -> APIRouter:
     @routes.post("/responses", responses=_says(Response), summary="Create a response")
     async def create(body: ResponseRequest, request: Request) -> HttpResponse:
         run = await service.begin(body)
-        headers = ignored_header(run)
+        headers = service.ignored(body, run.tools.ignored, HINTS)
         if body.background:
             live = await service.start(run)
             if body.stream:
@@ -196,20 +196,18 @@ def page(items: list[Json], limit: int, after: str | None, order: str) -> Json:
         if not places:
             raise NotFoundError(f"item {after[:80]!r} is not in the list", param="after")
         ordered = ordered[places[0] + 1 :]
-    shown = ordered[:limit]
+    return envelope(ordered[:limit], has_more=len(ordered) > limit)
+
+
+def envelope(shown: list[Json], *, has_more: bool) -> Json:
+    """A page of a list as the API sends it."""
     return {
         "object": "list",
         "data": shown,
         "first_id": shown[0]["id"] if shown else "",
         "last_id": shown[-1]["id"] if shown else "",
-        "has_more": len(ordered) > limit,
+        "has_more": has_more,
     }
-
-
-def ignored_header(run: Run) -> Mapping[str, str]:
-    """Tells which tools were passed by."""
-    named = [name if name.isascii() and name.isprintable() else "?" for name in run.tools.ignored]
-    return {"x-ossia-ignored-tools": ", ".join(named)[:500]} if named else {}
 
 
 async def _compacted(service: Service, body: PromptRequest) -> Json:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Container, Iterable, Sequence
 from contextlib import aclosing
 from typing import TypeVar
+
+from pydantic import BaseModel
 
 from ossia.engine import EngineStats
 from ossia.errors import InputError, NotFoundError
@@ -28,6 +30,8 @@ T = TypeVar("T")
 
 # Items of a request from this many characters on are read beside the event loop: it is tokenization that takes time.
 _LONG_INPUT_CHARS = 50_000
+# Names of tools and fields that the log has told of already.
+_MAX_PASSED_BY = 1_000
 
 
 class Live:
@@ -90,6 +94,7 @@ class Service:
         self.metrics = Metrics()
         self.live: dict[str, Live] = {}
         self.is_stopping = False
+        self._passed_by: set[tuple[str, str]] = set()
         self.metrics.gauge("ossia_running", "Requests under way", lambda: self.admission.num_running)
         self.metrics.gauge("ossia_queued", "Requests that wait for their turn", lambda: self.admission.num_queued)
 
@@ -106,6 +111,20 @@ class Service:
             raise NotFoundError(
                 f"model {name!r} is not served here; this server has {self.model.name!r}", param="model"
             )
+
+    def ignored(self, body: BaseModel, tools: Sequence[str] = (), hints: Container[str] = ()) -> dict[str, str]:
+        """Headers that tell which tools and fields of a request were passed by; the log tells of each once."""
+        fields = [name for name in body.model_extra or {} if name not in hints]
+        headers = {}
+        for what, names in (("tools", tools), ("fields", fields)):
+            if names:
+                plain = [name if name.isascii() and name.isprintable() else "?" for name in names]
+                headers[f"x-ossia-ignored-{what}"] = ", ".join(plain)[:500]
+                new = [name for name in plain if (what, name) not in self._passed_by]
+                if new and len(self._passed_by) < _MAX_PASSED_BY:
+                    self._passed_by |= {(what, name) for name in new}
+                    _log.info("%s of clients that change nothing here: %s", what, ", ".join(new)[:500])
+        return headers
 
     async def begin(self, request: ResponseRequest, extras: Extras | None = None) -> Run:
         """Look up what the request refers to, and read it. Raises what is wrong with it."""
@@ -148,11 +167,11 @@ class Service:
 
     async def _made(self, run: Run, sent: list[bytes] | None) -> AsyncGenerator[tuple[Event, bytes], None]:
         watch = Watch(self.metrics)
-        keeps, data = bool(run.response["store"]), b""
+        keeps, pads, data = bool(run.response["store"]), run.request.wants_padding, b""
         async with self.admission.slot(), aclosing(run.events()) as events:
             async for event in events:
                 if sent is not None:
-                    data = sse(event)
+                    data = sse(event, pads=pads)
                     if keeps:
                         sent.append(data)
                 if event.is_terminal:
@@ -184,7 +203,7 @@ class Service:
         try:
             async with aclosing(run.events(self.admission.slot())) as events:
                 async for event in events:
-                    data = sse(event)
+                    data = sse(event, pads=run.request.wants_padding)
                     if event.is_terminal:
                         await self._save(run, [*live.sent, data])
                     elif event.type.endswith(".delta"):
