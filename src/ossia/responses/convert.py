@@ -29,9 +29,11 @@ from ossia.harmony import (
     Tokenizer,
     render_message,
 )
+from ossia.harmony.render import developer_text
+from ossia.responses.client_tools import ClientTool, arguments_of, of_call, of_output, output_text
 from ossia.responses.schema import Json, PromptRequest, new_id
 from ossia.responses.seal import Seal
-from ossia.responses.tools import Tools
+from ossia.responses.tools import Tools, brought
 
 _JSON_CALL = "<|constrain|>json"
 
@@ -123,7 +125,7 @@ class Reader:
             if not isinstance(item, dict):
                 raise InputError(f"{where} is {str(item)[:80]!r}; expected an object", param=where)
             entry = self._entry(item, where, calls, out)
-            if entry.item.get("type") in ("function_call", "custom_tool_call"):
+            if "call_id" in entry.item and not entry.item["type"].endswith("_output"):
                 calls[entry.item["call_id"]] = (entry.item, entry.spoken)
             out.append(entry)
         return out
@@ -139,6 +141,12 @@ class Reader:
                 return self._call(item, kind, where, out)
             case "function_call_output" | "custom_tool_call_output":
                 return self._output(item, kind, where, calls)
+            case str() if (tool := of_call(kind)) is not None:
+                return self._client_call(item, tool, where, out)
+            case str() if (tool := of_output(kind)) is not None:
+                return self._client_output(item, tool, where, calls)
+            case "additional_tools":
+                return self._more_tools(item, where)
             case "item_reference":
                 if item.get("id") in self.references:
                     return self.references[item["id"]]
@@ -221,6 +229,38 @@ class Reader:
         )
         return Entry(kept, (Spoken(call),))
 
+    def _client_call(self, item: Json, tool: ClientTool, where: str, out: list[Entry]) -> Entry:
+        given, call_id = arguments_of(tool.kind, item), item.get("call_id") or item.get("id")
+        if given is None or not isinstance(call_id, str):
+            raise InputError(f"{where} is a {tool.call_type} without call_id, or without what it calls", param=where)
+        identity = _text(item.get("id"), f"{where}.id") or new_id(tool.prefix)
+        kept = {**item, "id": identity, "call_id": call_id}
+        recipient = f"functions.{tool.kind}"
+        turn = self._recalled(call_id, recipient, given, out)
+        call = Message(
+            Role.ASSISTANT, given, channel=str(Channel.COMMENTARY), recipient=recipient, content_type=_JSON_CALL
+        )
+        return Entry(kept, turn or (Spoken(call),))
+
+    def _client_output(self, item: Json, tool: ClientTool, where: str, calls: Mapping[str, Any]) -> Entry:
+        # The output of a local shell names its call by id.
+        call_id = item.get("call_id") or item.get("id")
+        if tool.kind == "tool_search":
+            tools = brought(item)
+            text = _told_tools(tools) or "No tools were found."
+        else:
+            text = output_text(item) or ""
+            if output_text(item) is None:
+                raise InputError(f"{where}.output is no output of {tool.kind}", param=f"{where}.output")
+        answered = {**item, "output": text, "call_id": call_id, "name": tool.kind}
+        entry = self._output(answered, tool.output_type, where, calls)
+        return Entry({**item, "id": entry.item["id"], "status": item.get("status") or "completed"}, entry.spoken)
+
+    def _more_tools(self, item: Json, where: str) -> Entry:
+        identity = _text(item.get("id"), f"{where}.id") or new_id("at")
+        content = DeveloperContent(None, tuple(brought(item).namespaces))
+        return Entry({**item, "id": identity}, (Spoken(Message(Role.DEVELOPER, content)),))
+
     def _recalled(self, call_id: str, recipient: str, given: str, out: list[Entry]) -> tuple[Spoken, ...]:
         """What was sampled up to this call; the entries that show parts of it then say nothing themselves.
 
@@ -248,7 +288,8 @@ class Reader:
         call, spoken = calls.get(call_id, (None, ())) if isinstance(call_id, str) else (None, ())
         name, namespace = item.get("name"), item.get("namespace")
         if call is not None:
-            name, namespace = call.get("name"), call.get("namespace")
+            called = of_call(call["type"])
+            name, namespace = called.kind if called else call.get("name"), call.get("namespace")
         if not isinstance(name, str):
             raise InputError(
                 f"{where}: no tool call found for the output with call_id {call_id!r}; send the call before it, or "
@@ -272,6 +313,10 @@ class Reader:
             )
         message = Message(Role.DEVELOPER, DeveloperContent(instructions=data.decode()))
         return Entry({**item, "id": _text(item.get("id"), where) or new_id("cmp")}, (Spoken(message),))
+
+
+def _told_tools(tools: Tools) -> str:
+    return developer_text(DeveloperContent(None, tuple(tools.namespaces))) if tools.functions else ""
 
 
 def tool_message(name: str, channel: str | None, text: str) -> Message:
@@ -357,7 +402,7 @@ class Prompt:
         current_date: str | None,
     ) -> None:
         spoken = [one for entry in entries for one in entry.spoken]
-        num_leading = next((i for i, s in enumerate(spoken) if s.message.role is not Role.DEVELOPER), len(spoken))
+        num_leading = next((i for i, s in enumerate(spoken) if not _is_instructions(s.message)), len(spoken))
         given = [_instructions(s.message) for s in spoken[:num_leading]]
         texts = [text for text in [request.instructions, *given] if text]
         has_functions = any(function.namespace is None for function in tools.functions)
@@ -412,6 +457,12 @@ class Prompt:
                 return True
         self._num_dropped = 0
         return False
+
+
+def _is_instructions(message: Message) -> bool:
+    """Whether it may be told with the request's own instructions: a developer's message that declares nothing."""
+    part = message.content[0]
+    return message.role is Role.DEVELOPER and not (isinstance(part, DeveloperContent) and part.tools)
 
 
 def _instructions(message: Message) -> str:

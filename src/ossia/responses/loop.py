@@ -16,12 +16,13 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ossia.engine.request import NO_TOKEN, Constraint, SamplingParams, TokenOutput
 from ossia.errors import ContextLengthError, OssiaError
 from ossia.harmony import Delta, Header, ParsedMessage, StreamParser, Tokenizer
 from ossia.responses.builder import Builder
+from ossia.responses.client_tools import of_call
 from ossia.responses.constrain import Turn
 from ossia.responses.convert import Entry, History, Prompt, Reader, Spoken, TurnMemory, sealed_reasoning, tool_message
 from ossia.responses.events import Event
@@ -34,7 +35,7 @@ from ossia.responses.schema import (
     new_response,
 )
 from ossia.responses.seal import Seal
-from ossia.responses.tools import Toolbox, Tools, check_tool_choice, read_tools
+from ossia.responses.tools import Choice, Toolbox, Tools, read_tool_choice, read_tools, with_found
 
 _log = logging.getLogger(__name__)
 
@@ -110,9 +111,9 @@ class Run:
         self.error: OssiaError | None = None
         self._model = model
         self._toolbox = model.toolbox()
-        self.tools, self.input, self.current_date, self._prompt = prepare(
-            request, model, self.history, references, self._toolbox
-        )
+        prepared = prepare(request, model, self.history, references, self._toolbox)
+        self.tools, self.input, self.current_date = prepared.tools, prepared.entries, prepared.current_date
+        self._choice, self._prompt = prepared.choice, prepared.prompt
         self.response = new_response(request, model.name)
         # Tools that are not offered here are not echoed as if they were.
         self.response["tools"] = [t for t in self.response["tools"] if t["type"] not in self.tools.ignored]
@@ -142,7 +143,7 @@ class Run:
     def is_pending(self) -> bool:
         """Whether the turn waits for a tool's answer."""
         last = self.output[-1].item if self.output else {}
-        return last.get("type") in ("function_call", "custom_tool_call")
+        return last.get("type") in ("function_call", "custom_tool_call") or of_call(last.get("type")) is not None
 
     async def events(self, slot: AbstractAsyncContextManager[Any] | None = None) -> AsyncGenerator[Event, None]:
         """Make the response. A background response is queued until ``slot`` is entered."""
@@ -276,9 +277,9 @@ class Run:
             if self._builder.is_call(_header(parsed)):
                 if is_whole:
                     yield from self._called(generation, parsed, spoken)
-                else:
+                elif events := self._builder.close("incomplete"):
                     # Half a call is shown, and not said again.
-                    yield from self._builder.close("incomplete")
+                    yield from events
                     self.output.append(Entry(self._builder.item))
                 return
             fields: Json = {}
@@ -307,7 +308,7 @@ class Run:
         is_known = self._builder.item["type"] != "reasoning"
         if not is_known:
             self._num_unknown_calls += 1
-            names = sorted(function.recipient for function in self.tools.functions)
+            names = sorted(function.recipient for function in self.tools.callable)
             known = f"The tools are: {', '.join(names)}." if names else "There are no tools; answer without."
             text = f"Unknown tool: {recipient}. {known}"
         else:
@@ -329,9 +330,12 @@ class Run:
 
     def _constrain(self) -> Constraint | None:
         """A fresh constraint for the next generation."""
-        choice = self.request.tool_choice or "auto"
-        # What had to be called has been.
-        choice = "auto" if self._num_tool_calls and choice != "none" else choice
+        choice = self._choice
+        if self._num_tool_calls and choice.mode == "required":
+            # What had to be called has been; what may be called stays.
+            asked = self.request.tool_choice
+            is_list = isinstance(asked, dict) and asked["type"] == "allowed_tools"
+            choice = Choice("auto", choice.recipients if is_list else None)
         cap = self.request.max_reasoning_tokens
         left = None if cap is None else max(cap - self._usage.reasoning_tokens, 0)
         return self._model.constrain(Turn(self.tools, choice, self.request.format, left))
@@ -401,20 +405,33 @@ class _Generation:
         return Spoken(parsed.message, token_ids)
 
 
+class Prepared(NamedTuple):
+    """What a request says."""
+
+    tools: Tools
+    choice: Choice
+    # Of its input.
+    entries: list[Entry]
+    # As the model is told.
+    current_date: str
+    prompt: Prompt
+
+
 def prepare(
     request: PromptRequest,
     model: Model,
     history: History,
     references: Mapping[str, Entry] | None = None,
     toolbox: Toolbox | None = None,
-) -> tuple[Tools, list[Entry], str, Prompt]:
-    """What a request says: its tools, the entries of its input, the date told to the model, and the prompt."""
+) -> Prepared:
+    """Read a request after its history. Raises InputError naming what is wrong."""
     tools = read_tools(request.tools or (), toolbox)
-    check_tool_choice(request.tool_choice, tools)
     entries = Reader(history, model.seal, model.memory, references or {}).read(request.input_items)
+    tools = with_found(tools, [entry.item for entry in (*history.entries, *entries)])
+    choice = read_tool_choice(request.tool_choice, tools)
     current_date = history.current_date or model.today()
     prompt = Prompt(request, [*history.entries, *entries], tools, model.tokenizer, current_date)
-    return tools, entries, current_date, prompt
+    return Prepared(tools, choice, entries, current_date, prompt)
 
 
 async def finish(run: Run) -> Json:

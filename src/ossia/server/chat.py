@@ -21,6 +21,7 @@ from starlette.requests import Request
 from starlette.responses import Response as HttpResponse
 
 from ossia.errors import InputError, NotFoundError, UnsupportedError
+from ossia.responses.client_tools import CLIENT_TOOLS
 from ossia.responses.events import DONE, Event, padding
 from ossia.responses.loop import Extras, Run
 from ossia.responses.schema import Json, Metadata, ResponseRequest, dumps, error_object, new_id
@@ -198,6 +199,12 @@ def to_response_request(body: ChatRequest) -> ResponseRequest:
             raise UnsupportedError(f"{name} is of an older API and not offered; send {instead}", param=name)
     asked = body.model_dump(include=_EFFORT_FIELDS) | (body.model_extra or {})
     tools = [_flat(tool) for tool in body.tools or ()]
+    for i, tool in enumerate(tools):
+        if tool.get("type") in CLIENT_TOOLS:
+            raise InputError(
+                f"tools[{i}] is of type {tool['type']!r}, which only the Responses API can call; declare a function",
+                param=f"tools[{i}].type",
+            )
     if body.web_search_options is not None:
         tools.append({**body.web_search_options, "type": "web_search"})
     form = _format(body)

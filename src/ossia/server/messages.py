@@ -73,8 +73,8 @@ def router(service: Service) -> APIRouter:
     async def count(body: CountRequest) -> HttpResponse:
         asked = _to_response_request(body)
         history = await service.history(asked)
-        *_, prompt = await service.beside_if_long(asked, lambda: prepare(asked, service.model, history))
-        return JSONResponse({"input_tokens": len(prompt.token_ids)})
+        read = await service.beside_if_long(asked, lambda: prepare(asked, service.model, history))
+        return JSONResponse({"input_tokens": len(read.prompt.token_ids)})
 
     return routes
 

@@ -81,8 +81,8 @@ def router(service: Service) -> APIRouter:
         check_request(body)
         history = await service.history(body)
         toolbox = service.model.toolbox()
-        *_, prompt = await service.beside_if_long(body, lambda: prepare(body, service.model, history, toolbox=toolbox))
-        return JSONResponse({"object": "response.input_tokens", "input_tokens": len(prompt.token_ids)})
+        read = await service.beside_if_long(body, lambda: prepare(body, service.model, history, toolbox=toolbox))
+        return JSONResponse({"object": "response.input_tokens", "input_tokens": len(read.prompt.token_ids)})
 
     @routes.post("/responses/compact", responses=_says(CompactedResponse), summary="Compact a conversation")
     async def compact(body: PromptRequest, request: Request) -> HttpResponse:
