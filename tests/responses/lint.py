@@ -47,7 +47,7 @@ def lint(events: list[dict[str, Any]]) -> dict[str, Any]:
             for key in ("id", "type", "call_id", "name"):
                 assert begun.get(key) == event["item"].get(key)
             assert not open_parts, "parts end before their item"
-            assert event["item"]["status"] != "in_progress"
+            assert event["item"].get("status") != "in_progress"
             items[index] = event["item"]
         elif index is not None:
             prefix, _, step = kind.rpartition(".")

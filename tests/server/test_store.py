@@ -91,7 +91,7 @@ def test_what_was_saved_comes_back(store):
     store.save(Stored(one, [entry("in")], [entry("out")], "2025-06-28", b"event: x\n\n"))
     assert store.response(one["id"]) == one
     assert store.events(one["id"]) == b"event: x\n\n"
-    assert [item["text"] for item in store.input_items(one["id"])] == ["in"]
+    assert [e.item["text"] for e in store.input_entries(one["id"])] == ["in"]
     history = store.history(one["id"])
     assert [e.item["text"] for e in history.entries] == ["in", "out"]
     assert history.entries[0].spoken == entry("in").spoken and history.current_date == "2025-06-28"
@@ -115,7 +115,7 @@ def test_what_is_deleted_is_gone_with_its_items(store):
     store.save(Stored(one, [kept]))
     store.delete_response(one["id"])
     assert store.references([kept.item["id"]]) == {}
-    for method in (store.response, store.events, store.history, store.input_items, store.delete_response):
+    for method in (store.response, store.events, store.history, store.input_entries, store.delete_response):
         with pytest.raises(NotFoundError):
             method(one["id"])
 
@@ -142,9 +142,9 @@ def test_conversations_keep_the_order_of_what_was_added(store):
     made = store.create_conversation({"a": "b"}, [entry("0")])
     store.save(Stored(response(1), [entry("1")], [entry("2")], conversation_id=made["id"]))
     store.append_items(made["id"], [entry("3")])
-    assert [item["text"] for item in store.conversation_items(made["id"])] == list("0123")
+    assert [e.item["text"] for e in store.conversation_entries(made["id"])] == list("0123")
     assert [e.item["text"] for e in store.conversation_history(made["id"]).entries] == list("0123")
-    first = store.conversation_items(made["id"])[0]["id"]
+    first = store.conversation_entries(made["id"])[0].item["id"]
     assert store.delete_item(made["id"], first) == made
     with pytest.raises(NotFoundError):
         store.delete_item(made["id"], first)
@@ -163,7 +163,7 @@ def test_responses_that_end_together_do_not_lose_each_others_items(store):
     for thread in threads if threads[0].ident else ():
         thread.join()
     expected = 8 if threads[0].ident else 0
-    assert len(store.conversation_items(made["id"])) == expected
+    assert len(store.conversation_entries(made["id"])) == expected
 
 
 def test_what_has_expired_is_swept_and_what_is_continued_lives_on(url):

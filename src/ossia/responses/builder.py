@@ -66,7 +66,6 @@ class Builder:
         tools: Tools,
         *,
         toolbox: Toolbox | None = None,
-        include: Sequence[str] = (),
         stops: Sequence[str] = (),
     ) -> None:
         self.response = response
@@ -75,7 +74,6 @@ class Builder:
         self.function: Function | None = None
         self._tools = tools
         self._toolbox = toolbox
-        self._include = include
         self._stops = tuple(stops)
         self._num_events = 0
         # The open item.
@@ -83,6 +81,7 @@ class Builder:
         self._item: Json = {}
         self._is_open = False
         self._is_answer = False
+        self._is_compacting = False
         # Whether the text of the open item is complete, while its tool runs.
         self._is_text_told = False
         self._texts: list[str] = []
@@ -109,7 +108,8 @@ class Builder:
         self, status: str, usage: Usage | None, *, reason: str | None = None, error: OssiaError | None = None
     ) -> list[Event]:
         """Close what is open, as incomplete unless the response is complete, and end the response."""
-        events = self.close("completed" if status == "completed" else "incomplete")
+        events = self.compacted("") if self._is_compacting else []
+        events += self.close("completed" if status == "completed" else "incomplete")
         self.response["status"] = status
         self.response["usage"] = usage.to_dict() if usage is not None else None
         if status == "completed":
@@ -196,6 +196,25 @@ class Builder:
         events = self._end_text()
         self._is_text_told = True
         return events + self._steps(_RUNS.get(self._kind, ()))
+
+    def compacting(self) -> list[Event]:
+        """What was said is being summed up."""
+        index = len(self.response["output"])
+        item = {"id": new_id("cmp"), "type": "compaction", "encrypted_content": ""}
+        self.response["output"].append(item)
+        self._is_compacting = True
+        return [
+            self._event("response.output_item.added", {"output_index": index, "item": item}),
+            self._event("response.compaction.compacting", {"output_index": index, "item_id": item["id"]}),
+        ]
+
+    def compacted(self, encrypted_content: str) -> list[Event]:
+        """The summary is there; an empty one never comes back."""
+        self._is_compacting = False
+        index = len(self.response["output"]) - 1
+        item = self._item = {**self.response["output"][index], "encrypted_content": encrypted_content}
+        self.response["output"][index] = item
+        return [self._event("response.output_item.done", {"output_index": index, "item": item})]
 
     def end_tool(self, fields: Json, *, is_failed: bool) -> list[Event]:
         """The tool is done."""

@@ -96,6 +96,41 @@ def _num_tokens(turn: tuple[Spoken, ...]) -> int:
     return sum(len(spoken.token_ids) for spoken in turn)
 
 
+class Summary(NamedTuple):
+    """What stands for a part of a conversation: the content of a compaction item."""
+
+    text: str
+    # What the user had said last, which is not shortened.
+    user: str = ""
+    # Whether it stands for everything before it; if not, only for what was left out there.
+    covers: bool = False
+
+    def sealed(self, seal: Seal) -> str:
+        return seal.seal(json.dumps(self._asdict()).encode())
+
+    @classmethod
+    def opened(cls, sealed: object, seal: Seal) -> Summary | None:
+        data = seal.open(sealed) if isinstance(sealed, str) else None
+        given = json.loads(data) if data is not None else None
+        # What else was sealed here is no summary.
+        return cls(**given) if isinstance(given, dict) and given.keys() == set(cls._fields) else None
+
+    def spoken(self) -> tuple[Spoken, ...]:
+        text = f"Summary of the conversation so far, which was shortened:\n\n{self.text}"
+        said = (Spoken(Message(Role.DEVELOPER, DeveloperContent(instructions=text))),)
+        return (*said, Spoken(Message(Role.USER, self.user))) if self.user else said
+
+
+def uncovered(entries: Sequence[Entry], seal: Seal) -> Sequence[Entry]:
+    """The entries from the last summary on that stands for everything before it."""
+    for i in range(len(entries) - 1, -1, -1):
+        if entries[i].item.get("type") == "compaction":
+            summary = Summary.opened(entries[i].item.get("encrypted_content"), seal)
+            if summary is not None and summary.covers:
+                return entries[i:]
+    return entries
+
+
 # Items to entries ------------------------------------------------------------------------------------------------
 
 
@@ -296,7 +331,7 @@ class Reader:
                 "continue from the response that made it",
                 param=where,
             )
-        text = _content_text(item.get("output"), f"{where}.output")
+        text = _content_text(item.get("output"), f"{where}.output", skips=True)
         # A tool answers on the channel that it was called on, under the name it was called by.
         recipient = spoken[-1].message.recipient if spoken else f"{namespace or 'functions'}.{name}"
         channel = (spoken[-1].message.channel if spoken else None) or str(Channel.COMMENTARY)
@@ -306,13 +341,12 @@ class Reader:
 
     def _compaction(self, item: Json, where: str) -> Entry:
         sealed = item.get("encrypted_content")
-        data = self.seal.open(sealed) if isinstance(sealed, str) else None
-        if data is None:
+        summary = Summary.opened(sealed, self.seal)
+        if summary is None:
             raise InputError(
                 f"{where} is a compaction that this server did not make; send the items it stands for", param=where
             )
-        message = Message(Role.DEVELOPER, DeveloperContent(instructions=data.decode()))
-        return Entry({**item, "id": _text(item.get("id"), where) or new_id("cmp")}, (Spoken(message),))
+        return Entry({**item, "id": _text(item.get("id"), where) or new_id("cmp")}, summary.spoken())
 
 
 def _told_tools(tools: Tools) -> str:
@@ -364,8 +398,11 @@ def _text(value: object, where: str) -> str:
 _TEXT_PARTS = frozenset({"input_text", "output_text", "text", "reasoning_text", "summary_text"})
 
 
-def _content_text(content: object, where: str) -> str:
-    """The text of a content: a text, or a list of parts. gpt-oss reads nothing else."""
+def _content_text(content: object, where: str, *, skips: bool = False) -> str:
+    """The text of a content: a text, or a list of parts. gpt-oss reads nothing else.
+
+    With ``skips`` the model is told of a part that it cannot read: a tool's picture must not end a conversation.
+    """
     if content is None:
         return ""
     if isinstance(content, str):
@@ -378,6 +415,8 @@ def _content_text(content: object, where: str) -> str:
         text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else None
         if (kind in _TEXT_PARTS or kind == "refusal") and isinstance(text, str):
             texts.append(text)
+        elif skips and kind in ("input_image", "input_file", "image", "image_url", "file"):
+            texts.append(f"[{kind.removeprefix('input_').removesuffix('_url')} left out: this model reads text only]")
         else:
             met = f"a part of type {kind!r}" if kind else str(part)[:80]
             raise InputError(f"{where}[{i}] is {met}; this model reads text only", param=f"{where}[{i}]")

@@ -17,7 +17,7 @@ from starlette.responses import Response as HttpResponse
 
 from ossia.errors import InputError
 from ossia.responses.events import Event
-from ossia.responses.loop import Extras, Run, prepare
+from ossia.responses.loop import Extras, Run
 from ossia.responses.schema import Json, Number, ResponseRequest, dumps, new_id
 from ossia.server.chat import valid
 from ossia.server.effort import budget_of, effort_of
@@ -72,8 +72,7 @@ def router(service: Service) -> APIRouter:
     @routes.post("/messages/count_tokens", summary="Count the tokens of a message")
     async def count(body: CountRequest) -> HttpResponse:
         asked = _to_response_request(body)
-        history = await service.history(asked)
-        read = await service.beside_if_long(asked, lambda: prepare(asked, service.model, history))
+        _, read = await service.prepared(asked)
         return JSONResponse({"input_tokens": len(read.prompt.token_ids)})
 
     return routes

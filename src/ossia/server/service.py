@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Container, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Container, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
 from ossia.engine import EngineStats
 from ossia.errors import InputError, NotFoundError
-from ossia.responses.convert import History
+from ossia.responses.convert import Entry, History
 from ossia.responses.events import DONE, Event, sse
-from ossia.responses.loop import Extras, Model, Run
-from ossia.responses.schema import Json, PromptRequest, ResponseRequest
+from ossia.responses.loop import Extras, Model, Prepared, Run, prepare
+from ossia.responses.schema import Json, PromptRequest, ResponseRequest, check_request
 from ossia.server.limits import Admission, Keys, Rates
 from ossia.server.metrics import Metrics, Watch
 from ossia.server.store import Store, Stored
@@ -129,11 +129,28 @@ class Service:
     async def begin(self, request: ResponseRequest, extras: Extras | None = None) -> Run:
         """Look up what the request refers to, and read it. Raises what is wrong with it."""
         self.check_model(request.model)
-        history = await self.history(request)
-        references = await self.store.run(self.store.references, _referenced(request)) if _referenced(request) else {}
+        history, references = await self.history(request), await self.references(request)
         return await self.beside_if_long(
             request, lambda: Run(request, self.model, history, references=references, extras=extras)
         )
+
+    async def prepared(self, request: PromptRequest) -> tuple[History, Prepared]:
+        """The same for a request that makes no response: its history, and what it says after it."""
+        self.check_model(request.model)
+        check_request(request)
+        history, references = await self.history(request), await self.references(request)
+        toolbox = self.model.toolbox()
+        read = lambda: prepare(request, self.model, history, references, toolbox)  # noqa: E731
+        return history, await self.beside_if_long(request, read)
+
+    async def references(self, request: PromptRequest) -> Mapping[str, Entry]:
+        """The stored items that a request refers to."""
+        ids = [
+            item["id"]
+            for item in request.input_items
+            if isinstance(item, dict) and item.get("type") == "item_reference" and isinstance(item.get("id"), str)
+        ]
+        return await self.store.run(self.store.references, ids) if ids else {}
 
     async def history(self, request: PromptRequest) -> History:
         if request.previous_response_id is not None and request.conversation is not None:
@@ -180,6 +197,14 @@ class Service:
                 elif watch.first_s is None and event.type.endswith(".delta"):
                     watch.token()
                 yield event, data
+
+    async def within_limits(self, work: Coroutine[Any, Any, T]) -> T:
+        """Work that is no response of its own, in its turn. Raises LimitError."""
+        try:
+            async with self.admission.slot():
+                return await work
+        finally:
+            work.close()
 
     async def finish(self, run: Run) -> Json:
         """The response when it is done. Raises what made it fail."""
@@ -254,14 +279,6 @@ class Service:
             if late:
                 await asyncio.wait(late)
         self.store.close()
-
-
-def _referenced(request: PromptRequest) -> list[str]:
-    return [
-        item["id"]
-        for item in request.input_items
-        if isinstance(item, dict) and item.get("type") == "item_reference" and isinstance(item.get("id"), str)
-    ]
 
 
 def split(events: bytes) -> list[bytes]:

@@ -178,10 +178,13 @@ class Store:
                 raise _not_found("response", response_id)
             db.execute(sa.delete(_ITEMS).where(_ITEMS.c.owner_id == response_id))
 
-    def input_items(self, response_id: str) -> list[Json]:
-        """Items that the response answered: those of its own request."""
+    def input_entries(self, response_id: str) -> list[Entry]:
+        """What the response answered: the items of its own request."""
         self.response(response_id)
-        return self._items(response_id, "input")
+        return self._kept(response_id, "input")
+
+    def output_entries(self, response_id: str) -> list[Entry]:
+        return self._kept(response_id, "output")
 
     def history(self, response_id: str) -> History:
         """All that was said up to the end of a response, for the next one. Raises NotFoundError, InputError."""
@@ -268,9 +271,9 @@ class Store:
         with self._db.begin() as db:
             self._append(db, conversation_id, entries, None)
 
-    def conversation_items(self, conversation_id: str) -> list[Json]:
+    def conversation_entries(self, conversation_id: str) -> list[Entry]:
         self._conversation_row(conversation_id)
-        return self._items(conversation_id, "conversation")
+        return self._kept(conversation_id, "conversation")
 
     def delete_item(self, conversation_id: str, item_id: str) -> Json:
         """The conversation without the item."""
@@ -393,10 +396,10 @@ class Store:
         with self._db.connect() as db:
             return db.execute(query).first()
 
-    def _items(self, owner_id: str, kind: str) -> list[Json]:
-        query = sa.select(_ITEMS.c.body).where(_ITEMS.c.owner_id == owner_id, _ITEMS.c.kind == kind)
+    def _kept(self, owner_id: str, kind: str) -> list[Entry]:
+        query = sa.select(_ITEMS).where(_ITEMS.c.owner_id == owner_id, _ITEMS.c.kind == kind)
         with self._db.connect() as db:
-            return [_json(row.body) for row in db.execute(query.order_by(_ITEMS.c.position))]
+            return [_entry(row) for row in db.execute(query.order_by(_ITEMS.c.position))]
 
     def _conversation_row(self, conversation_id: str) -> Any:
         known = _known(conversation_id, "conversation")
