@@ -27,6 +27,12 @@ _STREAMS = {
     ("post", "/v1/completions"): "Chunks of a completion; the last is `data: [DONE]`.",
     ("post", "/v1/messages"): "Events of Anthropic's Messages.",
 }
+# One of its server-sent events; the data are JSON, but for the last.
+_EVENT = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+}
 _OPEN_PATHS = ("/health", "/ready")
 _STRING = {"type": "string"}
 _NULLABLE = {"anyOf": [_STRING, {"type": "null"}]}
@@ -97,7 +103,7 @@ def _correct(operation: Json, method: str, path: str) -> None:
         content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{error}"}}}
         responses[status] = {"description": description, "content": content}
     if (method, path) in _STREAMS:
-        stream = {"schema": {"type": "string", "description": _STREAMS[method, path]}}
+        stream = {"schema": {**_EVENT, "description": _STREAMS[method, path]}}
         responses["200"]["content"]["text/event-stream"] = stream
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
 from openai.types.conversations import Conversation, ConversationDeletedResource, ConversationItem, ConversationItemList
-from openai.types.responses import CompactedResponse, Response
+from openai.types.responses import Response, ResponseUsage
 from openai.types.responses.input_token_count_response import InputTokenCountResponse
 from openai.types.responses.response_item_list import ResponseItemList
 from pydantic import BaseModel, ConfigDict, Field, RootModel
@@ -39,6 +39,16 @@ Order = Annotated[Literal["asc", "desc"], Query()]
 # Clients of the API say include[]=, people say include=.
 Include = Annotated[list[str] | None, Query(alias="include[]", description="What items show besides.")]
 PlainInclude = Annotated[list[str] | None, Query(alias="include", include_in_schema=False)]
+
+
+class Compacted(BaseModel):
+    """A conversation made short: the user's own messages, and an item that stands for the rest."""
+
+    id: str
+    object: Literal["response.compaction"]
+    created_at: int
+    output: list[Json]
+    usage: ResponseUsage
 
 
 class Deleted(BaseModel):
@@ -93,7 +103,7 @@ def router(service: Service) -> APIRouter:
         _, read = await service.prepared(body)
         return JSONResponse({"object": "response.input_tokens", "input_tokens": len(read.prompt.token_ids)})
 
-    @routes.post("/responses/compact", responses=_says(CompactedResponse), summary="Compact a conversation")
+    @routes.post("/responses/compact", responses=_says(Compacted), summary="Compact a conversation")
     async def compact(body: PromptRequest, request: Request) -> HttpResponse:
         return JSONResponse(await while_there(request, _compacted(service, body)))
 
