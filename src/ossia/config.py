@@ -72,6 +72,8 @@ class Config:
     """Requests that may wait for their turn; more are refused with status 429."""
     max_per_minute: int = 0
     """Requests that one key, or one address without keys, may make in a minute; 0 for no limit."""
+    traces: str = ""
+    """URL of an OpenTelemetry collector that is told where the time of each request goes; empty for none."""
 
 
 def data_folder(environ: Mapping[str, str] | None = None) -> Path:
