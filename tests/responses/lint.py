@@ -18,6 +18,7 @@ _TEXTS = {
     "response.function_call_arguments": "arguments",
     "response.custom_tool_call_input": "input",
     "response.code_interpreter_call_code": "code",
+    "response.shell_call_command": "command",
 }
 
 
@@ -33,7 +34,7 @@ def lint(events: list[dict[str, Any]]) -> dict[str, Any]:
     items: dict[int, dict[str, Any]] = {}
     open_items: dict[int, dict[str, Any]] = {}
     open_parts: set[tuple[int, int]] = set()
-    texts: dict[tuple[str, int], str] = {}
+    texts: dict[tuple[str, int, int | None], str] = {}
     for event in events:
         kind, index = event["type"], event.get("output_index")
         if kind == "response.output_item.added":
@@ -46,11 +47,12 @@ def lint(events: list[dict[str, Any]]) -> dict[str, Any]:
             for key in ("id", "type", "call_id", "name"):
                 assert begun.get(key) == event["item"].get(key)
             assert not open_parts, "parts end before their item"
-            assert event["item"]["status"] != "in_progress"
+            assert event["item"].get("status") != "in_progress"
             items[index] = event["item"]
         elif index is not None:
-            assert index in open_items and event["item_id"] == items[index]["id"]
             prefix, _, step = kind.rpartition(".")
+            assert index in open_items
+            assert event.get("item_id") == (None if prefix == "response.shell_call_command" else items[index]["id"])
             if kind == "response.content_part.added":
                 open_parts.add((index, event["content_index"]))
             elif kind == "response.content_part.done":
@@ -59,9 +61,10 @@ def lint(events: list[dict[str, Any]]) -> dict[str, Any]:
                 assert (index, event["content_index"]) in open_parts
             if prefix in _TEXTS and step == "delta":
                 assert event["delta"]
-                texts[prefix, index] = texts.get((prefix, index), "") + event["delta"]
+                place = (prefix, index, event.get("command_index"))
+                texts[place] = texts.get(place, "") + event["delta"]
             elif prefix in _TEXTS and step == "done":
-                assert event[_TEXTS[prefix]] == texts.get((prefix, index), "")
+                assert event[_TEXTS[prefix]] == texts.get((prefix, index, event.get("command_index")), "")
     assert not open_items and not open_parts
     last = events[-1]["response"]
     Response.model_validate(last)

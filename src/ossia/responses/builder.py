@@ -4,7 +4,7 @@
     analysis            reasoning            content_part reasoning_text
     commentary          message, phase commentary
     final               message, phase final_answer
-    to=functions.f      function_call, or custom_tool_call
+    to=functions.f      function_call, custom_tool_call, or the call of a tool of the API's own
     to=browser.search   what the toolbox says: web_search_call, code_interpreter_call, ...
     anything else       reasoning: a call of a tool that nobody declared is a thought of the model's, until answered
 
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from ossia.errors import OssiaError
 from ossia.harmony import Channel, Header, Role
+from ossia.responses.client_tools import CLIENT_TOOLS, call_fields
 from ossia.responses.events import TERMINAL, Event
 from ossia.responses.schema import Json, Usage, error_object, new_id
 from ossia.responses.tools import Function, Toolbox, Tools
@@ -43,7 +44,10 @@ _CUSTOM = _Kind("custom_tool_call", "ctc", "response.custom_tool_call_input", fi
 _PYTHON = _Kind("code_interpreter_call", "ci", "response.code_interpreter_call_code", field="code")
 _MCP = _Kind("mcp_call", "mcp", "response.mcp_call_arguments", field="arguments")
 _SEARCH = _Kind("web_search_call", "ws", "")
+# What these call is a structure, not a text: they are told when it is complete.
+_WHOLE = {kind: _Kind(tool.call_type, tool.prefix, "") for kind, tool in CLIENT_TOOLS.items()}
 _BUILTIN = {kind.name: kind for kind in (_PYTHON, _MCP, _SEARCH)}
+_WHOLE_NAMES = frozenset(kind.name for kind in _WHOLE.values())
 # Events before a tool's text, and between its text and its end.
 _BEGINS = {_PYTHON: ("in_progress",), _MCP: ("in_progress",), _SEARCH: ("in_progress", "searching")}
 _RUNS = {_PYTHON: ("interpreting",), _MCP: (), _SEARCH: ()}
@@ -62,7 +66,6 @@ class Builder:
         tools: Tools,
         *,
         toolbox: Toolbox | None = None,
-        include: Sequence[str] = (),
         stops: Sequence[str] = (),
     ) -> None:
         self.response = response
@@ -71,7 +74,6 @@ class Builder:
         self.function: Function | None = None
         self._tools = tools
         self._toolbox = toolbox
-        self._include = include
         self._stops = tuple(stops)
         self._num_events = 0
         # The open item.
@@ -79,6 +81,7 @@ class Builder:
         self._item: Json = {}
         self._is_open = False
         self._is_answer = False
+        self._is_compacting = False
         # Whether the text of the open item is complete, while its tool runs.
         self._is_text_told = False
         self._texts: list[str] = []
@@ -105,7 +108,8 @@ class Builder:
         self, status: str, usage: Usage | None, *, reason: str | None = None, error: OssiaError | None = None
     ) -> list[Event]:
         """Close what is open, as incomplete unless the response is complete, and end the response."""
-        events = self.close("completed" if status == "completed" else "incomplete")
+        events = self.compacted("") if self._is_compacting else []
+        events += self.close("completed" if status == "completed" else "incomplete")
         self.response["status"] = status
         self.response["usage"] = usage.to_dict() if usage is not None else None
         if status == "completed":
@@ -145,8 +149,10 @@ class Builder:
         elif kind.field is not None:
             begun[kind.field] = ""
         self._item = begun
-        self.response["output"].append(begun)
         self._place = {"item_id": begun["id"], "output_index": index}
+        if kind.name in _WHOLE_NAMES:
+            return events
+        self.response["output"].append(begun)
         events.append(self._event("response.output_item.added", {"output_index": index, "item": begun}))
         if kind.part is not None:
             self._place["content_index"] = 0
@@ -162,9 +168,14 @@ class Builder:
         return self._tell(text) if text else []
 
     def close(self, status: str = "completed", *, fields: Json | None = None, text: str | None = None) -> list[Event]:
-        """The open item ends; nothing if none is open. ``fields`` are what its end adds, such as a tool's outputs."""
+        """The open item ends; nothing if none is open. ``fields`` are what its end adds, such as a tool's outputs.
+
+        Half a call of a tool of the API's own is no item at all: there is nothing that could be shown of it.
+        """
         if not self._is_open or self._kind is None:
             return []
+        if self._kind.name in _WHOLE_NAMES:
+            return self._close_whole(status)
         events = []
         if self._held and self.stopped is None:
             events += self._tell(self._held)
@@ -186,6 +197,25 @@ class Builder:
         self._is_text_told = True
         return events + self._steps(_RUNS.get(self._kind, ()))
 
+    def compacting(self) -> list[Event]:
+        """What was said is being summed up."""
+        index = len(self.response["output"])
+        item = {"id": new_id("cmp"), "type": "compaction", "encrypted_content": ""}
+        self.response["output"].append(item)
+        self._is_compacting = True
+        return [
+            self._event("response.output_item.added", {"output_index": index, "item": item}),
+            self._event("response.compaction.compacting", {"output_index": index, "item_id": item["id"]}),
+        ]
+
+    def compacted(self, encrypted_content: str) -> list[Event]:
+        """The summary is there; an empty one never comes back."""
+        self._is_compacting = False
+        index = len(self.response["output"]) - 1
+        item = self._item = {**self.response["output"][index], "encrypted_content": encrypted_content}
+        self.response["output"][index] = item
+        return [self._event("response.output_item.done", {"output_index": index, "item": item})]
+
     def end_tool(self, fields: Json, *, is_failed: bool) -> list[Event]:
         """The tool is done."""
         assert self._kind is not None
@@ -194,6 +224,21 @@ class Builder:
         return events + self.close("failed" if is_failed else "completed", fields=fields)
 
     # Parts of these ------------------------------------------------------------------------------------------------
+
+    def _close_whole(self, status: str) -> list[Event]:
+        assert self.function is not None and self._kind is not None
+        self._is_open = False
+        if status != "completed":
+            return []
+        text, index = "".join(self._texts), self._place["output_index"]
+        fields = call_fields(self.function.kind, text)
+        if fields is None:
+            # Only where nothing is enforced: shown as it was said.
+            self._kind = _FUNCTION
+            fields = {"name": self.function.name, "arguments": text}
+        done = self._item = {**self._item, "type": self._kind.name, "status": "completed", **fields}
+        self.response["output"].append(done)
+        return [self._event(name, told) for name, told in _told_whole(done, index)]
 
     def _kind_of(self, header: Header) -> tuple[_Kind, Json]:
         self.function = None
@@ -204,6 +249,8 @@ class Builder:
                 called: Json = {"call_id": new_id("call"), "name": function.name}
                 if function.namespace is not None:
                     called["namespace"] = function.namespace
+                if function.kind in _WHOLE:
+                    return _WHOLE[function.kind], {"call_id": called["call_id"]}
                 return (_FUNCTION if function.kind == "function" else _CUSTOM), called
             item = self._toolbox.item(recipient) if self._toolbox is not None else None
             if item is not None:
@@ -295,6 +342,28 @@ def _part(kind: _Kind, text: str, logprobs: Sequence[Json]) -> Json:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(logprobs)}
 
 
+def _told_whole(item: Json, index: int) -> Iterator[tuple[str, Json]]:
+    """The events of an item that is told when it is complete."""
+    begun: Json = {**item, "status": "in_progress"}
+    commands = item["action"]["commands"] if item["type"] == "shell_call" else []
+    if item["type"] == "shell_call":
+        begun["action"] = {**item["action"], "commands": []}
+    elif item["type"] == "function_call":
+        begun["arguments"] = ""
+    yield "response.output_item.added", {"output_index": index, "item": begun}
+    for number, command in enumerate(commands):
+        place = {"output_index": index, "command_index": number}
+        yield "response.shell_call_command.added", {**place, "command": ""}
+        if command:
+            yield "response.shell_call_command.delta", {**place, "delta": command}
+        yield "response.shell_call_command.done", {**place, "command": command}
+    if item["type"] == "function_call":
+        place = {"item_id": item["id"], "output_index": index}
+        yield f"{_FUNCTION.text_event}.delta", {**place, "delta": item["arguments"]}
+        yield f"{_FUNCTION.text_event}.done", {**place, "arguments": item["arguments"], "name": item["name"]}
+    yield "response.output_item.done", {"output_index": index, "item": item}
+
+
 def _overlap(text: str, stop: str) -> int:
     """The longest end of ``text`` that is a beginning of ``stop``, not the whole of it."""
     for size in range(min(len(text), len(stop) - 1), 0, -1):
@@ -311,6 +380,9 @@ def replayed(response: Json) -> Iterator[Event]:
     events += [("response.created", {"response": begun}), ("response.in_progress", {"response": begun})]
     kinds = {kind.name: kind for kind in (_REASONING, _MESSAGE, _FUNCTION, _CUSTOM, _PYTHON, _MCP, _SEARCH)}
     for index, item in enumerate(response["output"]):
+        if item["type"] in _WHOLE_NAMES:
+            events += _told_whole(item, index)
+            continue
         kind = kinds.get(item["type"])
         place: Json = {"item_id": item["id"], "output_index": index}
         added: Json = {**item, "status": "in_progress"}

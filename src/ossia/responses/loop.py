@@ -16,25 +16,40 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ossia.engine.request import NO_TOKEN, Constraint, SamplingParams, TokenOutput
-from ossia.errors import ContextLengthError, OssiaError
-from ossia.harmony import Delta, Header, ParsedMessage, StreamParser, Tokenizer
+from ossia.errors import ContextLengthError, InputError, OssiaError
+from ossia.harmony import Delta, Header, ParsedMessage, Role, StreamParser, Tokenizer
 from ossia.responses.builder import Builder
+from ossia.responses.client_tools import of_call
 from ossia.responses.constrain import Turn
-from ossia.responses.convert import Entry, History, Prompt, Reader, Spoken, TurnMemory, sealed_reasoning, tool_message
+from ossia.responses.convert import (
+    Entry,
+    History,
+    Prompt,
+    Reader,
+    Spoken,
+    Summary,
+    TurnMemory,
+    sealed_reasoning,
+    tool_message,
+    uncovered,
+)
 from ossia.responses.events import Event
+from ossia.responses.include import shown
 from ossia.responses.schema import (
     Json,
     PromptRequest,
+    Reasoning,
     ResponseRequest,
     Usage,
     check_request,
+    configured,
     new_response,
 )
 from ossia.responses.seal import Seal
-from ossia.responses.tools import Toolbox, Tools, check_tool_choice, read_tools
+from ossia.responses.tools import Choice, Toolbox, Tools, read_tool_choice, read_tools, with_found
 
 _log = logging.getLogger(__name__)
 
@@ -103,16 +118,16 @@ class Run:
     ) -> None:
         """Raises InputError, or NotFoundError for an item that is not there, naming what is wrong."""
         check_request(request)
-        self.request = request
         self.history = history or History()
         self.input: list[Entry] = []
         self.output: list[Entry] = []
         self.error: OssiaError | None = None
         self._model = model
         self._toolbox = model.toolbox()
-        self.tools, self.input, self.current_date, self._prompt = prepare(
-            request, model, self.history, references, self._toolbox
-        )
+        prepared = prepare(request, model, self.history, references, self._toolbox)
+        request = self.request = prepared.request
+        self.tools, self.input, self.current_date = prepared.tools, prepared.entries, prepared.current_date
+        self._choice, self._prompt = prepared.choice, prepared.prompt
         self.response = new_response(request, model.name)
         # Tools that are not offered here are not echoed as if they were.
         self.response["tools"] = [t for t in self.response["tools"] if t["type"] not in self.tools.ignored]
@@ -123,8 +138,15 @@ class Run:
         self._usage = Usage()
         self._num_tool_calls = 0
         self._num_unknown_calls = 0
+        asked = [entry.item.get("type") for entry in self.input]
+        if "compaction_trigger" in asked[:-1]:
+            raise InputError("a compaction_trigger is not the last item of the input; move it there", param="input")
+        self._is_compaction = asked[-1:] == ["compaction_trigger"]
+        threshold = request.compact_threshold
+        self._is_long = threshold is not None and self.num_prompt_tokens > threshold
         # Fails here, before anything is sent, if the prompt cannot fit or a schema cannot be enforced.
-        self._fit(self._params)
+        if not (self._is_compaction or self._is_long):
+            self._fit(self._params)
         self._constraint = self._constrain()
         # All that was said since the input, as the next prompt repeats it.
         self._turn: list[Spoken] = []
@@ -132,6 +154,10 @@ class Run:
     @property
     def num_prompt_tokens(self) -> int:
         return len(self._prompt.token_ids)
+
+    @property
+    def usage(self) -> Usage:
+        return self._usage
 
     @property
     def stopped(self) -> str | None:
@@ -142,7 +168,7 @@ class Run:
     def is_pending(self) -> bool:
         """Whether the turn waits for a tool's answer."""
         last = self.output[-1].item if self.output else {}
-        return last.get("type") in ("function_call", "custom_tool_call")
+        return last.get("type") in ("function_call", "custom_tool_call") or of_call(last.get("type")) is not None
 
     async def events(self, slot: AbstractAsyncContextManager[Any] | None = None) -> AsyncGenerator[Event, None]:
         """Make the response. A background response is queued until ``slot`` is entered."""
@@ -178,6 +204,16 @@ class Run:
     # The loop --------------------------------------------------------------------------------------------------------
 
     async def _generations(self) -> AsyncGenerator[Event, None]:
+        if self._is_compaction or self._is_long:
+            async with aclosing(self._compact()) as made:
+                async for event in made:
+                    yield event
+        if self.request.prewarms:
+            await self._prewarm()
+        if self._is_compaction or self.request.prewarms:
+            for event in self._builder.end("completed", self._usage):
+                yield event
+            return
         while True:
             generation = _Generation(self._model.tokenizer, self._prompt)
             async with aclosing(self._generate(generation)) as made:
@@ -202,6 +238,32 @@ class Run:
             ended = self._builder.end("completed", self._usage)
         for event in ended:
             yield event
+
+    async def _compact(self) -> AsyncGenerator[Event, None]:
+        """Sum up all that was said, and go on from there."""
+        for event in self._builder.compacting():
+            yield event
+        entries = [*self.history.entries, *self.input]
+        text, used = await summarize(self._model, entries)
+        self._usage = Usage(*map(sum, zip(self._usage, used, strict=True)))
+        said = [one.message.text for entry in entries for one in entry.spoken if one.message.role is Role.USER]
+        summary = Summary(text, said[-1] if said else "", covers=True)
+        for event in self._builder.compacted(summary.sealed(self._model.seal)):
+            yield event
+        entry = Entry(self._builder.item, summary.spoken())
+        self.output.append(entry)
+        self._prompt = Prompt(self.request, [entry], self.tools, self._model.tokenizer, self.current_date)
+
+    async def _prewarm(self) -> None:
+        """Read the prompt, so that the next request finds it in the cache."""
+        token_ids, num_cached = self._prompt.token_ids, 0
+        async with aclosing(self._model.engine.generate(token_ids, replace(self._params, max_tokens=1))) as source:
+            async for output in source:
+                num_cached = output.num_cached_tokens
+        used = self._usage
+        self._usage = used._replace(
+            input_tokens=used.input_tokens + len(token_ids), cached_tokens=used.cached_tokens + num_cached
+        )
 
     async def _generate(self, generation: _Generation) -> AsyncGenerator[Event, None]:
         """One generation of the engine, to its end or to a call."""
@@ -276,9 +338,9 @@ class Run:
             if self._builder.is_call(_header(parsed)):
                 if is_whole:
                     yield from self._called(generation, parsed, spoken)
-                else:
+                elif events := self._builder.close("incomplete"):
                     # Half a call is shown, and not said again.
-                    yield from self._builder.close("incomplete")
+                    yield from events
                     self.output.append(Entry(self._builder.item))
                 return
             fields: Json = {}
@@ -307,7 +369,7 @@ class Run:
         is_known = self._builder.item["type"] != "reasoning"
         if not is_known:
             self._num_unknown_calls += 1
-            names = sorted(function.recipient for function in self.tools.functions)
+            names = sorted(function.recipient for function in self.tools.callable)
             known = f"The tools are: {', '.join(names)}." if names else "There are no tools; answer without."
             text = f"Unknown tool: {recipient}. {known}"
         else:
@@ -319,19 +381,23 @@ class Run:
                 text = "No more tool calls are allowed in this response. Give your final answer now."
             else:
                 text, fields, is_failed = await self._toolbox.run(call.message)
-        for event in self._builder.end_tool(fields, is_failed=is_failed) if is_known else self._builder.close():
+        told = shown({"type": self._builder.item["type"], **fields}, self.request.include or ())
+        for event in self._builder.end_tool(told, is_failed=is_failed) if is_known else self._builder.close():
             yield event
         answer = tool_message(recipient, call.channel, text)
         self._prompt.extend_answer(answer)
         said = (self._turn[-1], Spoken(answer))
         self._turn.append(said[1])
-        self.output.append(Entry(self._builder.item, said))
+        self.output.append(Entry({**self._builder.item, **fields}, said))
 
     def _constrain(self) -> Constraint | None:
         """A fresh constraint for the next generation."""
-        choice = self.request.tool_choice or "auto"
-        # What had to be called has been.
-        choice = "auto" if self._num_tool_calls and choice != "none" else choice
+        choice = self._choice
+        if self._num_tool_calls and choice.mode == "required":
+            # What had to be called has been; what may be called stays.
+            asked = self.request.tool_choice
+            is_list = isinstance(asked, dict) and asked["type"] == "allowed_tools"
+            choice = Choice("auto", choice.recipients if is_list else None)
         cap = self.request.max_reasoning_tokens
         left = None if cap is None else max(cap - self._usage.reasoning_tokens, 0)
         return self._model.constrain(Turn(self.tools, choice, self.request.format, left))
@@ -401,20 +467,68 @@ class _Generation:
         return Spoken(parsed.message, token_ids)
 
 
+class Prepared(NamedTuple):
+    """What a request says."""
+
+    # Under what the conversation configures.
+    request: Any
+    tools: Tools
+    choice: Choice
+    # Of its input.
+    entries: list[Entry]
+    # As the model is told.
+    current_date: str
+    prompt: Prompt
+
+
 def prepare(
     request: PromptRequest,
     model: Model,
     history: History,
     references: Mapping[str, Entry] | None = None,
     toolbox: Toolbox | None = None,
-) -> tuple[Tools, list[Entry], str, Prompt]:
-    """What a request says: its tools, the entries of its input, the date told to the model, and the prompt."""
+) -> Prepared:
+    """Read a request after its history. Raises InputError naming what is wrong."""
+    request = configured(request, [*(entry.item for entry in history.entries), *_objects(request.input_items)])
+    check_request(request)
     tools = read_tools(request.tools or (), toolbox)
-    check_tool_choice(request.tool_choice, tools)
     entries = Reader(history, model.seal, model.memory, references or {}).read(request.input_items)
+    tools = with_found(tools, [entry.item for entry in (*history.entries, *entries)])
+    choice = read_tool_choice(request.tool_choice, tools)
     current_date = history.current_date or model.today()
-    prompt = Prompt(request, [*history.entries, *entries], tools, model.tokenizer, current_date)
-    return tools, entries, current_date, prompt
+    said = uncovered([*history.entries, *entries], model.seal)
+    prompt = Prompt(request, said, tools, model.tokenizer, current_date)
+    return Prepared(request, tools, choice, entries, current_date, prompt)
+
+
+def _objects(items: Sequence[object]) -> list[Json]:
+    return [item for item in items if isinstance(item, dict)]
+
+
+_SUMMARIZE = (
+    "Write a summary of this conversation that lets another assistant go on with it: what was asked, what was found "
+    "and decided, what was done with which result, names and numbers that matter, and what is still to do. Write only "
+    "the summary."
+)
+_MAX_SUMMARY_TOKENS, _MAX_SUMMARY_THOUGHTS = 4_096, 1_024
+
+
+async def summarize(model: Model, entries: Sequence[Entry]) -> tuple[str, Usage]:
+    """What was said, summed up by the model itself. Raises OssiaError if it wrote nothing."""
+    request = ResponseRequest(
+        input=[{"type": "message", "role": "user", "content": _SUMMARIZE}],
+        reasoning=Reasoning(effort="low", max_tokens=_MAX_SUMMARY_THOUGHTS),
+        max_output_tokens=_MAX_SUMMARY_TOKENS,
+        truncation="auto",
+        store=False,
+    )
+    run = Run(request, model, History(list(entries)))
+    response = await finish(run)
+    said = [item for item in response["output"] if item["type"] == "message" and item["phase"] == "final_answer"]
+    text = "".join(part["text"] for item in said for part in item["content"])
+    if not text.strip():
+        raise OssiaError("the model wrote no summary of the conversation; send a shorter one")
+    return text, run.usage
 
 
 async def finish(run: Run) -> Json:

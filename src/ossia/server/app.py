@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ossia.errors import LimitError, OssiaError, TooLargeError
 from ossia.responses.schema import Json
-from ossia.server import chat, messages, ollama, responses
+from ossia.server import chat, completions, messages, ollama, responses
 from ossia.server.metrics import log_fields, log_request
 from ossia.server.service import Service
 from ossia.server.stream import ClientGone, JSONResponse
@@ -56,7 +56,7 @@ def create_app(service: Service) -> FastAPI:
         lifespan=lifespan,
         openapi_url=None,
     )
-    for part in (responses, chat, messages, ollama):
+    for part in (responses, chat, completions, messages, ollama):
         app.include_router(part.router(service))
 
     @app.get("/health", tags=["Server"], summary="Whether the server runs")

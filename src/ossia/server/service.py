@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Container, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
 
 from ossia.engine import EngineStats
 from ossia.errors import InputError, NotFoundError
-from ossia.responses.convert import History
+from ossia.responses.convert import Entry, History
 from ossia.responses.events import DONE, Event, sse
-from ossia.responses.loop import Extras, Model, Run
-from ossia.responses.schema import Json, PromptRequest, ResponseRequest
+from ossia.responses.loop import Extras, Model, Prepared, Run, prepare
+from ossia.responses.schema import Json, PromptRequest, ResponseRequest, check_request
 from ossia.server.limits import Admission, Keys, Rates
 from ossia.server.metrics import Metrics, Watch
 from ossia.server.store import Store, Stored
@@ -28,6 +30,8 @@ T = TypeVar("T")
 
 # Items of a request from this many characters on are read beside the event loop: it is tokenization that takes time.
 _LONG_INPUT_CHARS = 50_000
+# Names of tools and fields that the log has told of already.
+_MAX_PASSED_BY = 1_000
 
 
 class Live:
@@ -90,6 +94,7 @@ class Service:
         self.metrics = Metrics()
         self.live: dict[str, Live] = {}
         self.is_stopping = False
+        self._passed_by: set[tuple[str, str]] = set()
         self.metrics.gauge("ossia_running", "Requests under way", lambda: self.admission.num_running)
         self.metrics.gauge("ossia_queued", "Requests that wait for their turn", lambda: self.admission.num_queued)
 
@@ -107,14 +112,45 @@ class Service:
                 f"model {name!r} is not served here; this server has {self.model.name!r}", param="model"
             )
 
+    def ignored(self, body: BaseModel, tools: Sequence[str] = (), hints: Container[str] = ()) -> dict[str, str]:
+        """Headers that tell which tools and fields of a request were passed by; the log tells of each once."""
+        fields = [name for name in body.model_extra or {} if name not in hints]
+        headers = {}
+        for what, names in (("tools", tools), ("fields", fields)):
+            if names:
+                plain = [name if name.isascii() and name.isprintable() else "?" for name in names]
+                headers[f"x-ossia-ignored-{what}"] = ", ".join(plain)[:500]
+                new = [name for name in plain if (what, name) not in self._passed_by]
+                if new and len(self._passed_by) < _MAX_PASSED_BY:
+                    self._passed_by |= {(what, name) for name in new}
+                    _log.info("%s of clients that change nothing here: %s", what, ", ".join(new)[:500])
+        return headers
+
     async def begin(self, request: ResponseRequest, extras: Extras | None = None) -> Run:
         """Look up what the request refers to, and read it. Raises what is wrong with it."""
         self.check_model(request.model)
-        history = await self.history(request)
-        references = await self.store.run(self.store.references, _referenced(request)) if _referenced(request) else {}
+        history, references = await self.history(request), await self.references(request)
         return await self.beside_if_long(
             request, lambda: Run(request, self.model, history, references=references, extras=extras)
         )
+
+    async def prepared(self, request: PromptRequest) -> tuple[History, Prepared]:
+        """The same for a request that makes no response: its history, and what it says after it."""
+        self.check_model(request.model)
+        check_request(request)
+        history, references = await self.history(request), await self.references(request)
+        toolbox = self.model.toolbox()
+        read = lambda: prepare(request, self.model, history, references, toolbox)  # noqa: E731
+        return history, await self.beside_if_long(request, read)
+
+    async def references(self, request: PromptRequest) -> Mapping[str, Entry]:
+        """The stored items that a request refers to."""
+        ids = [
+            item["id"]
+            for item in request.input_items
+            if isinstance(item, dict) and item.get("type") == "item_reference" and isinstance(item.get("id"), str)
+        ]
+        return await self.store.run(self.store.references, ids) if ids else {}
 
     async def history(self, request: PromptRequest) -> History:
         if request.previous_response_id is not None and request.conversation is not None:
@@ -148,11 +184,11 @@ class Service:
 
     async def _made(self, run: Run, sent: list[bytes] | None) -> AsyncGenerator[tuple[Event, bytes], None]:
         watch = Watch(self.metrics)
-        keeps, data = bool(run.response["store"]), b""
+        keeps, pads, data = bool(run.response["store"]), run.request.wants_padding, b""
         async with self.admission.slot(), aclosing(run.events()) as events:
             async for event in events:
                 if sent is not None:
-                    data = sse(event)
+                    data = sse(event, pads=pads)
                     if keeps:
                         sent.append(data)
                 if event.is_terminal:
@@ -161,6 +197,14 @@ class Service:
                 elif watch.first_s is None and event.type.endswith(".delta"):
                     watch.token()
                 yield event, data
+
+    async def within_limits(self, work: Coroutine[Any, Any, T]) -> T:
+        """Work that is no response of its own, in its turn. Raises LimitError."""
+        try:
+            async with self.admission.slot():
+                return await work
+        finally:
+            work.close()
 
     async def finish(self, run: Run) -> Json:
         """The response when it is done. Raises what made it fail."""
@@ -184,7 +228,7 @@ class Service:
         try:
             async with aclosing(run.events(self.admission.slot())) as events:
                 async for event in events:
-                    data = sse(event)
+                    data = sse(event, pads=run.request.wants_padding)
                     if event.is_terminal:
                         await self._save(run, [*live.sent, data])
                     elif event.type.endswith(".delta"):
@@ -235,14 +279,6 @@ class Service:
             if late:
                 await asyncio.wait(late)
         self.store.close()
-
-
-def _referenced(request: PromptRequest) -> list[str]:
-    return [
-        item["id"]
-        for item in request.input_items
-        if isinstance(item, dict) and item.get("type") == "item_reference" and isinstance(item.get("id"), str)
-    ]
 
 
 def split(events: bytes) -> list[bytes]:
