@@ -180,8 +180,7 @@ def from_call_operation(operation: Mapping[str, Any], param: str = "operation") 
     if kind != "delete_file" and not isinstance(diff, str):
         raise InputError(f"{param}.diff is {diff!r}; expected a text", param=f"{param}.diff")
     try:
-        # Checks the path, with the same words as in a patch.
-        _path(path, 0)
+        path = check_path(path)
         if kind == "delete_file":
             return Delete(path)
         lines = _without_carriage_returns(str(diff).split("\n"))
@@ -237,7 +236,7 @@ class _Reader:
         return tuple(operations)
 
     def _marked_path(self, marker: str) -> str:
-        path = _path(self._lines[self._at].strip().removeprefix(marker), self._number)
+        path = check_path(self._lines[self._at].strip().removeprefix(marker), self._number)
         self._at += 1
         return path
 
@@ -334,15 +333,20 @@ def _body(text: str) -> list[str]:
     last = max(i for i, line in enumerate(lines) if line.strip())
     # From the outside in: ```; apply_patch <<'EOF' ... EOF.
     for _ in range(3):
-        if first < last and _FENCE.fullmatch(lines[first].strip()) and lines[last].strip() in ("```", "~~~", "````"):
-            first, last = _inner(lines, first, last)
-        elif first < last and (heredoc := _HEREDOC.search(lines[first])) and lines[last].strip() == heredoc[2]:
+        if first < last and _wraps(lines[first].strip(), lines[last].strip()):
             first, last = _inner(lines, first, last)
     if lines[first].strip() != BEGIN:
         raise PatchError(f"the patch begins with {_short(lines[first])}; expected the line {BEGIN!r}")
     if lines[last].strip() != END or last == first:
         raise PatchError(f"the patch ends with {_short(lines[last])}; expected the line {END!r}: was it cut off?")
     return lines[first : last + 1]
+
+
+def _wraps(opening: str, closing: str) -> bool:
+    if fence := _FENCE.fullmatch(opening):
+        return closing == fence[1]
+    heredoc = _HEREDOC.search(opening)
+    return heredoc is not None and closing == heredoc[2]
 
 
 def _inner(lines: Sequence[str], first: int, last: int) -> tuple[int, int]:
@@ -358,8 +362,8 @@ def _without_carriage_returns(lines: list[str]) -> list[str]:
     return lines
 
 
-def _path(written: str, line: int) -> str:
-    """A path as it is shown and used: relative, without '.', '..' and empty parts."""
+def check_path(written: str, line: int = 0) -> str:
+    """A path as it is shown and used: relative, without '.', '..' and empty parts. Raises PatchError."""
     path = written.strip()
     where = f"line {line} of the patch: " if line else ""
     if not path:

@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 from ossia.tools.patch_format import Hunk, PatchError
 
+# Windows programs put it at a file's beginning; models leave it out.
+_BOM = "\ufeff"
 _PUNCTUATION = str.maketrans(
     dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212", "-")
     | dict.fromkeys("\u2018\u2019\u201a\u201b", "'")
@@ -27,11 +29,10 @@ _PUNCTUATION = str.maketrans(
 )
 _DEGREES: tuple[Callable[[str], str], ...] = (
     lambda line: line,
-    lambda line: line.rstrip(),
-    lambda line: line.strip(),
-    lambda line: line.translate(_PUNCTUATION).strip(),
+    lambda line: line.removeprefix(_BOM).rstrip(),
+    lambda line: line.removeprefix(_BOM).strip(),
+    lambda line: line.removeprefix(_BOM).translate(_PUNCTUATION).strip(),
 )
-_BOM = "\ufeff"
 # Shown to the model when a place is not found.
 _NUM_SHOWN_LINES = 8
 _MAX_SHOWN_CHARS = 160
@@ -60,7 +61,6 @@ def split_lines(text: str) -> list[Line]:
 
 def apply_hunks(text: str, hunks: Sequence[Hunk], path: str) -> str:
     """The text with all hunks applied, in order. Raises PatchError naming the hunk and what was found instead."""
-    bom, text = (_BOM, text[1:]) if text.startswith(_BOM) else ("", text)
     lines = split_lines(text)
     has_final_newline = not lines or lines[-1].ending != ""
     finder = _Finder([line.text for line in lines])
@@ -85,7 +85,8 @@ def apply_hunks(text: str, hunks: Sequence[Hunk], path: str) -> str:
     out = [line if line.ending else Line(line.text, default_ending) for line in out]
     if out and not has_final_newline:
         out[-1] = Line(out[-1].text, "")
-    return bom + "".join(line.text + line.ending for line in out)
+    changed = "".join(line.text + line.ending for line in out)
+    return _BOM + changed if text.startswith(_BOM) and not changed.startswith(_BOM) else changed
 
 
 def _merge(hunk: Hunk, lines: Sequence[Line], at: int, out: list[Line], default_ending: str) -> int:
@@ -205,8 +206,8 @@ class _Finder:
         shown = ", ".join(str(place + 1) for place in places[:_MAX_SHOWN_PLACES])
         more = f" and {len(places) - _MAX_SHOWN_PLACES} more" if len(places) > _MAX_SHOWN_PLACES else ""
         return (
-            f"its lines fit {len(places)} places, at lines {shown}{more} of the file; add lines of context, or a header "
-            "such as '@@ class A' and '@@ def f' that is above the one you mean"
+            f"its lines fit {len(places)} places, at lines {shown}{more} of the file; add lines of context, or a "
+            "header such as '@@ class A' and '@@ def f' that is above the one you mean"
         )
 
     def missing(self, hunk: Hunk, start: int) -> str:
