@@ -419,12 +419,17 @@ class PatchFolder:
 
     def _tidy(self, journal: _Journal) -> None:
         """Remove what kept the way back. The patch is done: what cannot be removed stays for the next time."""
-        with contextlib.suppress(OSError):
-            for i, (path, final_path, _) in enumerate(journal.entries):
-                for there, name in ((path, journal.old_name(i)), (final_path, journal.new_name(i))):
+        is_tidy = True
+        for i, (path, final_path, _) in enumerate(journal.entries):
+            for there, name in ((path, journal.old_name(i)), (final_path, journal.new_name(i))):
+                try:
                     with _absent(), self._parent(there) as (folder, _):
                         os.unlink(name, dir_fd=folder)
-            os.unlink(journal.done_name, dir_fd=self._fd)
+                except (OSError, PatchError):
+                    is_tidy = False
+        if is_tidy:
+            with contextlib.suppress(OSError):
+                os.unlink(journal.done_name, dir_fd=self._fd)
 
     def _recover(self) -> None:
         """Undo, or tidy up after, a patch whose process has died."""
