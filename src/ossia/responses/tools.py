@@ -15,10 +15,9 @@ from typing import Any, Literal, NamedTuple, Protocol
 from ossia.errors import InputError
 from ossia.harmony import Message, ToolDescription, ToolNamespace
 from ossia.responses.schema import Json
+from ossia.tools.base import RESERVED_NAMESPACES
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
-# Names of the format itself, and of the tools that the model was trained with.
-_RESERVED_NAMESPACES = frozenset({"functions", "browser", "python", "assistant", "user", "system", "developer", "tool"})
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def read_tools(tools: Sequence[Json], toolbox: Toolbox | None = None) -> Tools:
                 functions.append(_function(tool, None, where))
             case "namespace":
                 name = _name(tool, where)
-                if name in _RESERVED_NAMESPACES:
+                if name in RESERVED_NAMESPACES:
                     raise InputError(f"{where}.name {name!r} is a name of the format; choose another", param=where)
                 descriptions.append((name, str(tool.get("description") or "")))
                 inner = tool.get("tools")
