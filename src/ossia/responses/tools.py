@@ -17,10 +17,9 @@ from ossia.errors import InputError
 from ossia.harmony import Message, ToolDescription, ToolNamespace
 from ossia.responses.client_tools import CLIENT_TOOLS
 from ossia.responses.schema import Json
+from ossia.tools.base import RESERVED_NAMESPACES
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
-# Names of the format itself, and of the tools that the model was trained with.
-_RESERVED_NAMESPACES = frozenset({"functions", "browser", "python", "assistant", "user", "system", "developer", "tool"})
 _BUILTIN = {"code_interpreter": "python", "web_search": "browser"}
 # web_search_preview_2025_03_11 and its like.
 _DATED = re.compile(r"(_preview)?(_\d{4}_\d\d_\d\d)?$")
@@ -130,7 +129,7 @@ def read_tools(tools: Sequence[Json], toolbox: Toolbox | None = None) -> Tools:
                 functions.append(_client_tool(tool, where))
             case "namespace":
                 name = _name(tool, where)
-                if name in _RESERVED_NAMESPACES:
+                if name in RESERVED_NAMESPACES:
                     raise InputError(f"{where}.name {name!r} is a name of the format; choose another", param=where)
                 descriptions.append((name, str(tool.get("description") or "")))
                 inner = tool.get("tools")
