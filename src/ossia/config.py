@@ -114,6 +114,8 @@ class Config:
     """Whether the log also keeps what tools were asked and answered, without what looks like a secret."""
     mcp: Mapping[str, McpServer] = field(default_factory=dict)
     """Servers of tools by name, each the table [mcp.NAME] of the file."""
+    traces: str = ""
+    """URL of an OpenTelemetry collector that is told where the time of each request goes; empty for none."""
 
 
 def data_folder(environ: Mapping[str, str] | None = None) -> Path:

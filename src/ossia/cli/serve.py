@@ -43,6 +43,10 @@ def serve(
     max_per_minute: Annotated[
         int | None, typer.Option(min=0, help="Requests of one key in a minute; 0 for no limit. [default: 0]")
     ] = None,
+    traces: Annotated[
+        str | None,
+        typer.Option(help="Tell an OpenTelemetry collector at this URL where time goes. [default: none]"),
+    ] = None,
     backend: options.Backend = None,
     threads: options.Threads = None,
     dense: options.Dense = None,
@@ -73,6 +77,7 @@ def serve(
             "max_running": max_running,
             "max_queued": max_queued,
             "max_per_minute": max_per_minute,
+            "traces": traces,
             "backend": backend,
             "threads": threads,
             "dense": dense,
@@ -106,6 +111,7 @@ def _open(settings: Config, keys: object, name: str) -> Service:
     from ossia.server.limits import Admission, Keys, Rates
     from ossia.server.service import Service
     from ossia.server.store import Store
+    from ossia.server.tracing import Tracing
 
     assert isinstance(keys, Keys)
     folder = data_folder()
@@ -131,6 +137,7 @@ def _open(settings: Config, keys: object, name: str) -> Service:
         rates=Rates(settings.max_per_minute),
         admission=Admission(settings.max_running, settings.max_queued),
         max_request_bytes=settings.max_request,
+        tracing=Tracing.to_collector(settings.traces) if settings.traces else None,
         created_at=int(datetime.datetime.now(datetime.UTC).timestamp()),
     )
     service.watch(engine.stats)

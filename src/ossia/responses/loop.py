@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass, field, replace
@@ -104,6 +105,25 @@ class Extras:
     stops: tuple[str, ...] = ()
 
 
+class Phase(NamedTuple):
+    """A part of the time that a response took, in nanoseconds since the epoch: queue, prefill, decode or tool."""
+
+    name: str
+    begin_ns: int
+    end_ns: int
+    fields: Mapping[str, str | int] = {}
+
+
+def engine_phases(begin_ns: int, first_ns: int, num_prompt: int, num_cached: int, num_sampled: int) -> list[Phase]:
+    """Where the time of a generation that ends now went; ``first_ns`` is 0 if no token came."""
+    now_ns = time.time_ns()
+    read = {"prompt_tokens": num_prompt, "cached_tokens": num_cached}
+    phases = [Phase("prefill", begin_ns, first_ns or now_ns, read)]
+    if first_ns:
+        phases.append(Phase("decode", first_ns, now_ns, {"output_tokens": num_sampled}))
+    return phases
+
+
 class Run:
     """One response being made. Its attributes are complete when `events` has ended."""
 
@@ -122,6 +142,7 @@ class Run:
         self.input: list[Entry] = []
         self.output: list[Entry] = []
         self.error: OssiaError | None = None
+        self.phases: list[Phase] = []
         self._model = model
         self._toolbox = model.toolbox()
         prepared = prepare(request, model, self.history, references, self._toolbox)
@@ -182,7 +203,9 @@ class Run:
                     async for event in made:
                         yield event
             else:
+                queued_ns = time.time_ns()
                 async with slot, aclosing(self._generations()) as made:
+                    self.phases.append(Phase("queue", queued_ns, time.time_ns()))
                     for event in self._builder.run():
                         yield event
                     async for event in made:
@@ -277,9 +300,12 @@ class Run:
         self._constraint = None
         params = replace(params, constraint=constraint)
         num_cached = 0
+        begin_ns, first_ns = time.time_ns(), 0
         try:
             async with aclosing(self._model.engine.generate(token_ids, params)) as source:
                 async for output in source:
+                    if not first_ns:
+                        first_ns = time.time_ns()
                     if output.token_id != NO_TOKEN:
                         for event in self._take(generation, output):
                             yield event
@@ -288,6 +314,7 @@ class Run:
                         generation.is_cut = output.finish_reason == "length" and generation.call is None
                         break
         finally:
+            self.phases += engine_phases(begin_ns, first_ns, len(token_ids), num_cached, len(generation.sampled))
             self._usage = Usage(
                 used.input_tokens + len(token_ids),
                 used.cached_tokens + num_cached,
@@ -380,7 +407,11 @@ class Run:
             if self._has_called_too_often(0):
                 text = "No more tool calls are allowed in this response. Give your final answer now."
             else:
-                text, fields, is_failed = await self._toolbox.run(call.message)
+                begin_ns = time.time_ns()
+                try:
+                    text, fields, is_failed = await self._toolbox.run(call.message)
+                finally:
+                    self.phases.append(Phase("tool", begin_ns, time.time_ns(), {"tool": recipient}))
         told = shown({"type": self._builder.item["type"], **fields}, self.request.include or ())
         for event in self._builder.end_tool(told, is_failed=is_failed) if is_known else self._builder.close():
             yield event

@@ -28,6 +28,7 @@ from ossia.server import chat, completions, messages, ollama, responses
 from ossia.server.metrics import log_fields, log_request
 from ossia.server.service import Service
 from ossia.server.stream import ClientGone, JSONResponse
+from ossia.server.tracing import current_trace
 
 _log = logging.getLogger(__name__)
 
@@ -85,7 +86,6 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _on_error)
     app.add_exception_handler(HTTPException, _on_error)
     app.add_exception_handler(ClientGone, _on_error)
-    app.add_exception_handler(Exception, _on_error)
     app.add_middleware(Gate, service=service)
     return app
 
@@ -148,11 +148,19 @@ class Gate:
         caller: str | None = None
         fields: Json = {}
         log_fields.set(fields)
+        tracing = self._service.tracing
+        trace = None if tracing is None else tracing.begin(request.method, dict(request.headers))
+        current_trace.set(trace)
         try:
             try:
                 caller = self._admit(request)
                 await self._app(scope, _bounded(receive, self._service.max_request_bytes), answer)
             except OssiaError as error:
+                await _on_error(request, error)(scope, receive, answer)
+            # Here and not further out, so that a fault of ours has an id, a log line and a count like every answer.
+            except Exception as error:
+                if status:
+                    raise
                 await _on_error(request, error)(scope, receive, answer)
         finally:
             elapsed_s = time.perf_counter() - began_s
@@ -160,6 +168,9 @@ class Gate:
             self._service.metrics.requests.labels(route, str(status)).inc()
             self._service.metrics.duration_s.labels(route).observe(elapsed_s)
             seconds = round(elapsed_s, 4)
+            if trace is not None:
+                trace.end(f"{request.method} {route}", status, {"request": request_id, "key": caller, **fields})
+                fields["trace"] = trace.id
             log_request(
                 request=request_id,
                 method=request.method,

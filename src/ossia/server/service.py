@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable, Container, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -19,11 +20,12 @@ from ossia.engine import EngineStats
 from ossia.errors import InputError, NotFoundError
 from ossia.responses.convert import Entry, History
 from ossia.responses.events import DONE, Event, sse
-from ossia.responses.loop import Extras, Model, Prepared, Run, prepare
+from ossia.responses.loop import Extras, Model, Phase, Prepared, Run, prepare
 from ossia.responses.schema import Json, PromptRequest, ResponseRequest, check_request
 from ossia.server.limits import Admission, Keys, Rates
 from ossia.server.metrics import Metrics, Watch
 from ossia.server.store import Store, Stored
+from ossia.server.tracing import Tracing, current_trace
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -82,6 +84,7 @@ class Service:
         rates: Rates | None = None,
         admission: Admission | None = None,
         max_request_bytes: int = 32 << 20,
+        tracing: Tracing | None = None,
         created_at: int = 0,
     ) -> None:
         self.model, self.store = model, store
@@ -90,6 +93,7 @@ class Service:
         self.rates = rates or Rates(0)
         self.admission = admission or Admission(64, 256)
         self.max_request_bytes = max_request_bytes
+        self.tracing = tracing
         self.created_at = created_at
         self.metrics = Metrics()
         self.live: dict[str, Live] = {}
@@ -185,18 +189,32 @@ class Service:
     async def _made(self, run: Run, sent: list[bytes] | None) -> AsyncGenerator[tuple[Event, bytes], None]:
         watch = Watch(self.metrics)
         keeps, pads, data = bool(run.response["store"]), run.request.wants_padding, b""
+        queued_ns = time.time_ns()
         async with self.admission.slot(), aclosing(run.events()) as events:
-            async for event in events:
-                if sent is not None:
-                    data = sse(event, pads=pads)
-                    if keeps:
-                        sent.append(data)
-                if event.is_terminal:
-                    await self._save(run, sent)
-                    watch.done(run.response)
-                elif watch.first_s is None and event.type.endswith(".delta"):
-                    watch.token()
-                yield event, data
+            run.phases.append(Phase("queue", queued_ns, time.time_ns()))
+            try:
+                async for event in events:
+                    if sent is not None:
+                        data = sse(event, pads=pads)
+                        if keeps:
+                            sent.append(data)
+                    if event.is_terminal:
+                        await self._save(run, sent)
+                        watch.done(run.response)
+                    elif watch.first_s is None and event.type.endswith(".delta"):
+                        watch.token()
+                    yield event, data
+            finally:
+                await events.aclose()
+                self.note(run.phases, run.response["id"])
+
+    def note(self, phases: Sequence[Phase], response_id: str) -> None:
+        """Tell where the time of a response went."""
+        for phase in phases:
+            if phase.name == "queue":
+                self.metrics.queue_s.observe((phase.end_ns - phase.begin_ns) / 1e9)
+        if (trace := current_trace.get()) is not None:
+            trace.add(phases, response_id)
 
     async def within_limits(self, work: Coroutine[Any, Any, T]) -> T:
         """Work that is no response of its own, in its turn. Raises LimitError."""
@@ -243,6 +261,7 @@ class Service:
             _log.exception("response=%s could not be kept", run.response["id"])
         finally:
             watch.done(run.response)
+            self.note(run.phases, run.response["id"])
             live.end()
             del self.live[run.response["id"]]
 
@@ -279,6 +298,8 @@ class Service:
             if late:
                 await asyncio.wait(late)
         self.store.close()
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close)
 
 
 def split(events: bytes) -> list[bytes]:
