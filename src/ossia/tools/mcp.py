@@ -535,6 +535,13 @@ class McpTool:
             "error": None,
         }
 
+    def has(self, name: str) -> bool:
+        return name in self._tools
+
+    def real_name(self, name: str) -> str:
+        """The server's own name for a tool by the name that the model is told."""
+        return self._tools[name].name if name in self._tools else name[:100]
+
     def is_approval_needed(self, name: str) -> bool:
         """Whether a person is to be asked before a call of the tool; no tool of that name needs none."""
         tool = self._tools.get(name)
@@ -635,6 +642,24 @@ class McpTool:
         if approval_required:
             details["approval_required"] = True
         return ToolOutput(f"Error: {message}", True, details)
+
+
+def listed_hash(item: Mapping[str, Any]) -> str | None:
+    """The `list_hash` of the tools that an `mcp_list_tools` item shows; None if it shows a failure, or is none."""
+    tools = item.get("tools")
+    if item.get("error") or not isinstance(tools, list):
+        return None
+    listed = [
+        ListedTool(
+            str(tool.get("name")),
+            str(tool.get("description") or ""),
+            tool.get("input_schema") or {},
+            annotations=tool.get("annotations"),
+        )
+        for tool in tools
+        if isinstance(tool, dict)
+    ]
+    return _hash(sorted(tool.hash for tool in listed))
 
 
 def _free_name(name: str, taken: Collection[str]) -> str:

@@ -219,6 +219,11 @@ class PythonSessions:
     def has_session(self, key: str) -> bool:
         return key in self._sessions
 
+    def expect(self, key: str) -> None:
+        """The conversation has used its session before; if that is not here any more, the model is told so."""
+        if key not in self._sessions:
+            self._ended.setdefault(key, "The server was started anew.")
+
     async def end_session(self, key: str) -> None:
         """End a conversation's session for good; unknown keys are no error."""
         self._ended.pop(key, None)
@@ -324,6 +329,9 @@ class PythonTool:
             return ToolOutput("[ERROR] The python tool met an error of its own.", True, {"outputs": [], "status": "failed"})
         text = note + describe(execution, self._sessions.limits)
         return ToolOutput(text, execution.status != "ok", _details(execution, self._sessions.tier))
+
+    async def close(self) -> None:
+        """Nothing is held: the session is the conversation's, and ends when it is idle."""
 
 
 def read_code(arguments: str) -> str:
