@@ -106,6 +106,22 @@ class Config:
     """Requests that may wait for their turn; more are refused with status 429."""
     max_per_minute: int = 0
     """Requests that one key, or one address without keys, may make in a minute; 0 for no limit."""
+    tools: str = "auto"
+    """Tools that the server runs for clients that ask: python, browser, mcp, comma between them; none; or auto."""
+    python_sandbox: str = "auto"
+    """What confines python: auto, bubblewrap, landlock, docker:, podman: or gvisor:IMAGE, jupyter:URL, or off."""
+    browser: str = ""
+    """Where the browser searches: local:FOLDER, searxng:URL, brave, exa, youcom or tavily; empty leaves it out."""
+    browser_key: str = field(default="", repr=False)
+    """Key of the search service; better given as OSSIA_BROWSER_KEY than as a flag."""
+    browser_urls: Literal["auto", "any", "seen"] = "auto"
+    """URLs that the model may open: any; those seen by it or the user; auto, the latter beside functions and MCP."""
+    ask_after_untrusted: Literal["no", "yes"] = "no"
+    """Whether calls of MCP servers and functions need an approval once a tool's answer is in the context."""
+    max_tool_calls: int = 128
+    """Calls of tools that one response may make; a request may ask for fewer."""
+    max_tool_seconds: int = 1800
+    """Seconds from the beginning of a response after which no tool is run for it; 0 for no limit."""
     patch_folder: str = ""
     """Folder that the tool apply_patch works in; empty leaves the tool out."""
     audit_log: str = ""
