@@ -3,8 +3,8 @@
 The chain of thought goes out as `reasoning` and as `reasoning_content`, equal texts, and is taken back under either
 name, or `thinking`. A client that drops it loses nothing while a turn waits for a tool: it is known by call id.
 
-`{"type": "code_interpreter"}` and `{"type": "web_search"}` among the tools, or web_search_options, are run here as in the
-Responses API: the client sees the answer, with its citations as `annotations`.
+`{"type": "code_interpreter"}` and `{"type": "web_search"}` among the tools, or web_search_options, are run here as in
+the Responses API: the client sees the answer, with its citations as `annotations`.
 """
 
 from __future__ import annotations
