@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import glob
 import json
 import time
 from typing import Any
@@ -125,7 +126,7 @@ def test_a_browser_searches_opens_finds_and_cites(with_chain):
         part = response["output"][-1]["content"][0]
         assert "【" not in part["text"]
         cited = part["annotations"]
-        assert [one["url"] for one in cited] == ["local://docs/rivers.md", "local://docs/lakes.md"]
+        assert [one["url"] for one in cited] == ["local://docs/rivers.html", "local://docs/lakes.html"]
         for one in cited:
             assert part["text"][one["start_index"] : one["end_index"]].startswith("([")
         # The model reads its own words again.
@@ -139,8 +140,8 @@ def test_a_later_turn_scrolls_and_cites_a_page_of_an_earlier_one(with_chain):
         await chain.turn(*BROWSER_LOOP[:2], final("ok"), tools=[SEARCH])
         response = await chain.turn(browser("open", cursor=1, loc=100), final("see 【1†L8】"), tools=[SEARCH])
         call = response["output"][0]
-        assert call["call"]["cursor"] == 2 and call["action"]["url"] == "local://docs/rivers.md"
-        assert response["output"][-1]["content"][0]["annotations"][0]["url"] == "local://docs/rivers.md"
+        assert call["call"]["cursor"] == 2 and call["action"]["url"] == "local://docs/rivers.html"
+        assert response["output"][-1]["content"][0]["annotations"][0]["url"] == "local://docs/rivers.html"
         assert "[2] " in chain.prompt()
         # Also where the browser is not offered any more.
         response = await chain.turn(final("as said 【1†L8】"))
@@ -286,8 +287,6 @@ def test_cancelling_while_code_runs_leaves_no_process(with_chain):
 
 def sleepers(mark: str) -> list[str]:
     """Processes whose command line has the mark."""
-    import glob
-
     found = []
     for path in glob.glob("/proc/[0-9]*/cmdline"):
         with contextlib.suppress(OSError), open(path, "rb") as file:

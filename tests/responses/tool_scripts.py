@@ -39,9 +39,10 @@ def final(text: str) -> str:
 def write_docs(folder: Path) -> Path:
     """A folder to browse: one long page on rivers that links to one on lakes."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [f"Fact {i}: the river number {i} is {i * 10} kilometres long and flows slowly." for i in range(200)]
-    (folder / "rivers.md").write_text("# Rivers\n\nSee [lakes](lakes.md).\n\n" + "\n\n".join(lines))
-    (folder / "lakes.md").write_text("# Lakes\n\nA lake is a body of standing water.\n")
+    facts = [f"<p>Fact {i}: the river number {i} is {i * 10} kilometres long and flows slowly." for i in range(200)]
+    rivers = "<title>Rivers</title><h1>Rivers</h1><p>See <a href=lakes.html>lakes</a>." + "".join(facts)
+    (folder / "rivers.html").write_text(rivers)
+    (folder / "lakes.html").write_text("<title>Lakes</title><h1>Lakes</h1><p>A lake is a body of standing water.")
     return folder
 
 
