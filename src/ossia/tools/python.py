@@ -73,13 +73,13 @@ class PythonSession:
     def is_idle(self) -> bool:
         return self.num_users == 0
 
-    async def execute(self, code: str) -> tuple[Execution, str]:
+    async def execute(self, code: str, timeout_s: float | None = None) -> tuple[Execution, str]:
         """Run a cell; what came of it, and what the model must be told of its environment first."""
         async with self._use(), self._lock:
             sandbox = await self._running()
             note, self._note = self._note, ""
             try:
-                execution = await sandbox.execute(code, self._sessions.limits.timeout_s)
+                execution = await sandbox.execute(code, timeout_s or self._sessions.limits.timeout_s)
             except UnavailableError:
                 execution = Execution("gone", is_restarted=True)
             # Not lost silently if the call was cancelled before anything was said.

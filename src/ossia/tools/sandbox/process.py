@@ -59,6 +59,7 @@ class ProcessSandbox:
         self._greetings: asyncio.Queue[Answer] = asyncio.Queue()
         # The call that was cancelled and has not ended yet.
         self._leftover: asyncio.Future[Answer] | None = None
+        self._source: asyncio.ReadTransport | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._listener: asyncio.Task[None] | None = None
         self._ending: asyncio.Future[None] | None = None
@@ -138,7 +139,9 @@ class ProcessSandbox:
         loop = asyncio.get_running_loop()
         assert self._process.stdin is not None and self._process.stdout is not None
         reader = asyncio.StreamReader(limit=1 << 20)
-        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), self._process.stdout)
+        self._source, _ = await loop.connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), self._process.stdout
+        )
         transport, protocol = await loop.connect_write_pipe(
             lambda: asyncio.streams.FlowControlMixin(loop=loop), self._process.stdin
         )
@@ -265,10 +268,15 @@ class ProcessSandbox:
         self._answers.clear()
         if self._launch.dies_with_parent:
             self._process.kill()
+        # The event loop closes what it watches; it would go on watching a number that means another file by then.
         if self._writer is not None:
-            self._writer.close()
+            self._writer.transport.abort()
         elif self._process.stdin is not None:
             self._process.stdin.close()
+        if self._source is not None:
+            self._source.close()
+        elif self._process.stdout is not None:
+            self._process.stdout.close()
         if self._listener is not None and self._listener is not asyncio.current_task():
             self._listener.cancel()
         self._ending = asyncio.get_running_loop().run_in_executor(None, self._wait_for_end)
@@ -282,10 +290,8 @@ class ProcessSandbox:
         if words := self._last_words():
             _log.warning("sandbox=%s pid=%d ended with words=%r", self.tier, self._process.pid, words)
         self._launch.clean_up()
-        for stream in (self._process.stdout, self._process.stderr):
-            if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
+        assert self._process.stderr is not None
+        self._process.stderr.close()
         if self._cgroup is not None:
             self._cgroup.remove()
 

@@ -475,7 +475,7 @@ class Supervisor:
             seccomp.install(hide_metadata=self._settings["seccomp"] == "shared-tree")
         if self._settings["places"]:
             paths.translate(self._settings["places"])
-        cells.Shell(*kept).run()
+        cells.Shell(*kept, self._limits["display_bytes"]).run()
 
     def _limit_worker(self) -> None:
         limits = self._limits
