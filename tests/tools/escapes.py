@@ -309,7 +309,7 @@ CASES = [
     Case("many_threads", "made = 0\ntry:\n    for i in range(500):\n        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n        made += 1\nexcept (RuntimeError, MemoryError) as error:\n    print(error)\n"
          "print('made', made)\nif made > 200: escaped(made)", status=("ok", "processes", "memory", "died")),
     Case("memory_of_one", "x = [b'x' * (1 << 20) for i in range(100000)]", status=("error", "memory"), says="emory"),
-    Case("memory_of_many", "for i in range(16):\n    if os.fork() == 0:\n        x = bytearray(os.urandom(1 << 20) * 100)\n        time.sleep(60)\ntime.sleep(60)", status=("memory", "timeout"), is_heavy=True),
+    Case("memory_of_many", "for i in range(16):\n    if os.fork() == 0:\n        x = bytearray(os.urandom(1 << 20) * 50)\n        time.sleep(60)\n        os._exit(0)\ntime.sleep(60)", status=("memory", "processes"), is_heavy=True),
     Case("memory_shared", "m = [mmap.mmap(-1, 64 << 20) for i in range(40)]\nfor one in m:\n    for i in range(0, len(one), 4096):\n        one[i] = 1\ntime.sleep(60)", status=("memory", "died", "error"), is_heavy=True),
     Case("memory_without_touching", "m = []\ntry:\n    for i in range(200):\n        m.append(mmap.mmap(-1, 1 << 30))\nexcept (OSError, MemoryError) as error:\n    print(error)\nif len(m) > 100: escaped(len(m))", status=("ok",)),
     Case("shared_memory_folder", "total = 0\ntry:\n    for i in range(200):\n        with open(f'/dev/shm/{i}', 'wb') as f:\n            total += f.write(bytes(1 << 20))\nexcept OSError as error:\n    print(error)\n"

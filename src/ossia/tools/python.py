@@ -19,7 +19,7 @@ import json
 import logging
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
@@ -129,7 +129,7 @@ class PythonSession:
     async def _running(self) -> Sandbox:
         if self._sandbox is not None and not self._sandbox.is_alive:
             lost, self._sandbox = self._sandbox, None
-            await lost.close()
+            self._sessions.forget(lost)
         if self._sandbox is None:
             self._sandbox = await self._sessions.take_sandbox()
         return self._sandbox
@@ -169,6 +169,7 @@ class PythonSessions:
         self._warm: list[Sandbox] = []
         self._warming: asyncio.Task[None] | None = None
         self._sweeper: asyncio.Task[None] | None = None
+        self._closing: set[asyncio.Task[None]] = set()
         self._is_closed = False
 
     async def __aenter__(self) -> Self:
@@ -235,7 +236,7 @@ class PythonSessions:
         closing = [one.close() for one in (*self._sessions.values(), *self._warm)]
         self._sessions.clear()
         self._warm.clear()
-        await asyncio.gather(*closing, return_exceptions=True)
+        await asyncio.gather(*closing, *self._closing, return_exceptions=True)
         self._executor.shutdown(wait=False)
 
     async def take_sandbox(self) -> Sandbox:
@@ -245,10 +246,14 @@ class PythonSessions:
             if sandbox.is_alive:
                 self._keep_warm()
                 return sandbox
-            await sandbox.close()
+            self.forget(sandbox)
         sandbox = await self._kind.start()
         self._keep_warm()
         return sandbox
+
+    def forget(self, lost: Sandbox) -> None:
+        """Clear away what is left of a sandbox, while nobody waits for it."""
+        self._in_background(lost.close())
 
     # Room and time ---------------------------------------------------------------------------------------------------
 
@@ -269,7 +274,12 @@ class PythonSessions:
         while len(self._ended) > _MAX_FORGOTTEN:
             self._ended.popitem(last=False)
         _log.info("python session=%s ended: %s", session.key, why)
-        self._closing = asyncio.get_running_loop().create_task(session.close())
+        self._in_background(session.close())
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
 
     async def _sweep(self) -> None:
         while True:

@@ -103,7 +103,7 @@ class ProcessSandbox:
         execution = _execution(*got)
         if execution.status in ("files", "disk"):
             # The folders themselves are full, so that a new worker would not help.
-            await self.close()
+            self._end()
         return execution
 
     async def list_files(self) -> list[SandboxFile]:

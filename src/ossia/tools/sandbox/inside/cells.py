@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 from ossia.tools.sandbox.inside import display, failure
 
 # Bound now: what the code makes of the modules must not stop the notebook.
-_read, _write, _exit, _set_signal = os.read, os.write, os._exit, signal.signal
+_read, _write, _exit, _getpid, _set_signal = os.read, os.write, os._exit, os.getpid, signal.signal
 _SIGINT, _interrupt = signal.SIGINT, signal.default_int_handler
 _BUILTINS = dict(vars(builtins))
 COMMAND = struct.Struct("!16sI")
@@ -63,6 +63,7 @@ class Shell:
         self._results = results
         self._acks = acks
         self._token = b""
+        self._pid = _getpid()
         self._flags = 0
         self._stdout: Any = None
         self._stderr: Any = None
@@ -81,6 +82,11 @@ class Shell:
             self._token, size = COMMAND.unpack(header)
             source = self._read(size).decode("utf-8", "replace")
             status = self._cell(source)
+            if _getpid() != self._pid:
+                # A fork that ran to the end of the cell: there is one notebook.
+                with contextlib.suppress(Exception):
+                    self._stdout.flush()
+                _exit(0 if status == "ok" else 1)
             with contextlib.suppress(Exception):
                 self._stdout.flush()
             self._send(b"k", status.encode())
@@ -195,6 +201,9 @@ class Shell:
             text = f"{type(error).__name__} (it could not be described: {type(second).__name__})"
         with contextlib.suppress(Exception):
             sys.stdout.flush()
+        if _getpid() != self._pid:
+            _write(2, f"{text}\n".encode("utf-8", "backslashreplace"))
+            return
         self._send(b"e", text.encode("utf-8", "backslashreplace"))
 
     def _send_display(self, forms: display.Bundle) -> None:
@@ -207,7 +216,7 @@ class Shell:
                 data = b"" if mime != b"text/plain" else data[: self._max_display]
             payload += bytes([len(mime)]) + mime + LENGTH.pack(len(data)) + data
         self._send(b"d", payload)
-        # What is printed next must not overtake this.
+        # What is printed next must not overtake this (of a fork it may: the answer goes to one of them).
         _read(self._acks, 1)
 
     def _send(self, kind: bytes, payload: bytes | bytearray) -> None:
