@@ -50,7 +50,7 @@ _REASONS = {
 _IMAGES = ("image/png", "image/jpeg")
 # A picture larger than this is told, not sent.
 _MAX_IMAGE_BYTES = 8 << 20
-_MAX_LOGS_CHARS = 1 << 20
+_MAX_LOGS_CHARS = 4 << 20
 _FENCED = re.compile(r"\s*```(?:python|py|ipython|tool_code)?[ \t]*\n(.*?)\n?```\s*", re.DOTALL)
 _MAX_FORGOTTEN = 10_000
 
@@ -68,6 +68,7 @@ class PythonSession:
         self._lock = asyncio.Lock()
         # Said to the model with the next output.
         self._note = ""
+        self._is_told = False
 
     @property
     def is_idle(self) -> bool:
@@ -76,18 +77,17 @@ class PythonSession:
     async def execute(self, code: str, timeout_s: float | None = None) -> tuple[Execution, str]:
         """Run a cell; what came of it, and what the model must be told of its environment first."""
         async with self._use(), self._lock:
-            sandbox = await self._running()
-            note, self._note = self._note, ""
+            timeout_s = timeout_s or self._sessions.limits.timeout_s
             try:
-                execution = await sandbox.execute(code, timeout_s or self._sessions.limits.timeout_s)
+                execution = await (await self._running()).execute(code, timeout_s)
             except UnavailableError:
-                execution = Execution("gone", is_restarted=True)
-            # Not lost silently if the call was cancelled before anything was said.
-            except asyncio.CancelledError:
-                self._note = note
-                raise
+                # It went before the code ran; a new one is another's affair only if it cannot be had.
+                execution = await (await self._running()).execute(code, timeout_s)
+            note, self._note = self._note, ""
             if execution.was_lost:
                 note += f"[WARN] {_LOST}\n"
+            # What is lost now is told with this very call.
+            self._is_told = execution.status in ("gone", "files", "disk")
             return execution, note
 
     async def list_files(self) -> list[SandboxFile]:
@@ -130,6 +130,9 @@ class PythonSession:
         if self._sandbox is not None and not self._sandbox.is_alive:
             lost, self._sandbox = self._sandbox, None
             self._sessions.forget(lost)
+            if not self._is_told:
+                self.tell(f"[WARN] The environment failed. {_GONE}\n")
+            self._is_told = False
         if self._sandbox is None:
             self._sandbox = await self._sessions.take_sandbox()
         return self._sandbox

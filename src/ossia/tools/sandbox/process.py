@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import json
 import logging
@@ -85,7 +86,9 @@ class ProcessSandbox:
         return self._ending is None
 
     async def execute(self, code: str, timeout_s: float) -> Execution:
-        await self._settle()
+        was_lost = await self._settle()
+        if not self.is_alive:
+            raise UnavailableError("the python sandbox has ended")
         header = {"op": "run", "timeout_s": timeout_s}
         number, answer = self._ask(header, code.encode("utf-8", "replace"))
         try:
@@ -101,6 +104,8 @@ class ProcessSandbox:
         except UnavailableError:
             return Execution("gone", is_restarted=True)
         execution = _execution(*got)
+        if was_lost:
+            execution = dataclasses.replace(execution, was_lost=True)
         if execution.status in ("files", "disk"):
             # The folders themselves are full, so that a new worker would not help.
             self._end()
@@ -202,17 +207,18 @@ class ProcessSandbox:
         self._writer.write(wire.pack(header | {"id": number}, body))
         return number, answer
 
-    async def _settle(self) -> None:
-        """Let the call that was cancelled come to its end, or end the sandbox."""
+    async def _settle(self) -> bool:
+        """Let the call that was cancelled come to its end, or end the sandbox; whether its state was lost."""
         leftover, self._leftover = self._leftover, None
         if leftover is None:
-            return
+            return False
         done, _ = await asyncio.wait([leftover], timeout=_PATIENCE_S)
         if not done:
             await self.close()
-        elif not leftover.cancelled():
-            # Taken, so that nobody misses it.
-            leftover.exception()
+            return True
+        if leftover.cancelled() or leftover.exception() is not None:
+            return True
+        return bool(leftover.result()[0].get("restarted"))
 
     async def _file_operation(self, header: dict[str, Any], path: str, body: bytes = b"") -> Answer:
         _, answer = self._ask(header, body)
@@ -270,7 +276,9 @@ class ProcessSandbox:
             self._process.kill()
         # The event loop closes what it watches; it would go on watching a number that means another file by then.
         if self._writer is not None:
-            self._writer.transport.abort()
+            # Already closed where the other end went first.
+            if not self._writer.transport.is_closing():
+                self._writer.transport.abort()
         elif self._process.stdin is not None:
             self._process.stdin.close()
         if self._source is not None:
