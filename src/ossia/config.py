@@ -110,12 +110,6 @@ class Config:
     """Tools that the server runs for clients that ask: python, browser, mcp, comma between them; none; or auto."""
     python_sandbox: str = "auto"
     """What confines python: auto, bubblewrap, landlock, docker:, podman: or gvisor:IMAGE, jupyter:URL, or off."""
-    browser: str = ""
-    """Where the browser searches: local:FOLDER, searxng:URL, brave, exa, youcom or tavily; empty leaves it out."""
-    browser_key: str = field(default="", repr=False)
-    """Key of the search service; better given as OSSIA_BROWSER_KEY than as a flag."""
-    browser_urls: Literal["auto", "any", "seen"] = "auto"
-    """URLs that the model may open: any; those seen by it or the user; auto, the latter beside functions and MCP."""
     ask_after_untrusted: Literal["no", "yes"] = "no"
     """Whether calls of MCP servers and functions need an approval once a tool's answer is in the context."""
     max_tool_calls: int = 128
@@ -132,6 +126,20 @@ class Config:
     """Servers of tools by name, each the table [mcp.NAME] of the file."""
     traces: str = ""
     """URL of an OpenTelemetry collector that is told where the time of each request goes; empty for none."""
+    browser: str = ""
+    """Where the browser tool searches: local:FOLDER, searxng:URL, exa, youcom, brave, tavily; empty for no browser."""
+    browser_key: str = field(default="", repr=False)
+    """API key of the search service that browser names."""
+    browser_allow: str = ""
+    """Domains that the browser may search and open, with those below them, parted by commas; empty for all."""
+    browser_block: str = ""
+    """Domains that the browser may not open, with those below them, parted by commas."""
+    browser_links: Literal["auto", "any", "seen"] = "auto"
+    """URLs that the browser opens: any; those that the user, a search or a page has named; auto: these beside functions."""
+    browser_robots: Literal["yes", "no"] = "yes"
+    """Whether the browser leaves alone what a site's robots.txt keeps from programs."""
+    browser_requests: int = 100
+    """Searches and pages that the browser may fetch in one conversation."""
 
 
 def data_folder(environ: Mapping[str, str] | None = None) -> Path:

@@ -1,4 +1,4 @@
-"""Sandboxes under attack: one for each tier that this machine has, with things around it that it must not reach."""
+"""Sandboxes under attack, one for each tier that this machine has; and a web site, well-behaved and not."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.tools.web.site import Site, add_bad_pages, serving
 
 from ossia.tools.python import PythonSessions, describe
 from ossia.tools.sandbox.limits import Limits
+from ossia.tools.web.parse_child import Parser
 
 TIERS = ("bubblewrap", "landlock")
 SMALL = Limits(
@@ -146,3 +148,23 @@ def arena(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     made.build()
     yield made
     made.close()
+
+
+@pytest.fixture(scope="session")
+def parser():
+    parser = Parser(2)
+    yield parser
+    parser.close()
+
+
+@pytest.fixture
+def site():
+    with serving() as site:
+        yield site
+
+
+@pytest.fixture(scope="session")
+def bad_site() -> Site:
+    with serving() as site:
+        add_bad_pages(site)
+        yield site

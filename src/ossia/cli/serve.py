@@ -157,9 +157,11 @@ def _tools(settings: Config, wanted: list[str], unsafe_python: bool) -> Toolboxe
     from ossia.responses.seal import Seal
     from ossia.responses.toolbox import Toolboxes
     from ossia.tools.audit import AuditLog
+    from ossia.tools.browser import BrowserRules
     from ossia.tools.mcp import Approvals, McpPool
     from ossia.tools.python import PythonSessions
     from ossia.tools.web.backend import open_backend
+    from ossia.tools.web.guard import Domains
 
     off = {
         name: "not among the tools that were asked for" for name in ("python", "browser", "mcp") if name not in wanted
@@ -182,7 +184,12 @@ def _tools(settings: Config, wanted: list[str], unsafe_python: bool) -> Toolboxe
         mcp_pool=McpPool() if "mcp" in wanted and "mcp" not in off else None,
         approvals=Approvals(Seal.at(data_folder() / "seal.key").derived("approvals")),
         audit=audit,
-        urls=settings.browser_urls,
+        rules=BrowserRules(
+            Domains.read(settings.browser_allow.split(","), settings.browser_block.split(",")),
+            obeys_robots=settings.browser_robots == "yes",
+            max_requests=settings.browser_requests,
+        ),
+        links=settings.browser_links,
         asks_after_untrusted=settings.ask_after_untrusted == "yes",
         off=off,
     )

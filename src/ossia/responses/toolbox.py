@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from ossia.config import McpServer
@@ -62,21 +63,21 @@ class Toolboxes:
         mcp_pool: McpPool | None = None,
         approvals: Approvals | None = None,
         audit: AuditLog | None = None,
-        domains: Domains | None = None,
-        urls: Literal["auto", "any", "seen"] = "auto",
+        rules: BrowserRules | None = None,
+        links: Literal["auto", "any", "seen"] = "auto",
         asks_after_untrusted: bool = False,
         tokenizer: Tokenizer | None = None,
         off: Mapping[str, str] | None = None,
     ) -> None:
-        """``urls`` says which the model may open: ``any``, only those that it or the user has ``seen``, or ``auto``,
+        """``links`` says which URLs the model may open: ``any``, only those that it or the user has ``seen``, or ``auto``,
         the latter where the request brings tools that may know private data. Without ``mcp_pool`` there is no MCP.
         ``off`` tells why tools are not offered."""
         self.python, self.browser, self.pool, self.audit = python, browser, mcp_pool, audit
         self.containers = Containers(python) if python is not None else None
         self.servers = dict(mcp or {})
         self.approvals = approvals or Approvals()
-        self.domains = domains or Domains()
-        self.urls = urls
+        self.rules = rules or BrowserRules()
+        self.links = links
         self.asks_after_untrusted = asks_after_untrusted
         self.tokenizer = tokenizer
         self.off = dict(off or {})
@@ -306,10 +307,10 @@ class ChainToolbox(Toolbox):
             raise UnsupportedError(
                 f"{where}.external_web_access is false, and this server has no other pages", param=where
             )
-        domains = _read_domains(tool.get("filters"), f"{where}.filters").within(self._boxes.domains)
+        domains = _read_domains(tool.get("filters"), f"{where}.filters").within(self._boxes.rules.domains)
         is_private = any(one.get("type") in _PRIVATE for one in declared)
-        only_seen = self._boxes.urls == "seen" or (self._boxes.urls == "auto" and is_private)
-        rules = BrowserRules(domains, seen_links_only=only_seen)
+        only_seen = self._boxes.links == "seen" or (self._boxes.links == "auto" and is_private)
+        rules = replace(self._boxes.rules, domains=domains, seen_links_only=only_seen)
         state = self._state.get("browser")
         try:
             browser = Browser(backend, rules, state=state, tokenizer=self._boxes.tokenizer)
