@@ -81,7 +81,7 @@ class Connection:
 
     @property
     def is_open(self) -> bool:
-        return self._client is not None and self._task is not None and not self._task.done()
+        return self._client is not None and not self._closing.is_set()
 
     async def open(self) -> None:
         """Raises UnavailableError, or InputError for an address that is not allowed."""
@@ -91,6 +91,9 @@ class Connection:
             await asyncio.shield(opened)
         except asyncio.CancelledError:
             await self.close()
+            if opened.done() and not opened.cancelled():
+                # Nobody is there any more to hear why.
+                opened.exception()
             raise
 
     async def close(self) -> None:
@@ -126,6 +129,7 @@ class Connection:
             ) from None
         # The SDK lets through whatever the transport, JSON or pydantic raise.
         except Exception as error:
+            self._end_if_lost(error)
             raise UnavailableError(
                 f"the MCP server {self._name!r} cannot list its tools: {self._reason(error)}"
             ) from None
@@ -138,6 +142,7 @@ class Connection:
             async with asyncio.timeout(self._server.timeout_s) as limit:
                 result = await client.call_tool(name, arguments)
         except MCPError as error:
+            self._end_if_lost(error)
             said = self._clean(error.message)[:_MAX_ERROR_CHARS]
             return CallResult(said, True, {"type": "mcp_protocol_error", "code": error.code, "message": said})
         except OssiaError as error:
@@ -147,6 +152,7 @@ class Connection:
             if isinstance(error, TimeoutError) and limit.expired():
                 said = f"the MCP server {self._name!r} gave no answer within {self._server.timeout_s} s"
             else:
+                self._end_if_lost(error)
                 said = f"the call of the MCP server {self._name!r} failed: {self._reason(error)}"
             return CallResult(said, True, {"type": "http_error", "code": _status(error), "message": said})
         text = self._clean(_as_text(result))
@@ -218,6 +224,11 @@ class Connection:
         if self._client is None or not self.is_open:
             raise UnavailableError(f"the connection to the MCP server {self._name!r} has ended; try again")
         return self._client
+
+    def _end_if_lost(self, error: BaseException) -> None:
+        """Close, so that the next call connects anew, unless the error is an answer of a server that is there."""
+        if not isinstance(error, MCPError) or error.code == types.CONNECTION_CLOSED or "Session" in error.message:
+            self._closing.set()
 
     def _refusal(self, error: BaseException) -> OssiaError:
         for one in _leaves(error):
