@@ -2,17 +2,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 import json
 import logging
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import httpx2
 import pytest
 import uvicorn
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from openai.types.responses import ResponseOutputItem
 from openai.types.responses.response_output_item import McpApprovalRequest, McpCall, McpListTools
 from pydantic import TypeAdapter
@@ -531,7 +538,8 @@ def test_credentials_reach_the_server_and_come_back_nowhere(caplog):
     "host",
     [
         "127.0.0.1", "localhost", "localhost.", "127.1", "0x7f000001", "2130706433", "0177.0.0.1", "0.0.0.0",
-        "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "224.0.0.1", "240.0.0.1", "255.255.255.255",
+        "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "224.0.0.1", "240.0.0.1",
+        "255.255.255.255",
         "192.0.2.1", "198.18.0.1", "203.0.113.1", "::1", "::", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::7f00:1",
         "2002:7f00:1::", "2001:0:7f00:1::", "::127.0.0.1", "fe80::1", "fe80::1%lo", "fc00::1", "fd12::1", "ff02::1",
         "2001:db8::1", "127。0。0。1", "１２７.0.0.1", "no-such-host.invalid", "", "a" * 300, "\x00", "[::1]",
@@ -599,6 +607,52 @@ def test_the_address_that_was_checked_is_the_one_connected_to():
     asyncio.run(main())
 
 
+def test_a_certificate_is_that_of_the_name_and_not_of_the_address(tmp_path):
+    from ossia.tools.mcp_transport import _Transport
+
+    certificate, key = _self_signed("there.test", tmp_path)
+    trusting = ssl.create_default_context(cafile=certificate)
+
+    async def main():
+        listening = socket.create_server(("127.0.0.1", 0))
+        app = Starlette(routes=[Route("/", lambda request: PlainTextResponse(request.headers["host"]))])
+        config = uvicorn.Config(app, log_level="critical", ssl_certfile=str(certificate), ssl_keyfile=str(key))
+        server = uvicorn.Server(config)
+        task = asyncio.create_task(server.serve(sockets=[listening]))
+        port = listening.getsockname()[1]
+        async with httpx2.AsyncClient(transport=_Transport(_anywhere, verify=trusting), trust_env=False) as client:
+            assert (await client.get(f"https://there.test:{port}/")).text == f"there.test:{port}"
+            with pytest.raises(InputError, match="leads to another host"):
+                await client.get(f"https://other.test:{port}/")
+        async with httpx2.AsyncClient(transport=_Transport(_anywhere, verify=trusting), trust_env=False) as client:
+            with pytest.raises(httpx2.ConnectError, match=r"[Hh]ostname mismatch"):
+                await client.get(f"https://other.test:{port}/")
+        server.should_exit = True
+        await task
+
+    asyncio.run(main())
+
+
+async def _anywhere(_host, _port):
+    return "127.0.0.1"
+
+
+def _self_signed(name, folder):
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    now, day = datetime.datetime.now(datetime.UTC), datetime.timedelta(days=1)
+    certificate = (
+        x509.CertificateBuilder(subject, subject, key.public_key(), 1, now - day, now + day)
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    encoding, private = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    (folder / "cert").write_bytes(certificate.public_bytes(encoding))
+    (folder / "key").write_bytes(key.private_bytes(encoding, private, serialization.NoEncryption()))
+    return folder / "cert", folder / "key"
+
+
 def test_a_redirect_to_another_place_is_not_followed():
     reached = []
 
@@ -629,7 +683,7 @@ def test_credentials_are_not_sent_without_https():
 
 @pytest.mark.parametrize("kind", ["endless", "compressed", "html", "error", "hangs"])
 def test_a_hostile_server_is_an_error_in_time(kind, monkeypatch):
-    monkeypatch.setattr("ossia.tools.mcp_transport.CONNECT_TIMEOUT_S", 2.0)
+    monkeypatch.setattr("ossia.tools.mcp_transport.CONNECT_TIMEOUT_S", 1.0)
     monkeypatch.setattr("ossia.tools.mcp_transport._MAX_RESPONSE_BYTES", 1 << 20)
 
     async def answer(request):
@@ -643,7 +697,8 @@ def test_a_hostile_server_is_an_error_in_time(kind, monkeypatch):
         if kind == "compressed":
             return PlainTextResponse(b"\x1f\x8b", headers={"content-encoding": "gzip"}, media_type="application/json")
         if kind == "hangs":
-            await asyncio.sleep(30)
+            while not await request.is_disconnected():
+                await asyncio.sleep(0.01)
         return PlainTextResponse("<html>", status_code=500 if kind == "error" else 200, media_type="text/html")
 
     async def main():

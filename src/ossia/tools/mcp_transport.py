@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import re
+import ssl
 import threading
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, TextIO
@@ -276,11 +277,12 @@ class Connection:
 
 
 class _Transport(httpx2.AsyncHTTPTransport):
-    """HTTP to addresses that the guard allows: the address that it checked is the one connected to."""
+    """HTTP to one host at an address that the guard allows: the address that it checked is the one connected to."""
 
-    def __init__(self, guard: Guard | None) -> None:
-        super().__init__(trust_env=False)
+    def __init__(self, guard: Guard | None, *, verify: ssl.SSLContext | bool = True) -> None:
+        super().__init__(verify=verify, trust_env=False)
         self._guard = guard
+        self._host: str | None = None
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         url = request.url
@@ -288,6 +290,10 @@ class _Transport(httpx2.AsyncHTTPTransport):
             port = url.port or (443 if url.scheme == "https" else 80)
             if url.scheme != "https" and "authorization" in request.headers:
                 raise InputError("the MCP server's address has no https; credentials are sent only with it")
+            # Open connections are known by their address: one to another host of that address must not be taken.
+            self._host = self._host or url.host
+            if url.host != self._host:
+                raise InputError(f"the MCP server leads to another host, {url.host!r}, than it was asked at")
             address = await self._guard(url.host, port)
             # The host is still the one asked for, in its header and in the certificate; no name is looked up again.
             request.headers.setdefault("Host", url.netloc.decode("ascii"))
