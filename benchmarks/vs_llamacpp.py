@@ -7,7 +7,7 @@ weights as GGUF with Q8_0 dense tensors, and llama.cpp from the source package o
 machine (`--llamacpp` names a folder with its programs instead). Needs some 8 GB of disk for 4 layers, 25 for 24.
 
 Both engines read 8-bit dense tensors and MXFP4 experts. Each line is one program run of either side after the other;
-the tokens are random on both sides. Results go to benchmarks/results/<processor>/.
+the tokens are random on both sides. Results go to benchmarks/results/<processor>-<instruction set>/.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ import subprocess
 import sys
 import tarfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ from ossia.model.random_checkpoint import write_random_checkpoint
 ROOT = Path(__file__).parent.parent
 WORK = ROOT / "build" / "bench"
 PROMPT = "word " * 31
+PORT = 18_765
 
 
 def main() -> None:
@@ -41,7 +45,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument(
-        "--llamacpp", type=Path, help="a folder with llama-bench, llama-batched-bench, llama-completion"
+        "--llamacpp", type=Path, help="a folder with llama-bench, llama-batched-bench, llama-completion, llama-server"
     )
     parser.add_argument("--only", default="", help="a regular expression for the lines to run")
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint that is there already")
@@ -128,6 +132,52 @@ class Sides:
         run([*command, "--temp", 0, "-no-cnv", "--no-warmup", "-p", PROMPT + "word"])
         return time.perf_counter() - started_s
 
+    def our_server(self, num_clients: int) -> float:
+        command = [sys.executable, "-m", "ossia", "serve", "--model", self.checkpoint, "--threads", self.threads]
+        return served([*command, "--port", PORT], num_clients)
+
+    def their_server(self, num_clients: int) -> float:
+        command = [self.llamacpp / "llama-server", "-m", self.gguf, "-t", self.threads, "-c", 8 * 2048, "-np", 8]
+        return served([*command, "--port", PORT, "--no-webui"], num_clients)
+
+
+def served(command: list[Any], num_clients: int) -> float:
+    """Tokens per second of all clients together, each asking for three completions of 48 tokens one after the other."""
+    server = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_until_healthy(server)
+        complete("warm", 0)
+        started_s = time.perf_counter()
+        with ThreadPoolExecutor(num_clients) as clients:
+            asked = [(client, turn) for turn in range(3) for client in range(num_clients)]
+            num_tokens = sum(clients.map(lambda ask: complete(*ask), asked))
+        return num_tokens / (time.perf_counter() - started_s)
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def wait_until_healthy(server: subprocess.Popen[bytes]) -> None:
+    deadline_s = time.perf_counter() + 120
+    while time.perf_counter() < deadline_s and server.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health", timeout=5):
+                return
+        except (urllib.error.URLError, ConnectionError):
+            time.sleep(0.2)
+    sys.exit(f"{server.args!r} did not answer on port {PORT}")
+
+
+def complete(client: object, turn: int) -> int:
+    """One completion of a prompt that no other client or turn has; the number of its tokens."""
+    prompt = f"{client} {turn} " + PROMPT
+    body = {"prompt": prompt, "max_tokens": 48, "temperature": 0, "ignore_eos": True}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{PORT}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=300) as answer:
+        return int(json.load(answer)["usage"]["completion_tokens"])
+
 
 Line = tuple[str, Callable[[], float], Callable[[], float]]
 
@@ -159,6 +209,15 @@ def plan(sides: Sides) -> list[Line]:
                 name,
                 lambda name=name, num_seqs=num_seqs: sides.ours(name, batch=num_seqs),
                 lambda num_seqs=num_seqs: sides.theirs_together(num_seqs),
+            )
+        )
+    for num_clients in (1, 4, 8):
+        name = f"server, {num_clients} clients"
+        lines.append(
+            (
+                name,
+                lambda num_clients=num_clients: sides.our_server(num_clients),
+                lambda num_clients=num_clients: sides.their_server(num_clients),
             )
         )
     lines.append(("start to first token", sides.our_first_token_s, sides.their_first_token_s))
@@ -203,7 +262,7 @@ def build_llamacpp() -> Path:
     build = source / "build"
     options = ["-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DLLAMA_CURL=OFF", "-DLLAMA_BUILD_TESTS=OFF"]
     run(["cmake", "-S", source, "-B", build, *options])
-    targets = ["llama-bench", "llama-batched-bench", "llama-completion"]
+    targets = ["llama-bench", "llama-batched-bench", "llama-completion", "llama-server"]
     run(["cmake", "--build", build, "--parallel", os.cpu_count() or 1, "--target", *targets])
     return build / "bin"
 
@@ -216,7 +275,8 @@ def run(command: list[Any]) -> str:
 
 
 def write_result(result: dict[str, Any]) -> Path:
-    processor = re.sub(r"\W+", "-", result["machine"]["processor"]).strip("-").lower()
+    machine = result["machine"]
+    processor = re.sub(r"\W+", "-", f"{machine['processor']} {machine['isa']}").strip("-").lower()
     folder = ROOT / "benchmarks" / "results" / processor
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{datetime.date.today().isoformat()}-vs-llamacpp-{result['layers']}-layers.json"

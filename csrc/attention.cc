@@ -56,10 +56,11 @@ struct Desk {
   float* scores;    // [kKeyTile, lanes]
   float* keys;      // [kKeyTile, dim]
   float* values;    // [kKeyTile, dim]
+  float* columns;   // [dim, kKeyTile], the keys turned
   float* rescale;   // [lanes]
   State split, total;
   static int64_t size(const Shape& s) {
-    return s.lanes * s.dim + 3 * s.lanes + kKeyTile * (s.lanes + 2 * s.dim) + 2 * state_size(s);
+    return s.lanes * s.dim + 3 * s.lanes + kKeyTile * (s.lanes + 3 * s.dim) + 2 * state_size(s);
   }
   Desk(float* m, const Shape& s) {
     const auto take = [&](int64_t count) {
@@ -74,6 +75,7 @@ struct Desk {
     scores = take(kKeyTile * s.lanes);
     keys = take(kKeyTile * s.dim);
     values = take(kKeyTile * s.dim);
+    columns = take(kKeyTile * s.dim);
     split = state_at(take(state_size(s)), s);
     total = state_at(take(state_size(s)), s);
   }
@@ -105,29 +107,64 @@ void store_row(KvFormat format, const KvStore& to, int64_t slot, const float* x,
   }
 }
 
-// A row as floats; dim is padded with zeros to full vectors.
-OSSIA_INLINE void fetch_row(KvFormat format, const KvStore& from, int64_t slot, int64_t dim, float* x) {
-  int64_t h = 0;
-  if (format == KvFormat::kBf16) {
-    const uint16_t* row = static_cast<const uint16_t*>(from.data) + slot * dim;
-    for (; h + kLanes <= dim; h += kLanes) store(x + h, load_bf16(row + h));
-    for (; h < dim; ++h) x[h] = bf16_to_float(row[h]);
-  } else if (format == KvFormat::kQ8) {
-    const int8_t* row = static_cast<const int8_t*>(from.data) + slot * dim;
-    const float scale = from.scales[slot];
-    for (; h + kLanes <= dim; h += kLanes) store(x + h, mul(set1(scale), load_int8(row + h)));
-    for (; h < dim; ++h) x[h] = scale * row[h];
-  } else {
-    std::memcpy(x, static_cast<const float*>(from.data) + slot * dim, dim * sizeof(float));
-    h = dim;
+// `count` rows that follow each other, as floats; dim is padded with zeros to full vectors.
+OSSIA_INLINE void fetch_rows(KvFormat format, const KvStore& from, int64_t slot, int64_t count, int64_t dim, float* x) {
+  const int64_t padded = round_up(dim, kLanes), start = slot * dim;
+  if (format == KvFormat::kF32 && padded == dim) {
+    std::memcpy(x, static_cast<const float*>(from.data) + start, count * dim * sizeof(float));
+    return;
   }
-  for (; h < round_up(dim, kLanes); ++h) x[h] = 0.0f;
+  if (format == KvFormat::kBf16 && padded == dim) {
+    const uint16_t* rows = static_cast<const uint16_t*>(from.data) + start;
+    for (int64_t i = 0; i < count * dim; i += kLanes) store(x + i, load_bf16(rows + i));
+    return;
+  }
+  for (int64_t j = 0; j < count; ++j, x += padded) {
+    int64_t h = 0;
+    if (format == KvFormat::kBf16) {
+      const uint16_t* row = static_cast<const uint16_t*>(from.data) + start + j * dim;
+      for (; h + kLanes <= dim; h += kLanes) store(x + h, load_bf16(row + h));
+      for (; h < dim; ++h) x[h] = bf16_to_float(row[h]);
+    } else if (format == KvFormat::kQ8) {
+      const int8_t* row = static_cast<const int8_t*>(from.data) + start + j * dim;
+      const float scale = from.scales[slot + j];
+      for (; h + kLanes <= dim; h += kLanes) store(x + h, mul(set1(scale), load_int8(row + h)));
+      for (; h < dim; ++h) x[h] = scale * row[h];
+    } else {
+      std::memcpy(x, static_cast<const float*>(from.data) + start + j * dim, dim * sizeof(float));
+      h = dim;
+    }
+    for (; h < padded; ++h) x[h] = 0.0f;
+  }
 }
 
-OSSIA_INLINE void prefetch_row(KvFormat format, const KvStore& from, int64_t slot, int64_t dim) {
-  const int64_t bytes = dim * (format == KvFormat::kQ8 ? 1 : format == KvFormat::kBf16 ? 2 : 4);
-  for (int64_t line = 0; line < bytes; line += 64) prefetch(static_cast<const char*>(from.data) + slot * bytes + line);
-}
+// Asks for the next tile's rows, keys first, a line at a time: a core has room for a few dozen open requests only, and
+// what is asked beyond them waits. Rows that lie in more than one block are not asked for.
+struct Ahead {
+  const char *at = nullptr, *end = nullptr, *values = nullptr;
+  int64_t size = 0;
+
+  OSSIA_INLINE_MEMBER Ahead(const AttentionArgs& a, const Piece& piece, int64_t first_key) {
+    const int64_t next = first_key + kKeyTile;
+    if (!a.cached || next + kKeyTile > piece.end_key || a.block_size - next % a.block_size < kKeyTile) return;
+    const int64_t row = a.head_dim * (a.kv_format == KvFormat::kQ8 ? 1 : a.kv_format == KvFormat::kBf16 ? 2 : 4);
+    const int64_t offset = slot_index(a, piece.sequence, piece.kv_head, next) * row;
+    size = kKeyTile * row;
+    at = static_cast<const char*>(a.keys.data) + offset;
+    end = at + size;
+    values = static_cast<const char*>(a.values.data) + offset;
+  }
+  OSSIA_INLINE_MEMBER void ask() {
+    if (at >= end) {
+      if (!values) return;
+      at = values;
+      end = values + size;
+      values = nullptr;
+    }
+    prefetch(at);
+    at += 64;
+  }
+};
 
 // keys[j], values[j] of positions first_key + j, j < count.
 void fetch_tile(const AttentionArgs& a, const Piece& piece, int64_t first_key, int64_t count, const Shape& shape,
@@ -136,23 +173,17 @@ void fetch_tile(const AttentionArgs& a, const Piece& piece, int64_t first_key, i
     const int64_t row = a.query_starts[piece.sequence] + first_key - a.positions[a.query_starts[piece.sequence]];
     for (int64_t j = 0; j < count; ++j) {
       const int64_t at = (row + j) * a.num_kv_heads + piece.kv_head;
-      fetch_row(KvFormat::kF32, {const_cast<float*>(a.k), nullptr}, at, a.head_dim, desk.keys + j * shape.dim);
-      fetch_row(KvFormat::kF32, {const_cast<float*>(a.v), nullptr}, at, a.head_dim, desk.values + j * shape.dim);
+      fetch_rows(KvFormat::kF32, {const_cast<float*>(a.k), nullptr}, at, 1, a.head_dim, desk.keys + j * shape.dim);
+      fetch_rows(KvFormat::kF32, {const_cast<float*>(a.v), nullptr}, at, 1, a.head_dim, desk.values + j * shape.dim);
     }
     return;
   }
-  // Keys of one block lie in a row, and so do those a tile ahead, which are asked for while this tile is widened.
   for (int64_t j = 0; j < count;) {
     const int64_t slot = slot_index(a, piece.sequence, piece.kv_head, first_key + j);
-    const int64_t end = least(count, j + a.block_size - (first_key + j) % a.block_size);
-    const int64_t ahead = first_key + j + kKeyTile;
-    const int64_t next = ahead < piece.end_key ? slot_index(a, piece.sequence, piece.kv_head, ahead) : slot;
-    for (int64_t i = 0; j < end; ++i, ++j) {
-      prefetch_row(a.kv_format, a.keys, next + i, a.head_dim);
-      prefetch_row(a.kv_format, a.values, next + i, a.head_dim);
-      fetch_row(a.kv_format, a.keys, slot + i, a.head_dim, desk.keys + j * shape.dim);
-      fetch_row(a.kv_format, a.values, slot + i, a.head_dim, desk.values + j * shape.dim);
-    }
+    const int64_t rows = least(count - j, a.block_size - (first_key + j) % a.block_size);
+    fetch_rows(a.kv_format, a.keys, slot, rows, a.head_dim, desk.keys + j * shape.dim);
+    fetch_rows(a.kv_format, a.values, slot, rows, a.head_dim, desk.values + j * shape.dim);
+    j += rows;
   }
 }
 
@@ -162,17 +193,24 @@ void fetch_tile(const AttentionArgs& a, const Piece& piece, int64_t first_key, i
 template <int kKeys, int kVectors>
 OSSIA_INLINE void score_patch(const float* keys, const float* q, int64_t dim, int64_t head_dim, int64_t lanes, float* scores) {
   Vf sums[kKeys][kVectors];
-  for (auto& row : sums)
-    for (Vf& sum : row) sum = zero();
+  OSSIA_UNROLL(16)
+  for (int j = 0; j < kKeys; ++j)
+    OSSIA_UNROLL(16)
+    for (int i = 0; i < kVectors; ++i) sums[j][i] = zero();
   for (int64_t h = 0; h < head_dim; ++h) {
     Vf q_lanes[kVectors];
+    OSSIA_UNROLL(16)
     for (int i = 0; i < kVectors; ++i) q_lanes[i] = load(q + h * lanes + i * kLanes);
+    OSSIA_UNROLL(16)
     for (int j = 0; j < kKeys; ++j) {
       const Vf key = set1(keys[j * dim + h]);
+      OSSIA_UNROLL(16)
       for (int i = 0; i < kVectors; ++i) sums[j][i] = fma(key, q_lanes[i], sums[j][i]);
     }
   }
+  OSSIA_UNROLL(16)
   for (int j = 0; j < kKeys; ++j)
+    OSSIA_UNROLL(16)
     for (int i = 0; i < kVectors; ++i) store(scores + j * lanes + i * kLanes, sums[j][i]);
 }
 
@@ -189,35 +227,126 @@ OSSIA_INLINE void score_columns(const Desk& desk, int64_t column, int64_t count,
                              desk.scores + j * lanes + column);
 }
 
+#if OSSIA_512
+
+// to[j][i] = from[i][j] for 16 x 16 numbers.
+OSSIA_INLINE void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  Vf a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = load(from + i * from_stride);
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int k = 0; k < 2; ++k) {
+      const __m512d first = _mm512_castps_pd(b[i + k]), second = _mm512_castps_pd(b[i + 2 + k]);
+      a[i + 2 * k] = _mm512_castpd_ps(_mm512_unpacklo_pd(first, second));
+      a[i + 2 * k + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(first, second));
+    }
+  // a[4 g + c] holds columns c, c + 4, c + 8, c + 12 of rows 4 g .. 4 g + 3, one in each quarter.
+  for (int c = 0; c < 4; ++c) {
+    const Vf low = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x88), high = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xdd);
+    const Vf low2 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x88);
+    const Vf high2 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xdd);
+    store(to + c * to_stride, _mm512_shuffle_f32x4(low, low2, 0x88));
+    store(to + (c + 8) * to_stride, _mm512_shuffle_f32x4(low, low2, 0xdd));
+    store(to + (c + 4) * to_stride, _mm512_shuffle_f32x4(high, high2, 0x88));
+    store(to + (c + 12) * to_stride, _mm512_shuffle_f32x4(high, high2, 0xdd));
+  }
+}
+
+constexpr int kFewLanes = 8;
+
+// The same sums in the same order for a full tile and at most kFewLanes queries, which would leave half of every vector
+// of lanes empty: keys stand in the lanes instead.
+void score_few_lanes(const Desk& desk, const Shape& shape, int64_t head_dim, int64_t lanes, Ahead& ahead) {
+  static_assert(kKeyTile == 2 * kLanes);
+  for (int64_t j = 0; j < kKeyTile; j += kLanes)
+    for (int64_t h = 0; h < shape.dim; h += kLanes)
+      transpose(desk.keys + j * shape.dim + h, shape.dim, desk.columns + h * kKeyTile + j, kKeyTile);
+  Vf sums[kFewLanes][2];
+  OSSIA_UNROLL(16)
+  for (int l = 0; l < kFewLanes; ++l) sums[l][0] = sums[l][1] = zero();
+  for (int64_t h = 0; h < head_dim; ++h) {
+    ahead.ask();
+    const Vf first = load(desk.columns + h * kKeyTile), second = load(desk.columns + h * kKeyTile + kLanes);
+    OSSIA_UNROLL(16)
+    for (int l = 0; l < kFewLanes; ++l) {
+      const Vf q = set1(desk.q[h * lanes + l]);
+      sums[l][0] = fma(first, q, sums[l][0]);
+      sums[l][1] = fma(second, q, sums[l][1]);
+    }
+  }
+  alignas(64) float rows[kLanes][kKeyTile] = {};
+  OSSIA_UNROLL(16)
+  for (int l = 0; l < kFewLanes; ++l) {
+    store(rows[l], sums[l][0]);
+    store(rows[l] + kLanes, sums[l][1]);
+  }
+  for (int64_t j = 0; j < kKeyTile; j += kLanes) transpose(rows[0] + j, kKeyTile, desk.scores + j * lanes, lanes);
+}
+
+#endif
+
+// scores[j, l] of `count` keys and the `used` first of the lanes.
+OSSIA_INLINE void score_tile(const Desk& desk, int64_t count, const Shape& shape, int64_t head_dim, int64_t used,
+                             int64_t lanes, Ahead& ahead) {
+#if OSSIA_512
+  if (used <= kFewLanes && count == kKeyTile) return score_few_lanes(desk, shape, head_dim, lanes, ahead);
+#else
+  (void)used, (void)ahead;
+#endif
+  int64_t column = 0;
+  for (; column + 2 * kLanes <= lanes; column += 2 * kLanes)
+    score_columns<2>(desk, column, count, shape, head_dim, lanes);
+  for (; column < lanes; column += kLanes) score_columns<1>(desk, column, count, shape, head_dim, lanes);
+}
+
 // o[l, h] = o[l, h] rescale[l] + p[j, l] values[j, h] for kCount lanes and kVectors vectors of h
 template <int kCount, int kVectors>
 OSSIA_INLINE void value_patch(const float* p, const float* values, const float* rescale, int64_t count, int64_t lanes,
-                              int64_t dim, float* o) {
+                              int64_t dim, float* o, Ahead& ahead) {
   Vf sums[kCount][kVectors];
+  OSSIA_UNROLL(16)
   for (int l = 0; l < kCount; ++l)
+    OSSIA_UNROLL(16)
     for (int i = 0; i < kVectors; ++i) sums[l][i] = mul(load(o + l * dim + i * kLanes), set1(rescale[l]));
   for (int64_t j = 0; j < count; ++j) {
+    ahead.ask();
     Vf value[kVectors];
+    OSSIA_UNROLL(16)
     for (int i = 0; i < kVectors; ++i) value[i] = load(values + j * dim + i * kLanes);
+    OSSIA_UNROLL(16)
     for (int l = 0; l < kCount; ++l) {
       const Vf weight = set1(p[j * lanes + l]);
+      OSSIA_UNROLL(16)
       for (int i = 0; i < kVectors; ++i) sums[l][i] = fma(weight, value[i], sums[l][i]);
     }
   }
+  OSSIA_UNROLL(16)
   for (int l = 0; l < kCount; ++l)
+    OSSIA_UNROLL(16)
     for (int i = 0; i < kVectors; ++i) store(o + l * dim + i * kLanes, sums[l][i]);
 }
 
-OSSIA_INLINE void add_values(const Desk& desk, int64_t count, const Shape& shape, int64_t lanes) {
-  for (int64_t l = 0; l < lanes; l += 4) {
-    int64_t h = 0;
-    for (; h + 2 * kLanes <= shape.dim; h += 2 * kLanes)
-      value_patch<4, 2>(desk.scores + l, desk.values + h, desk.rescale + l, count, lanes, shape.dim,
-                        desk.split.o + l * shape.dim + h);
-    for (; h < shape.dim; h += kLanes)
-      value_patch<4, 1>(desk.scores + l, desk.values + h, desk.rescale + l, count, lanes, shape.dim,
-                        desk.split.o + l * shape.dim + h);
-  }
+template <int kCount>
+OSSIA_INLINE void add_values_of(const Desk& desk, int64_t l, int64_t count, const Shape& shape, int64_t lanes,
+                                Ahead& ahead) {
+  int64_t h = 0;
+  for (; h + 2 * kLanes <= shape.dim; h += 2 * kLanes)
+    value_patch<kCount, 2>(desk.scores + l, desk.values + h, desk.rescale + l, count, lanes, shape.dim,
+                           desk.split.o + l * shape.dim + h, ahead);
+  for (; h < shape.dim; h += kLanes)
+    value_patch<kCount, 1>(desk.scores + l, desk.values + h, desk.rescale + l, count, lanes, shape.dim,
+                           desk.split.o + l * shape.dim + h, ahead);
+}
+
+OSSIA_INLINE void add_values(const Desk& desk, int64_t count, const Shape& shape, int64_t used, int64_t lanes, Ahead& ahead) {
+  int64_t l = 0;
+#if OSSIA_512
+  for (; l + 8 <= used; l += 8) add_values_of<8>(desk, l, count, shape, lanes, ahead);
+#endif
+  for (; l < used; l += 4) add_values_of<4>(desk, l, count, shape, lanes, ahead);
 }
 
 // A piece of work -----------------------------------------------------------------------------------------------------
@@ -279,17 +408,14 @@ void softmax_tile(const AttentionArgs& a, const Desk& desk, int64_t first_key, i
 void attend_split(const AttentionArgs& a, const Piece& piece, int64_t split, const Shape& shape, const Desk& desk) {
   begin(desk.split, desk, shape, piece.lanes);
   const int64_t first = greatest(piece.first_key, split * kSplit), end = least(piece.end_key, (split + 1) * kSplit);
-  const int64_t last_position = piece.end_key - 1;
+  const int64_t last_position = piece.end_key - 1, used = piece.num_tokens * shape.group;
   for (int64_t tile = first / kKeyTile * kKeyTile; tile < end; tile += kKeyTile) {
     const int64_t first_key = greatest(first, tile), count = least(end, tile + kKeyTile) - first_key;
+    Ahead ahead(a, piece, tile);
     fetch_tile(a, piece, first_key, count, shape, desk);
-    int64_t column = 0;
-    for (; column + 2 * kLanes <= piece.lanes; column += 2 * kLanes)
-      score_columns<2>(desk, column, count, shape, a.head_dim, piece.lanes);
-    for (; column < piece.lanes; column += kLanes)
-      score_columns<1>(desk, column, count, shape, a.head_dim, piece.lanes);
+    score_tile(desk, count, shape, a.head_dim, used, piece.lanes, ahead);
     softmax_tile(a, desk, first_key, count, piece.first_position, last_position, piece.lanes);
-    add_values(desk, count, shape, piece.lanes);
+    add_values(desk, count, shape, used, piece.lanes, ahead);
   }
 }
 

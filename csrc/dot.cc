@@ -312,53 +312,150 @@ OSSIA_INLINE void accumulate(const Decoded& w, bool mxfp4, Vf scale, const QBloc
   }
 }
 
+// Asks for the cache lines of rows in the order of memory, a few at a time.
+struct Ahead {
+  const uint8_t* row;
+  int64_t row_stride, row_bytes, at = 0;
+
+  OSSIA_INLINE_MEMBER void ask(int num_lines) {
+    for (int n = 0; n < num_lines; ++n) {
+      prefetch(row + at);
+      at += 64;
+      if (at >= row_bytes) {
+        at = 0;
+        row += row_stride;
+      }
+    }
+  }
+};
+
+// A tile's blocks of 32 inputs, one after the other: `begin` before every kScaleRun blocks, then weights and scales of
+// block b, the i-th of its run.
+struct Mxfp4Reader {
+  static constexpr bool kIsMxfp4 = true;
+  const Matrix& w;
+  int64_t stride, scale_stride;
+  const uint8_t *data, *scales;
+  // The next tile's bytes are asked for while this one's are multiplied, row after row as they lie in memory.
+  Ahead ahead, scales_ahead;
+  alignas(64) uint8_t turned[kScaleRun][kTileRows];
+
+  OSSIA_INLINE_MEMBER Mxfp4Reader(const Matrix& matrix, int64_t tile) : w(matrix) {
+    const RowTile rows = row_tile(w, tile);
+    stride = w.row_stride * rows.row_step;
+    scale_stride = w.scale_row_stride * rows.row_step;
+    data = w.data + rows.first_row * w.row_stride;
+    scales = w.scales + rows.first_row * w.scale_row_stride;
+    const int64_t num_blocks = w.cols / kBlock;
+    ahead = {data + kTileRows * stride, stride, num_blocks * w.block_stride};
+    scales_ahead = {scales + kTileRows * scale_stride, scale_stride, num_blocks * w.scale_block_stride};
+  }
+  OSSIA_INLINE_MEMBER void begin(int64_t run, int64_t count) {
+    turn_scales(scales + run * w.scale_block_stride, scale_stride, w.scale_block_stride, count, turned);
+  }
+  OSSIA_INLINE_MEMBER Decoded weights(int64_t b, int64_t i) {
+    ahead.ask(kTileRows * (kBlock / 2) / 64);
+    if (i % 2 == 0) scales_ahead.ask(1);
+    return decode_mxfp4(data + b * w.block_stride, stride);
+  }
+  OSSIA_INLINE_MEMBER Vf scale(int64_t, int64_t i) const { return e8m0_scales(turned[i]); }
+};
+
+struct Q8Reader {
+  static constexpr bool kIsMxfp4 = false;
+  static constexpr int64_t kBytes = kTileRows * kBlock;
+  const int8_t* data;
+  const uint16_t* scales;
+
+  OSSIA_INLINE_MEMBER Q8Reader(const Matrix& w, int64_t tile) {
+    const int64_t num_blocks = w.cols / kBlock;
+    data = reinterpret_cast<const int8_t*>(w.data) + tile * num_blocks * kBytes;
+    scales = reinterpret_cast<const uint16_t*>(w.scales) + tile * num_blocks * kTileRows;
+  }
+  OSSIA_INLINE_MEMBER void begin(int64_t, int64_t) {}
+  OSSIA_INLINE_MEMBER Decoded weights(int64_t b, int64_t) {
+    const int8_t* block = data + b * kBytes;
+    for (int64_t line = 0; line < kBytes; line += 64) prefetch(block + 4096 + line);
+    return load_q8(block);
+  }
+  OSSIA_INLINE_MEMBER Vf scale(int64_t b, int64_t) const { return load_half(scales + b * kTileRows); }
+};
+
 // kTokens > 0: exactly so many, sums in registers; 0: any number, sums in memory.
-template <int kTokens>
-OSSIA_INLINE void mxfp4_tile(const Matrix& w, int64_t first_row, int64_t row_step, const QBlock* x, int64_t num_tokens,
-                             float* sums) {
+template <class Reader, int kTokens>
+OSSIA_INLINE void one_tile(const Matrix& w, int64_t tile, const QBlock* x, int64_t num_tokens, float* sums) {
   const int64_t num_blocks = w.cols / kBlock;
-  const int64_t stride = w.row_stride * row_step, scale_stride = w.scale_row_stride * row_step;
-  const uint8_t* data = w.data + first_row * w.row_stride;
-  const uint8_t* scales = w.scales + first_row * w.scale_row_stride;
-  // The next tile's bytes are asked for while this one's are multiplied.
-  const uint8_t* ahead = data + kTileRows * stride;
+  Reader reader(w, tile);
   Vf registers[kTokens > 0 ? kTokens : 1];
   for (Vf& sum : registers) sum = zero();
   if (kTokens == 0)
     for (int64_t t = 0; t < num_tokens; ++t) store(sums + t * kTileRows, zero());
   for (int64_t run = 0; run < num_blocks; run += kScaleRun) {
     const int64_t count = least<int64_t>(kScaleRun, num_blocks - run);
-    alignas(64) uint8_t turned[kScaleRun][kTileRows];
-    turn_scales(scales + run * w.scale_block_stride, scale_stride, w.scale_block_stride, count, turned);
+    reader.begin(run, count);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t b = run + i;
-      if (i % 4 == 0)
-        for (int r = 0; r < kTileRows; ++r) prefetch(ahead + r * stride + b * w.block_stride);
-      const Decoded decoded = decode_mxfp4(data + b * w.block_stride, stride);
-      accumulate<kTokens>(decoded, true, e8m0_scales(turned[i]), x + b * num_tokens, num_tokens, registers, sums);
+      const Decoded weights = reader.weights(b, i);
+      accumulate<kTokens>(weights, Reader::kIsMxfp4, reader.scale(b, i), x + b * num_tokens, num_tokens, registers, sums);
     }
   }
   for (int t = 0; t < kTokens; ++t) store(sums + t * kTileRows, registers[t]);
 }
 
+#if OSSIA_512
+
+// Two tiles by kTokens tokens: every four bytes of a token are read once for both tiles.
 template <int kTokens>
-OSSIA_INLINE void q8_tile(const Matrix& w, int64_t tile, const QBlock* x, int64_t num_tokens, float* sums) {
-  const int64_t num_blocks = w.cols / kBlock;
-  constexpr int64_t kBytes = kTileRows * kBlock;
-  const int8_t* data = reinterpret_cast<const int8_t*>(w.data) + tile * num_blocks * kBytes;
-  const uint16_t* scales = reinterpret_cast<const uint16_t*>(w.scales) + tile * num_blocks * kTileRows;
-  Vf registers[kTokens > 0 ? kTokens : 1];
-  for (Vf& sum : registers) sum = zero();
-  if (kTokens == 0)
-    for (int64_t t = 0; t < num_tokens; ++t) store(sums + t * kTileRows, zero());
-  for (int64_t b = 0; b < num_blocks; ++b) {
-    const int8_t* block = data + b * kBytes;
-    for (int64_t line = 0; line < kBytes; line += 64) prefetch(block + 4096 + line);
-    accumulate<kTokens>(load_q8(block), false, load_half(scales + b * kTileRows), x + b * num_tokens, num_tokens,
-                        registers, sums);
+OSSIA_INLINE void accumulate_pair(const Decoded& a, const Decoded& b, Vf scale_a, Vf scale_b, const QBlock* x,
+                                  float* sums_a, float* sums_b) {
+  Bytes dots_a[kTokens], dots_b[kTokens];
+  OSSIA_UNROLL(4)
+  for (int t = 0; t < kTokens; ++t) dots_a[t] = dots_b[t] = broadcast4(reinterpret_cast<const int8_t*>(&x[t].correction));
+  OSSIA_UNROLL(8)
+  for (int g = 0; g < 8; ++g)
+    OSSIA_UNROLL(4)
+    for (int t = 0; t < kTokens; ++t) {
+      const Bytes q = broadcast4(x[t].q + 4 * g);
+      dots_a[t] = dot_bytes(dots_a[t], a.group[g], q);
+      dots_b[t] = dot_bytes(dots_b[t], b.group[g], q);
+    }
+  OSSIA_UNROLL(4)
+  for (int t = 0; t < kTokens; ++t) {
+    float *to_a = sums_a + t * kTileRows, *to_b = sums_b + t * kTileRows;
+    const Vf d = set1(x[t].d);
+    store(to_a, fma(_mm512_cvtepi32_ps(dots_a[t]), mul(scale_a, d), load(to_a)));
+    store(to_b, fma(_mm512_cvtepi32_ps(dots_b[t]), mul(scale_b, d), load(to_b)));
   }
-  for (int t = 0; t < kTokens; ++t) store(sums + t * kTileRows, registers[t]);
 }
+
+template <class Reader>
+OSSIA_INLINE void two_tiles(const Matrix& a, int64_t tile_a, const Matrix& b, int64_t tile_b, const QBlock* x,
+                            int64_t num_tokens, float* sums_a, float* sums_b) {
+  const int64_t num_blocks = a.cols / kBlock;
+  Reader reader_a(a, tile_a), reader_b(b, tile_b);
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    store(sums_a + t * kTileRows, zero());
+    store(sums_b + t * kTileRows, zero());
+  }
+  for (int64_t run = 0; run < num_blocks; run += kScaleRun) {
+    const int64_t count = least<int64_t>(kScaleRun, num_blocks - run);
+    reader_a.begin(run, count);
+    reader_b.begin(run, count);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t block = run + i;
+      const Decoded w_a = reader_a.weights(block, i), w_b = reader_b.weights(block, i);
+      const Vf scale_a = reader_a.scale(block, i), scale_b = reader_b.scale(block, i);
+      const QBlock* q = x + block * num_tokens;
+      int64_t t = 0;
+      for (; t + 4 <= num_tokens; t += 4)
+        accumulate_pair<4>(w_a, w_b, scale_a, scale_b, q + t, sums_a + t * kTileRows, sums_b + t * kTileRows);
+      for (; t < num_tokens; ++t)
+        accumulate_pair<1>(w_a, w_b, scale_a, scale_b, q + t, sums_a + t * kTileRows, sums_b + t * kTileRows);
+    }
+  }
+}
+
+#endif
 
 // Float weights -------------------------------------------------------------------------------------------------------
 
@@ -432,18 +529,28 @@ OSSIA_INLINE Bytes multiply_accumulate(Bytes sum, Bytes a, Bytes b) {
 void quantized_tile(const Matrix& w, int64_t tile, const QBlock* x, int64_t num_tokens, float* sums) {
   if (w.format == Format::kQ8) {
     switch (num_tokens) {
-      case 1: return q8_tile<1>(w, tile, x, 1, sums);
-      case 2: return q8_tile<2>(w, tile, x, 2, sums);
-      default: return q8_tile<0>(w, tile, x, num_tokens, sums);
+      case 1: return one_tile<Q8Reader, 1>(w, tile, x, 1, sums);
+      case 2: return one_tile<Q8Reader, 2>(w, tile, x, 2, sums);
+      default: return one_tile<Q8Reader, 0>(w, tile, x, num_tokens, sums);
     }
   }
-  const RowTile rows = row_tile(w, tile);
   switch (num_tokens) {
-    case 1: return mxfp4_tile<1>(w, rows.first_row, rows.row_step, x, 1, sums);
-    case 2: return mxfp4_tile<2>(w, rows.first_row, rows.row_step, x, 2, sums);
-    case 3: return mxfp4_tile<3>(w, rows.first_row, rows.row_step, x, 3, sums);
-    default: return mxfp4_tile<0>(w, rows.first_row, rows.row_step, x, num_tokens, sums);
+    case 1: return one_tile<Mxfp4Reader, 1>(w, tile, x, 1, sums);
+    case 2: return one_tile<Mxfp4Reader, 2>(w, tile, x, 2, sums);
+    case 3: return one_tile<Mxfp4Reader, 3>(w, tile, x, 3, sums);
+    default: return one_tile<Mxfp4Reader, 0>(w, tile, x, num_tokens, sums);
   }
+}
+
+void quantized_tiles(const Matrix& a, int64_t tile_a, const Matrix& b, int64_t tile_b, const QBlock* x, int64_t num_tokens,
+                     float* sums_a, float* sums_b) {
+#if OSSIA_512
+  if (num_tokens >= 4 && a.format == Format::kQ8)
+    return two_tiles<Q8Reader>(a, tile_a, b, tile_b, x, num_tokens, sums_a, sums_b);
+  if (num_tokens >= 4) return two_tiles<Mxfp4Reader>(a, tile_a, b, tile_b, x, num_tokens, sums_a, sums_b);
+#endif
+  quantized_tile(a, tile_a, x, num_tokens, sums_a);
+  quantized_tile(b, tile_b, x, num_tokens, sums_b);
 }
 
 void float_rows(const Matrix& w, int64_t row, int64_t count, const float* x, int64_t x_stride, int64_t num_tokens,

@@ -7,11 +7,15 @@
 namespace ossia::OSSIA_NS {
 
 constexpr int kTileRows = kLanes;
-// Tokens whose activations are laid side by side, block by block: 64 x 90 blocks x 40 bytes stay in a 512 KB cache.
-constexpr int kTokenTile = 64;
+// Tokens whose activations are laid side by side, block by block: 96 x 90 blocks x 40 bytes stay in a 512 KB cache.
+constexpr int kTokenTile = 96;
 
 // sums[t][kTileRows] of the tile's rows with `num_tokens` tokens, x in the layout [b][num_tokens].
 void quantized_tile(const Matrix& w, int64_t tile, const QBlock* x, int64_t num_tokens, float* sums);
+
+// The same for two tiles of matrices of one shape and format, which is faster than one after the other.
+void quantized_tiles(const Matrix& a, int64_t tile_a, const Matrix& b, int64_t tile_b, const QBlock* x, int64_t num_tokens,
+                     float* sums_a, float* sums_b);
 
 // out[t, j] = x[t, i] w[row + j, i] for j < count, of a matrix of floats.
 void float_rows(const Matrix& w, int64_t row, int64_t count, const float* x, int64_t x_stride, int64_t num_tokens,

@@ -73,11 +73,8 @@ struct Activations {
   QBlock* tile(int64_t first) const { return quantized + first * (cols / kBlock); }
 };
 
-// product[slot of the tile][kItemRows] = x w^T for the item's rows.
-OSSIA_INLINE void quantized_product(const Matrix& w, int64_t tile, int64_t item, const QBlock* x, int64_t count,
-                                    float* product) {
-  alignas(64) float sums[kTokenTile * kTileRows];
-  quantized_tile(w, tile, x, count, sums);
+// The sums of a tile's rows to product[slot of the tile][kItemRows].
+OSSIA_INLINE void keep_sums(const Matrix& w, int64_t tile, int64_t item, const float* sums, int64_t count, float* product) {
   const RowTile rows = row_tile(w, tile);
   float* to = product + rows.first_row - item * kItemRows;
   for (int64_t t = 0; t < count; ++t)
@@ -92,9 +89,18 @@ OSSIA_INLINE void tiles_of_item(const Matrix& w, int64_t item, int64_t* first, i
 
 OSSIA_INLINE void item_product(const Matrix& w, int64_t item, const Activations& x, Tile slots, float* product) {
   if (x.quantized) {
+    alignas(64) float sums[2][kTokenTile * kTileRows];
     int64_t tile, end;
-    for (tiles_of_item(w, item, &tile, &end); tile < end; ++tile)
-      quantized_product(w, tile, item, x.tile(slots.first), slots.count, product);
+    tiles_of_item(w, item, &tile, &end);
+    for (; tile + 2 <= end; tile += 2) {
+      quantized_tiles(w, tile, w, tile + 1, x.tile(slots.first), slots.count, sums[0], sums[1]);
+      keep_sums(w, tile, item, sums[0], slots.count, product);
+      keep_sums(w, tile + 1, item, sums[1], slots.count, product);
+    }
+    for (; tile < end; ++tile) {
+      quantized_tile(w, tile, x.tile(slots.first), slots.count, sums[0]);
+      keep_sums(w, tile, item, sums[0], slots.count, product);
+    }
   } else {
     const int64_t row = item * kItemRows;
     float_rows(w, row, least(kItemRows, w.rows - row), x.floats + slots.first * x.cols, x.cols, slots.count, product,
@@ -110,10 +116,12 @@ OSSIA_INLINE void gate_up_product(const Matrix& gate, const Matrix& up, int64_t 
     item_product(up, item, x, slots, up_product);
     return;
   }
+  alignas(64) float sums[2][kTokenTile * kTileRows];
   int64_t tile, end;
   for (tiles_of_item(gate, item, &tile, &end); tile < end; ++tile) {
-    quantized_product(gate, tile, item, x.tile(slots.first), slots.count, gate_product);
-    quantized_product(up, tile, item, x.tile(slots.first), slots.count, up_product);
+    quantized_tiles(gate, tile, up, tile, x.tile(slots.first), slots.count, sums[0], sums[1]);
+    keep_sums(gate, tile, item, sums[0], slots.count, gate_product);
+    keep_sums(up, tile, item, sums[1], slots.count, up_product);
   }
 }
 

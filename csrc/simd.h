@@ -39,6 +39,7 @@
 #endif
 
 #define OSSIA_INLINE static inline __attribute__((always_inline))
+#define OSSIA_INLINE_MEMBER inline __attribute__((always_inline))
 
 namespace ossia::OSSIA_NS {
 
