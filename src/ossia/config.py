@@ -135,7 +135,7 @@ class Config:
     browser_block: str = ""
     """Domains that the browser may not open, with those below them, parted by commas."""
     browser_links: Literal["auto", "any", "seen"] = "auto"
-    """URLs that the browser opens: any; those that the user, a search or a page has named; auto: these beside functions."""
+    """URLs that the browser opens: any; those seen by it or named by the user; auto, the latter beside functions."""
     browser_robots: Literal["yes", "no"] = "yes"
     """Whether the browser leaves alone what a site's robots.txt keeps from programs."""
     browser_requests: int = 100

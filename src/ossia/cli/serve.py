@@ -161,7 +161,6 @@ def _tools(settings: Config, wanted: list[str], unsafe_python: bool) -> Toolboxe
     from ossia.tools.mcp import Approvals, McpPool
     from ossia.tools.python import PythonSessions
     from ossia.tools.web.backend import open_backend
-    from ossia.tools.web.guard import Domains
 
     off = {
         name: "not among the tools that were asked for" for name in ("python", "browser", "mcp") if name not in wanted
@@ -184,11 +183,7 @@ def _tools(settings: Config, wanted: list[str], unsafe_python: bool) -> Toolboxe
         mcp_pool=McpPool() if "mcp" in wanted and "mcp" not in off else None,
         approvals=Approvals(Seal.at(data_folder() / "seal.key").derived("approvals")),
         audit=audit,
-        rules=BrowserRules(
-            Domains.read(settings.browser_allow.split(","), settings.browser_block.split(",")),
-            obeys_robots=settings.browser_robots == "yes",
-            max_requests=settings.browser_requests,
-        ),
+        rules=BrowserRules.of(settings),
         links=settings.browser_links,
         asks_after_untrusted=settings.ask_after_untrusted == "yes",
         off=off,

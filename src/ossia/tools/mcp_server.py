@@ -191,15 +191,22 @@ class ToolServer:
             content = types.TextContent(text=output.text)
             return types.CallToolResult(content=[content], is_error=output.is_error)
 
-        async def with_sessions_only(context: Any, call_next: Callable[[Any], Any]) -> Any:
-            if context.protocol_version in MODERN_PROTOCOL_VERSIONS:
+        async def with_sessions_only(ctx: Any, call_next: Callable[[Any], Any]) -> Any:
+            if ctx.protocol_version in MODERN_PROTOCOL_VERSIONS:
                 supported = list(HANDSHAKE_PROTOCOL_VERSIONS)
                 raise MCPError(
                     types.UNSUPPORTED_PROTOCOL_VERSION,
                     "These tools keep a session; open one with initialize",
-                    {"supported": supported, "requested": context.protocol_version},
+                    {"supported": supported, "requested": ctx.protocol_version},
                 )
-            return await call_next(context)
+            return await call_next(ctx)
+
+        async def with_reasons(ctx: Any, call_next: Callable[[Any], Any]) -> Any:
+            try:
+                return await call_next(ctx)
+            except OssiaError as error:
+                # The SDK would hide what is wrong.
+                raise MCPError(types.INTERNAL_ERROR, error.message) from None
 
         server: Server[Any] = Server(
             "ossia",
@@ -209,6 +216,7 @@ class ToolServer:
             on_list_tools=list_tools,
             on_call_tool=call_tool,
         )
+        server.middleware.append(with_reasons)
         if is_http:
             server.middleware.append(with_sessions_only)
         return server

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import re
+import ssl
 import threading
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, TextIO
@@ -81,7 +82,7 @@ class Connection:
 
     @property
     def is_open(self) -> bool:
-        return self._client is not None and self._task is not None and not self._task.done()
+        return self._client is not None and not self._closing.is_set()
 
     async def open(self) -> None:
         """Raises UnavailableError, or InputError for an address that is not allowed."""
@@ -91,6 +92,9 @@ class Connection:
             await asyncio.shield(opened)
         except asyncio.CancelledError:
             await self.close()
+            if opened.done() and not opened.cancelled():
+                # Nobody is there any more to hear why.
+                opened.exception()
             raise
 
     async def close(self) -> None:
@@ -126,6 +130,7 @@ class Connection:
             ) from None
         # The SDK lets through whatever the transport, JSON or pydantic raise.
         except Exception as error:
+            self._end_if_lost(error)
             raise UnavailableError(
                 f"the MCP server {self._name!r} cannot list its tools: {self._reason(error)}"
             ) from None
@@ -138,6 +143,7 @@ class Connection:
             async with asyncio.timeout(self._server.timeout_s) as limit:
                 result = await client.call_tool(name, arguments)
         except MCPError as error:
+            self._end_if_lost(error)
             said = self._clean(error.message)[:_MAX_ERROR_CHARS]
             return CallResult(said, True, {"type": "mcp_protocol_error", "code": error.code, "message": said})
         except OssiaError as error:
@@ -147,6 +153,7 @@ class Connection:
             if isinstance(error, TimeoutError) and limit.expired():
                 said = f"the MCP server {self._name!r} gave no answer within {self._server.timeout_s} s"
             else:
+                self._end_if_lost(error)
                 said = f"the call of the MCP server {self._name!r} failed: {self._reason(error)}"
             return CallResult(said, True, {"type": "http_error", "code": _status(error), "message": said})
         text = self._clean(_as_text(result))
@@ -219,6 +226,11 @@ class Connection:
             raise UnavailableError(f"the connection to the MCP server {self._name!r} has ended; try again")
         return self._client
 
+    def _end_if_lost(self, error: BaseException) -> None:
+        """Close, so that the next call connects anew, unless the error is an answer of a server that is there."""
+        if not isinstance(error, MCPError) or error.code == types.CONNECTION_CLOSED or "Session" in error.message:
+            self._closing.set()
+
     def _refusal(self, error: BaseException) -> OssiaError:
         for one in _leaves(error):
             if isinstance(one, OssiaError):
@@ -265,11 +277,12 @@ class Connection:
 
 
 class _Transport(httpx2.AsyncHTTPTransport):
-    """HTTP to addresses that the guard allows: the address that it checked is the one connected to."""
+    """HTTP to one host at an address that the guard allows: the address that it checked is the one connected to."""
 
-    def __init__(self, guard: Guard | None) -> None:
-        super().__init__(trust_env=False)
+    def __init__(self, guard: Guard | None, *, verify: ssl.SSLContext | bool = True) -> None:
+        super().__init__(verify=verify, trust_env=False)
         self._guard = guard
+        self._host: str | None = None
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         url = request.url
@@ -277,6 +290,10 @@ class _Transport(httpx2.AsyncHTTPTransport):
             port = url.port or (443 if url.scheme == "https" else 80)
             if url.scheme != "https" and "authorization" in request.headers:
                 raise InputError("the MCP server's address has no https; credentials are sent only with it")
+            # Open connections are known by their address: one to another host of that address must not be taken.
+            self._host = self._host or url.host
+            if url.host != self._host:
+                raise InputError(f"the MCP server leads to another host, {url.host!r}, than it was asked at")
             address = await self._guard(url.host, port)
             # The host is still the one asked for, in its header and in the certificate; no name is looked up again.
             request.headers.setdefault("Host", url.netloc.decode("ascii"))
