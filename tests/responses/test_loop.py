@@ -310,6 +310,16 @@ def test_analysis_is_left_out_once_an_answer_followed_and_kept_if_all_turns_are_
         assert ("2 and 2 make 4" in TOKENIZER.decode(made.engine.prompts[1])) == kept
 
 
+def test_thoughts_that_are_left_out_since_an_answer_followed_are_named():
+    thought = {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm."}]}
+    items = [thought, {"role": "assistant", "content": "4"}, {**thought, "id": "rs_2"}]
+    run = run_of(FINAL, input=items)
+    assert lint(events_of(run))["input_transformations"] == [
+        {"id": "rs_1", "type": "reasoning", "action": "removed", "reason": "turn_boundary"}
+    ]
+    assert run_of(FINAL, input=items, reasoning={"context": "all_turns"}).response["input_transformations"] == []
+
+
 def test_foreign_encrypted_reasoning_is_left_out_and_that_is_said():
     run = run_of(FINAL, input=[{"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "gAAAA"}])
     assert lint(events_of(run))["input_transformations"] == [

@@ -125,6 +125,18 @@ class Summary(NamedTuple):
         return (*said, Spoken(Message(Role.USER, self.user))) if self.user else said
 
 
+def left_behind(request: PromptRequest, entries: Sequence[Entry]) -> list[Json]:
+    """`input_transformations` of thoughts among ``entries`` that the model does not see again: an answer followed."""
+    if request.reasoning is not None and request.reasoning.context == "all_turns":
+        return []
+    answered = [i for i, entry in enumerate(entries) if any(_is_talk(s.message, Channel.FINAL) for s in entry.spoken)]
+    return [
+        {"id": entry.item["id"], "type": "reasoning", "action": "removed", "reason": "turn_boundary"}
+        for entry in entries[: answered[-1] if answered else 0]
+        if entry.item.get("type") == "reasoning" and entry.spoken
+    ]
+
+
 def uncovered(entries: Sequence[Entry], seal: Seal) -> Sequence[Entry]:
     """The entries from the last summary on that stands for everything before it."""
     for i in range(len(entries) - 1, -1, -1):

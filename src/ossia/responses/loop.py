@@ -35,6 +35,7 @@ from ossia.responses.convert import (
     Spoken,
     Summary,
     TurnMemory,
+    left_behind,
     sealed_reasoning,
     tool_message,
     uncovered,
@@ -667,6 +668,7 @@ def prepare(
     tools = with_found(tools, [entry.item for entry in (*history.entries, *entries)])
     choice = read_tool_choice(request.tool_choice, tools)
     current_date = history.current_date or model.today()
+    history.transformations += left_behind(request, entries)
     said = uncovered([*history.entries, *entries], model.seal)
     prompt = Prompt(request, said, tools, model.tokenizer, current_date)
     return Prepared(request, tools, choice, entries, current_date, prompt)

@@ -16,15 +16,15 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ossia.errors import LimitError, OssiaError, TooLargeError
 from ossia.responses.schema import Json
 from ossia.server import chat, completions, containers, messages, ollama, responses
+from ossia.server.document import openapi, page
 from ossia.server.metrics import log_fields, log_request
 from ossia.server.service import Service
 from ossia.server.stream import ClientGone, JSONResponse
@@ -55,12 +55,10 @@ def create_app(service: Service) -> FastAPI:
         await service.stop(_PATIENCE_S)
 
     app = FastAPI(
-        title="ossia",
-        version="1",
-        description="OpenAI's Responses and Chat Completions APIs for gpt-oss.",
         lifespan=lifespan,
         openapi_url=None,
     )
+    document: Json | None = None
     for part in (responses, chat, completions, containers, messages, ollama):
         app.include_router(part.router(service))
 
@@ -68,21 +66,38 @@ def create_app(service: Service) -> FastAPI:
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/ready", tags=["Server"], summary="Whether the server takes requests")
+    @app.get(
+        "/ready",
+        tags=["Server"],
+        summary="Whether the server takes requests",
+        responses={200: {"model": dict[str, str]}, 503: {"description": "It stops.", "model": dict[str, str]}},
+    )
     async def ready() -> Response:
         is_ready = not service.is_stopping
         return JSONResponse({"status": "ready" if is_ready else "stopping"}, status_code=200 if is_ready else 503)
 
     @app.get("/openapi.json", include_in_schema=False)
-    async def openapi() -> Response:
-        # Seconds of work at the first time: beside the event loop, and not for a server that nobody asks.
-        return JSONResponse(await asyncio.to_thread(app.openapi))
+    async def openapi_json() -> Response:
+        return JSONResponse(await documented())
 
     @app.get("/docs", include_in_schema=False)
-    async def docs() -> Response:
-        return get_swagger_ui_html(openapi_url="/openapi.json", title="ossia")
+    async def docs(request: Request) -> Response:
+        return HTMLResponse(page(await documented(), service.model.name, str(request.base_url)))
 
-    @app.get("/metrics", tags=["Server"], summary="Metrics for Prometheus", response_class=Response)
+    async def documented() -> Json:
+        # Seconds of work at the first time: beside the event loop, and not for a server that nobody asks.
+        nonlocal document
+        if document is None:
+            document = await asyncio.to_thread(openapi, app)
+        return document
+
+    @app.get(
+        "/metrics",
+        tags=["Server"],
+        summary="Metrics for Prometheus",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 

@@ -66,6 +66,13 @@ class ChatRequest(Sampled):
     structured_outputs: Json | None = None
 
 
+class ModelList(BaseModel):
+    """Every name of the model that is served."""
+
+    object: Literal["list"]
+    data: list[Model]
+
+
 class CompletionList(BaseModel):
     """One page of stored completions."""
 
@@ -173,7 +180,7 @@ def router(service: Service) -> APIRouter:
         shown = [_stored_message(f"{completion_id}-{i}", message) for i, message in enumerate(given)]
         return JSONResponse(page(shown, limit, after, order))
 
-    @routes.get("/models", tags=["Models"], summary="List the models")
+    @routes.get("/models", tags=["Models"], responses={200: {"model": ModelList}}, summary="List the models")
     async def models() -> HttpResponse:
         return JSONResponse({"object": "list", "data": [_model(service, name) for name in sorted(service.names)]})
 
