@@ -69,9 +69,10 @@ class Toolboxes:
         tokenizer: Tokenizer | None = None,
         off: Mapping[str, str] | None = None,
     ) -> None:
-        """``links`` says which URLs the model may open: ``any``, only those that it or the user has ``seen``, or ``auto``,
-        the latter where the request brings tools that may know private data. Without ``mcp_pool`` there is no MCP.
-        ``off`` tells why tools are not offered."""
+        """``links`` says which URLs the model may open: ``any``, only those that it has ``seen`` or the user named, or
+        ``auto``: the latter where the request brings tools that may know private data. Without ``mcp_pool`` there is no
+        MCP. ``off`` tells why tools are not offered.
+        """
         self.python, self.browser, self.pool, self.audit = python, browser, mcp_pool, audit
         self.containers = Containers(python) if python is not None else None
         self.servers = dict(mcp or {})

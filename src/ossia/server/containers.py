@@ -13,7 +13,7 @@ from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.responses import Response as HttpResponse
 
-from ossia.errors import InputError, UnavailableError, UnsupportedError
+from ossia.errors import InputError, NotFoundError, UnsupportedError
 from ossia.responses.schema import Json
 from ossia.server.responses import After, Limit, page
 from ossia.server.service import Service
@@ -21,6 +21,13 @@ from ossia.server.stream import JSONResponse
 from ossia.tools.containers import Container, ContainerFile, Containers
 
 Order = Annotated[Literal["asc", "desc"], Query()]
+
+
+_UPLOAD: Json = {
+    "type": "object",
+    "required": ["file"],
+    "properties": {"file": {"type": "string", "format": "binary"}},
+}
 
 
 class NewContainer(BaseModel):
@@ -39,7 +46,7 @@ def router(service: Service) -> APIRouter:
         containers = service.tools.containers
         if containers is None:
             reason = service.tools.off.get("python", "the server was started without it")
-            raise UnavailableError(f"there are no containers, since the python tool is off: {reason}")
+            raise NotFoundError(f"there are no containers, since the python tool is off: {reason}")
         return containers
 
     @routes.post("", responses=_says(ContainerCreateResponse), summary="Create a container")
@@ -66,7 +73,12 @@ def router(service: Service) -> APIRouter:
         await known().delete(container_id)
         return JSONResponse({"id": container_id, "object": "container.deleted", "deleted": True})
 
-    @routes.post("/{container_id}/files", responses=_says(FileCreateResponse), summary="Upload a file")
+    @routes.post(
+        "/{container_id}/files",
+        responses=_says(FileCreateResponse),
+        summary="Upload a file",
+        openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _UPLOAD}}}},
+    )
     async def upload(container_id: str, request: Request) -> HttpResponse:
         containers = known()
         containers.get(container_id)
