@@ -113,7 +113,7 @@ class Config:
     ask_after_untrusted: Literal["no", "yes"] = "no"
     """Whether calls of MCP servers and functions need an approval once a tool's answer is in the context."""
     max_tool_calls: int = 128
-    """Calls of tools that one response may make; a request may ask for fewer."""
+    """Calls of tools that one response may make, 0 for no limit; a request may ask for fewer."""
     max_tool_seconds: int = 1800
     """Seconds from the beginning of a response after which no tool is run for it; 0 for no limit."""
     patch_folder: str = ""

@@ -327,6 +327,17 @@ def test_a_server_that_cannot_be_reached_is_shown_and_the_response_goes_on(with_
     with_chain(work)
 
 
+def test_what_a_server_is_told_in_secret_is_not_shown_again(with_chain):
+    async def work(chain):
+        tool = {"type": "mcp", "server_label": "gone", "server_url": "http://127.0.0.1:9/mcp"}
+        secrets = {"authorization": "hush-hush", "headers": {"X-Key": "hush-hush"}}
+        response = await chain.turn(FINAL, tools=[{**tool, **secrets}])
+        assert response["tools"] == [{**tool, "headers": {"X-Key": "<redacted>"}}]
+        assert "hush-hush" not in json.dumps(chain.events)
+
+    with_chain(work)
+
+
 @pytest.mark.parametrize("approve", [True, False])
 def test_a_call_waits_for_its_approval(with_chain, approve):
     async def work(chain):

@@ -53,7 +53,16 @@ from ossia.responses.schema import (
     new_response,
 )
 from ossia.responses.seal import Seal
-from ossia.responses.tools import Choice, Toolbox, ToolResult, Tools, read_tool_choice, read_tools, with_found
+from ossia.responses.tools import (
+    Choice,
+    Toolbox,
+    ToolResult,
+    Tools,
+    read_tool_choice,
+    read_tools,
+    with_found,
+    without_secrets,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -178,7 +187,8 @@ class Run:
         self._choice, self._prompt = prepared.choice, prepared.prompt
         self.response = new_response(request, model.name)
         # Tools that are not offered here are not echoed as if they were.
-        self.response["tools"] = [t for t in self.response["tools"] if t["type"] not in self.tools.ignored]
+        offered = [tool for tool in self.response["tools"] if tool["type"] not in self.tools.ignored]
+        self.response["tools"] = [without_secrets(tool) for tool in offered]
         self.response["input_transformations"] = self.history.transformations
         self._extras = extras or Extras()
         self._builder = Builder(self.response, self.tools, toolbox=self.toolbox, stops=self._extras.stops)

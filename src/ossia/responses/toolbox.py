@@ -161,13 +161,16 @@ class ChainToolbox(Toolbox):
         servers: list[tuple[int, Declaration]] = []
         for i, tool in enumerate(declared):
             kind, where = kind_of(tool), f"tools[{i}]"
-            if kind == "web_search" and self._boxes.browser is not None and self._browser is None:
-                self._browser = self._open_browser(tool, declared, items, where)
-                self._tools["browser"] = self._browser
+            # Of several, the first counts.
+            if kind == "web_search" and self._boxes.browser is not None:
+                if self._browser is None:
+                    self._browser = self._open_browser(tool, declared, items, where)
+                    self._tools["browser"] = self._browser
                 self._served.add(i)
-            elif kind == "code_interpreter" and self._boxes.containers is not None and "python" not in self._tools:
-                self._container_id = self._read_container(self._boxes.containers, tool, items, where)
-                self._tools["python"] = self._boxes.containers.tool(self._container_id)
+            elif kind == "code_interpreter" and self._boxes.containers is not None:
+                if "python" not in self._tools:
+                    self._container_id = self._read_container(self._boxes.containers, tool, items, where)
+                    self._tools["python"] = self._boxes.containers.tool(self._container_id)
                 self._served.add(i)
             elif kind == "mcp" and self._boxes.pool is not None:
                 servers.append((i, read_declaration(tool, self._boxes.servers, where)))
@@ -223,7 +226,8 @@ class ChainToolbox(Toolbox):
             return await self._run_mcp(self._servers[space], name, arguments, recipient)
         tool = self._tools[space]
         if space == "python" and self._boxes.containers is not None:
-            if self._state.get("container", {}).get("used") and not self._is_container_used:
+            left = {"id": self._container_id, "used": True}
+            if self._state.get("container") == left and not self._is_container_used:
                 assert self._boxes.python is not None
                 self._boxes.python.expect(self._container_id)
             self._boxes.containers.use(self._container_id)

@@ -32,6 +32,16 @@ def kind_of(tool: Json) -> str:
     return _DATED.sub("", str(tool.get("type")), count=1)
 
 
+def without_secrets(tool: Json) -> Json:
+    """A declared tool as it may be shown and kept: without what a server is to be told in secret."""
+    if tool.get("type") != "mcp":
+        return tool
+    shown = {key: value for key, value in tool.items() if key != "authorization"}
+    if isinstance(tool.get("headers"), dict):
+        shown["headers"] = {str(name): "<redacted>" for name in tool["headers"]}
+    return shown
+
+
 @dataclass(frozen=True)
 class Function:
     """A function, a custom tool, or a tool of the API's own that the client runs."""

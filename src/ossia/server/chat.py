@@ -28,6 +28,7 @@ from ossia.responses.client_tools import CLIENT_TOOLS
 from ossia.responses.events import DONE, Event, padding
 from ossia.responses.loop import Extras, Run
 from ossia.responses.schema import Json, Metadata, ResponseRequest, dumps, error_object, new_id
+from ossia.responses.tools import without_secrets
 from ossia.server.effort import budget_of, effort_of
 from ossia.server.responses import After, Limit, NewMetadata, envelope, page
 from ossia.server.sampled import Sampled
@@ -570,6 +571,8 @@ _ECHOED = (
 def stored_completion(made: Json, body: ChatRequest) -> Json:
     """A completion as it is kept: with its metadata and what it was asked with."""
     echoed = body.model_dump(include=set(_ECHOED))
+    if body.tools is not None:
+        echoed["tools"] = [without_secrets(tool) for tool in body.tools]
     return {**made, **{name: echoed[name] for name in _ECHOED}, "metadata": body.metadata or {}}
 
 
