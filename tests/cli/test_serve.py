@@ -48,7 +48,11 @@ def test_a_served_model_answers_a_client_and_remembers(tmp_path, environ):
                 time.sleep(0.1)
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key)
         assert "openai/gpt-oss-tiny" in [model.id for model in client.models.list()]
-        made = client.responses.create(model="gpt-oss-tiny", input="Hi", max_output_tokens=3)
+        asked = {"model": "gpt-oss-tiny", "input": "Hi", "max_output_tokens": 3}
+        assert [tool.type for tool in client.responses.create(**asked, tools=[{"type": "web_search"}]).tools] == [
+            "web_search"
+        ]
+        made = client.responses.create(**asked)
         assert made.status == "incomplete" and made.usage.output_tokens == 3
         assert client.responses.retrieve(made.id).id == made.id
         assert (tmp_path / "data" / "ossia" / "responses.db").exists()

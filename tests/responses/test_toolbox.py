@@ -536,3 +536,44 @@ def test_time_is_told_of_each_call(with_chain):
         assert began_ns <= phases[0].begin_ns <= phases[0].end_ns
 
     with_chain(work)
+
+
+def test_tools_that_have_answered_with_as_many_tokens_as_they_may_are_refused(with_chain):
+    async def work(chain):
+        scripts = (browser("search", query="rivers"), browser("open", id=0), FINAL)
+        response = await chain.turn(*scripts, tools=[SEARCH])
+        assert [item["status"] for item in response["output"]] == ["completed", "failed", "completed"]
+        assert "as many tokens as they may" in chain.prompt()
+
+    with_chain(work, {"budget": Budget(max_tokens=50)})
+
+
+def test_a_model_is_told_when_a_restart_has_taken_its_variables(with_chain):
+    async def work(chain):
+        needs_python(chain)
+        await chain.turn(python("x = 1"), FINAL, tools=[INTERPRETER])
+        # What a new process has: the state, and no session.
+        await chain.boxes.python.end_session(chain.state["container"]["id"])
+        response = await chain.turn(python("x"), FINAL, tools=[INTERPRETER])
+        assert "NameError" in response["output"][0]["outputs"][0]["logs"]
+        assert "The server was started anew. The environment was replaced by a new one" in chain.prompt()
+
+    with_chain(work)
+
+
+def test_a_history_that_the_client_keeps_is_told_with_its_answers(with_chain):
+    async def work(chain):
+        needs_python(chain)
+        first = await chain.turn(python("6*7"), notes("add", a=1, b=2), CALL, tools=[INTERPRETER, NOTES, ADD])
+        output = {"type": "function_call_output", "call_id": first["output"][-1]["call_id"], "output": "4"}
+        chain.history, chain.state = History(), None
+        said = [{"role": "user", "content": "What?"}, *first["output"], output]
+        second = await chain.turn(python("1"), FINAL, tools=[INTERPRETER, NOTES, ADD], input=said, store=False)
+        # The list of tools is known, and the container is the one that the client has named.
+        assert [item["type"] for item in second["output"]] == ["code_interpreter_call", "message"]
+        assert second["output"][0]["container_id"] == first["output"][1]["container_id"]
+        prompt = chain.prompt(0)
+        assert "<|start|>python to=assistant<|channel|>analysis<|message|>42" in prompt
+        assert "<|start|>notes.add to=assistant<|channel|>commentary<|message|>3<|end|>" in prompt
+
+    with_chain(work)

@@ -333,3 +333,18 @@ def test_concurrent_loops_leak_no_process_file_or_port(tmp_path):
         time.sleep(0.05)
     assert _children() - children == set()
     assert _open_files() <= files
+
+
+def test_pages_outlive_the_server_and_go_with_their_response(serve, tmp_path):
+    url = f"sqlite:///{tmp_path / 'kept.db'}"
+    first = serve(*BROWSER_LOOP[:2], FINAL, store=Store(url), tools=make_boxes(tmp_path, python=None, mcp_pool=None))
+    made = ask(first, "whole", tools=[SEARCH])
+    first.stop()
+    boxes = make_boxes(tmp_path, python=None, mcp_pool=None)
+    second = serve(final("Read 【1†L8】."), store=Store(url), tools=boxes)
+    response_id = made["response"]["id"]
+    got = ask(second, "whole", tools=[SEARCH], previous_response_id=response_id)
+    assert got["cited"][0]["quote"].startswith("Fact")
+    assert second.service.store.tool_state(response_id)["browser"]["views"]
+    second.http.delete(f"/v1/responses/{response_id}").raise_for_status()
+    assert second.service.store.tool_state(response_id) is None
