@@ -478,6 +478,17 @@ def test_beside_functions_only_urls_that_were_seen_can_be_opened(with_chain):
     with_chain(work, browser=backend)
 
 
+def test_links_of_an_earlier_turn_can_be_opened_when_functions_come_later(with_chain):
+    async def work(chain):
+        await chain.turn(*BROWSER_LOOP[:2], FINAL, tools=[SEARCH])
+        scripts = (browser("open", id=0, cursor=1), browser("open", id="local://docs/secret.html"), FINAL)
+        response = await chain.turn(*scripts, tools=[SEARCH, ADD])
+        assert [item["status"] for item in response["output"]] == ["completed", "failed", "completed"]
+        assert "only links of search results" in chain.prompt()
+
+    with_chain(work)
+
+
 def test_every_call_leaves_a_line_in_the_log(with_chain, tmp_path):
     path = tmp_path / "audit.jsonl"
 
