@@ -29,6 +29,7 @@ from tests.responses.tool_scripts import (
 
 from ossia.errors import InputError, NotFoundError, UnavailableError
 from ossia.harmony import ToolNamespace
+from ossia.responses.builder import replayed
 from ossia.responses.convert import History
 from ossia.responses.loop import Budget, Run
 from ossia.responses.schema import ResponseRequest
@@ -53,6 +54,8 @@ class Chain:
         self.runs.append(run)
         events = [event.to_dict() async for event in run.events()]
         response = lint(json.loads(json.dumps(events)))
+        # Told again from what is stored, it is the same.
+        assert lint([event.to_dict() for event in replayed(response)]) == response
         self.events = events
         self.state = json.loads(json.dumps(box.state())) if box is not None else self.state
         self.history = History([*self.history.entries, *run.input, *run.output])
