@@ -27,7 +27,7 @@ from tests.responses.tool_scripts import (
     python,
 )
 
-from ossia.errors import InputError, NotFoundError, UnavailableError
+from ossia.errors import InputError, NotFoundError, UnavailableError, UnsupportedError
 from ossia.harmony import ToolNamespace
 from ossia.responses.builder import replayed
 from ossia.responses.convert import History
@@ -589,5 +589,17 @@ def test_a_history_that_the_client_keeps_is_told_with_its_answers(with_chain):
         prompt = chain.prompt(0)
         assert "<|start|>python to=assistant<|channel|>analysis<|message|>42" in prompt
         assert "<|start|>notes.add to=assistant<|channel|>commentary<|message|>3<|end|>" in prompt
+
+    with_chain(work)
+
+
+def test_pages_of_a_folder_need_no_access_to_the_web(with_chain):
+    async def work(chain):
+        offline = {**SEARCH, "external_web_access": False}
+        response = await chain.turn(browser("search", query="rivers"), FINAL, tools=[offline])
+        assert response["output"][0]["status"] == "completed"
+        chain.boxes.browser = Hostile()
+        with pytest.raises(UnsupportedError, match="no other pages"):
+            await chain.turn(FINAL, tools=[offline])
 
     with_chain(work)

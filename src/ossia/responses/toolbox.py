@@ -308,7 +308,7 @@ class ChainToolbox(Toolbox):
     def _open_browser(self, tool: Json, declared: Sequence[Json], items: Sequence[Json], where: str) -> Browser:
         backend = self._boxes.browser
         assert backend is not None
-        if tool.get("external_web_access") is False and backend.name != "local":
+        if tool.get("external_web_access") is False and not backend.name.startswith("local:"):
             raise UnsupportedError(
                 f"{where}.external_web_access is false, and this server has no other pages", param=where
             )
