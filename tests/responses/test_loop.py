@@ -15,7 +15,7 @@ from ossia.responses.builder import replayed
 from ossia.responses.convert import Entry, History
 from ossia.responses.loop import Extras, Run, finish
 from ossia.responses.schema import ResponseRequest
-from ossia.responses.tools import ToolResult
+from ossia.responses.tools import Toolbox, ToolResult
 
 ADD = {"type": "function", "name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "number"}}}}
 
@@ -186,7 +186,7 @@ def test_a_model_that_calls_undeclared_tools_for_ever_is_stopped():
     assert len(response["output"]) == 4
 
 
-class Python:
+class Python(Toolbox):
     """A toolbox of one tool that answers with what it was given."""
 
     def namespaces(self, tools):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ossia.cli import bench, checkpoint, generate, prompts, pull, serve
+from ossia.cli import bench, checkpoint, generate, mcp, prompts, pull, serve
 
 app = typer.Typer(
     name="ossia",
@@ -36,6 +36,7 @@ def _root(
 
 app.command("generate")(generate.generate)
 app.command("serve")(serve.serve)
+app.command("mcp")(mcp.mcp)
 app.command("bench")(bench.bench)
 app.command("pull")(pull.pull)
 app.add_typer(checkpoint.app, name="checkpoint")

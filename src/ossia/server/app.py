@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ossia.errors import LimitError, OssiaError, TooLargeError
 from ossia.responses.schema import Json
-from ossia.server import chat, completions, messages, ollama, responses
+from ossia.server import chat, completions, containers, messages, ollama, responses
 from ossia.server.document import openapi, page
 from ossia.server.metrics import log_fields, log_request
 from ossia.server.service import Service
@@ -47,6 +47,10 @@ def create_app(service: Service) -> FastAPI:
         await service.store.run(service.store.sweep)
         if num_failed:
             _log.warning("responses that an earlier server left undone: %d", num_failed)
+        on, off = await service.tools.start()
+        _log.info("tools=%s", ", ".join(on) or "none")
+        for name, reason in off.items():
+            _log.info("tool=%s off=%s", name, reason)
         yield
         await service.stop(_PATIENCE_S)
 
@@ -55,7 +59,7 @@ def create_app(service: Service) -> FastAPI:
         openapi_url=None,
     )
     document: Json | None = None
-    for part in (responses, chat, completions, messages, ollama):
+    for part in (responses, chat, completions, containers, messages, ollama):
         app.include_router(part.router(service))
 
     @app.get("/health", tags=["Server"], summary="Whether the server runs")

@@ -2,6 +2,9 @@
 
 The chain of thought goes out as `reasoning` and as `reasoning_content`, equal texts, and is taken back under either
 name, or `thinking`. A client that drops it loses nothing while a turn waits for a tool: it is known by call id.
+
+`{"type": "code_interpreter"}` and `{"type": "web_search"}` among the tools, or web_search_options, are run here as in
+the Responses API: the client sees the answer, with its citations as `annotations`.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from ossia.responses.client_tools import CLIENT_TOOLS
 from ossia.responses.events import DONE, Event, padding
 from ossia.responses.loop import Extras, Run
 from ossia.responses.schema import Json, Metadata, ResponseRequest, dumps, error_object, new_id
+from ossia.responses.tools import without_secrets
 from ossia.server.effort import budget_of, effort_of
 from ossia.server.responses import After, Limit, NewMetadata, envelope, page
 from ossia.server.sampled import Sampled
@@ -120,7 +124,7 @@ def router(service: Service) -> APIRouter:
     async def chat(body: ChatRequest, request: Request) -> HttpResponse:
         asked = to_response_request(body)
         num = body.n or 1
-        runs = [await service.begin(asked, Extras(body.sampling(i), body.stops)) for i in range(num)]
+        runs = [await service.begin(asked, Extras(body.sampling(i), body.stops), can_ask=False) for i in range(num)]
         frame = _Frame(service.model.name, body)
         headers = service.ignored(body, runs[0].tools.ignored, _HINTS)
 
@@ -383,6 +387,13 @@ class _Frame:
         text, thought = _GAP.join(part["text"] for part in parts), _GAP.join(thoughts)
         # Only a call may stand without a text: clients fail on null otherwise.
         message: Json = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
+        begin = 0
+        annotations = []
+        for part in parts:
+            annotations += [_annotation(one, begin) for one in part["annotations"]]
+            begin += len(part["text"]) + len(_GAP)
+        if annotations:
+            message["annotations"] = annotations
         if thought and self._shows_reasoning:
             message |= {"reasoning": thought, "reasoning_content": thought}
         if calls:
@@ -412,6 +423,8 @@ class _Deltas:
         # What has been said so far, by kind, and whether the open item has said something.
         self._has_said = {True: False, False: False}
         self._has_begun = False
+        # Characters of the content, and where the open message begins in it.
+        self._num_chars = self._begin = 0
 
     def of(self, event: Event) -> Json | None:
         """The choice for one event; None if it says nothing."""
@@ -422,6 +435,7 @@ class _Deltas:
                 text = self._spaced(fields["delta"])
                 if not self._is_thought:
                     delta: Json = {"content": text}
+                    self._num_chars += len(text)
                     if fields["logprobs"]:
                         logprobs = {"content": fields["logprobs"], "refusal": None}
                 elif self._shows_reasoning:
@@ -435,6 +449,8 @@ class _Deltas:
                     return None
                 place = self._calls[fields["output_index"]] = len(self._calls)
                 delta = {"tool_calls": [{"index": place, **_call(item)}]}
+            case "response.output_text.annotation.added" if not self._is_thought:
+                delta = {"annotations": [_annotation(fields["annotation"], self._begin)]}
             case "response.function_call_arguments.delta":
                 delta = self._more(fields, "function", "arguments")
             case "response.custom_tool_call_input.delta":
@@ -446,9 +462,11 @@ class _Deltas:
     def _spaced(self, text: str) -> str:
         if not self._has_begun:
             self._has_begun = True
+            num_chars = len(text)
             if self._has_said[self._is_thought]:
                 text = _GAP + text
             self._has_said[self._is_thought] = True
+            self._begin = self._num_chars + len(text) - num_chars
         return text
 
     def _more(self, fields: Json, kind: str, name: str) -> Json:
@@ -457,6 +475,13 @@ class _Deltas:
 
 def _is_thought(item: Json, is_parsed: bool) -> bool:
     return item["type"] == "reasoning" or (is_parsed and item.get("phase") == "commentary")
+
+
+def _annotation(annotation: Json, begin: int) -> Json:
+    """A citation in the words of Chat Completions; its message begins at a place of the content."""
+    cited = {key: value for key, value in annotation.items() if key != "type"}
+    cited |= {key: annotation[key] + begin for key in ("start_index", "end_index")}
+    return {"type": annotation["type"], "url_citation": cited}
 
 
 def _call(item: Json) -> Json:
@@ -546,6 +571,8 @@ _ECHOED = (
 def stored_completion(made: Json, body: ChatRequest) -> Json:
     """A completion as it is kept: with its metadata and what it was asked with."""
     echoed = body.model_dump(include=set(_ECHOED))
+    if body.tools is not None:
+        echoed["tools"] = [without_secrets(tool) for tool in body.tools]
     return {**made, **{name: echoed[name] for name in _ECHOED}, "metadata": body.metadata or {}}
 
 

@@ -81,7 +81,7 @@ def router(service: Service) -> APIRouter:
     async def create(body: MessagesRequest, request: Request) -> HttpResponse:
         sampling = {"top_k": body.top_k} if body.top_k else {}
         stops = tuple(text for text in body.stop_sequences or () if text)
-        run = await service.begin(_to_response_request(body), Extras(sampling, stops))
+        run = await service.begin(_to_response_request(body), Extras(sampling, stops), can_ask=False)
         headers = service.ignored(body, run.tools.ignored, _HINTS)
         if body.stream:
             return EventStream(await opened(request, _stream(service, run, body.model)), headers)
