@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -23,6 +24,10 @@ def chat(
     show_reasoning: Annotated[
         bool, typer.Option("--show-reasoning", help="Show the chain of thought, which is not written for end users.")
     ] = False,
+    tools: Annotated[str, typer.Option(help="Tools that the model may call, with commas between: apply_patch.")] = "",
+    patch_root: Annotated[
+        Path, typer.Option(help="The folder whose files apply_patch may change; you are asked before each change.")
+    ] = Path("."),
     load: Annotated[Path | None, typer.Option(help="Go on with a conversation that /save has written.")] = None,
     when_full: Annotated[
         Literal["ask", "drop", "compact"],
@@ -88,6 +93,8 @@ def chat(
             shows_reasoning=show_reasoning,
             when_full=when_full,
             load=load,
+            tools=[name.strip() for name in tools.split(",") if name.strip()],
+            patch_root=patch_root,
             effort=effort,
             instructions=system,
             max_tokens=max_tokens,
@@ -107,15 +114,20 @@ def converse(
     shows_reasoning: bool = False,
     when_full: Literal["ask", "drop", "compact"] = "ask",
     load: Path | None = None,
+    tools: Sequence[str] = (),
+    patch_root: Path = Path("."),
     **settings: Any,
 ) -> int:
     """Chat with ``model`` on this process's terminal or pipes; the exit code. ``settings`` are `ChatSession`'s."""
     from rich.console import Console
 
     from ossia.cli.chat_input import Input, LineInput, PipeInput, TerminalInput, private_file
-    from ossia.cli.chat_loop import COMMANDS, ChatLoop
+    from ossia.cli.chat_loop import COMMANDS, PATCHES, ChatLoop
     from ossia.cli.chat_screen import PlainScreen, RichScreen, Screen
     from ossia.cli.chat_session import ChatSession
+    from ossia.errors import InputError
+    from ossia.tools.apply_patch import ApplyPatch
+    from ossia.tools.patch_files import PatchFolder
 
     session = ChatSession(model, **settings)
     if load is not None:
@@ -136,7 +148,15 @@ def converse(
         source = TerminalInput(history, [f"/{name}" for name in COMMANDS], lambda: loop.status())
     else:
         source = LineInput() if is_typed else PipeInput()
-    loop = ChatLoop(session, source, screen, when_full=when_full)
+    known = {}
+    # Where nobody can be asked, nothing is changed.
+    if source.is_interactive:
+        session.patcher = ApplyPatch(PatchFolder(patch_root), approve=lambda plan: loop.approve(plan))
+        known["apply_patch"] = PATCHES
+    elif "apply_patch" in tools:
+        raise InputError("apply_patch asks before each change, and there is no terminal to ask at; leave it out")
+    loop = ChatLoop(session, source, screen, when_full=when_full, tools=known)
+    loop.set_tools(tools)
     if source.is_interactive:
         screen.note(f"{model.name} · /help tells the commands, Ctrl-C stops an answer, Ctrl-D leaves")
     return loop.run()

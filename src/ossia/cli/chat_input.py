@@ -158,7 +158,7 @@ class LineInput:
         ready: asyncio.Future[None] = loop.create_future()
         fd = sys.stdin.fileno()
         # Reading itself would keep Ctrl-C waiting.
-        loop.add_reader(fd, lambda: ready.done() or ready.set_result(None))
+        loop.add_reader(fd, lambda: None if ready.done() else ready.set_result(None))
         try:
             await ready
         except asyncio.CancelledError:

@@ -1,7 +1,7 @@
 """The loop of `ossia chat`: read a text, answer it or obey a command, until the input ends.
 
-Ctrl-C stops what is under way and keeps the conversation; at the prompt it drops what was typed. The exit code of a pipe
-is 1 if any line was not answered, 130 if it was interrupted.
+Ctrl-C stops what is under way and keeps the conversation; at the prompt it drops what was typed. From a pipe the exit
+code is 1 if any line was not answered, 130 if it was interrupted.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ossia.cli.chat_screen import Screen
 from ossia.cli.chat_session import EFFORTS, ChatSession, Ending
 from ossia.errors import ContextLengthError, InputError, OssiaError
 from ossia.responses.schema import Json
+from ossia.tools.apply_patch import DESCRIPTION
 
 WhenFull = Literal["ask", "drop", "compact"]
 
@@ -32,6 +33,12 @@ class ToolSet(NamedTuple):
 
     declaration: Json
     what: str
+
+
+PATCHES = ToolSet(
+    {"type": "custom", "name": "apply_patch", "description": DESCRIPTION},
+    "changes files of the patch root; you are asked before each change",
+)
 
 
 class _Quit(Exception):

@@ -94,6 +94,7 @@ class PlainScreen:
     def end(self) -> None:
         if not self._ends_line:
             self._out.write("\n")
+            self._ends_line = True
         self._out.flush()
 
     def note(self, text: str, *, is_warning: bool = False) -> None:

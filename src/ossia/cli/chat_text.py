@@ -7,7 +7,7 @@ drawn again and again.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from markdown_it import MarkdownIt
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -16,9 +16,6 @@ from rich.segment import Segment
 from rich.text import Text
 
 from ossia.cli.prompts import printable
-
-if TYPE_CHECKING:
-    from rich.console import JustifyMethod
 
 # Marks that change the order in which a line is read: with them code can look like other code.
 _REORDERING = dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x2028, 0x2029], 0xFFFD)
@@ -40,6 +37,20 @@ class Harmless:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         for segment in console.render(self._inner, options):
             yield segment if segment.control else Segment(harmless(segment.text), segment.style)
+
+
+class _Trimmed:
+    """What another renderable draws, without the empty lines around it."""
+
+    def __init__(self, inner: RenderableType) -> None:
+        self._inner = inner
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = console.render_lines(self._inner, options.update(height=None), pad=False)
+        shown = [i for i, line in enumerate(lines) if "".join(segment.text for segment in line).strip()]
+        for line in lines[shown[0] : shown[-1] + 1] if shown else ():
+            yield from line
+            yield Segment.line()
 
 
 class Tail:
@@ -71,9 +82,9 @@ class _ChatMarkdown(Markdown):
     elements = {**Markdown.elements, "heading_open": _LeftHeading}  # noqa: RUF012
 
 
-def markdown(text: str, *, justify: JustifyMethod | None = None) -> Harmless:
+def markdown(text: str) -> RenderableType:
     """Markdown as a renderable. A link shows where it leads, and is none: its text could say another thing."""
-    return Harmless(_ChatMarkdown(harmless(text), code_theme="ansi_dark", hyperlinks=False, justify=justify))
+    return _Trimmed(Harmless(_ChatMarkdown(harmless(text), code_theme="ansi_dark", hyperlinks=False)))
 
 
 class MarkdownStream:
