@@ -8,8 +8,12 @@ import inspect
 import pytest
 
 from ossia.engine import EngineConfig, SamplingParams
+from ossia.tools.browser import BrowserRules
+from ossia.tools.web.fetch import FetchLimits
 
 KNOBS = {
+    BrowserRules: ["domains", "seen_links_only", "obeys_robots", "max_requests", "max_state_bytes"],
+    FetchLimits: ["total_s", "max_bytes", "max_redirects"],
     EngineConfig: ["kv_memory_bytes", "block_size", "max_batch_tokens", "max_num_seqs", "max_context"],
     SamplingParams: [
         "temperature",

@@ -58,11 +58,12 @@ class Chat:
     ) -> None:
         self.engine = engine
         when_full, tools = settings.pop("when_full", "ask"), settings.pop("tools", None)
+        tools_on = settings.pop("tools_on", ())
         self.session = ChatSession(model(engine=engine), **settings)
         self.source = Typed(*texts, answers=answers, is_interactive=is_interactive)
         self._out, self._notes = io.StringIO(), io.StringIO()
         screen = PlainScreen(self.session.meter, shows_reasoning=False, out=self._out, notes=self._notes)
-        self.loop = ChatLoop(self.session, self.source, screen, when_full=when_full, tools=tools)
+        self.loop = ChatLoop(self.session, self.source, screen, when_full=when_full, tools=tools, tools_on=tools_on)
         self.code: int | None = None
 
     def run(self) -> Chat:
@@ -290,9 +291,10 @@ def test_tools_are_listed_switched_and_refused():
 
 
 def patching(tmp_path, answers: str) -> Chat:
-    chat = Chat(Scripted(PATCHING, FINAL), "add it", answers=answers, tools={"apply_patch": PATCHES})
+    chat = Chat(
+        Scripted(PATCHING, FINAL), "add it", answers=answers, tools={"apply_patch": PATCHES}, tools_on=["apply_patch"]
+    )
     chat.session.patcher = ApplyPatch(PatchFolder(tmp_path), approve=chat.loop.approve)
-    chat.loop.set_tools(["apply_patch"])
     return chat.run()
 
 
@@ -312,14 +314,13 @@ def test_a_patch_that_is_not_approved_changes_nothing(tmp_path, answers):
 
 def test_ctrl_c_at_the_question_stops_the_turn_and_answers_the_call(tmp_path):
     engine = Scripted(PATCHING, FINAL)
-    chat = Chat(engine, "add it", "go on", tools={"apply_patch": PATCHES})
+    chat = Chat(engine, "add it", "go on", tools={"apply_patch": PATCHES}, tools_on=["apply_patch"])
 
     async def interrupted(question: str) -> str:
         raise asyncio.CancelledError
 
     chat.source.ask = interrupted
     chat.session.patcher = ApplyPatch(PatchFolder(tmp_path), approve=chat.loop.approve)
-    chat.loop.set_tools(["apply_patch"])
     chat.run()
     assert not list(tmp_path.iterdir()) and "stopped" in chat.notes
     assert "the user has stopped this call.<|end|><|start|>user<|message|>go on" in prompts(engine)[1]

@@ -12,6 +12,7 @@ from ossia.engine.masks import GrammarCompiler
 from ossia.errors import InputError
 from ossia.harmony import ToolDescription, ToolNamespace
 from ossia.responses.constrain import Grammars, Turn
+from ossia.responses.tools import Toolbox
 
 F = {"type": "function", "name": "f", "parameters": {"type": "object"}}
 ONE = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"], "additionalProperties": False}
@@ -34,13 +35,13 @@ SAID = {
     "apply_patch": call("apply_patch", CALLS["apply_patch"][0]),
     "tool_search": call("tool_search", {"goal": "x"}),
     "browser.search": '<|channel|>analysis to=browser.search code<|message|>{"query": "x"}<|call|>',
-    "deep.ask": '<|channel|>analysis to=deep.ask code<|message|>{"q": "x"}<|call|>',
+    "deep.ask": '<|channel|>commentary to=deep.ask <|constrain|>json<|message|>{"q": "x"}<|call|>',
 }
 ALL = set(SAID) - {"final"}
 FUNCTION, CUSTOM = {"type": "function", "name": "f"}, {"type": "custom", "name": "c"}
 
 
-class Offered:
+class Offered(Toolbox):
     """A toolbox with a browser and another server's tools, none of which is called here."""
 
     def namespaces(self, tools):

@@ -317,7 +317,7 @@ def test_a_prewarmed_prompt_is_read_and_nothing_is_said(served):
     made = create(served, prompt_cache_options={"prewarm": True}).json()
     assert (made["status"], made["output"], made["usage"]["output_tokens"]) == ("completed", [], 0)
     assert made["usage"]["input_tokens"] == len(engine.prompts[0]) and engine.params[0].max_tokens == 1
-    assert made["prompt_cache_options"] == {"prewarm": True}
+    assert made["prompt_cache_options"] == {"prewarm": True, "mode": "implicit", "ttl": "30m"}
 
 
 def test_a_conversation_can_change_its_configuration(served):

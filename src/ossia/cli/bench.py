@@ -47,7 +47,7 @@ def bench(
     from ossia import config, local
     from ossia import ops as backends
     from ossia.engine import EngineConfig
-    from ossia.engine.benchmark import CountingOps
+    from ossia.engine.benchmark import CountingOps, first_pass
     from ossia.engine.runner import Runner
     from ossia.model.hub import resolve_model
     from ossia.model.weights import Checkpoint, load_weights
@@ -67,6 +67,10 @@ def bench(
         weights = load_weights(checkpoint, ops)
         runner = Runner(ops, checkpoint.config, weights, EngineConfig(kv_memory_bytes=settings.kv_memory))
     machine["load_s"] = time.perf_counter() - started_s
+    # The first pass of all reads the weights from disk, or maps them.
+    with notes.status("first token"):
+        first_pass(runner)
+    machine["first_token_s"] = time.perf_counter() - started_s
     measurements = []
     for title, measure in _plan(runner, ops, lengths, depths, batches, steps, repeats):
         with notes.status(title):
@@ -89,8 +93,6 @@ def _plan(
 ) -> Iterator[tuple[str, Callable[[], Measurement]]]:
     from ossia.engine.benchmark import measure_decode, measure_prefill
 
-    # The first pass of all reads the weights from disk, or maps them; it is no measurement.
-    measure_prefill(runner, ops, 32, repeats=1)
     for length in lengths:
         yield f"prefill {length}", partial(measure_prefill, runner, ops, length, repeats=repeats)
     for depth in depths:
@@ -139,8 +141,8 @@ def _print_table(machine: dict[str, Any], measurements: list[Measurement]) -> No
     print(f"{machine['processor']}, {machine['threads']} thread(s), {machine['isa']}, dense {machine['dense']}")
     print(
         f"memory reads {machine['read_bytes_per_s'] / 1e9:.1f} GB/s, integers multiply "
-        f"{machine['integer_macs_per_s'] / 1e9:.0f} GMAC/s, loaded in {machine['load_s']:.1f} s, peak memory "
-        f"{machine['peak_memory_gib']:.1f} GiB"
+        f"{machine['integer_macs_per_s'] / 1e9:.0f} GMAC/s, loaded in {machine['load_s']:.1f} s, first token of a "
+        f"32-token prompt after {machine['first_token_s']:.1f} s, peak memory {machine['peak_memory_gib']:.1f} GiB"
     )
     table = Table("", "tokens/s", "of memory's limit", "of arithmetic's limit")
     for column in table.columns[1:]:

@@ -24,10 +24,25 @@ def chat(
     show_reasoning: Annotated[
         bool, typer.Option("--show-reasoning", help="Show the chain of thought, which is not written for end users.")
     ] = False,
-    tools: Annotated[str, typer.Option(help="Tools that the model may call, with commas between: apply_patch.")] = "",
+    tools: Annotated[
+        str, typer.Option(help="Tools that the model may call, with commas between: python, browser, apply_patch.")
+    ] = "",
     patch_root: Annotated[
         Path, typer.Option(help="The folder whose files apply_patch may change; you are asked before each change.")
     ] = Path("."),
+    browser: Annotated[
+        str | None,
+        typer.Option(help="Where the browser searches: local:FOLDER, searxng:URL, brave, exa, youcom, tavily."),
+    ] = None,
+    browser_root: Annotated[
+        Path | None, typer.Option(help="Let the browser search this folder, and reach no network.")
+    ] = None,
+    python_sandbox: Annotated[
+        str | None, typer.Option(help="What confines python: bubblewrap, landlock, docker:IMAGE ... [default: auto]")
+    ] = None,
+    unsafe_python: Annotated[
+        bool, typer.Option("--unsafe-python", help="Run the model's code with no sandbox at all.")
+    ] = False,
     load: Annotated[Path | None, typer.Option(help="Go on with a conversation that /save has written.")] = None,
     when_full: Annotated[
         Literal["ask", "drop", "compact"],
@@ -62,8 +77,10 @@ def chat(
     """
     # The engine and its libraries take a part of a second to import; `ossia --help` does not wait for them.
     from ossia import config
+    from ossia.cli.serve import open_tools
     from ossia.engine import AsyncEngine
     from ossia.engine.masks import GrammarCompiler
+    from ossia.errors import ConfigError
     from ossia.local import LocalModel, checked_date
     from ossia.responses.constrain import Grammars
     from ossia.responses.loop import Model
@@ -71,6 +88,8 @@ def chat(
     settings = config.load(
         {
             "model": model or None,
+            "browser": f"local:{browser_root}" if browser_root is not None else browser,
+            "python_sandbox": python_sandbox,
             "backend": backend,
             "threads": threads,
             "dense": dense,
@@ -80,6 +99,12 @@ def chat(
         }
     )
     current_date = checked_date(date) if date is not None else None
+    names = list(dict.fromkeys(name.strip() for name in tools.split(",") if name.strip()))
+    for one in names:
+        if one not in ("python", "browser", "apply_patch"):
+            raise ConfigError(f"--tools names {one!r}; expected some of: python, browser, apply_patch")
+    wanted = [one for one in names if one != "apply_patch"]
+    boxes = open_tools(settings, wanted, unsafe_python) if wanted else None
     local = LocalModel.open(settings)
     if local.checkpoint.has_random_weights:
         print("ossia: the weights of this checkpoint are random: answers will be noise", file=sys.stderr)
@@ -93,7 +118,8 @@ def chat(
             shows_reasoning=show_reasoning,
             when_full=when_full,
             load=load,
-            tools=[name.strip() for name in tools.split(",") if name.strip()],
+            tools=names,
+            boxes=boxes,
             patch_root=patch_root,
             effort=effort,
             instructions=system,
@@ -122,7 +148,7 @@ def converse(
     from rich.console import Console
 
     from ossia.cli.chat_input import Input, LineInput, PipeInput, TerminalInput, private_file
-    from ossia.cli.chat_loop import COMMANDS, PATCHES, ChatLoop
+    from ossia.cli.chat_loop import BROWSER, COMMANDS, PATCHES, PYTHON, ChatLoop
     from ossia.cli.chat_screen import PlainScreen, RichScreen, Screen
     from ossia.cli.chat_session import ChatSession
     from ossia.errors import InputError
@@ -148,15 +174,14 @@ def converse(
         source = TerminalInput(history, [f"/{name}" for name in COMMANDS], lambda: loop.status())
     else:
         source = LineInput() if is_typed else PipeInput()
-    known = {}
+    known = {name: tool for name, tool in (("python", PYTHON), ("browser", BROWSER)) if name in tools}
     # Where nobody can be asked, nothing is changed.
     if source.is_interactive:
         session.patcher = ApplyPatch(PatchFolder(patch_root), approve=lambda plan: loop.approve(plan))
         known["apply_patch"] = PATCHES
     elif "apply_patch" in tools:
         raise InputError("apply_patch asks before each change, and there is no terminal to ask at; leave it out")
-    loop = ChatLoop(session, source, screen, when_full=when_full, tools=known)
-    loop.set_tools(tools)
+    loop = ChatLoop(session, source, screen, when_full=when_full, tools=known, tools_on=tools)
     if source.is_interactive:
         screen.note(f"{model.name} · /help tells the commands, Ctrl-C stops an answer, Ctrl-D leaves")
     return loop.run()

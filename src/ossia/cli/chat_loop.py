@@ -35,6 +35,10 @@ class ToolSet(NamedTuple):
     what: str
 
 
+BROWSER = ToolSet({"type": "web_search"}, "searches and opens pages")
+PYTHON = ToolSet(
+    {"type": "code_interpreter", "container": {"type": "auto"}}, "runs the model's code, as --python-sandbox says"
+)
 PATCHES = ToolSet(
     {"type": "custom", "name": "apply_patch", "description": DESCRIPTION},
     "changes files of the patch root; you are asked before each change",
@@ -56,10 +60,13 @@ class ChatLoop:
         *,
         when_full: WhenFull = "ask",
         tools: dict[str, ToolSet] | None = None,
+        tools_on: Sequence[str] = (),
     ) -> None:
+        """``tools`` are there to be switched on, ``tools_on`` of them from the start."""
         self._session, self._source, self._screen = session, source, screen
         self._when_full = when_full
         self._tools = tools or {}
+        self._first_tools = list(tools_on)
         self._code = 0
         self._file: Path | None = None
         # Of the conversation, as the next prompt has it; None when it must be counted.
@@ -72,27 +79,42 @@ class ChatLoop:
         waiting = list(first)
         try:
             with self._runner:
-                while True:
-                    try:
-                        text = waiting.pop(0) if waiting else self._source.read(self._runner)
-                        if text is None:
-                            return self._code
-                        if text.strip():
-                            self._obey(text)
-                    except KeyboardInterrupt:
-                        if not self._source.is_interactive:
-                            return 130
-                    except _Quit:
-                        return self._code
-                    except OssiaError as error:
-                        self._fail(error.message)
-                    except OSError as error:
-                        if isinstance(error, BrokenPipeError):
-                            raise
-                        named = f"{error.filename}: " if error.filename is not None else ""
-                        self._fail(f"{named}{error.strerror or error}")
+                try:
+                    self._runner.run(self._start())
+                    return self._chat(waiting)
+                finally:
+                    if self._session.boxes is not None:
+                        self._runner.run(self._session.boxes.close())
         finally:
             self._quiet.close()
+
+    def _chat(self, waiting: list[str]) -> int:
+        while True:
+            try:
+                text = waiting.pop(0) if waiting else self._source.read(self._runner)
+                if text is None:
+                    return self._code
+                if text.strip():
+                    self._obey(text)
+            except KeyboardInterrupt:
+                if not self._source.is_interactive:
+                    return 130
+            except _Quit:
+                return self._code
+            except OssiaError as error:
+                self._fail(error.message)
+            except OSError as error:
+                if isinstance(error, BrokenPipeError):
+                    raise
+                named = f"{error.filename}: " if error.filename is not None else ""
+                self._fail(f"{named}{error.strerror or error}")
+
+    async def _start(self) -> None:
+        if self._session.boxes is not None:
+            on, _ = await self._session.boxes.start([name for name in self._first_tools if name != "apply_patch"])
+            if self._source.is_interactive:
+                self._screen.note(f"tools: {', '.join(on)}")
+        await self.set_tools(self._first_tools)
 
     def status(self) -> str:
         """One line: the model, how it thinks, and how full its context is."""
@@ -271,9 +293,9 @@ class ChatLoop:
             self._num_tokens = None
         self._screen.note(f"system: {self._session.instructions or '(nothing)'}")
 
-    def tools(self, given: str) -> None:
+    async def tools(self, given: str) -> None:
         if given:
-            self.set_tools([] if given in ("-", "off", "none") else re.split(r"[,\s]+", given))
+            await self.set_tools([] if given in ("-", "off", "none") else re.split(r"[,\s]+", given))
         if not self._tools:
             self._screen.note("no tools: none was set up; see ossia chat --help")
             return
@@ -281,13 +303,13 @@ class ChatLoop:
         for name, tool in self._tools.items():
             self._screen.note(f"{name:<12} {'on ' if name in on else 'off'}  {tool.what}")
 
-    def set_tools(self, names: Sequence[str]) -> None:
+    async def set_tools(self, names: Sequence[str]) -> None:
         """Switch on exactly these. Raises InputError for one that is not there."""
         for name in names:
             if name not in self._tools:
                 known = f"expected some of: {', '.join(self._tools)}" if self._tools else "none was set up"
                 raise InputError(f"there is no tool {name[:40]!r}; {known}")
-        self._session.tools = [self._tools[name].declaration for name in dict.fromkeys(names)]
+        await self._session.set_tools([self._tools[name].declaration for name in dict.fromkeys(names)])
         self._num_tokens = None
 
     def _tools_on(self) -> list[str]:

@@ -23,6 +23,8 @@ from ossia.responses.convert import Entry, History, Reader, Spoken
 from ossia.responses.events import Event
 from ossia.responses.loop import Extras, Model, Run, TokenSource, prepare
 from ossia.responses.schema import Json, Reasoning, ResponseRequest
+from ossia.responses.toolbox import Toolboxes
+from ossia.responses.tools import Toolbox
 from ossia.tools.base import Tool
 
 EFFORTS = ("low", "medium", "high")
@@ -122,9 +124,10 @@ class ChatSession:
         sampling: Mapping[str, Any] | None = None,
         seed: int | None = None,
         patcher: Tool | None = None,
+        boxes: Toolboxes | None = None,
         current_date: str | None = None,
     ) -> None:
-        """``patcher`` is `ApplyPatch`, which the model may call when "apply_patch" is among ``tools``."""
+        """``patcher`` is `ApplyPatch`, which the model may call when it is declared; ``boxes`` has the other tools."""
         self.meter = Meter(model.engine)
         self._model = replace(model, engine=self.meter)
         self.effort = effort
@@ -137,6 +140,10 @@ class ChatSession:
         # Why the last answer failed.
         self.error: OssiaError | None = None
         self.patcher = patcher
+        self.boxes = boxes
+        # Of the latest response, and what it has left for the next one: pages, and the python that goes on.
+        self._toolbox: Toolbox | None = None
+        self._tool_state: Json | None = None
         self._max_tokens = max_tokens
         self._sampling = dict(sampling or {})
         self._seed = seed
@@ -158,7 +165,7 @@ class ChatSession:
         """
         self.question = question
         self.error = None
-        run = self._begin([{"type": "message", "role": "user", "content": question}])
+        run = await self._begin([{"type": "message", "role": "user", "content": question}])
         room = max(
             1, min(_MIN_ROOM_TOKENS, self.meter.max_context // _MIN_ROOM_SHARE, self._max_tokens or _MIN_ROOM_TOKENS)
         )
@@ -184,6 +191,9 @@ class ChatSession:
             if is_stopped:
                 for event in run.cancel():
                     show(event)
+            if run.toolbox is not None:
+                self._tool_state = run.toolbox.state()
+                await run.toolbox.close()
             turn.entries += [*run.input, *run.output]
             turn.entries += self._half_said(run)
             if is_stopped:
@@ -200,7 +210,7 @@ class ChatSession:
                 turn.entries += self._read(outputs)
                 return "stopped"
             try:
-                run = self._begin(outputs)
+                run = await self._begin(outputs)
             except OssiaError as error:
                 turn.entries += self._read(outputs)
                 self.error = error
@@ -225,13 +235,26 @@ class ChatSession:
         output = done[0] if done else text
         return [{"type": "custom_tool_call_output", "call_id": call["call_id"], "output": output}], is_stopped
 
-    def _begin(self, items: list[Json]) -> Run:
+    async def _begin(self, items: list[Json]) -> Run:
         extras = dict(self._sampling)
         if self._seed is not None:
             # Asked again, the same question gets another answer.
             extras["seed"] = self._seed + self._num_asked
-        request = self._request(items)
-        return Run(request, self._model, self._history(), extras=Extras(sampling=extras))
+        request, history = self._request(items), self._history()
+        self._toolbox = await self._open_toolbox(request, history)
+        return Run(request, self._model, history, extras=Extras(sampling=extras), toolbox=self._toolbox)
+
+    async def set_tools(self, declarations: Sequence[Json]) -> None:
+        """Let the model call these, as a request of the Responses API declares them."""
+        self.tools = list(declarations)
+        self._toolbox = await self._open_toolbox(self._request([]), self._history())
+
+    async def _open_toolbox(self, request: ResponseRequest, history: History) -> Toolbox | None:
+        if self.boxes is None or not (request.tools or self._tool_state):
+            return None
+        items = [entry.item for entry in history.entries] + request.input_items
+        # Nobody asks for approvals here but apply_patch, in its own way; the python goes on all the same.
+        return await self.boxes.open(request, items, self._tool_state)
 
     def _request(self, items: list[Json]) -> ResponseRequest:
         reasoning = Reasoning(effort=self.effort)  # type: ignore[arg-type]
@@ -268,8 +291,8 @@ class ChatSession:
     @property
     def num_tokens(self) -> int:
         """Tokens of the conversation as the next prompt has it."""
-        toolbox = self._model.toolbox()
-        return len(prepare(self._request([]), self._model, self._history(), None, toolbox).prompt.token_ids)
+        request = self._request([])
+        return len(prepare(request, self._model, self._history(), None, self._toolbox).prompt.token_ids)
 
     def drop_oldest(self) -> bool:
         """Forget the oldest turn; False if there is none."""
@@ -282,7 +305,7 @@ class ChatSession:
         if not self.turns:
             raise InputError("there is nothing to sum up yet")
         self.meter.reset()
-        run = self._begin([{"type": "compaction_trigger"}])
+        run = await self._begin([{"type": "compaction_trigger"}])
         if await _stopped(self._show_all(run, lambda _event: None)):
             return "stopped"
         if run.error is not None:
@@ -294,7 +317,7 @@ class ChatSession:
 
     def clear(self) -> None:
         self.turns = []
-        self.question = None
+        self.question = self._tool_state = None
         self._date = self._given_date
 
     def take_back(self) -> str:
@@ -354,6 +377,8 @@ class ChatSession:
         except (KeyError, TypeError, AttributeError):
             raise InputError(f"{path}: a field is missing, or is not what /save writes") from None
         self.effort, self.instructions, self._date, self.turns = effort, instructions, date, turns
+        # Pages and variables are not saved: they begin anew.
+        self._tool_state = None
         self.question = turns[-1].question if turns else None
 
     def _to_dict(self) -> Json:

@@ -65,6 +65,12 @@ class CountingOps:
         return routing
 
 
+def first_pass(runner: Runner, length: int = 32, *, seed: int = 0) -> None:
+    """Compute a prompt up to the logits of the next token: what a fresh model must do before it can answer."""
+    token_ids = np.random.default_rng(seed).integers(0, runner.config.vocab_size, length)
+    runner.run(_batch(runner, [0], [token_ids], is_last=True))
+
+
 def measure_prefill(runner: Runner, ops: CountingOps, length: int, *, repeats: int = 3, seed: int = 0) -> Measurement:
     """Compute a prompt of ``length`` tokens in chunks of ``max_batch_tokens``; the median of ``repeats``.
 
@@ -72,7 +78,7 @@ def measure_prefill(runner: Runner, ops: CountingOps, length: int, *, repeats: i
     """
     chunk = runner.options.max_batch_tokens
     rng = np.random.default_rng(seed)
-    runner.run(_batch(runner, [0], [rng.integers(0, runner.config.vocab_size, min(chunk, length))], is_last=True))
+    first_pass(runner, min(chunk, length), seed=seed + 1)
     seconds = []
     for _ in range(repeats):
         token_ids = rng.integers(0, runner.config.vocab_size, length)

@@ -40,6 +40,10 @@ class Grammars:
         tools = [_tool(function) for function in turn.tools.callable]
         for namespace in turn.tools.builtin:
             tools += Tool.builtin(namespace)
+        for namespace in turn.tools.served:
+            tools += [
+                Tool.function(t.name, t.parameters, strict=False, namespace=namespace.name) for t in namespace.tools
+            ]
         grammar = turn_grammar(
             tools,
             tool_choice=ToolChoice(*turn.choice),

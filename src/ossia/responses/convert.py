@@ -13,6 +13,7 @@ Sources   openai/harmony docs/format.md; the Responses API.
 from __future__ import annotations
 
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,9 @@ from ossia.responses.seal import Seal
 from ossia.responses.tools import Tools, brought
 
 _JSON_CALL = "<|constrain|>json"
+# Names of servers, and what a recipient cannot hold.
+_LABEL = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_UNSAYABLE = re.compile(r"[^A-Za-z0-9_-]")
 
 
 class Spoken(NamedTuple):
@@ -121,6 +125,18 @@ class Summary(NamedTuple):
         return (*said, Spoken(Message(Role.USER, self.user))) if self.user else said
 
 
+def left_behind(request: PromptRequest, entries: Sequence[Entry]) -> list[Json]:
+    """`input_transformations` of thoughts among ``entries`` that the model does not see again: an answer followed."""
+    if request.reasoning is not None and request.reasoning.context == "all_turns":
+        return []
+    answered = [i for i, entry in enumerate(entries) if any(_is_talk(s.message, Channel.FINAL) for s in entry.spoken)]
+    return [
+        {"id": entry.item["id"], "type": "reasoning", "action": "removed", "reason": "turn_boundary"}
+        for entry in entries[: answered[-1] if answered else 0]
+        if entry.item.get("type") == "reasoning" and entry.spoken
+    ]
+
+
 def uncovered(entries: Sequence[Entry], seal: Seal) -> Sequence[Entry]:
     """The entries from the last summary on that stands for everything before it."""
     for i in range(len(entries) - 1, -1, -1):
@@ -180,6 +196,12 @@ class Reader:
                 return self._client_call(item, tool, where, out)
             case str() if (tool := of_output(kind)) is not None:
                 return self._client_output(item, tool, where, calls)
+            case "mcp_call" | "code_interpreter_call":
+                return self._answered_call(item, kind, where)
+            case "mcp_approval_request":
+                return self._approval_request(item, where, out)
+            case "mcp_approval_response":
+                return self._approval_response(item, where, out)
             case "additional_tools":
                 return self._more_tools(item, where)
             case "item_reference":
@@ -291,6 +313,59 @@ class Reader:
         entry = self._output(answered, tool.output_type, where, calls)
         return Entry({**item, "id": entry.item["id"], "status": item.get("status") or "completed"}, entry.spoken)
 
+    def _answered_call(self, item: Json, kind: str, where: str) -> Entry:
+        """A call that was run here, told by the client: said again if its answer is told too."""
+        kept = {**item, "id": _text(item.get("id"), f"{where}.id") or new_id("item")}
+        if kind == "mcp_call":
+            given, recipient, channel = item.get("arguments"), _mcp_recipient(item, where), str(Channel.COMMENTARY)
+            error = item.get("error")
+            answer = item.get("output") or (f"Error: {json.dumps(error)[:4_000]}" if error else None)
+        else:
+            given, recipient, channel = item.get("code"), "python", str(Channel.ANALYSIS)
+            outputs = item.get("outputs")
+            logs = [o.get("logs") for o in outputs or () if isinstance(o, dict)] if isinstance(outputs, list) else []
+            answer = "".join(text for text in logs if isinstance(text, str)) or None
+        if not isinstance(given, str) or not isinstance(answer, str):
+            return Entry(kept)
+        content_type = _JSON_CALL if kind == "mcp_call" else "code"
+        call = Message(Role.ASSISTANT, given, channel=channel, recipient=recipient, content_type=content_type)
+        return Entry(kept, (Spoken(call), Spoken(tool_message(recipient, channel, answer))))
+
+    def _approval_request(self, item: Json, where: str, out: list[Entry]) -> Entry:
+        identity, given = item.get("id"), item.get("arguments")
+        recipient = _mcp_recipient(item, where)
+        if not isinstance(identity, str) or not isinstance(given, str):
+            raise InputError(f"{where} is an mcp_approval_request without id or arguments", param=where)
+        turn = self._recalled(identity, recipient, given, out)
+        call = Message(
+            Role.ASSISTANT, given, channel=str(Channel.COMMENTARY), recipient=recipient, content_type=_JSON_CALL
+        )
+        return Entry(dict(item), turn or (Spoken(call),))
+
+    def _approval_response(self, item: Json, where: str, out: list[Entry]) -> Entry:
+        """An approval is run by the loop; a refusal is an answer already."""
+        asked, approves = item.get("approval_request_id"), item.get("approve")
+        if not isinstance(asked, str) or not isinstance(approves, bool):
+            raise InputError(f"{where} is an approval without approval_request_id or approve", param=where)
+        entries = [*self.history.entries, *out]
+        found = [e for e in entries if e.item.get("type") == "mcp_approval_request" and e.item["id"] == asked]
+        if not found:
+            raise NotFoundError(
+                f"{where} answers {asked[:80]!r}, which was not asked; send the request for approval before it, or "
+                "continue from the response that made it",
+                param=where,
+            )
+        if any(e.item.get("approval_request_id") == asked for e in entries):
+            raise InputError(f"{where} answers {asked[:80]!r}, which was answered before", param=where)
+        kept = {**item, "id": _text(item.get("id"), f"{where}.id") or new_id("mcpa")}
+        if approves:
+            return Entry(kept)
+        called = found[-1].spoken[-1].message
+        reason = item.get("reason")
+        text = "Error: the user did not approve this call."
+        text += f" Reason: {reason[:2_000]}" if isinstance(reason, str) and reason else ""
+        return Entry(kept, (Spoken(tool_message(called.recipient or "", called.channel, text)),))
+
     def _more_tools(self, item: Json, where: str) -> Entry:
         identity = _text(item.get("id"), f"{where}.id") or new_id("at")
         content = DeveloperContent(None, tuple(brought(item).namespaces))
@@ -347,6 +422,13 @@ class Reader:
                 f"{where} is a compaction that this server did not make; send the items it stands for", param=where
             )
         return Entry({**item, "id": _text(item.get("id"), where) or new_id("cmp")}, summary.spoken())
+
+
+def _mcp_recipient(item: Json, where: str) -> str:
+    label, name = item.get("server_label"), item.get("name")
+    if not isinstance(label, str) or not isinstance(name, str) or not _LABEL.fullmatch(label):
+        raise InputError(f"{where} has no server_label or name; expected those of a tool", param=where)
+    return f"{label}.{_UNSAYABLE.sub('_', name)[:64]}"
 
 
 def _told_tools(tools: Tools) -> str:
@@ -473,10 +555,16 @@ class Prompt:
         self._pieces.append(self._opening + list(sampled))
         self._is_user.append(False)
 
-    def extend_answer(self, answer: Message) -> None:
-        """A tool has answered."""
+    def extend_answer(self, answer: Message) -> int:
+        """A tool has answered; in how many tokens."""
         self._pieces.append(render_message(answer, self._tokenizer))
         self._is_user.append(False)
+        return len(self._pieces[-1])
+
+    def drop_last(self) -> None:
+        """Take back what was said last."""
+        self._pieces.pop()
+        self._is_user.pop()
 
     def shorten_until(self, fits: Callable[[list[int]], bool]) -> bool:
         """Leave out the oldest turns until it ``fits``; False if not even the last message alone does.

@@ -11,16 +11,19 @@ Errors after the first event end the response as failed; leaving the iterator fr
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 from ossia.engine.request import NO_TOKEN, Constraint, SamplingParams, TokenOutput
 from ossia.errors import ContextLengthError, InputError, OssiaError
-from ossia.harmony import Delta, Header, ParsedMessage, Role, StreamParser, Tokenizer
+from ossia.harmony import Channel, Delta, Header, ParsedMessage, Role, StreamParser, Tokenizer
 from ossia.responses.builder import Builder
 from ossia.responses.client_tools import of_call
 from ossia.responses.constrain import Turn
@@ -32,6 +35,7 @@ from ossia.responses.convert import (
     Spoken,
     Summary,
     TurnMemory,
+    left_behind,
     sealed_reasoning,
     tool_message,
     uncovered,
@@ -49,7 +53,7 @@ from ossia.responses.schema import (
     new_response,
 )
 from ossia.responses.seal import Seal
-from ossia.responses.tools import Choice, Toolbox, Tools, read_tool_choice, read_tools, with_found
+from ossia.responses.tools import Choice, Toolbox, ToolResult, Tools, read_tool_choice, read_tools, with_found
 
 _log = logging.getLogger(__name__)
 
@@ -57,6 +61,11 @@ _log = logging.getLogger(__name__)
 _MIN_ROOM_TOKENS = 512
 # Calls of tools that nobody declared, before the response ends without more.
 _MAX_UNKNOWN_CALLS = 3
+# Calls that were refused - too many, too late, too often the same - before the response ends without more.
+_MAX_REFUSED_CALLS = 1
+# Times that the same call may fail.
+_MAX_SAME_FAILURES = 3
+_ANSWER_NOW = "Give your final answer now."
 
 
 class TokenSource(Protocol):
@@ -78,6 +87,20 @@ def _today() -> str:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """What the tools of one response may take, all calls together; 0 for no bound.
+
+    What comes after that is refused with a word to the model, which then has one more turn for its answer.
+    """
+
+    max_calls: int = 128
+    # From the beginning of the response; a call that is under way then is stopped.
+    max_s: float = 1800.0
+    # Of what the tools answer.
+    max_tokens: int = 0
+
+
+@dataclass(frozen=True)
 class Model:
     """A model that answers, and what answering takes."""
 
@@ -90,6 +113,7 @@ class Model:
     constrain: Callable[[Turn], Constraint | None] = unconstrained
     # Tools that ossia runs, made anew for each response.
     toolbox: Callable[[], Toolbox | None] = lambda: None
+    budget: Budget = field(default_factory=Budget)
     # The date that the model is told, YYYY-MM-DD.
     today: Callable[[], str] = _today
 
@@ -104,6 +128,25 @@ class Extras:
     stops: tuple[str, ...] = ()
 
 
+class Phase(NamedTuple):
+    """A part of the time that a response took, in nanoseconds since the epoch: queue, prefill, decode or tool."""
+
+    name: str
+    begin_ns: int
+    end_ns: int
+    fields: Mapping[str, str | int] = {}
+
+
+def engine_phases(begin_ns: int, first_ns: int, num_prompt: int, num_cached: int, num_sampled: int) -> list[Phase]:
+    """Where the time of a generation that ends now went; ``first_ns`` is 0 if no token came."""
+    now_ns = time.time_ns()
+    read = {"prompt_tokens": num_prompt, "cached_tokens": num_cached}
+    phases = [Phase("prefill", begin_ns, first_ns or now_ns, read)]
+    if first_ns:
+        phases.append(Phase("decode", first_ns, now_ns, {"output_tokens": num_sampled}))
+    return phases
+
+
 class Run:
     """One response being made. Its attributes are complete when `events` has ended."""
 
@@ -115,16 +158,21 @@ class Run:
         *,
         references: Mapping[str, Entry] | None = None,
         extras: Extras | None = None,
+        toolbox: Toolbox | None = None,
     ) -> None:
-        """Raises InputError, or NotFoundError for an item that is not there, naming what is wrong."""
+        """``toolbox`` stands in for the model's own.
+
+        Raises InputError, or NotFoundError for an item that is not there, naming what is wrong.
+        """
         check_request(request)
         self.history = history or History()
         self.input: list[Entry] = []
         self.output: list[Entry] = []
         self.error: OssiaError | None = None
+        self.phases: list[Phase] = []
         self._model = model
-        self._toolbox = model.toolbox()
-        prepared = prepare(request, model, self.history, references, self._toolbox)
+        self.toolbox = toolbox if toolbox is not None else model.toolbox()
+        prepared = prepare(request, model, self.history, references, self.toolbox)
         request = self.request = prepared.request
         self.tools, self.input, self.current_date = prepared.tools, prepared.entries, prepared.current_date
         self._choice, self._prompt = prepared.choice, prepared.prompt
@@ -133,11 +181,17 @@ class Run:
         self.response["tools"] = [t for t in self.response["tools"] if t["type"] not in self.tools.ignored]
         self.response["input_transformations"] = self.history.transformations
         self._extras = extras or Extras()
-        self._builder = Builder(self.response, self.tools, toolbox=self._toolbox, stops=self._extras.stops)
+        self._builder = Builder(self.response, self.tools, toolbox=self.toolbox, stops=self._extras.stops)
         self._params = _sampling(request, self._extras)
         self._usage = Usage()
         self._num_tool_calls = 0
         self._num_unknown_calls = 0
+        self._num_refused_calls = 0
+        self._num_answer_tokens = 0
+        self._failures: Counter[tuple[str, str]] = Counter()
+        self._began_s = time.monotonic()
+        if self.toolbox is not None:
+            self.toolbox.begin(self.response["id"])
         asked = [entry.item.get("type") for entry in self.input]
         if "compaction_trigger" in asked[:-1]:
             raise InputError("a compaction_trigger is not the last item of the input; move it there", param="input")
@@ -168,7 +222,8 @@ class Run:
     def is_pending(self) -> bool:
         """Whether the turn waits for a tool's answer."""
         last = self.output[-1].item if self.output else {}
-        return last.get("type") in ("function_call", "custom_tool_call") or of_call(last.get("type")) is not None
+        kind = last.get("type")
+        return kind in ("function_call", "custom_tool_call", "mcp_approval_request") or of_call(kind) is not None
 
     async def events(self, slot: AbstractAsyncContextManager[Any] | None = None) -> AsyncGenerator[Event, None]:
         """Make the response. A background response is queued until ``slot`` is entered."""
@@ -182,7 +237,9 @@ class Run:
                     async for event in made:
                         yield event
             else:
+                queued_ns = time.time_ns()
                 async with slot, aclosing(self._generations()) as made:
+                    self.phases.append(Phase("queue", queued_ns, time.time_ns()))
                     for event in self._builder.run():
                         yield event
                     async for event in made:
@@ -214,6 +271,14 @@ class Run:
             for event in self._builder.end("completed", self._usage):
                 yield event
             return
+        self._began_s = time.monotonic()
+        for item in self.toolbox.opening() if self.toolbox is not None else ():
+            for event in self._builder.listed(item):
+                yield event
+            self.output.append(Entry(item))
+        async with aclosing(self._approved()) as made:
+            async for event in made:
+                yield event
         while True:
             generation = _Generation(self._model.tokenizer, self._prompt)
             async with aclosing(self._generate(generation)) as made:
@@ -221,18 +286,18 @@ class Run:
                     yield event
             call = generation.call
             self._prompt.extend(generation.sampled)
-            if call is None or self._builder.function is not None:
+            if call is None or self._builder.function is not None or self._builder.item["type"] == _ASKS:
                 break
             async with aclosing(self._answer(call)) as answered:
                 async for event in answered:
                     yield event
             limit = self._params.max_tokens
             generation.is_cut = limit is not None and self._usage.output_tokens >= limit
-            if generation.is_cut or self._num_unknown_calls > _MAX_UNKNOWN_CALLS or self._has_called_too_often(1):
+            if generation.is_cut or self._num_unknown_calls > _MAX_UNKNOWN_CALLS or self._is_refused_for_good:
                 break
         if generation.is_cut:
             ended = self._builder.end("incomplete", self._usage, reason="max_output_tokens")
-        elif self._has_called_too_often(1):
+        elif self._is_refused_for_good:
             ended = self._builder.end("incomplete", self._usage, reason="max_messages")
         else:
             ended = self._builder.end("completed", self._usage)
@@ -277,9 +342,12 @@ class Run:
         self._constraint = None
         params = replace(params, constraint=constraint)
         num_cached = 0
+        begin_ns, first_ns = time.time_ns(), 0
         try:
             async with aclosing(self._model.engine.generate(token_ids, params)) as source:
                 async for output in source:
+                    if not first_ns:
+                        first_ns = time.time_ns()
                     if output.token_id != NO_TOKEN:
                         for event in self._take(generation, output):
                             yield event
@@ -288,6 +356,7 @@ class Run:
                         generation.is_cut = output.finish_reason == "length" and generation.call is None
                         break
         finally:
+            self.phases += engine_phases(begin_ns, first_ns, len(token_ids), num_cached, len(generation.sampled))
             self._usage = Usage(
                 used.input_tokens + len(token_ids),
                 used.cached_tokens + num_cached,
@@ -354,12 +423,19 @@ class Run:
         """A call is complete: a client's ends the turn, ours stays open until it is answered."""
         generation.call = parsed
         self._turn.append(spoken)
-        if self._builder.function is None:
+        asks = self._builder.item["type"] == _ASKS
+        if self._builder.function is None and not asks:
             return
-        yield from self._builder.close()
+        fields: Json = {}
+        if self.toolbox is not None:
+            if asks:
+                fields = self.toolbox.ask(parsed.message)
+            elif self.toolbox.wants_approval:
+                fields = {"requires_approval": True}
+        yield from self._builder.close(fields=fields)
         item = self._builder.item
         self.output.append(Entry(item, (spoken,)))
-        self._model.memory.keep(item["call_id"], tuple(self._turn))
+        self._model.memory.keep(item["id"] if asks else item["call_id"], tuple(self._turn))
 
     async def _answer(self, call: ParsedMessage) -> AsyncGenerator[Event, None]:
         """Run a tool of ours and give its answer to the model."""
@@ -369,26 +445,125 @@ class Run:
         is_known = self._builder.item["type"] != "reasoning"
         if not is_known:
             self._num_unknown_calls += 1
-            names = sorted(function.recipient for function in self.tools.callable)
+            names = self.tools.names
             known = f"The tools are: {', '.join(names)}." if names else "There are no tools; answer without."
             text = f"Unknown tool: {recipient}. {known}"
         else:
-            assert self._toolbox is not None
+            assert self.toolbox is not None
             for event in self._builder.begin_tool():
                 yield event
             self._num_tool_calls += 1
-            if self._has_called_too_often(0):
-                text = "No more tool calls are allowed in this response. Give your final answer now."
+            recipient = self.toolbox.name(recipient)
+            same = (recipient, call.message.text)
+            if refusal := self._refusal(same):
+                self._num_refused_calls += 1
+                text = refusal
             else:
-                text, fields, is_failed = await self._toolbox.run(call.message)
-        told = shown({"type": self._builder.item["type"], **fields}, self.request.include or ())
-        for event in self._builder.end_tool(told, is_failed=is_failed) if is_known else self._builder.close():
+                text, fields, is_failed = await self._within_time(recipient, self.toolbox.run(call.message))
+                if is_failed:
+                    self._failures[same] += 1
+                    if self._failures[same] == _MAX_SAME_FAILURES:
+                        text += f"\n[This call has failed {_MAX_SAME_FAILURES} times; do not make it again.]"
+        for event in self._end_call(fields, is_failed=is_failed) if is_known else self._builder.close():
             yield event
-        answer = tool_message(recipient, call.channel, text)
-        self._prompt.extend_answer(answer)
-        said = (self._turn[-1], Spoken(answer))
-        self._turn.append(said[1])
-        self.output.append(Entry({**self._builder.item, **fields}, said))
+        self._answered(self._turn[-1], recipient, call.channel, text, fields)
+
+    async def _approved(self) -> AsyncGenerator[Event, None]:
+        """Run the calls that the input approves; those that it does not are answered where they stand."""
+        entries = [*self.history.entries, *self.input]
+        asked = {entry.item["id"]: entry for entry in entries if entry.item.get("type") == _ASKS}
+        for entry in self.input:
+            if entry.item.get("type") != "mcp_approval_response" or not entry.item["approve"]:
+                continue
+            request = asked[entry.item["approval_request_id"]]
+            for event in self._builder.open_approved(request.item):
+                yield event
+            for event in self._builder.begin_tool():
+                yield event
+            self._num_tool_calls += 1
+            recipient = f"{request.item['server_label']}.{request.item['name']}"
+            channel: str | None = str(Channel.COMMENTARY)
+            if request.spoken:
+                called = request.spoken[-1].message
+                recipient, channel = called.recipient or recipient, called.channel
+            if self.toolbox is None:
+                gone = "Error: the server's tools are not offered any more."
+                text, fields, is_failed = ToolResult(gone, {}, True)
+            else:
+                approved = self.toolbox.run_approved(request.item)
+                text, fields, is_failed = await self._within_time(recipient, approved)
+            for event in self._end_call(fields, is_failed=is_failed):
+                yield event
+            self._answered(None, recipient, channel, text, fields)
+
+    async def _within_time(self, recipient: str, work: Coroutine[Any, Any, ToolResult]) -> ToolResult:
+        """What a tool says, stopped when the time of the response is over; its faults are words too."""
+        begin_ns = time.time_ns()
+        max_s = self._model.budget.max_s
+        left_s = max(max_s - (time.monotonic() - self._began_s), 0.0) if max_s else None
+        try:
+            async with asyncio.timeout(left_s) as limit:
+                return await work
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            return ToolResult(f"[ERROR] The time for tools is used up; the call was stopped. {_ANSWER_NOW}", {}, True)
+        except OssiaError:
+            # A call that cannot be logged must not go on unseen.
+            raise
+        except Exception:
+            _log.exception("response=%s tool=%s failed", self.response["id"], recipient)
+            return ToolResult("[ERROR] The tool met an error of its own.", {}, True)
+        finally:
+            self.phases.append(Phase("tool", begin_ns, time.time_ns(), {"tool": recipient}))
+
+    def _end_call(self, fields: Json, *, is_failed: bool) -> list[Event]:
+        told = shown({"type": self._builder.item["type"], **fields}, self.request.include or ())
+        return self._builder.end_tool(told, is_failed=is_failed)
+
+    def _answered(self, call: Spoken | None, recipient: str, channel: str | None, text: str, fields: Json) -> None:
+        """Say the answer of a tool behind its call, as far as it fits."""
+        answer = tool_message(recipient, channel, text)
+        num_tokens = self._prompt.extend_answer(answer)
+        if self.request.truncation != "auto" and not self._has_room():
+            self._prompt.drop_last()
+            answer = tool_message(
+                recipient,
+                channel,
+                f"[ERROR] The tool answered with {num_tokens} tokens, and there is no room for them any more. "
+                f"Ask for less. {_ANSWER_NOW}",
+            )
+            num_tokens = self._prompt.extend_answer(answer)
+        self._num_answer_tokens += num_tokens
+        said = Spoken(answer)
+        self._turn.append(said)
+        self.output.append(Entry({**self._builder.item, **fields}, (call, said) if call is not None else (said,)))
+
+    def _has_room(self) -> bool:
+        room = min(self._params.max_tokens or _MIN_ROOM_TOKENS, _MIN_ROOM_TOKENS)
+        try:
+            self._model.engine.check(self._prompt.token_ids, replace(self._params, max_tokens=room))
+        except ContextLengthError:
+            return False
+        return True
+
+    def _refusal(self, same: tuple[str, str]) -> str | None:
+        """Why the next call is not run; None if it is."""
+        budget = self._model.budget
+        limits = [limit for limit in (self.request.max_tool_calls, budget.max_calls or None) if limit is not None]
+        if self._num_tool_calls > min(limits, default=self._num_tool_calls):
+            return f"No more tool calls are allowed in this response. {_ANSWER_NOW}"
+        if budget.max_s and time.monotonic() - self._began_s >= budget.max_s:
+            return f"The time for tools is used up. {_ANSWER_NOW}"
+        if budget.max_tokens and self._num_answer_tokens >= budget.max_tokens:
+            return f"The tools have answered with as many tokens as they may. {_ANSWER_NOW}"
+        if self._failures[same] >= _MAX_SAME_FAILURES:
+            return f"The same call has failed {_MAX_SAME_FAILURES} times and was not made again. {_ANSWER_NOW}"
+        return None
+
+    @property
+    def _is_refused_for_good(self) -> bool:
+        return self._num_refused_calls > _MAX_REFUSED_CALLS
 
     def _constrain(self) -> Constraint | None:
         """A fresh constraint for the next generation."""
@@ -401,10 +576,6 @@ class Run:
         cap = self.request.max_reasoning_tokens
         left = None if cap is None else max(cap - self._usage.reasoning_tokens, 0)
         return self._model.constrain(Turn(self.tools, choice, self.request.format, left))
-
-    def _has_called_too_often(self, grace: int) -> bool:
-        limit = self.request.max_tool_calls
-        return limit is not None and self._num_tool_calls > limit + grace
 
     def _fit(self, params: SamplingParams) -> SamplingParams:
         """Parameters with which the prompt fits, the prompt shortened if need be and if the request allows it.
@@ -441,6 +612,7 @@ class Run:
                 ) from None
 
 
+_ASKS = "mcp_approval_request"
 _SEALED = "reasoning.encrypted_content"
 
 
@@ -496,6 +668,7 @@ def prepare(
     tools = with_found(tools, [entry.item for entry in (*history.entries, *entries)])
     choice = read_tool_choice(request.tool_choice, tools)
     current_date = history.current_date or model.today()
+    history.transformations += left_behind(request, entries)
     said = uncovered([*history.entries, *entries], model.seal)
     prompt = Prompt(request, said, tools, model.tokenizer, current_date)
     return Prepared(request, tools, choice, entries, current_date, prompt)

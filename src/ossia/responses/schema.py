@@ -83,6 +83,14 @@ class StreamOptions(_Tolerant):
     include_obfuscation: bool | None = None
 
 
+class PromptCacheOptions(_Tolerant):
+    """How prompts are kept; all that memory holds are, whatever is said here."""
+
+    mode: Literal["implicit", "explicit"] | None = None
+    ttl: Literal["30m", "12h"] | None = None
+    prewarm: bool | None = Field(default=None, description="Read and keep the prompt, and generate nothing.")
+
+
 class ContextManagement(_Tolerant):
     """What is done when a conversation has become long."""
 
@@ -155,9 +163,8 @@ class ResponseRequest(PromptRequest):
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    prompt_cache_options: Json | None = Field(
-        default=None, description="With 'prewarm' the prompt is read and kept, and nothing is generated."
-    )
+    prompt_cache_options: PromptCacheOptions | None = None
+    prompt_cache_retention: Literal["in_memory", "24h"] | None = None
     context_management: list[ContextManagement] | None = Field(default=None, max_length=16)
     service_tier: str | None = None
 
@@ -170,7 +177,7 @@ class ResponseRequest(PromptRequest):
 
     @property
     def prewarms(self) -> bool:
-        return bool((self.prompt_cache_options or {}).get("prewarm"))
+        return bool(self.prompt_cache_options and self.prompt_cache_options.prewarm)
 
     @property
     def compact_threshold(self) -> int | None:
@@ -288,7 +295,10 @@ def new_response(request: ResponseRequest, model: str) -> Json:
     effort = (request.reasoning and request.reasoning.effort) or "medium"
     echoed = {key: value for key, value in (request.model_extra or {}).items() if key in _ECHOED}
     if request.prompt_cache_options is not None:
-        echoed["prompt_cache_options"] = request.prompt_cache_options
+        asked = request.prompt_cache_options.model_dump(exclude_none=True)
+        echoed["prompt_cache_options"] = {"mode": "implicit", "ttl": "30m", **asked}
+    if request.prompt_cache_retention is not None:
+        echoed["prompt_cache_retention"] = request.prompt_cache_retention
     return {
         "id": new_id("resp"),
         "object": "response",
@@ -332,9 +342,9 @@ def new_response(request: ResponseRequest, model: str) -> Json:
     }  # fmt: skip
 
 
-_ECHOED = frozenset({"prompt_cache_retention", "access_programs", "image", "background_options"})
+_ECHOED = frozenset({"background_options"})
 # Fields that are taken without a word: they change nothing here, and need not.
-HINTS = _ECHOED | {"client_metadata"}
+HINTS = _ECHOED | {"access_programs", "client_metadata", "image"}
 
 
 def error_object(error: OssiaError) -> Json:

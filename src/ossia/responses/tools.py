@@ -17,13 +17,19 @@ from ossia.errors import InputError
 from ossia.harmony import Message, ToolDescription, ToolNamespace
 from ossia.responses.client_tools import CLIENT_TOOLS
 from ossia.responses.schema import Json
+from ossia.tools.base import RESERVED_NAMESPACES
+from ossia.tools.web.citations import CitationScanner
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
-# Names of the format itself, and of the tools that the model was trained with.
-_RESERVED_NAMESPACES = frozenset({"functions", "browser", "python", "assistant", "user", "system", "developer", "tool"})
+_TRAINED = frozenset({"browser", "python"})
 _BUILTIN = {"code_interpreter": "python", "web_search": "browser"}
 # web_search_preview_2025_03_11 and its like.
 _DATED = re.compile(r"(_preview)?(_\d{4}_\d\d_\d\d)?$")
+
+
+def kind_of(tool: Json) -> str:
+    """The type of a declared tool, whatever its date: `web_search` for web_search_preview_2025_03_11."""
+    return _DATED.sub("", str(tool.get("type")), count=1)
 
 
 @dataclass(frozen=True)
@@ -58,16 +64,54 @@ class ToolResult(NamedTuple):
 
 
 class Toolbox(Protocol):
-    """Tools that ossia runs itself, for one response or a chain of them."""
+    """Tools that ossia runs itself, for one response or a chain of them. What implements it inherits from it."""
 
     def namespaces(self, tools: Sequence[Json]) -> tuple[list[ToolNamespace], list[Json]]:
         """How the model is told of those of ``tools`` that are offered here, and the others."""
 
     def item(self, recipient: str) -> Json | None:
-        """The item that shows a call while it is under way: `type` and that type's own fields; None if unknown."""
+        """The item that shows a call while it is under way: `type` and that type's own fields; None if unknown.
+
+        A call that a person has to approve first is an `mcp_approval_request`: it is not run, and ends the turn.
+        """
 
     async def run(self, call: Message) -> ToolResult:
         """Run a call. What goes wrong in the tool is a result, not an exception; cancelling stops the tool."""
+
+    def name(self, recipient: str) -> str:
+        """The tool's own name for what the model has called it."""
+        return recipient
+
+    def begin(self, response_id: str) -> None:
+        """The response that the next calls belong to."""
+
+    def opening(self) -> list[Json]:
+        """Items that the response shows first: the lists of tools that servers have given."""
+        return []
+
+    def ask(self, call: Message) -> Json:
+        """The fields of the item that asks a person for a call."""
+        return {}
+
+    async def run_approved(self, request: Json) -> ToolResult:
+        """Run the call that an `mcp_approval_request` asks for, now that it is approved."""
+        return ToolResult("there is nothing that could be approved", {}, True)
+
+    def scanner(self) -> CitationScanner | None:
+        """What turns the citations of one message into annotations; None where nothing can be cited."""
+        return None
+
+    @property
+    def wants_approval(self) -> bool:
+        """Whether a person is to be asked before anything is done with what the world has said."""
+        return False
+
+    def state(self) -> Json | None:
+        """What the next response of the chain goes on with, as JSON values; takes time. None for nothing."""
+        return None
+
+    async def close(self) -> None:
+        """Free what no later response can come back to."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +124,8 @@ class Tools:
     # Descriptions of client namespaces.
     descriptions: tuple[tuple[str, str], ...] = ()
     builtin: tuple[ToolNamespace, ...] = ()
+    # Tools that ossia runs and the model was not trained on: told in the developer message, as functions are.
+    served: tuple[ToolNamespace, ...] = ()
     # Types of tools that are not offered here.
     ignored: tuple[str, ...] = ()
 
@@ -104,7 +150,14 @@ class Tools:
             group = groups.setdefault(function.namespace or "functions", [])
             group.append(ToolDescription(function.name, _described(function), function.parameters))
         described = dict(self.descriptions)
-        return [ToolNamespace(name, described.get(name), tuple(tools)) for name, tools in groups.items()]
+        declared = [ToolNamespace(name, described.get(name), tuple(tools)) for name, tools in groups.items()]
+        return [*declared, *self.served]
+
+    @property
+    def names(self) -> list[str]:
+        """Recipients of everything that can be called."""
+        own = [f"{n.name}.{t.name}" if t else n.name for n in self.builtin + self.served for t in n.tools or (None,)]
+        return sorted([*(function.recipient for function in self.callable), *own])
 
 
 def read_tools(tools: Sequence[Json], toolbox: Toolbox | None = None) -> Tools:
@@ -113,7 +166,7 @@ def read_tools(tools: Sequence[Json], toolbox: Toolbox | None = None) -> Tools:
     Tools that are deferred are left out if the client can search for them.
     """
     can_search = any(tool.get("type") == "tool_search" and _is_client_run(tool) for tool in tools)
-    builtin: list[ToolNamespace] = []
+    spaces: list[ToolNamespace] = []
     functions: list[Function] = []
     descriptions: list[tuple[str, str]] = []
     others: list[Json] = []
@@ -130,7 +183,7 @@ def read_tools(tools: Sequence[Json], toolbox: Toolbox | None = None) -> Tools:
                 functions.append(_client_tool(tool, where))
             case "namespace":
                 name = _name(tool, where)
-                if name in _RESERVED_NAMESPACES:
+                if name in RESERVED_NAMESPACES:
                     raise InputError(f"{where}.name {name!r} is a name of the format; choose another", param=where)
                 descriptions.append((name, str(tool.get("description") or "")))
                 inner = tool.get("tools")
@@ -143,14 +196,23 @@ def read_tools(tools: Sequence[Json], toolbox: Toolbox | None = None) -> Tools:
             case _:
                 raise InputError(f"{where} has no type; expected one such as 'function'", param=f"{where}.type")
     if toolbox is not None:
-        builtin, others = toolbox.namespaces(others)
+        spaces, others = toolbox.namespaces(others)
     seen: set[str] = set()
     for function in functions:
         if function.recipient in seen:
             raise InputError(f"two tools are named {function.recipient!r}; expected different names", param="tools")
         seen.add(function.recipient)
-    ignored = tuple(dict.fromkeys(str(tool["type"]) for tool in others))
-    return Tools(tuple(functions), descriptions=tuple(descriptions), builtin=tuple(builtin), ignored=ignored)
+    named = {function.namespace for function in functions}
+    for space in spaces:
+        if space.name in named:
+            raise InputError(f"a namespace and a server are both named {space.name!r}; rename one", param="tools")
+    return Tools(
+        tuple(functions),
+        descriptions=tuple(descriptions),
+        builtin=tuple(space for space in spaces if space.name in _TRAINED),
+        served=tuple(space for space in spaces if space.name not in _TRAINED),
+        ignored=tuple(dict.fromkeys(str(tool["type"]) for tool in others)),
+    )
 
 
 def with_found(tools: Tools, items: Sequence[Json]) -> Tools:
@@ -187,7 +249,7 @@ def read_tool_choice(choice: str | Json | None, tools: Tools) -> Choice:
             raise InputError(
                 f"tool_choice is {choice[:80]!r}; expected none, auto, required or an object", param="tool_choice"
             )
-        if choice == "required" and not (tools.callable or tools.builtin):
+        if choice == "required" and not tools.names:
             raise InputError("tool_choice is 'required' and no tool is declared", param="tool_choice")
         return Choice(choice or "auto")  # type: ignore[arg-type]
     kind = choice.get("type")
@@ -225,10 +287,11 @@ def _recipients(wanted: Json, tools: Tools) -> tuple[str, ...]:
         name, found = kind, [f.recipient for f in tools.callable if f.kind == kind]
     else:
         # The namespace that a type of tool was trained under; of a server's tools, its label.
-        label = wanted.get("server_label") or _BUILTIN.get(_DATED.sub("", kind), kind)
-        found = [f"{n.name}.{t.name}" for n in tools.builtin for t in n.tools if (n.name, t.name) == (label, name)]
+        label = wanted.get("server_label") or _BUILTIN.get(kind_of(wanted), kind)
+        spaces = [space for space in tools.builtin + tools.served if space.name == label]
+        found = [f"{space.name}.{tool.name}" for space in spaces for tool in space.tools if tool.name == name]
         if not isinstance(name, str):
-            name, found = label, [n.name for n in tools.builtin if n.name == label]
+            name, found = label, [space.name for space in spaces]
     if not found:
         raise InputError(f"tool_choice names {str(name)[:80]!r}, which tools does not declare", param="tool_choice")
     return tuple(found)

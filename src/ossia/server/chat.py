@@ -2,6 +2,9 @@
 
 The chain of thought goes out as `reasoning` and as `reasoning_content`, equal texts, and is taken back under either
 name, or `thinking`. A client that drops it loses nothing while a turn waits for a tool: it is known by call id.
+
+`{"type": "code_interpreter"}` and `{"type": "web_search"}` among the tools, or web_search_options, are run here as in
+the Responses API: the client sees the answer, with its citations as `annotations`.
 """
 
 from __future__ import annotations
@@ -63,6 +66,13 @@ class ChatRequest(Sampled):
     structured_outputs: Json | None = None
 
 
+class ModelList(BaseModel):
+    """Every name of the model that is served."""
+
+    object: Literal["list"]
+    data: list[Model]
+
+
 class CompletionList(BaseModel):
     """One page of stored completions."""
 
@@ -113,7 +123,7 @@ def router(service: Service) -> APIRouter:
     async def chat(body: ChatRequest, request: Request) -> HttpResponse:
         asked = to_response_request(body)
         num = body.n or 1
-        runs = [await service.begin(asked, Extras(body.sampling(i), body.stops)) for i in range(num)]
+        runs = [await service.begin(asked, Extras(body.sampling(i), body.stops), can_ask=False) for i in range(num)]
         frame = _Frame(service.model.name, body)
         headers = service.ignored(body, runs[0].tools.ignored, _HINTS)
 
@@ -170,7 +180,7 @@ def router(service: Service) -> APIRouter:
         shown = [_stored_message(f"{completion_id}-{i}", message) for i, message in enumerate(given)]
         return JSONResponse(page(shown, limit, after, order))
 
-    @routes.get("/models", tags=["Models"], summary="List the models")
+    @routes.get("/models", tags=["Models"], responses={200: {"model": ModelList}}, summary="List the models")
     async def models() -> HttpResponse:
         return JSONResponse({"object": "list", "data": [_model(service, name) for name in sorted(service.names)]})
 
@@ -376,6 +386,13 @@ class _Frame:
         text, thought = _GAP.join(part["text"] for part in parts), _GAP.join(thoughts)
         # Only a call may stand without a text: clients fail on null otherwise.
         message: Json = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
+        begin = 0
+        annotations = []
+        for part in parts:
+            annotations += [_annotation(one, begin) for one in part["annotations"]]
+            begin += len(part["text"]) + len(_GAP)
+        if annotations:
+            message["annotations"] = annotations
         if thought and self._shows_reasoning:
             message |= {"reasoning": thought, "reasoning_content": thought}
         if calls:
@@ -405,6 +422,8 @@ class _Deltas:
         # What has been said so far, by kind, and whether the open item has said something.
         self._has_said = {True: False, False: False}
         self._has_begun = False
+        # Characters of the content, and where the open message begins in it.
+        self._num_chars = self._begin = 0
 
     def of(self, event: Event) -> Json | None:
         """The choice for one event; None if it says nothing."""
@@ -415,6 +434,7 @@ class _Deltas:
                 text = self._spaced(fields["delta"])
                 if not self._is_thought:
                     delta: Json = {"content": text}
+                    self._num_chars += len(text)
                     if fields["logprobs"]:
                         logprobs = {"content": fields["logprobs"], "refusal": None}
                 elif self._shows_reasoning:
@@ -428,6 +448,8 @@ class _Deltas:
                     return None
                 place = self._calls[fields["output_index"]] = len(self._calls)
                 delta = {"tool_calls": [{"index": place, **_call(item)}]}
+            case "response.output_text.annotation.added" if not self._is_thought:
+                delta = {"annotations": [_annotation(fields["annotation"], self._begin)]}
             case "response.function_call_arguments.delta":
                 delta = self._more(fields, "function", "arguments")
             case "response.custom_tool_call_input.delta":
@@ -439,9 +461,11 @@ class _Deltas:
     def _spaced(self, text: str) -> str:
         if not self._has_begun:
             self._has_begun = True
+            num_chars = len(text)
             if self._has_said[self._is_thought]:
                 text = _GAP + text
             self._has_said[self._is_thought] = True
+            self._begin = self._num_chars + len(text) - num_chars
         return text
 
     def _more(self, fields: Json, kind: str, name: str) -> Json:
@@ -450,6 +474,13 @@ class _Deltas:
 
 def _is_thought(item: Json, is_parsed: bool) -> bool:
     return item["type"] == "reasoning" or (is_parsed and item.get("phase") == "commentary")
+
+
+def _annotation(annotation: Json, begin: int) -> Json:
+    """A citation in the words of Chat Completions; its message begins at a place of the content."""
+    cited = {key: value for key, value in annotation.items() if key != "type"}
+    cited |= {key: annotation[key] + begin for key in ("start_index", "end_index")}
+    return {"type": annotation["type"], "url_citation": cited}
 
 
 def _call(item: Json) -> Json:

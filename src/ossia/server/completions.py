@@ -14,10 +14,11 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response as HttpResponse
 
-from ossia.engine.request import NO_TOKEN, SamplingParams
-from ossia.errors import InputError, UnsupportedError
+from ossia.engine.request import NO_TOKEN, SamplingParams, TokenOutput
+from ossia.errors import InputError, OssiaError, UnsupportedError
 from ossia.responses.events import DONE
-from ossia.responses.schema import Json, dumps, new_id
+from ossia.responses.loop import Phase, engine_phases
+from ossia.responses.schema import Json, dumps, error_object, new_id
 from ossia.server.sampled import Sampled
 from ossia.server.service import Service
 from ossia.server.stream import EventStream, JSONResponse, merged, opened, together, while_there
@@ -39,8 +40,9 @@ def router(service: Service) -> APIRouter:
     @routes.post("/completions", responses={200: {"model": Completion}}, summary="Complete a raw prompt")
     async def complete(body: CompletionRequest, request: Request) -> HttpResponse:
         service.check_model(body.model)
-        made = [_Raw(service, body, prompt, i) for prompt in _prompts(service, body) for i in range(body.n or 1)]
-        frame: Json = {"id": new_id("cmpl"), "created": int(time.time()), "model": service.model.name}
+        name, num = new_id("cmpl"), body.n or 1
+        made = [_Raw(service, body, prompt, i, name) for prompt in _prompts(service, body) for i in range(num)]
+        frame: Json = {"id": name, "created": int(time.time()), "model": service.model.name}
         frame["object"] = "text_completion"
         if body.stream:
             return EventStream(await opened(request, _raw_chunks(made, frame, body)))
@@ -72,8 +74,10 @@ def _prompts(service: Service, body: CompletionRequest) -> list[list[int]]:
 class _Raw:
     """One prompt being completed."""
 
-    def __init__(self, service: Service, body: CompletionRequest, prompt: list[int], choice: int) -> None:
-        self._service, self._body, self.prompt = service, body, prompt
+    def __init__(
+        self, service: Service, body: CompletionRequest, prompt: list[int], choice: int, completion_id: str
+    ) -> None:
+        self._service, self._body, self.prompt, self._completion_id = service, body, prompt, completion_id
         self.num_output, self.num_cached = 0, 0
         self.finish_reason: str | None = None
         self.text = ""
@@ -105,8 +109,7 @@ class _Raw:
             return
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         data, num_told = b"", 0
-        source = self._service.model.engine.generate(self.prompt, self._params)
-        async with self._service.admission.slot(), aclosing(source) as outputs:
+        async with aclosing(self._outputs()) as outputs:
             async for output in outputs:
                 if output.token_id == NO_TOKEN:
                     continue
@@ -126,6 +129,20 @@ class _Raw:
                 self.text += piece
                 if piece:
                     yield piece
+
+    async def _outputs(self) -> AsyncGenerator[TokenOutput, None]:
+        """What the engine says, in its turn."""
+        queued_ns = time.time_ns()
+        async with self._service.admission.slot():
+            begin_ns, first_ns = time.time_ns(), 0
+            try:
+                async with aclosing(self._service.model.engine.generate(self.prompt, self._params)) as outputs:
+                    async for output in outputs:
+                        first_ns = first_ns or time.time_ns()
+                        yield output
+            finally:
+                spent = engine_phases(begin_ns, first_ns, len(self.prompt), self.num_cached, self.num_output)
+                self._service.note([Phase("queue", queued_ns, begin_ns), *spent], self._completion_id)
 
     async def finish(self) -> None:
         async with aclosing(self.pieces()) as pieces:
@@ -155,9 +172,18 @@ async def _raw_chunks(made: list[_Raw], frame: Json, body: CompletionRequest) ->
     def chunk(choices: list[Json], **fields: Any) -> bytes:
         return b"data: %b\n\n" % dumps({**frame, "choices": choices, **fields})
 
-    async with aclosing(merged([one.pieces() for one in made])) as pieces:
-        async for index, piece in pieces:
-            yield chunk([{"index": index, "text": piece, "logprobs": None, "finish_reason": None}])
+    has_begun = False
+    try:
+        async with aclosing(merged([one.pieces() for one in made])) as pieces:
+            async for index, piece in pieces:
+                yield chunk([{"index": index, "text": piece, "logprobs": None, "finish_reason": None}])
+                has_begun = True
+    except OssiaError as error:
+        if not has_begun:
+            raise
+        yield b"data: %b\n\n" % dumps({"error": {**error_object(error), "type": error.type, "param": None}})
+        yield DONE
+        return
     for index, one in enumerate(made):
         yield chunk([{**one.choice(index), "text": ""}])
     if body.stream_options and body.stream_options.include_usage:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
@@ -55,21 +55,40 @@ class MessagesRequest(CountRequest):
     top_k: int | None = Field(default=None, ge=0)
 
 
+class Message(BaseModel):
+    """A message of the model's."""
+
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[Json]
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
+    stop_sequence: str | None
+    usage: dict[str, int]
+
+
+class Counted(BaseModel):
+    """How many tokens the model would read."""
+
+    input_tokens: int
+
+
 def router(service: Service) -> APIRouter:
     routes = APIRouter(prefix="/v1", tags=["Messages"], default_response_class=JSONResponse)
 
-    @routes.post("/messages", summary="Create a message")
+    @routes.post("/messages", responses={200: {"model": Message}}, summary="Create a message")
     async def create(body: MessagesRequest, request: Request) -> HttpResponse:
         sampling = {"top_k": body.top_k} if body.top_k else {}
         stops = tuple(text for text in body.stop_sequences or () if text)
-        run = await service.begin(_to_response_request(body), Extras(sampling, stops))
+        run = await service.begin(_to_response_request(body), Extras(sampling, stops), can_ask=False)
         headers = service.ignored(body, run.tools.ignored, _HINTS)
         if body.stream:
             return EventStream(await opened(request, _stream(service, run, body.model)), headers)
         response = await while_there(request, service.finish(run))
         return JSONResponse(_whole(run, response, body.model or service.model.name), headers=headers)
 
-    @routes.post("/messages/count_tokens", summary="Count the tokens of a message")
+    @routes.post("/messages/count_tokens", responses={200: {"model": Counted}}, summary="Count the tokens of a message")
     async def count(body: CountRequest) -> HttpResponse:
         asked = _to_response_request(body)
         _, read = await service.prepared(asked)

@@ -7,11 +7,11 @@ from collections.abc import AsyncGenerator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
-from openai.types.conversations import Conversation, ConversationDeletedResource, ConversationItemList
-from openai.types.responses import CompactedResponse, Response
+from openai.types.conversations import Conversation, ConversationDeletedResource, ConversationItem, ConversationItemList
+from openai.types.responses import Response, ResponseUsage
 from openai.types.responses.input_token_count_response import InputTokenCountResponse
 from openai.types.responses.response_item_list import ResponseItemList
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, RootModel
 from starlette.requests import Request
 from starlette.responses import Response as HttpResponse
 
@@ -39,6 +39,24 @@ Order = Annotated[Literal["asc", "desc"], Query()]
 # Clients of the API say include[]=, people say include=.
 Include = Annotated[list[str] | None, Query(alias="include[]", description="What items show besides.")]
 PlainInclude = Annotated[list[str] | None, Query(alias="include", include_in_schema=False)]
+
+
+class Compacted(BaseModel):
+    """A conversation made short: the user's own messages, and an item that stands for the rest."""
+
+    id: str
+    object: Literal["response.compaction"]
+    created_at: int
+    output: list[Json]
+    usage: ResponseUsage
+
+
+class Deleted(BaseModel):
+    """A response that is gone."""
+
+    id: str
+    object: Literal["response"]
+    deleted: Literal[True]
 
 
 class NewConversation(BaseModel):
@@ -85,7 +103,7 @@ def router(service: Service) -> APIRouter:
         _, read = await service.prepared(body)
         return JSONResponse({"object": "response.input_tokens", "input_tokens": len(read.prompt.token_ids)})
 
-    @routes.post("/responses/compact", responses=_says(CompactedResponse), summary="Compact a conversation")
+    @routes.post("/responses/compact", responses=_says(Compacted), summary="Compact a conversation")
     async def compact(body: PromptRequest, request: Request) -> HttpResponse:
         return JSONResponse(await while_there(request, _compacted(service, body)))
 
@@ -115,7 +133,7 @@ def router(service: Service) -> APIRouter:
         events = split(sent) if sent is not None else [sse(event) for event in replayed(response)]
         return EventStream(_each([*events[begin:], DONE]))
 
-    @routes.delete("/responses/{response_id}", summary="Delete a response")
+    @routes.delete("/responses/{response_id}", responses=_says(Deleted), summary="Delete a response")
     async def delete(response_id: str) -> HttpResponse:
         if response_id in service.live:
             await service.cancel(service.live[response_id])
@@ -192,7 +210,11 @@ def router(service: Service) -> APIRouter:
         entries = await store.run(store.conversation_entries, conversation_id)
         return JSONResponse(page(_all(service, entries, include, plain_include), limit, after, order))
 
-    @routes.get("/conversations/{conversation_id}/items/{item_id}", summary="Retrieve an item")
+    @routes.get(
+        "/conversations/{conversation_id}/items/{item_id}",
+        responses=_says(RootModel[ConversationItem]),
+        summary="Retrieve an item",
+    )
     async def retrieve_item(
         conversation_id: str, item_id: str, include: Include = None, plain_include: PlainInclude = None
     ) -> HttpResponse:

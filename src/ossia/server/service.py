@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable, Container, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -19,11 +20,14 @@ from ossia.engine import EngineStats
 from ossia.errors import InputError, NotFoundError
 from ossia.responses.convert import Entry, History
 from ossia.responses.events import DONE, Event, sse
-from ossia.responses.loop import Extras, Model, Prepared, Run, prepare
+from ossia.responses.loop import Extras, Model, Phase, Prepared, Run, prepare
 from ossia.responses.schema import Json, PromptRequest, ResponseRequest, check_request
+from ossia.responses.toolbox import Toolboxes
+from ossia.responses.tools import Toolbox
 from ossia.server.limits import Admission, Keys, Rates
 from ossia.server.metrics import Metrics, Watch
 from ossia.server.store import Store, Stored
+from ossia.server.tracing import Tracing, current_trace
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -82,6 +86,8 @@ class Service:
         rates: Rates | None = None,
         admission: Admission | None = None,
         max_request_bytes: int = 32 << 20,
+        tracing: Tracing | None = None,
+        tools: Toolboxes | None = None,
         created_at: int = 0,
     ) -> None:
         self.model, self.store = model, store
@@ -90,6 +96,8 @@ class Service:
         self.rates = rates or Rates(0)
         self.admission = admission or Admission(64, 256)
         self.max_request_bytes = max_request_bytes
+        self.tracing = tracing
+        self.tools = tools or Toolboxes()
         self.created_at = created_at
         self.metrics = Metrics()
         self.live: dict[str, Live] = {}
@@ -126,20 +134,36 @@ class Service:
                     _log.info("%s of clients that change nothing here: %s", what, ", ".join(new)[:500])
         return headers
 
-    async def begin(self, request: ResponseRequest, extras: Extras | None = None) -> Run:
-        """Look up what the request refers to, and read it. Raises what is wrong with it."""
+    async def begin(self, request: ResponseRequest, extras: Extras | None = None, *, can_ask: bool = True) -> Run:
+        """Look up what the request refers to, and read it. Raises what is wrong with it.
+
+        Without ``can_ask`` the form of the API has no way to ask a person for an approval, or to come back.
+        """
         self.check_model(request.model)
+        check_request(request)
         history, references = await self.history(request), await self.references(request)
+        toolbox = await self.toolbox(request, history, can_ask=can_ask)
         return await self.beside_if_long(
-            request, lambda: Run(request, self.model, history, references=references, extras=extras)
+            request,
+            lambda: Run(request, self.model, history, references=references, extras=extras, toolbox=toolbox),
         )
+
+    async def toolbox(self, request: PromptRequest, history: History, *, can_ask: bool = True) -> Toolbox | None:
+        """The tools of ours that the request declares, as the chain has left them."""
+        owner = request.previous_response_id or request.conversation_id
+        if not (request.tools or owner):
+            return None
+        state = await self.store.run(self.store.tool_state, owner) if owner else None
+        items = [entry.item for entry in history.entries]
+        items += [item for item in request.input_items if isinstance(item, dict)]
+        return await self.tools.open(request, items, state, can_ask=can_ask)
 
     async def prepared(self, request: PromptRequest) -> tuple[History, Prepared]:
         """The same for a request that makes no response: its history, and what it says after it."""
         self.check_model(request.model)
         check_request(request)
         history, references = await self.history(request), await self.references(request)
-        toolbox = self.model.toolbox()
+        toolbox = await self.toolbox(request, history) or self.model.toolbox()
         read = lambda: prepare(request, self.model, history, references, toolbox)  # noqa: E731
         return history, await self.beside_if_long(request, read)
 
@@ -185,18 +209,34 @@ class Service:
     async def _made(self, run: Run, sent: list[bytes] | None) -> AsyncGenerator[tuple[Event, bytes], None]:
         watch = Watch(self.metrics)
         keeps, pads, data = bool(run.response["store"]), run.request.wants_padding, b""
+        queued_ns = time.time_ns()
         async with self.admission.slot(), aclosing(run.events()) as events:
-            async for event in events:
-                if sent is not None:
-                    data = sse(event, pads=pads)
-                    if keeps:
-                        sent.append(data)
-                if event.is_terminal:
-                    await self._save(run, sent)
-                    watch.done(run.response)
-                elif watch.first_s is None and event.type.endswith(".delta"):
-                    watch.token()
-                yield event, data
+            run.phases.append(Phase("queue", queued_ns, time.time_ns()))
+            try:
+                async for event in events:
+                    if sent is not None:
+                        data = sse(event, pads=pads)
+                        if keeps:
+                            sent.append(data)
+                    if event.is_terminal:
+                        await self._save(run, sent)
+                        watch.done(run.response)
+                    elif watch.first_s is None and event.type.endswith(".delta"):
+                        watch.token()
+                    yield event, data
+            finally:
+                await events.aclose()
+                if run.toolbox is not None:
+                    await asyncio.shield(run.toolbox.close())
+                self.note(run.phases, run.response["id"])
+
+    def note(self, phases: Sequence[Phase], response_id: str) -> None:
+        """Tell where the time of a response went."""
+        for phase in phases:
+            if phase.name == "queue":
+                self.metrics.queue_s.observe((phase.end_ns - phase.begin_ns) / 1e9)
+        if (trace := current_trace.get()) is not None:
+            trace.add(phases, response_id)
 
     async def within_limits(self, work: Coroutine[Any, Any, T]) -> T:
         """Work that is no response of its own, in its turn. Raises LimitError."""
@@ -243,6 +283,7 @@ class Service:
             _log.exception("response=%s could not be kept", run.response["id"])
         finally:
             watch.done(run.response)
+            self.note(run.phases, run.response["id"])
             live.end()
             del self.live[run.response["id"]]
 
@@ -255,6 +296,9 @@ class Service:
     async def _save(self, run: Run, sent: list[bytes] | None) -> None:
         response, failed = run.response, run.response["status"] in ("failed", "cancelled")
         conversation_id = None if failed else run.request.conversation_id
+        state = None
+        if run.toolbox is not None and (response["store"] or conversation_id is not None):
+            state = await asyncio.to_thread(run.toolbox.state)
         if response["store"]:
             stored = Stored(
                 response,
@@ -263,10 +307,13 @@ class Service:
                 run.current_date if run.is_pending else None,
                 None if sent is None else b"".join(sent),
                 conversation_id,
+                state,
             )
             await self.store.run(self.store.save, stored)
         elif conversation_id is not None:
             await self.store.run(self.store.append_items, conversation_id, [*run.input, *run.output])
+            if state is not None:
+                await self.store.run(self.store.keep_tool_state, conversation_id, state)
 
     async def stop(self, patience_s: float) -> None:
         """Let background responses finish, and cancel those that take longer."""
@@ -278,7 +325,10 @@ class Service:
                 task.cancel()
             if late:
                 await asyncio.wait(late)
+        await self.tools.close()
         self.store.close()
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close)
 
 
 def split(events: bytes) -> list[bytes]:

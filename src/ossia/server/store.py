@@ -64,6 +64,13 @@ _ITEMS = sa.Table(
     # The messages that the item stands for, with their tokens: JSON, zlib.
     sa.Column("spoken", sa.LargeBinary, nullable=False),
 )
+# What the tools of a response, or of a conversation, have left for the next one: pages, the container. JSON, zlib.
+_TOOL_STATES = sa.Table(
+    "tool_states",
+    _META,
+    sa.Column("owner_id", sa.String(128), primary_key=True),
+    sa.Column("body", sa.LargeBinary, nullable=False),
+)
 _CHATS = sa.Table(
     "chat_completions",
     _META,
@@ -95,6 +102,8 @@ class Stored:
     events: bytes | None = None
     # Items are also appended to this conversation.
     conversation_id: str | None = None
+    # What the tools have left for the next response.
+    tool_state: Json | None = None
 
 
 class Store:
@@ -132,7 +141,13 @@ class Store:
         body = dumps(response)
         events = None if stored.events is None else zlib.compress(stored.events, 1)
         rows = _rows(response["id"], "input", stored.input) + _rows(response["id"], "output", stored.output)
-        size = len(body) + len(events or b"") + sum(len(row["body"]) + len(row["spoken"]) for row in rows)
+        left = None if stored.tool_state is None else zlib.compress(dumps(stored.tool_state), 1)
+        size = (
+            len(body)
+            + len(events or b"")
+            + len(left or b"")
+            + sum(len(row["body"]) + len(row["spoken"]) for row in rows)
+        )
         now = time.time()
         with self._db.begin() as db:
             db.execute(sa.delete(_ITEMS).where(_ITEMS.c.owner_id == response["id"]))
@@ -153,6 +168,8 @@ class Store:
             )
             if rows:
                 db.execute(sa.insert(_ITEMS), rows)
+            for owner in (response["id"], stored.conversation_id):
+                _keep_tool_state(db, owner, left)
             if stored.conversation_id is not None:
                 self._append(db, stored.conversation_id, [*stored.input, *stored.output], stored.current_date)
         self._count_saved()
@@ -177,6 +194,16 @@ class Store:
             if not found.rowcount:
                 raise _not_found("response", response_id)
             db.execute(sa.delete(_ITEMS).where(_ITEMS.c.owner_id == response_id))
+            db.execute(sa.delete(_TOOL_STATES).where(_TOOL_STATES.c.owner_id == response_id))
+
+    def tool_state(self, owner_id: str) -> Json | None:
+        """What the tools of a response or a conversation have left; None for nothing."""
+        row = self._one(sa.select(_TOOL_STATES.c.body).where(_TOOL_STATES.c.owner_id == owner_id))
+        return None if row is None else _json(zlib.decompress(row.body))
+
+    def keep_tool_state(self, owner_id: str, state: Json) -> None:
+        with self._db.begin() as db:
+            _keep_tool_state(db, owner_id, zlib.compress(dumps(state), 1))
 
     def input_entries(self, response_id: str) -> list[Entry]:
         """What the response answered: the items of its own request."""
@@ -258,6 +285,7 @@ class Store:
         with self._db.begin() as db:
             db.execute(sa.delete(_CONVERSATIONS).where(_CONVERSATIONS.c.id == conversation_id))
             db.execute(sa.delete(_ITEMS).where(_ITEMS.c.owner_id == conversation_id))
+            db.execute(sa.delete(_TOOL_STATES).where(_TOOL_STATES.c.owner_id == conversation_id))
 
     def conversation_history(self, conversation_id: str) -> History:
         row = self._conversation_row(conversation_id)
@@ -372,6 +400,7 @@ class Store:
             for begin in range(0, len(ids), 500):
                 some = ids[begin : begin + 500]
                 db.execute(sa.delete(_ITEMS).where(_ITEMS.c.owner_id.in_(some)))
+                db.execute(sa.delete(_TOOL_STATES).where(_TOOL_STATES.c.owner_id.in_(some)))
                 db.execute(sa.delete(_RESPONSES).where(_RESPONSES.c.id.in_(some)))
                 db.execute(sa.delete(_CONVERSATIONS).where(_CONVERSATIONS.c.id.in_(some)))
                 db.execute(sa.delete(_CHATS).where(_CHATS.c.id.in_(some)))
@@ -455,6 +484,13 @@ def _rows(owner_id: str, kind: str, entries: Sequence[Entry], first: int = 0) ->
         }
         for i, entry in enumerate(entries)
     ]
+
+
+def _keep_tool_state(db: Connection, owner_id: str | None, body: bytes | None) -> None:
+    if owner_id is None or body is None:
+        return
+    db.execute(sa.delete(_TOOL_STATES).where(_TOOL_STATES.c.owner_id == owner_id))
+    db.execute(sa.insert(_TOOL_STATES).values(owner_id=owner_id, body=body))
 
 
 def _entries(db: Connection, owner_id: str) -> list[Entry]:

@@ -60,9 +60,7 @@ class ApplyPatch:
         if name not in ("apply_patch", ""):
             return ToolOutput(f"Error: there is no function {name!r}; expected apply_patch", is_error=True)
         try:
-            operations = parse_patch(patch_argument(arguments))
-            plan = await asyncio.to_thread(self._folder.plan, operations)
-            details = _details(plan)
+            plan, details = await asyncio.to_thread(self._plan, arguments)
             if self._approve is not None and not await self._approve(plan):
                 return ToolOutput("Error: the user has declined this patch. No file was changed.", True, details)
             await _commit(plan)
@@ -71,6 +69,10 @@ class ApplyPatch:
         except OSError as error:
             return ToolOutput(f"Error: {error.strerror or error}", is_error=True)
         return ToolOutput(plan.summary(), details=details)
+
+    def _plan(self, arguments: str) -> tuple[Plan, dict[str, Any]]:
+        plan = self._folder.plan(parse_patch(patch_argument(arguments)))
+        return plan, _details(plan)
 
     async def close(self) -> None:
         self._folder.close()

@@ -8,8 +8,8 @@
 
 `outcome` is ok, error (what the tool answered), cancelled, or a word of the caller's such as refused. What was asked
 and answered is left out unless `with_contents` is set; then it stands shortened under `arguments` and `output`, with
-what looks like a secret taken out. A line is written by one call of the system to a file opened for appending, so that the
-lines of several processes do not mix; a file that has grown to its size is renamed to `.1`, the older ones to `.2` ...
+what looks like a secret taken out. A line is written by one call of the system to a file opened for appending, so that
+the lines of several processes do not mix; a full file is renamed to `.1`, the older ones to `.2` and on.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ with a text, in the words that it was trained on where there are such; what a pa
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
 import math
@@ -25,6 +26,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit, urlunsplit
 
+from ossia.config import Config
 from ossia.errors import InputError, OssiaError
 from ossia.harmony import Tokenizer, ToolNamespace
 from ossia.tools.base import ToolOutput
@@ -49,6 +51,7 @@ _STATE_VERSION = 1
 _MAX_SEARCH_RESULTS = 20
 _MAX_VIEWS = 2000
 _MAX_SEEN_URLS = 50_000
+_MAX_HELD_CHARS = 8_000_000
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,17 @@ class BrowserRules:
     max_requests: int = 100
     # Most bytes of the state that is kept; the oldest pages lose their text first.
     max_state_bytes: int = 2 << 20
+
+    @classmethod
+    def of(cls, settings: Config, allowed_domains: Iterable[str] = ()) -> BrowserRules:
+        """Those of the settings, narrowed by the domains that a request allows."""
+        domains = Domains.read(settings.browser_allow.split(","), settings.browser_block.split(","))
+        return cls(
+            domains.within(Domains.read(allowed_domains)),
+            seen_links_only=settings.browser_links == "seen",
+            obeys_robots=settings.browser_robots == "yes",
+            max_requests=settings.browser_requests,
+        )
 
 
 class _UsageError(Exception):
@@ -106,7 +120,7 @@ class Browser:
         self._pages: list[Page] = []
         self._views: list[_View] = []
         self._num_requests = 0
-        # URLs that may be opened, the latest last.
+        # Digests of URLs that may be opened, the latest last.
         self._seen: dict[str, None] = {}
         # By number of a page: the URL that was asked for, from which redirects may have led away.
         self._asked: dict[int, str] = {}
@@ -282,7 +296,17 @@ class Browser:
     def _add(self, page: Page) -> int:
         self._pages.append(page)
         self._note(page.links)
+        self._make_room()
         return len(self._pages) - 1
+
+    def _make_room(self) -> None:
+        """Hold only so much text: of the first pages what was shown stays, and they are fetched again if need be."""
+        num_chars = 0
+        for number in range(len(self._pages) - 1, -1, -1):
+            page = self._pages[number]
+            num_chars += len(page.text)
+            if num_chars > _MAX_HELD_CHARS and page.text and number < len(self._pages) - 2:
+                self._pages[number] = _as_linked(page, [view for view in self._views if view.page == number])
 
     def _push(self, number: int, first: int, num_lines: int | None) -> str:
         page = self._pages[number]
@@ -322,7 +346,7 @@ class Browser:
                 if page.kind == kind and page.is_whole and known_url in (page.url, self._asked.get(number)):
                     return number
         shown = shorten(clean(url))
-        if self._rules.seen_links_only and _plain_url(url) not in self._seen:
+        if self._rules.seen_links_only and _digest(url) not in self._seen:
             raise _UsageError(
                 f"Error fetching URL `{shown}`: only links of search results and pages that were opened, and URLs that "
                 "the user gave, can be opened here"
@@ -350,7 +374,7 @@ class Browser:
             for url in urls:
                 if len(self._seen) >= _MAX_SEEN_URLS:
                     self._seen.pop(next(iter(self._seen)))
-                self._seen[_plain_url(url)] = None
+                self._seen[_digest(url)] = None
 
     # State -----------------------------------------------------------------------------------------------------------
 
@@ -544,13 +568,15 @@ def _flag(name: str, value: Any) -> bool:
     return named
 
 
-def _plain_url(url: str) -> str:
-    """A URL for comparison: without its fragment, host in small letters."""
+def _digest(url: str) -> str:
+    """A URL for comparison: its fragment does not count, nor the case of its host."""
     try:
         parts = urlsplit(url.removeprefix(SOURCE_PREFIX))
+        url = urlunsplit((parts.scheme.lower(), parts.netloc.lower(), parts.path or "/", parts.query, ""))
     except ValueError:
-        return url
-    return urlunsplit((parts.scheme.lower(), parts.netloc.lower(), parts.path or "/", parts.query, ""))
+        # It cannot be opened anyway.
+        pass
+    return hashlib.blake2b(url.encode("utf-8", "replace"), digest_size=12).hexdigest()
 
 
 def _said(error: OssiaError) -> str:

@@ -251,6 +251,7 @@ def _model(
     """A pydantic model of the parameters, in their order."""
     from pydantic import ConfigDict, Field, PydanticUserError, create_model
     from pydantic.fields import FieldInfo
+    from pydantic_core import SchemaError
 
     try:
         hints = get_type_hints(inspect.unwrap(function), include_extras=True)
@@ -281,7 +282,7 @@ def _model(
         fields[f"p{i}_"] = (hint, Field(default, **options))
     try:
         return create_model(name, __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=False), **fields)
-    except (PydanticUserError, TypeError, NameError) as error:
+    except (PydanticUserError, SchemaError, TypeError, NameError) as error:
         said = str(error).splitlines()[0]
         raise InputError(f"tool {name}: a parameter's type has no JSON form: {said}") from None
 

@@ -262,9 +262,9 @@ class _Finder:
                 votes.update(i - k for i in here if i >= k)
         if votes:
             return min(votes, key=lambda at: (-votes[at], at))
-        known = [line for line in index if line][:_MAX_COMPARED_LINES]
-        for k, line in enumerate(wanted):
-            if close := difflib.get_close_matches(_DEGREES[-1](line), known, n=1):
+        known = [line for line in index if line and len(line) <= _MAX_SHOWN_CHARS][:_MAX_COMPARED_LINES]
+        for k, line in enumerate(wanted[:_NUM_SHOWN_LINES]):
+            if close := difflib.get_close_matches(_DEGREES[-1](line)[:_MAX_SHOWN_CHARS], known, n=1):
                 return max(0, index[close[0]][0] - k)
         return None
 

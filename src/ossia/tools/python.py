@@ -19,7 +19,7 @@ import json
 import logging
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
@@ -50,7 +50,7 @@ _REASONS = {
 _IMAGES = ("image/png", "image/jpeg")
 # A picture larger than this is told, not sent.
 _MAX_IMAGE_BYTES = 8 << 20
-_MAX_LOGS_CHARS = 1 << 20
+_MAX_LOGS_CHARS = 4 << 20
 _FENCED = re.compile(r"\s*```(?:python|py|ipython|tool_code)?[ \t]*\n(.*?)\n?```\s*", re.DOTALL)
 _MAX_FORGOTTEN = 10_000
 
@@ -68,26 +68,26 @@ class PythonSession:
         self._lock = asyncio.Lock()
         # Said to the model with the next output.
         self._note = ""
+        self._is_told = False
 
     @property
     def is_idle(self) -> bool:
         return self.num_users == 0
 
-    async def execute(self, code: str) -> tuple[Execution, str]:
+    async def execute(self, code: str, timeout_s: float | None = None) -> tuple[Execution, str]:
         """Run a cell; what came of it, and what the model must be told of its environment first."""
         async with self._use(), self._lock:
-            sandbox = await self._running()
-            note, self._note = self._note, ""
+            timeout_s = timeout_s or self._sessions.limits.timeout_s
             try:
-                execution = await sandbox.execute(code, self._sessions.limits.timeout_s)
+                execution = await (await self._running()).execute(code, timeout_s)
             except UnavailableError:
-                execution = Execution("gone", is_restarted=True)
-            # Not lost silently if the call was cancelled before anything was said.
-            except asyncio.CancelledError:
-                self._note = note
-                raise
+                # It went before the code ran; a new one is another's affair only if it cannot be had.
+                execution = await (await self._running()).execute(code, timeout_s)
+            note, self._note = self._note, ""
             if execution.was_lost:
                 note += f"[WARN] {_LOST}\n"
+            # What is lost now is told with this very call.
+            self._is_told = execution.status in ("gone", "files", "disk")
             return execution, note
 
     async def list_files(self) -> list[SandboxFile]:
@@ -129,7 +129,10 @@ class PythonSession:
     async def _running(self) -> Sandbox:
         if self._sandbox is not None and not self._sandbox.is_alive:
             lost, self._sandbox = self._sandbox, None
-            await lost.close()
+            self._sessions.forget(lost)
+            if not self._is_told:
+                self.tell(f"[WARN] The environment failed. {_GONE}\n")
+            self._is_told = False
         if self._sandbox is None:
             self._sandbox = await self._sessions.take_sandbox()
         return self._sandbox
@@ -169,6 +172,7 @@ class PythonSessions:
         self._warm: list[Sandbox] = []
         self._warming: asyncio.Task[None] | None = None
         self._sweeper: asyncio.Task[None] | None = None
+        self._closing: set[asyncio.Task[None]] = set()
         self._is_closed = False
 
     async def __aenter__(self) -> Self:
@@ -219,6 +223,11 @@ class PythonSessions:
     def has_session(self, key: str) -> bool:
         return key in self._sessions
 
+    def expect(self, key: str) -> None:
+        """The conversation has used its session before; if that is not here any more, the model is told so."""
+        if key not in self._sessions:
+            self._ended.setdefault(key, "The server was started anew.")
+
     async def end_session(self, key: str) -> None:
         """End a conversation's session for good; unknown keys are no error."""
         self._ended.pop(key, None)
@@ -235,7 +244,7 @@ class PythonSessions:
         closing = [one.close() for one in (*self._sessions.values(), *self._warm)]
         self._sessions.clear()
         self._warm.clear()
-        await asyncio.gather(*closing, return_exceptions=True)
+        await asyncio.gather(*closing, *self._closing, return_exceptions=True)
         self._executor.shutdown(wait=False)
 
     async def take_sandbox(self) -> Sandbox:
@@ -245,10 +254,14 @@ class PythonSessions:
             if sandbox.is_alive:
                 self._keep_warm()
                 return sandbox
-            await sandbox.close()
+            self.forget(sandbox)
         sandbox = await self._kind.start()
         self._keep_warm()
         return sandbox
+
+    def forget(self, lost: Sandbox) -> None:
+        """Clear away what is left of a sandbox, while nobody waits for it."""
+        self._in_background(lost.close())
 
     # Room and time ---------------------------------------------------------------------------------------------------
 
@@ -269,7 +282,12 @@ class PythonSessions:
         while len(self._ended) > _MAX_FORGOTTEN:
             self._ended.popitem(last=False)
         _log.info("python session=%s ended: %s", session.key, why)
-        self._closing = asyncio.get_running_loop().create_task(session.close())
+        self._in_background(session.close())
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
 
     async def _sweep(self) -> None:
         while True:
@@ -324,6 +342,9 @@ class PythonTool:
             return ToolOutput("[ERROR] The python tool met an error of its own.", True, {"outputs": [], "status": "failed"})
         text = note + describe(execution, self._sessions.limits)
         return ToolOutput(text, execution.status != "ok", _details(execution, self._sessions.tier))
+
+    async def close(self) -> None:
+        """Nothing is held: the session is the conversation's, and ends when it is idle."""
 
 
 def read_code(arguments: str) -> str:

@@ -1,4 +1,4 @@
-"""A web site on the loopback for the browser's tests: well-behaved pages and every kind of bad one, requests counted."""
+"""A web site on the loopback for the browser's tests: good pages and every kind of bad one, requests counted."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 from ossia.tools.web.guard import Guard, RefusedError
@@ -65,7 +66,11 @@ class Site:
             self.last = head
             path = head.split(b" ")[1].decode()
             self.asked.append(path)
-            answer = self.pages.get(path) or self.pages.get(path.partition("?")[0]) or page("nothing", status="404 Not Found")
+            answer = (
+                self.pages.get(path)
+                or self.pages.get(path.partition("?")[0])
+                or page("nothing", status="404 Not Found")
+            )
             if isinstance(answer, bytes):
                 writer.write(answer)
                 await writer.drain()
@@ -166,6 +171,7 @@ async def no_http(writer: asyncio.StreamWriter) -> None:
     writer.write(b"SSH-2.0-OpenSSH_9.2\r\n")
 
 
+@lru_cache
 def gzip_bomb(num_bytes: int) -> bytes:
     packer = zlib.compressobj(9, wbits=31)
     block = b"\0" * (1 << 20)
@@ -218,7 +224,9 @@ def add_bad_pages(site: Site) -> None:
         "/500": page("broken", status="500 Internal Server Error"),
         "/401": page("<form>Log in</form>", status="401 Unauthorized", WWW_Authenticate="Basic realm=x"),
         "/login-wall": redirect("/login"),
-        "/login": page("<title>Sign in</title><form action=/in><label>Name <input name=u></label><button>Sign in</button></form>"),
+        "/login": page(
+            "<title>Sign in</title><form action=/in><label>Name <input name=u></label><button>Sign in</button></form>"
+        ),
         "/cookie": page("<p>took", Set_Cookie="a=b"),
         "/empty": page(""),
-    }  # fmt: skip
+    }

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import codecs
 import io
 
@@ -167,6 +168,21 @@ def test_a_document_that_takes_too_long_costs_its_child_and_no_more():
         parser.close()
 
 
+def test_a_document_that_is_not_wanted_any_more_ends_its_child(parser):
+    async def run():
+        body = b"<b>" * 400_000 + b"</i>" * 400_000
+        task = asyncio.create_task(parser.render_async("html", body, URL))
+        await asyncio.sleep(0.6)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        # Both places are free again at once.
+        rendered = await asyncio.gather(*(parser.render_async("html", b"<p>next", URL) for _ in range(2)))
+        assert [one.text for one in rendered] == ["next", "next"]
+
+    asyncio.run(asyncio.wait_for(run(), 8))
+
+
 def test_a_child_is_warm_alone_and_limited(parser):
     import os
     import resource
@@ -193,11 +209,19 @@ def test_a_child_that_died_is_replaced_without_a_word(parser):
 
 
 def test_a_document_that_takes_all_memory_is_refused():
-    parser = Parser(1, memory_bytes=200 << 20)
+    parser = Parser(1, memory_bytes=120 << 20)
     try:
         assert parser.render("html", b"<p>x", URL).text == "x"
+        # The HTML parser itself stops where memory ends; never without a word.
+        for num_elements in (50_000, 100_000, 200_000):
+            try:
+                text = parser.render("html", b"<p a=b>x" * num_elements + b"<p>end", URL).text
+            except ParseError as error:
+                assert "too large" in error.message
+            else:
+                assert text.endswith(("end", "[The page may go on; it could not be read to its end.]", "cut here.]"))
         with pytest.raises(ParseError, match="too large"):
-            parser.render("html", b"<a b=c>" * 4_000_000, URL)
+            parser.render("text", b"x " * 30_000_000, URL)
         assert parser.render("html", b"<p>next", URL).text == "next"
     finally:
         parser.close()

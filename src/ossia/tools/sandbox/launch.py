@@ -32,7 +32,7 @@ from ossia.tools.sandbox.limits import Limits
 
 # Reads modules from standard input and runs the supervisor; argv[1] says whether they come as source or compiled.
 _BOOT = """\
-import marshal, os, sys, types
+import builtins, marshal, os, sys, types
 def read(n):
     b = b""
     while len(b) < n:
@@ -54,6 +54,8 @@ for _ in range(int.from_bytes(read(4), "big")):
     code = marshal.loads(code) if sys.argv[1] == "compiled" else compile(code, "<ossia>/%s.py" % name, "exec")
     module = sys.modules[parent + "." + name] = types.ModuleType(parent + "." + name)
     setattr(made, name, module)
+    # Builtins of its own: the code may take away those that it shares with everyone.
+    module.__builtins__ = dict(vars(builtins))
     exec(code, module.__dict__)
 module.main()
 """
@@ -142,8 +144,9 @@ class BubblewrapLauncher:
         # The mounts say what there is.
         settings["read"] = ["/"]
         return Launch(
-            (program, "--args", "{0}", "--ro-bind-data", "{1}", "/etc/passwd", "--ro-bind-data", "{2}", "/etc/group",
-             "--remount-ro", "/", "--", *_python(python.executable, "compiled")),
+            (program, "--args", "{0}", "--perms", "0444", "--ro-bind-data", "{1}", "/etc/passwd",
+             "--perms", "0444", "--ro-bind-data", "{2}", "/etc/group", "--remount-ro", "/",
+             "--", *_python(python.executable, "compiled")),
             settings,
             ("\0".join(arguments).encode() + b"\0", passwd, group),
         )  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import json
 import logging
@@ -59,6 +60,7 @@ class ProcessSandbox:
         self._greetings: asyncio.Queue[Answer] = asyncio.Queue()
         # The call that was cancelled and has not ended yet.
         self._leftover: asyncio.Future[Answer] | None = None
+        self._source: asyncio.ReadTransport | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._listener: asyncio.Task[None] | None = None
         self._ending: asyncio.Future[None] | None = None
@@ -84,7 +86,9 @@ class ProcessSandbox:
         return self._ending is None
 
     async def execute(self, code: str, timeout_s: float) -> Execution:
-        await self._settle()
+        was_lost = await self._settle()
+        if not self.is_alive:
+            raise UnavailableError("the python sandbox has ended")
         header = {"op": "run", "timeout_s": timeout_s}
         number, answer = self._ask(header, code.encode("utf-8", "replace"))
         try:
@@ -100,9 +104,11 @@ class ProcessSandbox:
         except UnavailableError:
             return Execution("gone", is_restarted=True)
         execution = _execution(*got)
+        if was_lost:
+            execution = dataclasses.replace(execution, was_lost=True)
         if execution.status in ("files", "disk"):
             # The folders themselves are full, so that a new worker would not help.
-            await self.close()
+            self._end()
         return execution
 
     async def list_files(self) -> list[SandboxFile]:
@@ -138,7 +144,9 @@ class ProcessSandbox:
         loop = asyncio.get_running_loop()
         assert self._process.stdin is not None and self._process.stdout is not None
         reader = asyncio.StreamReader(limit=1 << 20)
-        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), self._process.stdout)
+        self._source, _ = await loop.connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), self._process.stdout
+        )
         transport, protocol = await loop.connect_write_pipe(
             lambda: asyncio.streams.FlowControlMixin(loop=loop), self._process.stdin
         )
@@ -199,17 +207,18 @@ class ProcessSandbox:
         self._writer.write(wire.pack(header | {"id": number}, body))
         return number, answer
 
-    async def _settle(self) -> None:
-        """Let the call that was cancelled come to its end, or end the sandbox."""
+    async def _settle(self) -> bool:
+        """Let the call that was cancelled come to its end, or end the sandbox; whether its state was lost."""
         leftover, self._leftover = self._leftover, None
         if leftover is None:
-            return
+            return False
         done, _ = await asyncio.wait([leftover], timeout=_PATIENCE_S)
         if not done:
             await self.close()
-        elif not leftover.cancelled():
-            # Taken, so that nobody misses it.
-            leftover.exception()
+            return True
+        if leftover.cancelled() or leftover.exception() is not None:
+            return True
+        return bool(leftover.result()[0].get("restarted"))
 
     async def _file_operation(self, header: dict[str, Any], path: str, body: bytes = b"") -> Answer:
         _, answer = self._ask(header, body)
@@ -265,10 +274,17 @@ class ProcessSandbox:
         self._answers.clear()
         if self._launch.dies_with_parent:
             self._process.kill()
+        # The event loop closes what it watches; it would go on watching a number that means another file by then.
         if self._writer is not None:
-            self._writer.close()
+            # Already closed where the other end went first.
+            if not self._writer.transport.is_closing():
+                self._writer.transport.abort()
         elif self._process.stdin is not None:
             self._process.stdin.close()
+        if self._source is not None:
+            self._source.close()
+        elif self._process.stdout is not None:
+            self._process.stdout.close()
         if self._listener is not None and self._listener is not asyncio.current_task():
             self._listener.cancel()
         self._ending = asyncio.get_running_loop().run_in_executor(None, self._wait_for_end)
@@ -282,10 +298,8 @@ class ProcessSandbox:
         if words := self._last_words():
             _log.warning("sandbox=%s pid=%d ended with words=%r", self.tier, self._process.pid, words)
         self._launch.clean_up()
-        for stream in (self._process.stdout, self._process.stderr):
-            if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
+        assert self._process.stderr is not None
+        self._process.stderr.close()
         if self._cgroup is not None:
             self._cgroup.remove()
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from ossia.config import Config
 from ossia.errors import ConfigError, OssiaError
 from ossia.tools.web.fetch import AGENT, Fetched, Fetcher, FetchError, FetchLimits
 from ossia.tools.web.guard import Domains, RefusedError, Url
@@ -23,6 +24,7 @@ from ossia.tools.web.page import Hit, Page, clean, domain_of, merge_space
 from ossia.tools.web.parse_child import ParseError, Parser
 
 SOURCE_PREFIX = "view-source:"
+_MAX_ROBOTS = 50
 _ROBOTS_LIMITS = FetchLimits(total_s=8.0, max_bytes=500 << 10)
 
 
@@ -84,7 +86,10 @@ class Web:
     async def _check_robots(self, url: str, origin: str, scope: Scope) -> None:
         rules = scope.robots.get(origin)
         if rules is None:
-            rules = scope.robots[origin] = await self._read_robots(origin, scope)
+            rules = await self._read_robots(origin, scope)
+            if len(scope.robots) >= _MAX_ROBOTS:
+                scope.robots.pop(next(iter(scope.robots)))
+            scope.robots[origin] = rules
         if isinstance(rules, str):
             raise RefusedError(rules)
         try:
@@ -133,7 +138,7 @@ def document_kind(fetched: Fetched) -> str:
     if kind:
         raise FetchError(f"a document of type {clean(kind)[:80]!r} cannot be shown as text")
     start = body[:1024].lstrip().lower()
-    if start.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
+    if re.match(rb"<(!doctype html|!--|[a-z][a-z0-9]*[\s>])", start):
         return "html"
     if b"\0" in start:
         raise FetchError("a document without a type cannot be shown as text")
@@ -186,6 +191,11 @@ def open_backend(
         return service(rest, key, parser, Web(fetcher or Fetcher(), parser))
     except RefusedError as error:
         raise ConfigError(f"browser is {spec!r}: {error.message}") from None
+
+
+def backend_of(settings: Config, *, progress: Callable[[Any], None] | None = None) -> Backend | None:
+    """The back end of the settings; None where they name none. Raises ConfigError."""
+    return open_backend(settings.browser, key=settings.browser_key, progress=progress) if settings.browser else None
 
 
 async def backend_state(backend: Backend) -> dict[str, Any]:

@@ -65,7 +65,7 @@ class CitationScanner:
         at = 0
         while (begin := text.find("【", at)) >= 0:
             self._put(out, text[at:begin])
-            match = _MARK.match(text, begin)
+            match = _MARK.match(text, begin, begin + _MAX_MARK_CHARS)
             if match:
                 self._cite(out, match[0], annotations)
                 at = match.end()
@@ -122,15 +122,20 @@ def annotate(text: str, resolve: Resolve, *, keeps_marks: bool = False) -> tuple
     return shown + scanner.finish()[0], annotations
 
 
-_DASH = r"\s*[-–—‐‑−~]\s*"
-_LINES = rf"L?\s*\d{{1,7}}(?:{_DASH}L?\s*\d{{1,7}})?"
-_ONE = rf"\[?\s*\d{{1,7}}\s*\]?\s*(?:†\s*(?:{_LINES}|source|page)?\s*(?:†[^†【】\n]{{0,80}})?)?"
-_PART = rf"(?:{_ONE}|{_LINES})"
-_MARK = re.compile(rf"【\s*{_ONE}(?:\s*[,;，、；]\s*{_PART})*\s*】", re.IGNORECASE)
+# Possessive and atomic throughout: a mark is read in one way or in none, whatever the model wrote.
+_GAP = r"[^\S\n]*+"
+_DASH = rf"{_GAP}[-–—‐‑−~]{_GAP}"
+_NUMBERS = rf"\d{{1,7}}+(?:{_DASH}L?{_GAP}\d{{1,7}}+)?"
+_ONE = (
+    rf"\[?{_GAP}\d{{1,7}}+{_GAP}\]?{_GAP}(?:†{_GAP}(?:L?{_GAP}{_NUMBERS}|source|page)?{_GAP}(?:†[^†【】\n]{{0,80}}+)?)?"
+)
+_MARK = re.compile(
+    rf"【{_GAP}(?>{_ONE})(?>{_GAP}[,;，、；]{_GAP}(?>{_ONE}|L{_GAP}{_NUMBERS}))*+{_GAP}】", re.IGNORECASE
+)
 # What may yet become a mark: it must begin with a number.
-_MAY_BE_MARK = re.compile(r"【\s*(?:\[?\s*(?:\d[^【】\n]*)?)?")
+_MAY_BE_MARK = re.compile(r"【[^\S\n]*(?:\[?[^\S\n]*(?:\d[^【】\n]*)?)?")
 _NUMBERED = re.compile(r"\[?\s*(\d+)\s*\]?\s*(?:†\s*([^†]*?)\s*(?:†.*)?)?", re.DOTALL)
-_RANGE = re.compile(rf"L?\s*(\d+)(?:{_DASH}L?\s*(\d+))?", re.IGNORECASE)
+_RANGE = re.compile(rf"L?\s*+(\d++)(?:{_DASH}L?\s*+(\d++))?", re.IGNORECASE)
 
 
 def read_mark(mark: str) -> list[tuple[int, tuple[int, int] | None]]:

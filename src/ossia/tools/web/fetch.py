@@ -45,9 +45,11 @@ class FetchError(UnavailableError):
 class FetchLimits:
     """What one page may take."""
 
+    # Seconds for all of it: names, redirects, the body.
     total_s: float = 20.0
-    # Of the body, unpacked. More is cut off.
+    # Bytes of the body, unpacked; more is cut off.
     max_bytes: int = 8 << 20
+    # Times that a server may lead on.
     max_redirects: int = 5
 
 

@@ -173,6 +173,15 @@ class Guard:
         return (address, port) in self._allowed
 
 
+def check_literal(url: Url) -> None:
+    """Raises RefusedError if the host is written as an address, and not a public one."""
+    try:
+        address = ipaddress.ip_address(url.host)
+    except ValueError:
+        return
+    Guard().check(address, url)
+
+
 def _networks(text: str) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
     return [ipaddress.ip_network(one) for one in text.split()]
 

@@ -300,7 +300,8 @@ def line_of_passage(lines: Lines, passage: str) -> int | None:
 def show(cursor: int, page: Page, first: int, end: int) -> str:
     """The display of a view."""
     url = _shown(page.shown_url or page.url)
-    head = f"{shorten(page.title, 300)} ({url})" if url else shorten(page.title, 300)
+    title = shorten(merge_space(clean(page.title)), 300)
+    head = f"{title} ({url})" if url else title
     return (
         f"[{cursor}] {head}\n**viewing lines [{first} - {end - 1}] of {len(page.lines) - 1}**\n\n"
         f"{page.lines.numbered(first, end)}"

@@ -17,6 +17,7 @@ import codecs
 import io
 import logging
 import re
+import secrets
 import time
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -115,7 +116,7 @@ def _encoding(name: str) -> str | None:
 # HTML ----------------------------------------------------------------------------------------------------------------
 
 _SKIPPED = frozenset({
-    "head", "script", "style", "template", "svg", "canvas", "audio", "video", "object", "embed", "select",
+    "head", "script", "style", "template", "svg", "canvas", "audio", "video", "object", "select",
     "datalist", "textarea", "applet", "map", "noframes", "title",
 })  # fmt: skip
 # Blocks with an empty line before and after.
@@ -162,6 +163,7 @@ class _Renderer:
         self._domain = domain_of(url)
         self._links: list[str] = []
         self._id_of: dict[str, int] = {}
+        self._num_url_chars = 0
         self._num_images = 0
         # Finished lines.
         self._out: list[str] = []
@@ -182,7 +184,7 @@ class _Renderer:
         self._starts: list[int] = []
 
     def render(self, html: str) -> Rendered:
-        root = _parse(html)
+        root, is_whole = _parse(html)
         self._read_base(root)
         title = self._title(root)
         self._refresh(root)
@@ -208,6 +210,8 @@ class _Renderer:
             if element.tail:
                 self._text(element.tail)
         self._flush()
+        if not is_whole:
+            self._out += ["", "[The page may go on; it could not be read to its end.]"]
         return Rendered(title, "\n".join(self._out).strip("\n"), tuple(self._links))
 
     # Of the document as a whole --------------------------------------------------------------------------------------
@@ -324,7 +328,8 @@ class _Renderer:
             return words
         link_id = self._id_of.get(url)
         if link_id is None:
-            if len(self._links) >= MAX_LINKS:
+            self._num_url_chars += len(url)
+            if len(self._links) >= MAX_LINKS or self._num_url_chars > MAX_CHARS:
                 return words
             link_id = self._id_of[url] = len(self._links)
             self._links.append(url)
@@ -499,22 +504,29 @@ class _Renderer:
             self._marker = None
 
 
-def _parse(html: str) -> ElementTree.Element:
+def _parse(html: str) -> tuple[ElementTree.Element, bool]:
+    """The root of the tree, and whether the parser came to the document's end.
+
+    It stops without a word where memory ends, so a mark is set behind the document. A comment or script that is never
+    closed swallows it too.
+    """
+    mark = f"x-{secrets.token_hex(8)}"
     # The parser is told the encoding; what the document says of its own is about bytes that are gone.
     data = html.replace("\0", "").encode("utf-8", "replace")
-    target = _Tree()
+    target = _Tree(mark)
     parser = etree.HTMLParser(
         encoding="utf-8", huge_tree=True, no_network=True, remove_comments=True, remove_pis=True, target=target
     )
-    if data.strip():
-        etree.fromstring(data, parser)
-    return target.close()
+    etree.fromstring(b"%b<%b>" % (data, mark.encode()), parser)
+    return target.close(), target.is_whole
 
 
 class _Tree:
     """Builds the tree from the parser's events: lxml's own ends at the 2048th level, and at the first `</html>`."""
 
-    def __init__(self) -> None:
+    def __init__(self, mark: str) -> None:
+        self.is_whole = False
+        self._mark = mark
         builder = ElementTree.TreeBuilder()
         builder.start("html", {})
         self._builder = builder
@@ -522,6 +534,8 @@ class _Tree:
         self._root: ElementTree.Element | None = None
 
     def start(self, tag: str, attributes: Mapping[str, str]) -> None:
+        if tag == self._mark:
+            self.is_whole = True
         if tag not in ("html", "body"):
             self._builder.start(tag, dict(attributes))
 

@@ -46,6 +46,28 @@ class _BrokenError(ParseError):
     """The child has ended without an answer."""
 
 
+class _Job:
+    """A document that is being parsed, and may be given up."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._child: _Child | None = None
+        self._is_cancelled = False
+
+    def begin(self, child: _Child) -> None:
+        """Raises ParseError if the job was given up before."""
+        with self._lock:
+            self._child = child
+            if self._is_cancelled:
+                raise ParseError("the document is not read any more")
+
+    def cancel(self) -> None:
+        with self._lock:
+            self._is_cancelled = True
+            if self._child is not None:
+                self._child.interrupt()
+
+
 class Parser:
     """Children that parse, at most ``num_children`` at once. May be used from any thread and any event loop."""
 
@@ -59,16 +81,21 @@ class Parser:
         self._idle: list[_Child] = []
         self._is_closed = False
 
-    def render(self, kind: str, body: bytes, url: str, charset: str = "") -> Rendered:
+    def render(self, kind: str, body: bytes, url: str, charset: str = "", job: _Job | None = None) -> Rendered:
         """A document as text, see `page_text.render`. Blocks; raises ParseError."""
         from ossia.tools.web.page_text import Rendered
 
-        answer = self._ask({"kind": kind, "url": url, "charset": charset, "seconds": self.timeout_s * 0.7}, body)
+        answer = self._ask({"kind": kind, "url": url, "charset": charset, "seconds": self.timeout_s * 0.7}, body, job)
         return Rendered(answer["title"], answer["text"], tuple(answer["links"]))
 
     async def render_async(self, kind: str, body: bytes, url: str, charset: str = "") -> Rendered:
-        """The same beside the event loop. What is cancelled goes on until its time is up, at the most."""
-        return await asyncio.to_thread(self.render, kind, body, url, charset)
+        """The same beside the event loop. Being cancelled, it ends the child."""
+        job = _Job()
+        try:
+            return await asyncio.to_thread(self.render, kind, body, url, charset, job)
+        except asyncio.CancelledError:
+            job.cancel()
+            raise
 
     async def may_fetch(self, robots: bytes, url: str, agent: str) -> bool:
         """Whether a robots.txt lets ``agent`` fetch a URL. Raises ParseError."""
@@ -82,28 +109,30 @@ class Parser:
         for child in idle:
             child.kill()
 
-    def _ask(self, header: dict[str, Any], body: bytes) -> dict[str, Any]:
+    def _ask(self, header: dict[str, Any], body: bytes, job: _Job | None = None) -> dict[str, Any]:
+        job = job or _Job()
         with self._room:
             with self._lock:
                 child = self._idle.pop() if self._idle else None
             try:
-                if child is None:
-                    child = _Child(self._memory_bytes)
-                    answer = child.ask(header, body, self.timeout_s)
-                else:
+                if child is not None:
+                    job.begin(child)
                     try:
                         answer = child.ask(header, body, self.timeout_s)
                     except _BrokenError:
                         # It may have died of what came before, or with the thread that started it.
                         child.kill()
-                        child = _Child(self._memory_bytes)
-                        answer = child.ask(header, body, self.timeout_s)
+                        child = None
+                if child is None:
+                    child = _Child(self._memory_bytes)
+                    job.begin(child)
+                    answer = child.ask(header, body, self.timeout_s)
             except BaseException:
                 if child is not None:
                     child.kill()
                 raise
             with self._lock:
-                is_kept = not self._is_closed and answer.pop("cpu_s") < _RETIRE_CPU_S
+                is_kept = not self._is_closed and not answer.pop("is_spent")
                 if is_kept:
                     self._idle.append(child)
             if not is_kept:
@@ -117,7 +146,8 @@ class _Child:
     def __init__(self, memory_bytes: int) -> None:
         # The child finds its modules where this process does, and takes nothing else of it.
         start = (
-            "import sys; sys.path[:] = sys.argv[2:]; from ossia.tools.web.parse_child import main; main(int(sys.argv[1]))"
+            "import sys; sys.path[:] = sys.argv[2:]; "
+            "from ossia.tools.web.parse_child import main; main(int(sys.argv[1]))"
         )
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-c", start, str(memory_bytes), *(path for path in sys.path if path)],
@@ -143,6 +173,10 @@ class _Child:
         answer = json.loads(self._read(size, until))
         assert isinstance(answer, dict)
         return answer
+
+    def interrupt(self) -> None:
+        """From another thread: whoever asks meets the end of the child."""
+        self._process.kill()
 
     def kill(self) -> None:
         self._process.kill()
@@ -228,8 +262,10 @@ def main(memory_bytes: int) -> None:
             answer = {"error": str(error)}
         except MemoryError:
             answer = {"error": "the document is too large to be read"}
+            # Another child begins with all of it.
+            answer["is_spent"] = True
         used = resource.getrusage(resource.RUSAGE_SELF)
-        answer["cpu_s"] = used.ru_utime + used.ru_stime
+        answer["is_spent"] = answer.get("is_spent", False) or used.ru_utime + used.ru_stime > _RETIRE_CPU_S
         data = json.dumps(answer).encode()
         answers.write(_SIZE.pack(len(data)) + data)
         answers.flush()

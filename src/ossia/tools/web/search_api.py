@@ -17,7 +17,7 @@ from typing import Any
 from ossia.errors import ConfigError
 from ossia.tools.web.backend import Backend, Scope, Web, make_page
 from ossia.tools.web.fetch import FetchError, JsonClient
-from ossia.tools.web.guard import read_url
+from ossia.tools.web.guard import check_literal, read_url
 from ossia.tools.web.page import Hit, Page, clean, domain_of, merge_space, shorten
 from ossia.tools.web.parse_child import Parser
 
@@ -50,7 +50,7 @@ class _Service:
         hits = []
         for hit in await self._search(query, num_hits, scope):
             host = domain_of(hit.url).rpartition(":")[0] or domain_of(hit.url)
-            if re.match(r"https?://", hit.url) and clean(hit.url) == hit.url and scope.domains.has(host.lower()):
+            if re.fullmatch(r"https?://\S+", hit.url) and clean(hit.url) == hit.url and scope.domains.has(host.lower()):
                 hits.append(hit)
         return hits[:num_hits]
 
@@ -81,6 +81,7 @@ class _Service:
         """A service is not asked for what may not be opened: URLs of this network would tell it something too."""
         read = read_url(url)
         scope.domains.check(read.host)
+        check_literal(read)
         return str(read)
 
 

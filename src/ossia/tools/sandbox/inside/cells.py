@@ -28,7 +28,12 @@ from typing import Any, NoReturn
 
 from ossia.tools.sandbox.inside import display, failure
 
+# Bound now: what the code makes of the modules must not stop the notebook.
+_read, _write, _exit, _getpid, _set_signal = os.read, os.write, os._exit, os.getpid, signal.signal
+_SIGINT, _interrupt = signal.SIGINT, signal.default_int_handler
+_BUILTINS = dict(vars(builtins))
 COMMAND = struct.Struct("!16sI")
+LENGTH = struct.Struct("!I")
 MESSAGE = struct.Struct("!16scI")
 _FUTURE_FLAGS = 0
 for _name in __future__.all_feature_names:
@@ -52,12 +57,16 @@ _REFUSALS = (
 class Shell:
     """A notebook's state: names, counters, what was shown last."""
 
-    def __init__(self, commands: int, results: int, acks: int) -> None:
+    def __init__(self, commands: int, results: int, acks: int, max_display: int) -> None:
+        self._max_display = max_display
         self._commands = commands
         self._results = results
         self._acks = acks
         self._token = b""
+        self._pid = _getpid()
         self._flags = 0
+        self._stdout: Any = None
+        self._stderr: Any = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self.count = 0
         self.module = types.ModuleType("__main__")
@@ -73,8 +82,13 @@ class Shell:
             self._token, size = COMMAND.unpack(header)
             source = self._read(size).decode("utf-8", "replace")
             status = self._cell(source)
+            if _getpid() != self._pid:
+                # A fork that ran to the end of the cell: there is one notebook.
+                with contextlib.suppress(Exception):
+                    self._stdout.flush()
+                _exit(0 if status == "ok" else 1)
             with contextlib.suppress(Exception):
-                sys.stdout.flush()
+                self._stdout.flush()
             self._send(b"k", status.encode())
 
     def show(self, value: Any) -> None:
@@ -89,14 +103,18 @@ class Shell:
         name = failure.cell_name(self.count)
         linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
         status = "ok"
+        # What an earlier cell took away or closed is there again: a notebook that cannot print helps nobody.
+        for missing in _BUILTINS.keys() - vars(builtins).keys():
+            setattr(builtins, missing, _BUILTINS[missing])
+        sys.stdout, sys.stderr = self._stdout, self._stderr
         # Whatever an earlier cell made of Ctrl-C, this one can be interrupted.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        _set_signal(_SIGINT, _interrupt)
         try:
             try:
                 self._execute(source, name)
             finally:
                 self._show_figures()
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
+                _set_signal(_SIGINT, signal.SIG_IGN)
         except KeyboardInterrupt as error:
             status = "interrupted"
             self._send_error(error)
@@ -153,7 +171,7 @@ class Shell:
         raw = io.open(1, "wb", buffering=1 << 16, closefd=False)
         sys.stdout = io.TextIOWrapper(raw, "utf-8", "backslashreplace", line_buffering=True)
         sys.stderr = io.TextIOWrapper(raw, "utf-8", "backslashreplace", line_buffering=True)
-        sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
+        sys.__stdout__, sys.__stderr__ = self._stdout, self._stderr = sys.stdout, sys.stderr
         sys.stdin = sys.__stdin__ = io.TextIOWrapper(io.open(os.devnull, "rb"), "utf-8")
         sys.argv = [""]
         sys.modules["__main__"] = self.module
@@ -169,9 +187,9 @@ class Shell:
     def _read(self, size: int) -> bytes:
         chunks = bytearray()
         while len(chunks) < size:
-            chunk = os.read(self._commands, size - len(chunks))
+            chunk = _read(self._commands, size - len(chunks))
             if not chunk:
-                os._exit(0)
+                _exit(0)
             chunks += chunk
         return bytes(chunks)
 
@@ -183,23 +201,28 @@ class Shell:
             text = f"{type(error).__name__} (it could not be described: {type(second).__name__})"
         with contextlib.suppress(Exception):
             sys.stdout.flush()
+        if _getpid() != self._pid:
+            _write(2, f"{text}\n".encode("utf-8", "backslashreplace"))
+            return
         self._send(b"e", text.encode("utf-8", "backslashreplace"))
 
     def _send_display(self, forms: display.Bundle) -> None:
         with contextlib.suppress(Exception):
             sys.stdout.flush()
-        payload = b"".join(
-            bytes([len(mime)]) + mime + struct.pack("!I", len(data)) + data
-            for mime, data in ((mime.encode("ascii", "replace")[:200], data) for mime, data in forms.items())
-        )
+        payload = bytearray()
+        for name, data in forms.items():
+            mime = str(name).encode("ascii", "replace")[:200]
+            if len(data) > self._max_display:
+                data = b"" if mime != b"text/plain" else data[: self._max_display]
+            payload += bytes([len(mime)]) + mime + LENGTH.pack(len(data)) + data
         self._send(b"d", payload)
-        # What is printed next must not overtake this.
-        os.read(self._acks, 1)
+        # What is printed next must not overtake this (of a fork it may: the answer goes to one of them).
+        _read(self._acks, 1)
 
-    def _send(self, kind: bytes, payload: bytes) -> None:
+    def _send(self, kind: bytes, payload: bytes | bytearray) -> None:
         view = memoryview(MESSAGE.pack(self._token, kind, len(payload)) + payload)
         while view:
-            view = view[os.write(self._results, view) :]
+            view = view[_write(self._results, view) :]
 
 
 def _displayer(shell: Shell) -> Any:

@@ -23,12 +23,13 @@ import traceback
 from typing import Any, NoReturn
 
 from ossia.tools.sandbox.inside import cells, files, landlock, paths, seccomp, wire
-from ossia.tools.sandbox.inside.processes import Processes, send
+from ossia.tools.sandbox.inside.processes import Processes
 from ossia.tools.sandbox.inside.recording import Recording
 
 _WATCH_S = 0.05
 # How long code may take to end after it was interrupted.
 _GRACE_S = 1.0
+_MAX_PATH = 3500
 _MAX_MESSAGE_BYTES = 64 << 20
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER, _PR_CAPBSET_DROP, _PR_SET_SECUREBITS = 1, 4, 36, 24, 28
 
@@ -203,7 +204,9 @@ class Supervisor:
         if not self._call.reason:
             self._call.reason = reason
             self._call.kill_at = time.monotonic() + _GRACE_S
-            send(self._worker.pid, signal.SIGINT)
+            # Its group, as a terminal does, so that programs which it started end as well.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._worker.pid, signal.SIGINT)
 
     # What the worker says --------------------------------------------------------------------------------------------
 
@@ -316,8 +319,8 @@ class Supervisor:
                     return "files"
         elif now >= self._next_walk:
             num_files, num_bytes = self._walk()
-            # A twentieth of the time at most.
-            self._next_walk = time.monotonic() + max(0.1, 20 * (time.monotonic() - now))
+            # A fifth of the time at most.
+            self._next_walk = time.monotonic() + max(0.1, 4 * (time.monotonic() - now))
             if num_files > limits["files"]:
                 return "files"
             if num_bytes > limits["data_bytes"] + limits["scratch_bytes"]:
@@ -330,13 +333,18 @@ class Supervisor:
         num_names = 0
         waiting = list(self._settings["write"])
         while waiting and num_names <= self._limits["files"]:
-            with contextlib.suppress(OSError), os.scandir(waiting.pop()) as entries:
+            folder = waiting.pop()
+            if len(folder) > _MAX_PATH:
+                # Deeper than can be looked into is more than is allowed.
+                return self._limits["files"] + 1, 0
+            with contextlib.suppress(OSError), os.scandir(folder) as entries:
                 for entry in entries:
                     num_names += 1
-                    info = entry.stat(follow_symlinks=False)
-                    seen[info.st_dev, info.st_ino] = info.st_blocks * 512
-                    if entry.is_dir(follow_symlinks=False):
-                        waiting.append(entry.path)
+                    with contextlib.suppress(OSError):
+                        info = entry.stat(follow_symlinks=False)
+                        seen[info.st_dev, info.st_ino] = info.st_blocks * 512
+                        if entry.is_dir(follow_symlinks=False):
+                            waiting.append(entry.path)
         own = {os.stat(path).st_dev for path in self._settings["write"]}
         for pid in self.processes.list():
             with contextlib.suppress(OSError):
@@ -475,7 +483,7 @@ class Supervisor:
             seccomp.install(hide_metadata=self._settings["seccomp"] == "shared-tree")
         if self._settings["places"]:
             paths.translate(self._settings["places"])
-        cells.Shell(*kept).run()
+        cells.Shell(*kept, self._limits["display_bytes"]).run()
 
     def _limit_worker(self) -> None:
         limits = self._limits
