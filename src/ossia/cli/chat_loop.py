@@ -74,24 +74,23 @@ class ChatLoop:
         self._runner = asyncio.Runner()
         self._quiet = ExitStack()
 
-    def run(self, first: Sequence[str] = ()) -> int:
-        """Chat until the input ends; the exit code. ``first`` are texts that come before it."""
-        waiting = list(first)
+    def run(self) -> int:
+        """Chat until the input ends; the exit code."""
         try:
             with self._runner:
                 try:
                     self._runner.run(self._start())
-                    return self._chat(waiting)
+                    return self._chat()
                 finally:
                     if self._session.boxes is not None:
                         self._runner.run(self._session.boxes.close())
         finally:
             self._quiet.close()
 
-    def _chat(self, waiting: list[str]) -> int:
+    def _chat(self) -> int:
         while True:
             try:
-                text = waiting.pop(0) if waiting else self._source.read(self._runner)
+                text = self._source.read(self._runner)
                 if text is None:
                     return self._code
                 if text.strip():
