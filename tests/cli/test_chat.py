@@ -328,7 +328,7 @@ def test_ctrl_c_at_the_question_stops_the_turn_and_answers_the_call(tmp_path):
 
 # The context is full ----------------------------------------------------------------------------------------------
 
-LONG = "word " * 60
+LONG = "word " * 330
 
 
 def full(answers: str, *, is_interactive: bool = True, when_full: str = "ask") -> Chat:
@@ -338,7 +338,7 @@ def full(answers: str, *, is_interactive: bool = True, when_full: str = "ask") -
         "<|channel|>final<|message|>Words.<|return|>" if when_full == "compact" or answers == "s" else FINAL,
         FINAL,
     )
-    engine = Scripted(*scripts, context=265)
+    engine = Scripted(*scripts, context=1000)
     return Chat(engine, LONG, LONG, LONG, answers=answers, is_interactive=is_interactive, when_full=when_full).run()
 
 
@@ -445,7 +445,6 @@ def test_finished_blocks_are_printed_once_however_the_text_is_cut():
                 "```",
                 "end",
                 "| a | b |",
-                "last",
             ]
 
 
@@ -607,24 +606,29 @@ print("left", code, len(engine.prompts), "<|end|><|start|>user<|message|>again" 
 """
 
 
+# The line of status below the prompt, which is drawn with it.
+_PROMPT = r"context [\d,]+ of [\d,]+ \(\d+%\)(?: · [\d.]+ tokens/s)? · /help"
+
+
 @pytest.mark.parametrize("term", ["xterm-256color", "dumb"])
 def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(environ, tmp_path, term):
     terminal = Terminal([sys.executable, "-c", PROGRAM, str(tmp_path / "data")], environ | {"TERM": term})
-    terminal.until("> ")
+    prompt, enter = ("> ", "\n") if term == "dumb" else (_PROMPT, "\r")
+    terminal.until(prompt)
     time.sleep(0.3)
-    terminal.type("count\r" if term != "dumb" else "count\n")
+    terminal.type("count" + enter)
     terminal.until("20 21 22")
     terminal.type("\x03")
     terminal.until("stopped; what was said is kept")
-    terminal.until("> ")
+    terminal.until(prompt)
     time.sleep(0.3)
     # At the prompt it drops what was typed.
     terminal.type("nothing\x03")
-    terminal.until("> ")
+    terminal.until(prompt)
     time.sleep(0.3)
-    terminal.type("again\r" if term != "dumb" else "again\n")
+    terminal.type("again" + enter)
     terminal.until("The answer is 4.")
-    terminal.until("> ")
+    terminal.until(prompt)
     time.sleep(0.3)
     terminal.type("\x04")
     terminal.until("left 0 2 True")
@@ -639,7 +643,7 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(environ, tmp_path, term):
 def test_the_command_on_a_terminal_with_a_random_model(environ, checkpoint, tmp_path):
     command = [sys.executable, "-m", "ossia", "chat", "--model", str(checkpoint), "--seed", "3", "--max-tokens", "30"]
     terminal = Terminal(command, environ)
-    terminal.until("> ")
+    terminal.until(_PROMPT)
     time.sleep(0.3)
     terminal.type("hi\r")
     told = terminal.until("30 tokens, [0-9.]+ tokens/s.*?context [0-9,]+ of")

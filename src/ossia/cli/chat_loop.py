@@ -186,7 +186,7 @@ class ChatLoop:
             if isinstance(error, ContextLengthError):
                 self._screen.note("/compact sums the conversation up, /drop forgets its oldest turn, /clear all of it")
         elif ending == "cut":
-            is_full = meter.num_prompt_tokens >= meter.max_context
+            is_full = meter.num_context_tokens >= meter.max_context
             why = "the context is full: /compact, /drop or /clear make room" if is_full else "--max-tokens was reached"
             self._screen.note(f"the answer was cut off: {why}", is_warning=True)
         if self._source.is_interactive:

@@ -48,8 +48,8 @@ class Meter:
     def reset(self) -> None:
         """A new answer begins."""
         self.started_s = time.perf_counter()
-        # Of the latest generation.
-        self.num_prompt_tokens = 0
+        # Prompt and answer of the latest generation.
+        self.num_context_tokens = 0
         # Of all generations of the answer.
         self.num_tokens = 0
         self.first_token_s = 0.0
@@ -71,12 +71,11 @@ class Meter:
 
     def generate(self, token_ids: Sequence[int], params: SamplingParams) -> AsyncGenerator[TokenOutput, None]:
         source = self._engine.generate(token_ids, params)
-        self.num_prompt_tokens = len(token_ids)
+        self.num_context_tokens = len(token_ids)
         return self._count(source)
 
     async def _count(self, source: AsyncGenerator[TokenOutput, None]) -> AsyncGenerator[TokenOutput, None]:
         last_s = 0.0
-        num_before = self.num_tokens
         async with aclosing(source):
             async for output in source:
                 now_s = time.perf_counter()
@@ -88,8 +87,8 @@ class Meter:
                         self._timed_s += now_s - last_s
                     last_s = now_s
                     self.num_tokens += 1
+                    self.num_context_tokens += 1
                 yield output
-        self.num_prompt_tokens += self.num_tokens - num_before
 
 
 @dataclass
