@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ossia.cli import bench, checkpoint, generate, mcp, prompts, pull, serve
+from ossia.cli import bench, chat, checkpoint, generate, mcp, prompts, pull, serve
 
 app = typer.Typer(
     name="ossia",
@@ -35,6 +35,7 @@ def _root(
 
 
 app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
 app.command("mcp")(mcp.mcp)
 app.command("bench")(bench.bench)

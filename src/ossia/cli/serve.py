@@ -129,7 +129,7 @@ def serve(
     if browser is not None and browser_root is not None:
         raise ConfigError("--browser and --browser-root exclude each other; give one")
     wanted = _wanted(settings)
-    offered = _tools(settings, wanted, unsafe_python)
+    offered = open_tools(settings, wanted, unsafe_python)
     required = wanted if settings.tools != "auto" else []
     _run(_open(settings, keys, name, offered), settings, required)
 
@@ -148,7 +148,7 @@ def _wanted(settings: Config) -> list[str]:
     return names
 
 
-def _tools(settings: Config, wanted: list[str], unsafe_python: bool) -> Toolboxes:
+def open_tools(settings: Config, wanted: list[str], unsafe_python: bool) -> Toolboxes:
     """What is offered, with the reasons why the rest is not; the sandbox is proven when the server starts."""
     from importlib.util import find_spec
 
