@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import os
 import random
 import re
 import textwrap
+from pathlib import Path
 
 import pytest
 import tiktoken
@@ -867,6 +869,44 @@ def test_a_page_of_links_in_a_local_folder_reaches_no_network(tmp_path, monkeypa
         assert "only documents of local://docs/" in said(browser, "open", id="https://canary.example.net/x")
     finally:
         backend.close()
+
+
+def test_eight_conversations_at_once_share_a_back_end_and_leave_nothing_behind(tmp_path):
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    for i in range(20):
+        (folder / f"{i}.html").write_text(
+            f"<title>Doc {i}</title><p>harbour {i}</p><a href='{(i + 1) % 20}.html'>next</a>"
+        )
+
+    async def converse(backend, number):
+        browser = Browser(backend)
+        assert (await browser.run("search", '{"query": "harbour", "topn": 20}')).text.startswith("[0] harbour")
+        await browser.run("open", f'{{"id": "local://docs/{number}.html"}}')
+        for step in range(1, 6):
+            text = (await browser.run("open", '{"id": 0}')).text
+            assert f"harbour {(number + step) % 20}\n" in text
+            assert (await browser.run("open", '{"view_source": true}')).text.count("<title>") == 1
+            await browser.run("open", f'{{"cursor": {3 * step - 1}}}')
+        await browser.close()
+
+    async def run():
+        backend = open_backend(f"local:{folder}", index_folder=tmp_path / "index")
+        try:
+            await asyncio.gather(*(converse(backend, number) for number in range(8)))
+        finally:
+            backend.close()
+
+    def held():
+        tasks = Path("/proc/self/task").iterdir()
+        return len(os.listdir("/proc/self/fd")), sorted(
+            " ".join((task / "children").read_text() for task in tasks).split()
+        )
+
+    asyncio.run(run())
+    before = held()
+    asyncio.run(run())
+    assert held() == before
 
 
 def test_a_conversation_of_its_own_has_its_own_robots(web):

@@ -252,7 +252,9 @@ class Browser:
         action["url"] = url
         passage = page.passages[id] if id < len(page.passages) else ""
         number = await self._fetch(url, view_source, may_be_known=True)
-        place = line_of_passage(self._pages[number].lines, passage) if passage and loc is None else None
+        place = None
+        if passage and loc is None:
+            place = await asyncio.to_thread(line_of_passage, self._pages[number].lines, passage)
         return self._push(number, self._begin(loc, place), num_lines)
 
     async def _find(self, action: dict[str, Any], pattern: str, cursor: int | None) -> str:

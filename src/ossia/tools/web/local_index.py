@@ -21,9 +21,10 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
 from ossia.config import data_folder
@@ -33,6 +34,8 @@ from ossia.tools.web.fetch import FetchError
 from ossia.tools.web.guard import RefusedError
 from ossia.tools.web.page import Hit, Page, clean, merge_space, strip_links
 from ossia.tools.web.parse_child import ParseError, Parser
+
+T = TypeVar("T")
 
 KINDS = {
     ".html": "html", ".htm": "html", ".xhtml": "html", ".md": "markdown", ".markdown": "markdown", ".txt": "text",
@@ -284,6 +287,7 @@ class LocalBackend:
         self._progress = progress
         self._fresh_until = 0.0
         self._refreshing = threading.Lock()
+        self._threads = ThreadPoolExecutor(2, "ossia-index")
 
     @property
     def name(self) -> str:
@@ -301,25 +305,25 @@ class LocalBackend:
     async def search(self, query: str, num_hits: int, scope: Scope) -> list[Hit]:
         if not scope.domains.has(self.index.domain):
             return []
-        return await asyncio.to_thread(self._search, query, num_hits)
+        return await self._beside(self._search, query, num_hits)
 
     async def fetch(self, url: str, scope: Scope, *, is_source: bool = False) -> Page:
         scope.domains.check(self.index.domain)
-        await asyncio.to_thread(self.refresh)
+        await self._beside(self.refresh)
         path = self.index.path_of(url)
         if path is None:
             raise RefusedError(f"only documents of {self.index.origin}/ can be opened here")
-        found = await asyncio.to_thread(self.index.page, path)
+        found = await self._beside(self.index.page, path)
         if found is None and (path == "" or path.endswith("/")):
             for name in ("index.html", "index.md", "README.md", "index.htm"):
-                if (found := await asyncio.to_thread(self.index.page, path + name)) is not None:
+                if (found := await self._beside(self.index.page, path + name)) is not None:
                     path += name
                     break
         if found is None:
             raise NotFoundError(f"there is no document {path!r}")
         url = self.index.url(path)
         if is_source:
-            body = await asyncio.to_thread(self.index.read_file, path)
+            body = await self._beside(self.index.read_file, path)
             if body is None:
                 raise FetchError(f"{path!r} is not there any more")
             return await make_page(self._parser, KINDS[Path(path).suffix.lower()], body, url, is_source=True)
@@ -338,8 +342,15 @@ class LocalBackend:
         }
 
     def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
         self._parser.close()
         self.index.close()
+
+    async def _beside(self, run: Callable[..., T], *arguments: Any) -> T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, run, *arguments)
+        except sqlite3.Error as error:
+            raise UnavailableError(f"the index cannot be read: {error}") from None
 
     def _search(self, query: str, num_hits: int) -> list[Hit]:
         self.refresh()

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,8 @@ class Parser:
         self._lock = threading.Lock()
         self._idle: list[_Child] = []
         self._is_closed = False
+        # Threads of its own: who waits for a child takes none from the rest of the process.
+        self._threads = ThreadPoolExecutor(num_children, "ossia-parse")
 
     def render(self, kind: str, body: bytes, url: str, charset: str = "", job: _Job | None = None) -> Rendered:
         """A document as text, see `page_text.render`. Blocks; raises ParseError."""
@@ -92,14 +95,16 @@ class Parser:
         """The same beside the event loop. Being cancelled, it ends the child."""
         job = _Job()
         try:
-            return await asyncio.to_thread(self.render, kind, body, url, charset, job)
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._threads, self.render, kind, body, url, charset, job)
         except asyncio.CancelledError:
             job.cancel()
             raise
 
     async def may_fetch(self, robots: bytes, url: str, agent: str) -> bool:
         """Whether a robots.txt lets ``agent`` fetch a URL. Raises ParseError."""
-        answer = await asyncio.to_thread(self._ask, {"kind": "robots", "url": url, "agent": agent}, robots)
+        header = {"kind": "robots", "url": url, "agent": agent}
+        answer = await asyncio.get_running_loop().run_in_executor(self._threads, self._ask, header, robots)
         return bool(answer["allowed"])
 
     def close(self) -> None:
@@ -108,6 +113,7 @@ class Parser:
             idle, self._idle = self._idle, []
         for child in idle:
             child.kill()
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _ask(self, header: dict[str, Any], body: bytes, job: _Job | None = None) -> dict[str, Any]:
         job = job or _Job()
