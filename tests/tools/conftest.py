@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,12 +35,11 @@ SMALL = Limits(
 class Arena:
     """One tier's sessions on an event loop of their own, and the host's things around them."""
 
-    def __init__(self, tier: str, folder: Path, limits: Limits = SMALL) -> None:
+    def __init__(self, tier: str, limits: Limits = SMALL) -> None:
         self.tier = tier
         self.runner = asyncio.Runner()
         self.sessions = PythonSessions(tier, limits=limits, num_warm=0)
         self.targets: dict[str, Any] = {}
-        self._folder = folder
         self._open: list[Any] = []
 
     def run(self, what: Coroutine[Any, Any, Any]) -> Any:
@@ -54,11 +55,10 @@ class Arena:
         return self.run(run())
 
     def build(self) -> None:
-        folder, secret = self._folder, os.urandom(12).hex()
+        # Not below /tmp, whose name may mean another place inside.
+        self._folder = folder = Path(tempfile.mkdtemp(prefix="ossia-arena-", dir="/var/tmp"))
+        secret = os.urandom(12).hex()
         folder.chmod(0o755)
-        for parent in folder.parents:
-            if parent.stat().st_uid == os.geteuid() and parent != Path("/"):
-                parent.chmod(parent.stat().st_mode | 0o055)
         (folder / "secret").write_text(secret)
         (folder / "secret").chmod(0o644)
         (folder / "own").write_text(secret)
@@ -97,6 +97,7 @@ class Arena:
             "port": tcp.getsockname()[1],
             "canary": canary.pid,
             "canary_word": f"canary-{secret}",
+            "tmp_device": os.stat("/tmp").st_dev,
             "host": os.getpid(),
             "hostname": socket.gethostname(),
         }
@@ -119,6 +120,7 @@ class Arena:
         for one in self._open:
             one.close()
         os.environ.pop("OSSIA_TEST_SECRET", None)
+        shutil.rmtree(self._folder)
 
     def _stat(self) -> list[Any]:
         found: list[Any] = []
@@ -142,8 +144,8 @@ def prove_or_skip(runner: asyncio.Runner, sessions: PythonSessions, tier: str) -
 
 
 @pytest.fixture(scope="module", params=TIERS)
-def arena(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
-    made = Arena(request.param, tmp_path_factory.mktemp(request.param))
+def arena(request: pytest.FixtureRequest) -> Iterator[Arena]:
+    made = Arena(request.param)
     prove_or_skip(made.runner, made.sessions, request.param)
     made.build()
     yield made

@@ -88,6 +88,13 @@ CASES = [
          "found = open('/proc/self/environ', 'rb').read().split(b'\\0')\nprint(found)\n"
          "if set(found) - {b'', b'PWD=/', b'LC_CTYPE=C.UTF-8'}: escaped(found)"),
     Case("file_of_the_host", "attempt(lambda: open(T['file']).read())"),
+    Case("file_of_the_host_by_the_c_library",
+         "for p in (T['file'], T['own_file'], '/etc/shadow', '/etc/hostname', T['open_folder'] + '/victim', __import__('io').__file__ + 'x'):\n"
+         "    fd = libc.open(p.encode(), os.O_RDONLY)\n    if fd >= 0: escaped(p)"),
+    Case("writing_by_the_c_library",
+         "for p in ('/tmp/escape', '/var/tmp/escape', '/dev/shm/escape', T['open_folder'] + '/escape', T['file']):\n"
+         "    fd = libc.open(p.encode(), os.O_RDWR | os.O_CREAT, 0o666)\n"
+         "    if fd >= 0 and not (p.startswith(('/tmp', '/dev/shm')) and os.stat('/tmp').st_dev != T['tmp_device']): escaped(p)"),
     Case("shadow", "attempt(lambda: open('/etc/shadow').read())"),
     Case("passwd_of_the_host", "attempt(lambda: open('/etc/passwd').read(), 'passwd')", tiers=("landlock",)),
     Case("own_passwd_only", "found = open('/etc/passwd').read()\nif 'root:' in found: escaped(found)", tiers=("bubblewrap",)),
@@ -285,8 +292,8 @@ CASES = [
     Case("exec_another_program", "os.execv('/usr/bin/env', ['env'])", status=("died",)),
     Case("sleep_past_the_time", "x = 'kept'\ntime.sleep(60)", status=("timeout",), says="[ERROR] Timed out waiting for Jupyter kernel output.", keeps_state=True),
     Case("ignore_the_interrupt", "signal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile True:\n    pass", status=("timeout",), says="restarted"),
-    Case("catch_the_interrupt", "while True:\n    try:\n        time.sleep(60)\n    except BaseException:\n        pass", status=("timeout",), says="restarted"),
-    Case("block_every_signal", "signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))\nwhile True:\n    pass", status=("timeout",), says="restarted"),
+    Case("catch_the_interrupt", "while True:\n    try:\n        time.sleep(60)\n    except BaseException:\n        pass", status=("timeout",), says="restarted", is_heavy=True),
+    Case("block_every_signal", "signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))\nwhile True:\n    pass", status=("timeout",), says="restarted", is_heavy=True),
     Case("busy_in_c", "9 ** (9 ** 9)", status=("timeout", "error"), is_heavy=True),
     Case("busy_in_a_regular_expression", "import re\nre.match('(a+)+b', 'a' * 60)", status=("timeout",), keeps_state=True),
     # Output --------------------------------------------------------------------------------------------------------

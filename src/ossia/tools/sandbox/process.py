@@ -64,6 +64,7 @@ class ProcessSandbox:
         self._writer: asyncio.StreamWriter | None = None
         self._listener: asyncio.Task[None] | None = None
         self._ending: asyncio.Future[None] | None = None
+        self._last_words = ""
 
     @classmethod
     async def start(cls, launcher: Launcher, limits: Limits, executor: Executor) -> ProcessSandbox:
@@ -170,17 +171,8 @@ class ProcessSandbox:
         if got[0]:
             return got
         # The pipe has ended; the launcher's own words say why.
-        loop = asyncio.get_running_loop()
-        words = await loop.run_in_executor(None, self._last_words)
-        raise UnavailableError(f"{self.tier}: {words or 'the sandbox ended while it started'}")
-
-    def _last_words(self) -> str:
-        assert self._process.stderr is not None
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(2)
-        os.set_blocking(self._process.stderr.fileno(), False)
-        text = (self._process.stderr.read() or b"").decode("utf-8", "replace").strip()
-        return " ".join(text.splitlines()[-3:])[-600:]
+        await self.close()
+        raise UnavailableError(f"{self.tier}: {self._last_words or 'the sandbox ended while it started'}")
 
     def _enter_cgroup(self) -> Cgroup | None:
         group = Cgroup.make(self._limits)
@@ -295,11 +287,14 @@ class ProcessSandbox:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        if words := self._last_words():
-            _log.warning("sandbox=%s pid=%d ended with words=%r", self.tier, self._process.pid, words)
-        self._launch.clean_up()
         assert self._process.stderr is not None
+        os.set_blocking(self._process.stderr.fileno(), False)
+        text = (self._process.stderr.read() or b"").decode("utf-8", "replace").strip()
         self._process.stderr.close()
+        self._last_words = " ".join(text.splitlines()[-3:])[-600:]
+        if self._last_words:
+            _log.warning("sandbox=%s pid=%d ended with words=%r", self.tier, self._process.pid, self._last_words)
+        self._launch.clean_up()
         if self._cgroup is not None:
             self._cgroup.remove()
 

@@ -55,7 +55,9 @@ def attack(name):
     return run
 @attack("file")
 def _():
-    return target["secret"] in open(target["file"]).read()
+    # By the C library, which knows nothing of names that Python's own functions may have been made to translate.
+    fd = libc.open(target["file"].encode(), os.O_RDONLY)
+    return fd >= 0 and target["secret"].encode() in os.read(fd, 100)
 @attack("environment")
 def _():
     found = json.dumps(dict(os.environ))
