@@ -35,7 +35,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow"
 
 test-all: $(VENV)/.installed-dev sanitize aarch64
-	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
+	SOAK_SECONDS=900 $(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
 
 # The kernels' own test program under AddressSanitizer with UndefinedBehaviorSanitizer, and under ThreadSanitizer.
 sanitize: $(VENV)/.installed-dev

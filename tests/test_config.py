@@ -78,3 +78,86 @@ def test_arguments_of_a_program_are_read_like_the_settings_file():
     ):
         with pytest.raises(ConfigError, match=said):
             config.from_arguments(arguments)
+
+
+# Tables [mcp.NAME] ---------------------------------------------------------------------------------------------------
+
+SERVERS = """
+threads = 2
+[mcp.files]
+command = "mcp-files"
+args = ["--root", "${HOME}/x"]
+env = { KEY = "${SECRET}" }
+approval = "never"
+[mcp.tracker]
+url = "https://${HOST}/mcp"
+headers = { Authorization = "Bearer ${SECRET}" }
+timeout_s = 5
+tools = ["search"]
+"""
+
+
+def test_servers_of_tools_are_tables_of_the_file(tmp_path):
+    read = _load(tmp_path, SERVERS)
+    assert read.threads == 2
+    assert read.mcp == {
+        "files": config.McpServer(
+            command="mcp-files", args=("--root", "${HOME}/x"), env={"KEY": "${SECRET}"}, approval="never"
+        ),
+        "tracker": config.McpServer(
+            url="https://${HOST}/mcp",
+            headers={"Authorization": "Bearer ${SECRET}"},
+            timeout_s=5,
+            tools=("search",),
+        ),
+    }
+
+
+def test_variables_are_filled_in_when_a_server_is_used(tmp_path):
+    servers = _load(tmp_path, SERVERS).mcp
+    environ = {"HOME": "/home/me", "SECRET": "s3cret", "HOST": "example.com"}
+    files, tracker = (config.filled_in(server, name, environ) for name, server in servers.items())
+    assert files.args == ("--root", "/home/me/x") and files.env == {"KEY": "s3cret"}
+    assert tracker.url == "https://example.com/mcp" and tracker.headers == {"Authorization": "Bearer s3cret"}
+    assert "s3cret" not in repr((files, tracker))
+    with pytest.raises(ConfigError, match=r"mcp\.tracker: the environment variable HOST is not set"):
+        config.filled_in(servers["tracker"], "tracker", {"SECRET": "x"})
+
+
+def test_a_program_may_give_its_servers_as_objects_or_tables():
+    server = config.McpServer(command="x")
+    assert config.from_arguments({"mcp": {"a": server, "b": {"command": "x"}}}).mcp == {"a": server, "b": server}
+
+
+@pytest.mark.parametrize(
+    ("toml", "said"),
+    [
+        ("mcp = 3", "mcp is 3; expected tables"),
+        ("[mcp]\nfiles = 'x'", r"mcp\.files is 'x'; expected a table \[mcp\.files\]"),
+        ("[mcp.'a b']\ncommand = 'x'", "expected a name of 1 to 64 letters"),
+        ("[mcp.a]", r"mcp\.a: expected either a command or a url"),
+        ("[mcp.a]\ncommand = 'x'\nurl = 'https://x'", "either a command or a url"),
+        ("[mcp.a]\nurl = 'ftp://x'", r"mcp\.a\.url: expected an address with http"),
+        ("[mcp.a]\ncomand = 'x'", r"mcp\.a: unknown setting 'comand'; did you mean 'command'"),
+        ("[mcp.a]\ncommand = 'x'\nargs = 'y'", r"mcp\.a\.args: expected a list of texts"),
+        ("[mcp.a]\ncommand = 'x'\nargs = [1]", r"mcp\.a\.args: expected a list of texts"),
+        ("[mcp.a]\ncommand = 'x'\nenv = { A = 1 }", r"mcp\.a\.env: expected a table of texts"),
+        ("[mcp.a]\ncommand = 'x'\ntimeout_s = 'long'", r"mcp\.a\.timeout_s is 'long'; expected a whole number"),
+        ("[mcp.a]\ncommand = 'x'\ntimeout_s = 0", r"mcp\.a\.timeout_s is 0"),
+        ("[mcp.a]\ncommand = 'x'\napproval = 'maybe'", r"mcp\.a\.approval is 'maybe'; expected one of: always, never"),
+    ],
+)
+def test_a_bad_table_is_refused_naming_where_it_stands(tmp_path, toml, said):
+    with pytest.raises(ConfigError, match=said):
+        _load(tmp_path, toml)
+
+
+def test_a_secret_is_not_repeated_by_an_error(tmp_path):
+    with pytest.raises(ConfigError) as raised:
+        _load(tmp_path, "[mcp.a]\nurl = 'https://x'\nheaders = ['s3cret']")
+    assert "s3cret" not in str(raised.value)
+
+
+def test_servers_cannot_be_set_by_a_variable(tmp_path):
+    with pytest.raises(ConfigError, match="OSSIA_MCP is 'x'; expected tables"):
+        _load(tmp_path, "", {"OSSIA_MCP": "x"})

@@ -32,18 +32,22 @@ if TYPE_CHECKING:
     from ossia.local import Generation as Generation
     from ossia.local import LocalModel as LocalModel
     from ossia.local import load as load
+    from ossia.tools.functions import FunctionTool as FunctionTool
+    from ossia.tools.functions import tool as tool
 
 # Public names and the modules that hold them; a name costs its import when it is first used.
 _HOMES = {
     "Conversation": "ossia.harmony",
     "Delta": "ossia.harmony",
     "Effort": "ossia.harmony",
+    "FunctionTool": "ossia.tools.functions",
     "Generation": "ossia.local",
     "LocalModel": "ossia.local",
     "Message": "ossia.harmony",
     "OssiaError": "ossia.errors",
     "ToolDescription": "ossia.harmony",
     "load": "ossia.local",
+    "tool": "ossia.tools.functions",
 }
 
 __all__ = sorted(_HOMES)

@@ -6,6 +6,16 @@ The only file that reads `os.environ`. The TOML file is the one named by OSSIA_C
     model = "gpt-oss-20b"
     threads = 8
     kv_memory = "2GiB"
+
+    [mcp.files]                                 # a server of tools that is started here
+    command = "mcp-files"
+    args = ["--folder", "/srv/files"]
+
+    [mcp.tracker]                               # and one that is reached by HTTP
+    url = "https://tracker.example.com/mcp"
+    headers = { Authorization = "Bearer ${TRACKER_TOKEN}" }
+
+`${NAME}` in a server's texts is the environment variable NAME, so that the file holds no secret.
 """
 
 from __future__ import annotations
@@ -25,6 +35,30 @@ from ossia.errors import ConfigError
 
 class Size(int):
     """A number of bytes, written as a whole number or with a unit: 512MiB, 2GiB, 1.5GB."""
+
+
+@dataclass(frozen=True, slots=True)
+class McpServer:
+    """A server of the Model Context Protocol: the table `[mcp.NAME]`, with either a command or a url."""
+
+    command: str = ""
+    """Program that is started and spoken to over its standard input and output."""
+    args: tuple[str, ...] = ()
+    """Arguments of the program."""
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Environment variables of the program, beside PATH, HOME and the like; it gets no others."""
+    folder: str = ""
+    """Folder that the program is started in; empty for the current one."""
+    url: str = field(default="", repr=False)
+    """Address of a server that speaks streamable HTTP."""
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Headers of every request to it, never shown or logged."""
+    timeout_s: int = 60
+    """Seconds that one call may take."""
+    tools: tuple[str, ...] = ()
+    """Names of the tools that are offered; empty for all."""
+    approval: Literal["always", "never"] = "always"
+    """Whether a person is asked before each call; a request may ask for more, and not for less."""
 
 
 _GIB = Size(1 << 30)
@@ -72,6 +106,26 @@ class Config:
     """Requests that may wait for their turn; more are refused with status 429."""
     max_per_minute: int = 0
     """Requests that one key, or one address without keys, may make in a minute; 0 for no limit."""
+    tools: str = "auto"
+    """Tools that the server runs for clients that ask: python, browser, mcp, comma between them; none; or auto."""
+    python_sandbox: str = "auto"
+    """What confines python: auto, bubblewrap, landlock, docker:, podman: or gvisor:IMAGE, jupyter:URL, or off."""
+    ask_after_untrusted: Literal["no", "yes"] = "no"
+    """Whether calls of MCP servers and functions need an approval once a tool's answer is in the context."""
+    max_tool_calls: int = 128
+    """Calls of tools that one response may make, 0 for no limit; a request may ask for fewer."""
+    max_tool_seconds: int = 1800
+    """Seconds from the beginning of a response after which no tool is run for it; 0 for no limit."""
+    patch_folder: str = ""
+    """Folder that the tool apply_patch works in; empty leaves the tool out."""
+    audit_log: str = ""
+    """File that every call of a tool is logged to, a JSON line each; empty for none."""
+    audit_contents: Literal["no", "yes"] = "no"
+    """Whether the log also keeps what tools were asked and answered, without what looks like a secret."""
+    mcp: Mapping[str, McpServer] = field(default_factory=dict)
+    """Servers of tools by name, each the table [mcp.NAME] of the file."""
+    traces: str = ""
+    """URL of an OpenTelemetry collector that is told where the time of each request goes; empty for none."""
     browser: str = ""
     """Where the browser tool searches: local:FOLDER, searxng:URL, exa, youcom, brave, tavily; empty for no browser."""
     browser_key: str = field(default="", repr=False)
@@ -80,8 +134,8 @@ class Config:
     """Domains that the browser may search and open, with those below them, parted by commas; empty for all."""
     browser_block: str = ""
     """Domains that the browser may not open, with those below them, parted by commas."""
-    browser_links: Literal["any", "seen"] = "any"
-    """Whether the browser opens any URL, or only those that the user, a search or an opened page has named."""
+    browser_links: Literal["auto", "any", "seen"] = "auto"
+    """URLs that the browser opens: any; those seen by it or named by the user; auto, the latter beside functions."""
     browser_robots: Literal["yes", "no"] = "yes"
     """Whether the browser leaves alone what a site's robots.txt keeps from programs."""
     browser_requests: int = 100
@@ -158,6 +212,32 @@ def parse_size(text: str | int) -> Size:
     return Size(float(match[1]) * _UNITS[match[2]])
 
 
+def filled_in(server: McpServer, name: str, environ: Mapping[str, str] | None = None) -> McpServer:
+    """The server with the values of the environment variables that its texts name as ``${VARIABLE}``.
+
+    Done when the server is used, so that its secrets are nowhere before. Raises ConfigError for one that is not set.
+    """
+    known = os.environ if environ is None else environ
+
+    def value(match: re.Match[str]) -> str:
+        if match[1] not in known:
+            raise ConfigError(f"mcp.{name}: the environment variable {match[1]} is not set")
+        return known[match[1]]
+
+    def fill(text: str) -> str:
+        return _VARIABLE.sub(value, text)
+
+    return dataclasses.replace(
+        server,
+        command=fill(server.command),
+        args=tuple(fill(one) for one in server.args),
+        env={key: fill(one) for key, one in server.env.items()},
+        folder=fill(server.folder),
+        url=fill(server.url),
+        headers={key: fill(one) for key, one in server.headers.items()},
+    )
+
+
 def _toml_path(environ: Mapping[str, str]) -> tuple[Path, bool]:
     if named := environ.get("OSSIA_CONFIG"):
         return Path(os.path.expanduser(named)), True
@@ -186,6 +266,8 @@ def _did_you_mean(key: str, known: Mapping[str, Any]) -> str:
 
 def _convert(source: str, value: Any, hint: Any) -> Any:
     """A value of the setting's type, from TOML's types or from text; ``source`` opens the error's message."""
+    if hint == Mapping[str, McpServer]:
+        return _read_servers(source, value)
     if get_origin(hint) is Literal:
         if value in get_args(hint):
             return value
@@ -203,3 +285,52 @@ def _convert(source: str, value: Any, hint: Any) -> Any:
         pass
     expected = {Size: "a size such as 2GiB", int: "a whole number, 0 or more", str: "text"}[hint]
     raise ConfigError(f"{source} is {value!r}; expected {expected}")
+
+
+_SERVER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+
+
+def _read_servers(source: str, value: Any) -> dict[str, McpServer]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{source} is {value!r}; expected tables [mcp.NAME] in the settings file")
+    servers = {}
+    for name, table in value.items():
+        where = f"{source}.{name}"
+        if not _SERVER_NAME.fullmatch(name):
+            raise ConfigError(f"{where}: expected a name of 1 to 64 letters, digits, '_' or '-'")
+        if isinstance(table, McpServer):
+            servers[name] = table
+        elif isinstance(table, dict):
+            servers[name] = _read_server(where, table)
+        else:
+            raise ConfigError(f"{where} is {table!r}; expected a table [mcp.{name}]")
+    return servers
+
+
+def _read_server(where: str, table: Mapping[str, Any]) -> McpServer:
+    hints = get_type_hints(McpServer)
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        here = f"{where}.{key}"
+        if key not in hints:
+            raise ConfigError(f"{where}: unknown setting {key!r}; {_did_you_mean(key, hints)}")
+        if hints[key] == Mapping[str, str]:
+            if not isinstance(value, dict) or not all(isinstance(one, str) for one in value.values()):
+                # What stands there may be a secret, and is not repeated.
+                raise ConfigError(f"{here}: expected a table of texts")
+            values[key] = dict(value)
+        elif hints[key] == tuple[str, ...]:
+            if not isinstance(value, list | tuple) or not all(isinstance(one, str) for one in value):
+                raise ConfigError(f"{here}: expected a list of texts")
+            values[key] = tuple(value)
+        else:
+            values[key] = _convert(here, value, hints[key])
+    server = McpServer(**values)
+    if bool(server.command) == bool(server.url):
+        raise ConfigError(f"{where}: expected either a command or a url")
+    if server.url and not server.url.startswith(("https://", "http://")):
+        raise ConfigError(f"{where}.url: expected an address with http:// or https://")
+    if server.timeout_s == 0:
+        raise ConfigError(f"{where}.timeout_s is 0; expected at least 1")
+    return server

@@ -248,7 +248,7 @@ def make_conversation(
         if effort is not None or current_date is not None:
             raise InputError("effort and current_date belong to the system message, but the messages bring their own")
     else:
-        date = _date(current_date) if current_date is not None else datetime.date.today().isoformat()
+        date = checked_date(current_date) if current_date is not None else datetime.date.today().isoformat()
         opening.append(Message(Role.SYSTEM, SystemContent(effort=_effort(effort), current_date=date)))
     if instructions or tools:
         if Role.DEVELOPER in roles:
@@ -269,7 +269,8 @@ def _read_messages(messages: Messages) -> tuple[Message, ...]:
     )
 
 
-def _date(text: str) -> str:
+def checked_date(text: str) -> str:
+    """A date as the model is told it. Raises InputError unless it is YYYY-MM-DD."""
     try:
         return datetime.datetime.strptime(text, "%Y-%m-%d").date().isoformat()
     except (TypeError, ValueError):

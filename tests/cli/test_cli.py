@@ -38,7 +38,18 @@ def tiny(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "command",
-    ["", "generate", "pull", "tokenize", "render", "parse", "checkpoint", "checkpoint inspect", "checkpoint new"],
+    [
+        "",
+        "generate",
+        "mcp",
+        "pull",
+        "tokenize",
+        "render",
+        "parse",
+        "checkpoint",
+        "checkpoint inspect",
+        "checkpoint new",
+    ],
 )
 def test_every_command_explains_itself(command):
     result = ossia(*command.split(), "--help")

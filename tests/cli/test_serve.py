@@ -34,7 +34,9 @@ def test_a_served_model_answers_a_client_and_remembers(tmp_path, environ):
     key = _ossia(environ, "--key-file", str(tmp_path / "keys"), "--new-key", "me").stdout.strip()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
+    (tmp_path / "docs").mkdir()
     arguments = ["--model", str(folder), "--backend", "reference", "--port", str(port), "--key-file", tmp_path / "keys"]
+    arguments += ["--tools", "browser", "--browser-root", tmp_path / "docs"]
     command = [sys.executable, "-m", "ossia", "serve", *map(str, arguments)]
     server = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True)
     try:
@@ -46,7 +48,11 @@ def test_a_served_model_answers_a_client_and_remembers(tmp_path, environ):
                 time.sleep(0.1)
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key)
         assert "openai/gpt-oss-tiny" in [model.id for model in client.models.list()]
-        made = client.responses.create(model="gpt-oss-tiny", input="Hi", max_output_tokens=3)
+        asked = {"model": "gpt-oss-tiny", "input": "Hi", "max_output_tokens": 3}
+        assert [tool.type for tool in client.responses.create(**asked, tools=[{"type": "web_search"}]).tools] == [
+            "web_search"
+        ]
+        made = client.responses.create(**asked)
         assert made.status == "incomplete" and made.usage.output_tokens == 3
         assert client.responses.retrieve(made.id).id == made.id
         assert (tmp_path / "data" / "ossia" / "responses.db").exists()
@@ -54,6 +60,8 @@ def test_a_served_model_answers_a_client_and_remembers(tmp_path, environ):
         server.send_signal(signal.SIGINT)
         told = server.communicate(timeout=30)[1]
     assert "random" in told
+    assert f"ossia: tools: browser (local:{tmp_path}" in told
+    assert "ossia: python is off: not among the tools that were asked for" in told
     assert re.search(r"request=req_\w+ method=POST route=/v1/responses status=200 key=me .* output_tokens=3", told)
 
 
@@ -65,3 +73,19 @@ def test_a_server_that_others_reach_needs_a_key(environ):
 def test_a_new_key_needs_a_file(environ):
     refused = _ossia(environ, "--new-key", "me")
     assert refused.returncode == 1 and "--key-file" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--tools", "browser"], "say where it searches"),
+        (["--tools", "pythn"], "tools names 'pythn'"),
+        (["--browser-root", "docs", "--browser", "brave"], "exclude each other"),
+        (["--browser", "brave"], "browser_key is empty"),
+        (["--python-sandbox", "chroot"], "python_sandbox is 'chroot'"),
+        (["--audit-log", "/proc/nowhere/audit.jsonl"], "the audit log cannot be written"),
+    ],
+)
+def test_tools_that_cannot_be_are_refused_before_a_model_is_loaded(environ, arguments, said):
+    refused = _ossia(environ, "--model", "nowhere", *arguments)
+    assert refused.returncode != 0 and said in refused.stderr

@@ -15,7 +15,7 @@ from ossia.responses.builder import replayed
 from ossia.responses.convert import Entry, History
 from ossia.responses.loop import Extras, Run, finish
 from ossia.responses.schema import ResponseRequest
-from ossia.responses.tools import ToolResult
+from ossia.responses.tools import Toolbox, ToolResult
 
 ADD = {"type": "function", "name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "number"}}}}
 
@@ -186,7 +186,7 @@ def test_a_model_that_calls_undeclared_tools_for_ever_is_stopped():
     assert len(response["output"]) == 4
 
 
-class Python:
+class Python(Toolbox):
     """A toolbox of one tool that answers with what it was given."""
 
     def namespaces(self, tools):
@@ -308,6 +308,16 @@ def test_analysis_is_left_out_once_an_answer_followed_and_kept_if_all_turns_are_
         events_of(first)
         events_of(run_of(made, history=_next_history(first), input="And 3+3?", reasoning={"context": context}))
         assert ("2 and 2 make 4" in TOKENIZER.decode(made.engine.prompts[1])) == kept
+
+
+def test_thoughts_that_are_left_out_since_an_answer_followed_are_named():
+    thought = {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm."}]}
+    items = [thought, {"role": "assistant", "content": "4"}, {**thought, "id": "rs_2"}]
+    run = run_of(FINAL, input=items)
+    assert lint(events_of(run))["input_transformations"] == [
+        {"id": "rs_1", "type": "reasoning", "action": "removed", "reason": "turn_boundary"}
+    ]
+    assert run_of(FINAL, input=items, reasoning={"context": "all_turns"}).response["input_transformations"] == []
 
 
 def test_foreign_encrypted_reasoning_is_left_out_and_that_is_said():

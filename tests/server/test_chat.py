@@ -10,6 +10,8 @@ import pytest
 from pydantic import BaseModel
 from tests.responses.scripts import CALL, FINAL, PREAMBLE, REASONED, TOKENIZER, tokens
 
+from ossia.server.chat import ChatRequest, to_response_request
+
 PARAMETERS = {"type": "object", "properties": {"a": {"type": "number"}}}
 ADD = {"type": "function", "function": {"name": "add", "parameters": PARAMETERS}}
 USER = {"role": "user", "content": "2+2?"}
@@ -302,3 +304,143 @@ def test_errors_of_messages_have_their_own_shape(served, content):
     answer = messages(served, messages=[{"role": "user", "content": content}])
     assert answer.status_code == 400
     assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+# Stored completions ------------------------------------------------------------------------------------------------
+
+
+def test_a_completion_is_stored_listed_changed_and_deleted(served):
+    stored = served.openai.chat.completions
+    made = [chat(served, store=True, metadata={"n": str(n), "kind": "sum"}) for n in range(3)]
+    assert stored.retrieve(made[0].id).choices == made[0].choices
+    assert stored.retrieve(made[0].id).metadata == {"n": "0", "kind": "sum"}
+    ids = [one.id for one in stored.list(limit=2, metadata={"kind": "sum"})]
+    assert [one for one in ids if one in {m.id for m in made}] == [one.id for one in made]
+    assert stored.list(order="desc", limit=1).data[0].id == made[2].id
+    assert next(iter(stored.list(metadata={"n": "1"}, order="desc"))).id == made[1].id
+    assert not stored.list(model="gpt-5").data
+    assert stored.update(made[1].id, metadata={"n": "7"}).metadata == {"n": "7"}
+    assert stored.retrieve(made[1].id).metadata == {"n": "7"}
+    messages = list(stored.messages.list(made[0].id, limit=1))
+    assert [(m.id, m.role, m.content) for m in messages] == [(f"{made[0].id}-0", "user", "2+2?")]
+    for one in made:
+        assert stored.delete(one.id).deleted
+        with pytest.raises(openai.NotFoundError):
+            stored.retrieve(one.id)
+
+
+def test_a_streamed_completion_is_stored_before_its_last_word(served):
+    parts = [{"type": "text", "text": "2+"}, {"type": "text", "text": "2?"}]
+    for chunk in chat(served, stream=True, store=True, n=2, messages=[{"role": "user", "content": parts}]):
+        last = chunk
+    kept = served.openai.chat.completions.retrieve(last.id)
+    assert [choice.message.content for choice in kept.choices] == ["The answer is 4."] * 2
+    message = served.openai.chat.completions.messages.list(last.id).data[0]
+    assert message.content == "2+2?" and len(message.content_parts) == 2
+    with pytest.raises(openai.NotFoundError):
+        served.openai.chat.completions.retrieve(chat(served).id)
+
+
+# What other servers' clients send ----------------------------------------------------------------------------------
+
+
+def formats(served, **fields: Any) -> Any:
+    asked = chat(served, extra_body={"messages": [USER], **fields})
+    return to_response_request(ChatRequest(messages=[USER], **fields)).format, asked
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "bound"),
+    [
+        ({"guided_json": {"type": "object"}}, "json_schema", {"type": "object"}),
+        ({"guided_json": '{"type": "object"}'}, "json_schema", {"type": "object"}),
+        ({"structured_outputs": {"json": {"type": "object"}}}, "json_schema", {"type": "object"}),
+        ({"response_format": {"type": "json_object", "schema": {"type": "object"}}}, "json_schema", {"type": "object"}),
+        ({"structured_outputs": {"json_object": True}}, "json_object", None),
+        ({"guided_regex": "[0-9]+"}, "grammar", "[0-9]+"),
+        ({"structured_outputs": {"grammar": 'start: "a"'}}, "grammar", 'start: "a"'),
+        ({"guided_choice": ["yes", 'n"o']}, "grammar", 'start: "yes" | "n\\"o"'),
+    ],
+)
+def test_the_form_of_an_answer_is_heard_from_every_side(served, fields, kind, bound):
+    form, _ = formats(served, **fields)
+    assert form.type == kind and (form.json_schema or form.definition) == bound
+    assert kind == "json_object" or form.strict or form.syntax
+
+
+@pytest.mark.parametrize(
+    ("fields", "effort"),
+    [
+        ({"think": True}, "medium"),
+        ({"think": False}, "low"),
+        ({"think": "high"}, "high"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 30_000}}, "high"),
+        ({"thinking": {"type": "disabled"}}, "low"),
+        ({"reasoning": {"enabled": False}}, "low"),
+        ({"think": True, "reasoning_effort": "high"}, "high"),
+    ],
+)
+def test_the_effort_is_heard_from_other_servers_clients(served, fields, effort):
+    engine = served.play(FINAL)
+    chat(served, extra_body=fields)
+    assert f"Reasoning: {effort}" in TOKENIZER.decode(engine.prompts[0])
+
+
+def test_what_is_to_be_parsed_stands_alone(served):
+    script = PREAMBLE + REASONED + REASONED + '<|channel|>final<|message|>{"value": 4}<|return|>'
+    served.play(script)
+    made = served.openai.chat.completions.parse(
+        model="gpt-oss-20b",
+        messages=[USER],
+        response_format=Sum,
+        tools=[{**ADD, "function": {**ADD["function"], "strict": True}}],
+    )
+    assert made.choices[0].message.parsed == Sum(value=4)
+    thoughts = "I shall add them.\n\n2 and 2 make 4.\n\n2 and 2 make 4."
+    assert made.choices[0].message.reasoning == thoughts
+    chunks = list(chat(served, stream=True, tools=[ADD], response_format={"type": "json_object"}))
+    deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
+    assert "".join(delta.content or "" for delta in deltas) == '{"value": 4}'
+    assert "".join(getattr(delta, "reasoning", "") for delta in deltas) == thoughts
+    for streams in (False, True):
+        made = chat(served, stream=streams)
+        said = (
+            made.choices[0].message.content if not streams else "".join(c.choices[0].delta.content or "" for c in made)
+        )
+        assert said == 'I shall add them.\n\n{"value": 4}'
+
+
+def test_fields_that_change_nothing_are_named_and_old_ones_are_refused(served):
+    answer = served.http.post(
+        "/v1/chat/completions", json={"messages": [USER], "novel": 1, "user": "me", "verbosity": "low"}
+    )
+    assert answer.headers["x-ossia-ignored-fields"] == "novel"
+    for name in ("functions", "function_call"):
+        with pytest.raises(openai.BadRequestError, match="older API"):
+            chat(served, extra_body={name: [{"name": "add"}]})
+    searching = chat(served, extra_body={"web_search_options": {}})
+    assert searching.choices[0].message.content
+    raw = served.openai.chat.completions.with_raw_response.create(
+        model="gpt-oss-20b", messages=[USER], extra_body={"web_search_options": {}}
+    )
+    assert raw.headers["x-ossia-ignored-tools"] == "web_search"
+
+
+def test_chunks_are_padded_when_that_is_asked_for(served):
+    options = {"include_obfuscation": True}
+    text = served.http.post(
+        "/v1/chat/completions", json={"messages": [USER], "stream": True, "stream_options": options}
+    ).text
+    blocks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+    assert all(block["obfuscation"] for block in blocks)
+    assert (
+        len({(len(json.dumps(b["choices"], separators=(",", ":"))) + len(b["obfuscation"])) % 32 for b in blocks}) == 1
+    )
+
+
+def test_anthropics_structured_output_and_effort_are_heard(served):
+    engine = served.play(REASONED + FINAL)
+    shape = {"type": "json_schema", "schema": {"type": "object"}}
+    messages(served, output_config={"effort": "high", "format": shape})
+    prompt = TOKENIZER.decode(engine.prompts[0])
+    assert "Reasoning: high" in prompt and "# Response Formats" in prompt

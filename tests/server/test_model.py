@@ -72,6 +72,13 @@ def test_a_strict_answer_is_valid_beside_tools(real):
         jsonschema.validate(json.loads(text), SCHEMA)
 
 
+def test_an_answer_of_a_few_words_is_one_of_them(real):
+    body = {"messages": [{"role": "user", "content": "Hi"}], "guided_choice": ["yes", "no"], "max_tokens": 40}
+    made = real.http.post("/v1/chat/completions", json={**body, "reasoning": {"max_tokens": 1}}, timeout=60).json()
+    choice = made["choices"][0]
+    assert choice["finish_reason"] == "length" or choice["message"]["content"] in ("yes", "no")
+
+
 def test_what_cannot_be_enforced_is_refused_by_feature_and_place(real):
     wrong = {**ADD, "parameters": {"type": "object", "properties": {"a": {"$ref": "http://elsewhere/x"}}}}
     with pytest.raises(openai.BadRequestError) as raised:

@@ -35,8 +35,7 @@ def test_text_comes_whole_or_streamed_and_both_are_equal(served):
 def test_a_stored_response_is_retrieved_listed_and_deleted(served):
     made = served.openai.responses.create(model="gpt-oss-20b", input="2+2?", metadata={"a": "b"})
     assert made.output_text == "The answer is 4."
-    again = served.openai.responses.retrieve(made.id, include=["reasoning.encrypted_content"])
-    assert again.to_dict() == made.to_dict()
+    assert served.openai.responses.retrieve(made.id).to_dict() == made.to_dict()
     items = served.openai.responses.input_items.list(made.id)
     assert [item.content[0].text for item in items] == ["2+2?"]
     served.openai.responses.delete(made.id)
@@ -250,6 +249,123 @@ def test_encrypted_reasoning_comes_back_without_the_store(served):
     items = [{"role": "user", "content": "2+2?"}, hidden, call, output]
     assert create(served, store=False, tools=[ADD], input=items).json()["input_transformations"] == []
     assert "2 and 2 make 4." in TOKENIZER.decode(engine.prompts[-1])
+
+
+def test_what_is_to_be_included_is_there_when_a_response_is_retrieved(served):
+    engine = served.play(REASONED + FINAL)
+    conversation = served.openai.conversations.create()
+    made = served.openai.responses.create(model="gpt-oss-20b", input="2+2?", conversation=conversation.id)
+    assert made.output[0].encrypted_content is None
+    sealed = ["reasoning.encrypted_content"]
+    again = served.openai.responses.retrieve(made.id, include=sealed).output[0]
+    listed = served.openai.conversations.items.list(conversation.id, order="asc", include=sealed).data[1]
+    path = f"/v1/conversations/{conversation.id}/items/{made.output[0].id}?include={sealed[0]}"
+    for item in (again.to_dict(), listed.to_dict(), served.http.get(path).json()):
+        hidden = {key: value for key, value in item.items() if key != "content"}
+        call = {"type": "function_call", "name": "add", "call_id": "c", "arguments": "{}"}
+        create(served, store=False, input=[hidden, call, {**call, "type": "function_call_output", "output": "4"}])
+        assert "2 and 2 make 4." in TOKENIZER.decode(engine.prompts[-1])
+    assert served.http.get(f"/v1/responses/{made.id}?include=everything").status_code == 400
+
+
+def test_a_conversation_is_compacted_when_it_has_become_long_and_the_chain_goes_on_from_there(served):
+    engine = served.play(REASONED + FINAL)
+    first = create(served, input="2+2? " * 300).json()
+    engine = served.play("<|channel|>final<|message|>They added 2 and 2.<|return|>", REASONED + FINAL)
+    manage = [{"type": "compaction", "compact_threshold": 500}]
+    fields = {"previous_response_id": first["id"], "context_management": manage}
+    streamed = read_sse(create(served, input="And 3+3?", stream=True, **fields).text)
+    second = lint(streamed)
+    assert [item["type"] for item in second["output"]] == ["compaction", "reasoning", "message"]
+    assert [e["type"] for e in streamed][2:5] == [
+        "response.output_item.added", "response.compaction.compacting", "response.output_item.done",
+    ]  # fmt: skip
+    assert second["usage"]["input_tokens"] == len(engine.prompts[0]) + len(engine.prompts[1])
+    served.play(FINAL)
+    create(served, input="And 4+4?", previous_response_id=second["id"])
+    for prompt, said in ((engine.prompts[-1], "And 4+4?"),):
+        text = TOKENIZER.decode(prompt)
+        assert text.count("They added 2 and 2.") == 1 and "2+2? 2+2?" not in text
+        assert text.index("They added") < text.index("And 3+3?") < text.index("The answer is 4.") < text.index(said)
+    items = [
+        *first["output"],
+        {"role": "user", "content": "And 3+3?"},
+        *second["output"],
+        {"role": "user", "content": "So?"},
+    ]
+    create(served, store=False, input=[{"role": "user", "content": "2+2? " * 300}, *items])
+    text = TOKENIZER.decode(engine.prompts[-1])
+    assert "2+2? 2+2?" not in text and text.count("And 3+3?") == 1 and text.rindex("So?") > text.index("They added")
+
+
+def test_a_compaction_can_be_asked_for_by_an_item(served):
+    served.play("<|channel|>final<|message|>They added 2 and 2.<|return|>")
+    items = [{"role": "user", "content": "2+2?"}, {"type": "compaction_trigger"}]
+    events = read_sse(create(served, input=items, stream=True).text)
+    response = lint(events)
+    assert [item["type"] for item in response["output"]] == ["compaction"]
+    again = read_sse(served.http.get(f"/v1/responses/{response['id']}?stream=true").text)
+    assert again == events
+    assert create(served, input=items[::-1]).status_code == 400
+    served.play("<|channel|>final<|message|><|return|>")
+    failed = lint(read_sse(create(served, input=items, stream=True).text))
+    assert failed["status"] == "failed" and "no summary" in failed["error"]["message"]
+
+
+def test_a_prewarmed_prompt_is_read_and_nothing_is_said(served):
+    engine = served.play(REASONED + FINAL)
+    made = create(served, prompt_cache_options={"prewarm": True}).json()
+    assert (made["status"], made["output"], made["usage"]["output_tokens"]) == ("completed", [], 0)
+    assert made["usage"]["input_tokens"] == len(engine.prompts[0]) and engine.params[0].max_tokens == 1
+    assert made["prompt_cache_options"] == {"prewarm": True, "mode": "implicit", "ttl": "30m"}
+
+
+def test_a_conversation_can_change_its_configuration(served):
+    engine = served.play(REASONED + FINAL)
+    shape = {"type": "json_schema", "name": "sum", "schema": {"type": "object"}}
+    update = {"type": "configuration_update", "reasoning": {"effort": "high"}, "text": {"format": shape}}
+    first = create(served, input=[update, {"role": "user", "content": "2+2?"}]).json()
+    assert first["reasoning"]["effort"] == "high" and first["text"]["format"]["name"] == "sum"
+    create(served, previous_response_id=first["id"])
+    assert "Reasoning: high" in TOKENIZER.decode(engine.prompts[1]) and "## sum" in TOKENIZER.decode(engine.prompts[1])
+    create(served, previous_response_id=first["id"], reasoning={"effort": "low"})
+    assert "Reasoning: low" in TOKENIZER.decode(engine.prompts[2])
+    wrong = {"type": "configuration_update", "reasoning": {"effort": "enormous"}}
+    assert create(served, input=[wrong]).status_code == 400
+
+
+def test_deltas_are_padded_when_that_is_asked_for_and_told_again_as_they_were(served):
+    padded = create(served, stream=True, stream_options={"include_obfuscation": True})
+    events = read_sse(padded.text)
+    deltas = [event for event in events if event["type"].endswith(".delta")]
+    assert deltas and all((len(e["delta"]) + len(e["obfuscation"])) % 32 == 0 for e in deltas)
+    response_id = lint(events)["id"]
+    again = served.http.get(f"/v1/responses/{response_id}?stream=true&include_obfuscation=false")
+    assert again.text == padded.text
+    assert "obfuscation" not in create(served, stream=True).text
+
+
+def test_a_picture_of_a_tool_is_told_as_left_out_and_one_of_the_user_is_refused(served):
+    engine = served.play(FINAL)
+    picture = [{"type": "input_image", "image_url": "data:,x"}, {"type": "input_text", "text": "a cat"}]
+    call = {"type": "function_call", "name": "look", "call_id": "c", "arguments": "{}"}
+    assert create(served, input=[call, {**call, "type": "function_call_output", "output": picture}]).status_code == 200
+    assert "[image left out: this model reads text only]a cat" in TOKENIZER.decode(engine.prompts[-1])
+    assert "text only" in create(served, input=[{"role": "user", "content": picture}]).json()["error"]["message"]
+
+
+def test_every_parameter_is_echoed_and_unknown_ones_are_named(served):
+    given = {
+        "instructions": "Be brief.", "metadata": {"a": "b"}, "temperature": 0.5, "top_p": 0.9, "top_logprobs": 2,
+        "max_output_tokens": 99, "max_tool_calls": 3, "truncation": "auto", "parallel_tool_calls": False,
+        "tool_choice": "none", "tools": [{**ADD, "strict": None}], "user": "me", "safety_identifier": "x",
+        "prompt_cache_key": "k", "prompt_cache_retention": "24h", "store": False, "background_options": {"x": 1},
+        "reasoning": {"effort": "high", "summary": "auto", "context": "all_turns", "mode": "standard"},
+    }  # fmt: skip
+    answer = create(served, **given, verbosity="low", novel=1, client_metadata={"x": 1})
+    made = answer.json()
+    assert {name: made[name] for name in given} == given
+    assert answer.headers["x-ossia-ignored-fields"] == "verbosity, novel"
 
 
 @pytest.mark.parametrize(

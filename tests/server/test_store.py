@@ -91,7 +91,7 @@ def test_what_was_saved_comes_back(store):
     store.save(Stored(one, [entry("in")], [entry("out")], "2025-06-28", b"event: x\n\n"))
     assert store.response(one["id"]) == one
     assert store.events(one["id"]) == b"event: x\n\n"
-    assert [item["text"] for item in store.input_items(one["id"])] == ["in"]
+    assert [e.item["text"] for e in store.input_entries(one["id"])] == ["in"]
     history = store.history(one["id"])
     assert [e.item["text"] for e in history.entries] == ["in", "out"]
     assert history.entries[0].spoken == entry("in").spoken and history.current_date == "2025-06-28"
@@ -115,7 +115,7 @@ def test_what_is_deleted_is_gone_with_its_items(store):
     store.save(Stored(one, [kept]))
     store.delete_response(one["id"])
     assert store.references([kept.item["id"]]) == {}
-    for method in (store.response, store.events, store.history, store.input_items, store.delete_response):
+    for method in (store.response, store.events, store.history, store.input_entries, store.delete_response):
         with pytest.raises(NotFoundError):
             method(one["id"])
 
@@ -142,9 +142,9 @@ def test_conversations_keep_the_order_of_what_was_added(store):
     made = store.create_conversation({"a": "b"}, [entry("0")])
     store.save(Stored(response(1), [entry("1")], [entry("2")], conversation_id=made["id"]))
     store.append_items(made["id"], [entry("3")])
-    assert [item["text"] for item in store.conversation_items(made["id"])] == list("0123")
+    assert [e.item["text"] for e in store.conversation_entries(made["id"])] == list("0123")
     assert [e.item["text"] for e in store.conversation_history(made["id"]).entries] == list("0123")
-    first = store.conversation_items(made["id"])[0]["id"]
+    first = store.conversation_entries(made["id"])[0].item["id"]
     assert store.delete_item(made["id"], first) == made
     with pytest.raises(NotFoundError):
         store.delete_item(made["id"], first)
@@ -163,7 +163,7 @@ def test_responses_that_end_together_do_not_lose_each_others_items(store):
     for thread in threads if threads[0].ident else ():
         thread.join()
     expected = 8 if threads[0].ident else 0
-    assert len(store.conversation_items(made["id"])) == expected
+    assert len(store.conversation_entries(made["id"])) == expected
 
 
 def test_what_has_expired_is_swept_and_what_is_continued_lives_on(url):
@@ -196,6 +196,48 @@ def test_the_oldest_go_when_all_together_are_too_large(url):
         with suppress(NotFoundError):
             kept.append(store.response(one)["id"])
     assert kept and kept == ids[-len(kept) :] and len(kept) <= 3
+    store.close()
+
+
+def chat(number: int, text: str = "") -> dict[str, Any]:
+    return {"id": f"chatcmpl-{number}_{os.urandom(4).hex()}", "model": "m", "metadata": {"n": str(number % 2)},
+            "text": text}  # fmt: skip
+
+
+def test_chat_completions_are_kept_and_paged_in_the_order_they_were_made(store):
+    made = [chat(number) for number in range(6)]
+    for one in made:
+        store.save_chat(one, [{"role": "user", "content": "ä\0\ud800"}])
+    ids = [one["id"] for one in made]
+    assert [one["id"] for one in store.chats(3, None, "asc", "m", {})][-3:] == ids[:3]
+    assert [one["id"] for one in store.chats(9, ids[2], "asc", None, {})] == ids[3:]
+    assert [one["id"] for one in store.chats(2, ids[2], "desc", None, {})] == ids[1::-1]
+    assert [one["id"] for one in store.chats(2, ids[0], "asc", None, {"n": "1"})] == ids[1:4:2]
+    assert store.chats(2, None, "asc", "x\0", {}) == store.chats(2, None, "asc", None, {"n": "7"}) == []
+    assert store.chat_messages(ids[0]) == [{"role": "user", "content": "ä\0?"}]
+    assert store.update_chat(ids[0], {"x": "y"}) == store.chat(ids[0]) == made[0] | {"metadata": {"x": "y"}}
+    for one in ids:
+        store.delete_chat(one)
+        for method in (store.chat, store.chat_messages, store.delete_chat):
+            with pytest.raises(NotFoundError):
+                method(one)
+
+
+def test_chat_completions_are_within_the_bounds_too(url):
+    store = Store(url, max_bytes=40_000)
+    made = [chat(number, "x" * 10_000) for number in range(8)]
+    for one in made:
+        store.save_chat(one, [])
+    store.sweep()
+    left = [one["id"] for one in store.chats(9, None, "asc", None, {})]
+    assert left == [one["id"] for one in made[-3:]]
+    store._ttl_s = -1
+    store.save_chat(gone := chat(9), [])
+    store.sweep()
+    with pytest.raises(NotFoundError):
+        store.chat(gone["id"])
+    for one in left:
+        store.delete_chat(one)
     store.close()
 
 

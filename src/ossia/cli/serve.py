@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +13,7 @@ from ossia.cli import options
 
 if TYPE_CHECKING:
     from ossia.config import Config
+    from ossia.responses.toolbox import Toolboxes
     from ossia.server.service import Service
 
 _GRACE_S = 30
@@ -43,6 +45,36 @@ def serve(
     max_per_minute: Annotated[
         int | None, typer.Option(min=0, help="Requests of one key in a minute; 0 for no limit. [default: 0]")
     ] = None,
+    traces: Annotated[
+        str | None,
+        typer.Option(help="Tell an OpenTelemetry collector at this URL where time goes. [default: none]"),
+    ] = None,
+    tools: Annotated[
+        str | None,
+        typer.Option(
+            help="Tools to run for clients that ask: python, browser, mcp, with commas; or none. [default: auto]"
+        ),
+    ] = None,
+    browser: Annotated[
+        str | None,
+        typer.Option(help="Where the browser searches: local:FOLDER, searxng:URL, brave, exa, youcom, tavily."),
+    ] = None,
+    browser_root: Annotated[
+        Path | None, typer.Option(help="Let the browser search this folder, and reach no network.")
+    ] = None,
+    python_sandbox: Annotated[
+        str | None, typer.Option(help="What confines python: bubblewrap, landlock, docker:IMAGE ... [default: auto]")
+    ] = None,
+    unsafe_python: Annotated[
+        bool, typer.Option("--unsafe-python", help="Run the model's code with no sandbox at all.")
+    ] = False,
+    audit_log: Annotated[str | None, typer.Option(help="Append a line for every call of a tool to this file.")] = None,
+    ask_after_untrusted: Annotated[
+        bool,
+        typer.Option(
+            "--ask-after-untrusted", help="Ask before MCP and functions once a tool's answer is in the context."
+        ),
+    ] = False,
     backend: options.Backend = None,
     threads: options.Threads = None,
     dense: options.Dense = None,
@@ -73,6 +105,12 @@ def serve(
             "max_running": max_running,
             "max_queued": max_queued,
             "max_per_minute": max_per_minute,
+            "traces": traces,
+            "tools": tools,
+            "browser": f"local:{browser_root}" if browser_root is not None else browser,
+            "python_sandbox": python_sandbox,
+            "audit_log": audit_log,
+            "ask_after_untrusted": "yes" if ask_after_untrusted else None,
             "backend": backend,
             "threads": threads,
             "dense": dense,
@@ -88,10 +126,71 @@ def serve(
         return
     keys = Keys.read(Path(settings.key_file).expanduser()) if settings.key_file else Keys()
     check_bind(settings.host, keys, is_open_allowed=settings.open_to_all == "yes")
-    _run(_open(settings, keys, name), settings)
+    if browser is not None and browser_root is not None:
+        raise ConfigError("--browser and --browser-root exclude each other; give one")
+    wanted = _wanted(settings)
+    offered = open_tools(settings, wanted, unsafe_python)
+    required = wanted if settings.tools != "auto" else []
+    _run(_open(settings, keys, name, offered), settings, required)
 
 
-def _open(settings: Config, keys: object, name: str) -> Service:
+def _wanted(settings: Config) -> list[str]:
+    """Names of the tools that are to be offered. Raises ConfigError."""
+    from ossia.errors import ConfigError
+
+    known = ("python", "browser", "mcp")
+    if settings.tools == "auto":
+        return ["python", "mcp", *(["browser"] if settings.browser else [])]
+    names = [one.strip() for one in settings.tools.split(",") if one.strip() and one.strip() != "none"]
+    for one in names:
+        if one not in known:
+            raise ConfigError(f"tools names {one!r}; expected some of: {', '.join(known)}; or none, or auto")
+    return names
+
+
+def open_tools(settings: Config, wanted: list[str], unsafe_python: bool) -> Toolboxes:
+    """What is offered, with the reasons why the rest is not; the sandbox is proven when the server starts."""
+    from importlib.util import find_spec
+
+    from ossia.config import data_folder
+    from ossia.errors import ConfigError
+    from ossia.responses.seal import Seal
+    from ossia.responses.toolbox import Toolboxes
+    from ossia.tools.audit import AuditLog
+    from ossia.tools.browser import BrowserRules
+    from ossia.tools.mcp import Approvals, McpPool
+    from ossia.tools.python import PythonSessions
+    from ossia.tools.web.backend import open_backend
+
+    off = {
+        name: "not among the tools that were asked for" for name in ("python", "browser", "mcp") if name not in wanted
+    }
+    if "browser" in off and not settings.browser:
+        off["browser"] = "no --browser-root FOLDER or --browser says where it searches"
+    if "browser" in wanted and not settings.browser:
+        raise ConfigError("tools names browser; say where it searches, with --browser-root FOLDER or --browser")
+    if "mcp" in wanted and find_spec("mcp") is None:
+        off["mcp"] = "the package mcp is not installed; pip install 'ossia[mcp]'"
+    if unsafe_python:
+        print("ossia: --unsafe-python: code of the model runs as you, with all that you may do", file=sys.stderr)
+    contents = settings.audit_contents == "yes"
+    audit = AuditLog(Path(settings.audit_log).expanduser(), with_contents=contents) if settings.audit_log else None
+    python = PythonSessions(settings.python_sandbox, unsafe_python=unsafe_python) if "python" in wanted else None
+    return Toolboxes(
+        python=python,
+        browser=open_backend(settings.browser, key=settings.browser_key) if "browser" in wanted else None,
+        mcp=settings.mcp,
+        mcp_pool=McpPool() if "mcp" in wanted and "mcp" not in off else None,
+        approvals=Approvals(Seal.at(data_folder() / "seal.key").derived("approvals")),
+        audit=audit,
+        rules=BrowserRules.of(settings),
+        links=settings.browser_links,
+        asks_after_untrusted=settings.ask_after_untrusted == "yes",
+        off=off,
+    )
+
+
+def _open(settings: Config, keys: object, name: str, tools: Toolboxes) -> Service:
     """The model, its engine in a thread, and the store."""
     import datetime
     import socket
@@ -101,11 +200,12 @@ def _open(settings: Config, keys: object, name: str) -> Service:
     from ossia.engine.masks import GrammarCompiler
     from ossia.local import LocalModel
     from ossia.responses.constrain import Grammars
-    from ossia.responses.loop import Model
+    from ossia.responses.loop import Budget, Model
     from ossia.responses.seal import Seal
     from ossia.server.limits import Admission, Keys, Rates
     from ossia.server.service import Service
     from ossia.server.store import Store
+    from ossia.server.tracing import Tracing
 
     assert isinstance(keys, Keys)
     folder = data_folder()
@@ -122,7 +222,9 @@ def _open(settings: Config, keys: object, name: str) -> Service:
     called = name or Path(settings.model).name.removesuffix(".gguf")
     engine = AsyncEngine(local.engine)
     constrain = Grammars(GrammarCompiler(local.tokenizer))
-    model = Model(called, engine, local.tokenizer, Seal.at(folder / "seal.key"), constrain=constrain)
+    budget = Budget(settings.max_tool_calls, settings.max_tool_seconds)
+    seal = Seal.at(folder / "seal.key")
+    model = Model(called, engine, local.tokenizer, seal, constrain=constrain, budget=budget)
     service = Service(
         model,
         store,
@@ -131,6 +233,8 @@ def _open(settings: Config, keys: object, name: str) -> Service:
         rates=Rates(settings.max_per_minute),
         admission=Admission(settings.max_running, settings.max_queued),
         max_request_bytes=settings.max_request,
+        tools=tools,
+        tracing=Tracing.to_collector(settings.traces) if settings.traces else None,
         created_at=int(datetime.datetime.now(datetime.UTC).timestamp()),
     )
     service.watch(engine.stats)
@@ -143,16 +247,32 @@ def _aliases(name: str) -> list[str]:
     return [f"openai/{name}", f"{family}:{size}"] if name.startswith("gpt-oss") else []
 
 
-def _run(service: Service, settings: Config) -> None:
+def _run(service: Service, settings: Config, required: list[str]) -> None:
+    import asyncio
     import logging
 
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    # Ctrl-C has ended the server in good order.
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(_serve(service, settings, required))
+
+
+async def _serve(service: Service, settings: Config, required: list[str]) -> None:
+    """Prove what was asked for, then serve, in one event loop. Raises UnavailableError for a tool that is off."""
     import uvicorn
 
     from ossia.server.app import create_app
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        on, off = await service.tools.start(required)
+    except BaseException:
+        await service.stop(0)
+        raise
+    print(f"ossia: tools: {', '.join(on) or 'none'}", file=sys.stderr)
+    for name, reason in off.items():
+        print(f"ossia: {name} is off: {reason}", file=sys.stderr)
     print(f"ossia: serving {service.model.name} on http://{settings.host}:{settings.port}/v1", file=sys.stderr)
-    uvicorn.run(
+    config = uvicorn.Config(
         create_app(service),
         host=settings.host,
         port=settings.port,
@@ -160,3 +280,4 @@ def _run(service: Service, settings: Config) -> None:
         access_log=False,
         timeout_graceful_shutdown=_GRACE_S,
     )
+    await uvicorn.Server(config).serve()

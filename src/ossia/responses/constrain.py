@@ -7,18 +7,15 @@ text follows its grammar; the tool choice is enforced. Sources: `ossia.harmony.g
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from ossia.engine.masks import GrammarCompiler
 from ossia.engine.request import Constraint
 from ossia.errors import InputError
-from ossia.harmony.grammar import Body, Schema, Tool, ToolChoice, turn_grammar
+from ossia.harmony.grammar import Body, Lark, Regex, Schema, Tool, ToolChoice, turn_grammar
 from ossia.harmony.grammar import Json as AnyJson
-from ossia.responses.schema import Json, TextFormat
-from ossia.responses.tools import Function, Tools
-
-# The namespace that a type of tool was trained under.
-_BUILTIN = {"code_interpreter": "python", "web_search": "browser"}
+from ossia.responses.schema import TextFormat
+from ossia.responses.tools import Choice, Function, Tools
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,7 @@ class Turn:
     """What the model may do in one generation."""
 
     tools: Tools
-    tool_choice: str | Json
+    choice: Choice
     format: TextFormat
     # Tokens of analysis after which it is closed; None for no cap.
     max_reasoning_tokens: int | None = None
@@ -40,12 +37,16 @@ class Grammars:
 
     def __call__(self, turn: Turn) -> Constraint:
         """Raises InputError naming what cannot be enforced. May take a second for a large schema."""
-        tools = [_tool(function) for function in turn.tools.functions]
+        tools = [_tool(function) for function in turn.tools.callable]
         for namespace in turn.tools.builtin:
             tools += Tool.builtin(namespace)
+        for namespace in turn.tools.served:
+            tools += [
+                Tool.function(t.name, t.parameters, strict=False, namespace=namespace.name) for t in namespace.tools
+            ]
         grammar = turn_grammar(
             tools,
-            tool_choice=_choice(turn.tool_choice, turn.tools),
+            tool_choice=ToolChoice(*turn.choice),
             output=_output(turn.format),
             output_param="text.format.schema",
         )
@@ -54,7 +55,7 @@ class Grammars:
 
 def _tool(function: Function) -> Tool:
     namespace = function.namespace or "functions"
-    if function.kind == "function":
+    if function.kind != "custom":
         return Tool.function(
             function.name, function.parameters, strict=function.strict, namespace=namespace, param=function.param
         )
@@ -69,29 +70,6 @@ def _tool(function: Function) -> Tool:
 def _output(shape: TextFormat) -> Body | None:
     if shape.type == "json_schema":
         return Schema(shape.json_schema or {}) if shape.strict else AnyJson()
+    if shape.type == "grammar":
+        return (Regex if shape.syntax == "regex" else Lark)(shape.definition or "")
     return AnyJson("object") if shape.type == "json_object" else None
-
-
-def _choice(choice: str | Json, tools: Tools) -> ToolChoice:
-    if not isinstance(choice, dict):
-        modes: dict[str, Literal["none", "auto", "required"]] = {"none": "none", "required": "required"}
-        return ToolChoice(modes.get(choice, "auto"))
-    if choice.get("type") != "allowed_tools":
-        return ToolChoice("required", _recipients([choice], tools))
-    mode: Literal["auto", "required"] = "required" if choice.get("mode") == "required" else "auto"
-    return ToolChoice(mode, _recipients(choice["tools"], tools))
-
-
-def _recipients(wanted: list[Json], tools: Tools) -> tuple[str, ...]:
-    declared = {namespace.name for namespace in tools.builtin}
-    found: list[str] = []
-    for one in wanted:
-        kind = str(one.get("type"))
-        if kind in ("function", "custom"):
-            found += [f.recipient for f in tools.functions if f.name == one.get("name") and f.kind == kind]
-        elif kind == "namespace":
-            found += [f.recipient for f in tools.functions if f.namespace == one.get("name")]
-        else:
-            name = str(one.get("server_label") or _BUILTIN.get(kind.split("_preview")[0].split("_2025")[0], kind))
-            found += [name] if name in declared else []
-    return tuple(dict.fromkeys(found))

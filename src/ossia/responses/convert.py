@@ -13,6 +13,7 @@ Sources   openai/harmony docs/format.md; the Responses API.
 from __future__ import annotations
 
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,11 +30,16 @@ from ossia.harmony import (
     Tokenizer,
     render_message,
 )
+from ossia.harmony.render import developer_text
+from ossia.responses.client_tools import ClientTool, arguments_of, of_call, of_output, output_text
 from ossia.responses.schema import Json, PromptRequest, new_id
 from ossia.responses.seal import Seal
-from ossia.responses.tools import Tools
+from ossia.responses.tools import Tools, brought
 
 _JSON_CALL = "<|constrain|>json"
+# Names of servers, and what a recipient cannot hold.
+_LABEL = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_UNSAYABLE = re.compile(r"[^A-Za-z0-9_-]")
 
 
 class Spoken(NamedTuple):
@@ -94,6 +100,53 @@ def _num_tokens(turn: tuple[Spoken, ...]) -> int:
     return sum(len(spoken.token_ids) for spoken in turn)
 
 
+class Summary(NamedTuple):
+    """What stands for a part of a conversation: the content of a compaction item."""
+
+    text: str
+    # What the user had said last, which is not shortened.
+    user: str = ""
+    # Whether it stands for everything before it; if not, only for what was left out there.
+    covers: bool = False
+
+    def sealed(self, seal: Seal) -> str:
+        return seal.seal(json.dumps(self._asdict()).encode())
+
+    @classmethod
+    def opened(cls, sealed: object, seal: Seal) -> Summary | None:
+        data = seal.open(sealed) if isinstance(sealed, str) else None
+        given = json.loads(data) if data is not None else None
+        # What else was sealed here is no summary.
+        return cls(**given) if isinstance(given, dict) and given.keys() == set(cls._fields) else None
+
+    def spoken(self) -> tuple[Spoken, ...]:
+        text = f"Summary of the conversation so far, which was shortened:\n\n{self.text}"
+        said = (Spoken(Message(Role.DEVELOPER, DeveloperContent(instructions=text))),)
+        return (*said, Spoken(Message(Role.USER, self.user))) if self.user else said
+
+
+def left_behind(request: PromptRequest, entries: Sequence[Entry]) -> list[Json]:
+    """`input_transformations` of thoughts among ``entries`` that the model does not see again: an answer followed."""
+    if request.reasoning is not None and request.reasoning.context == "all_turns":
+        return []
+    answered = [i for i, entry in enumerate(entries) if any(_is_talk(s.message, Channel.FINAL) for s in entry.spoken)]
+    return [
+        {"id": entry.item["id"], "type": "reasoning", "action": "removed", "reason": "turn_boundary"}
+        for entry in entries[: answered[-1] if answered else 0]
+        if entry.item.get("type") == "reasoning" and entry.spoken
+    ]
+
+
+def uncovered(entries: Sequence[Entry], seal: Seal) -> Sequence[Entry]:
+    """The entries from the last summary on that stands for everything before it."""
+    for i in range(len(entries) - 1, -1, -1):
+        if entries[i].item.get("type") == "compaction":
+            summary = Summary.opened(entries[i].item.get("encrypted_content"), seal)
+            if summary is not None and summary.covers:
+                return entries[i:]
+    return entries
+
+
 # Items to entries ------------------------------------------------------------------------------------------------
 
 
@@ -123,7 +176,7 @@ class Reader:
             if not isinstance(item, dict):
                 raise InputError(f"{where} is {str(item)[:80]!r}; expected an object", param=where)
             entry = self._entry(item, where, calls, out)
-            if entry.item.get("type") in ("function_call", "custom_tool_call"):
+            if "call_id" in entry.item and not entry.item["type"].endswith("_output"):
                 calls[entry.item["call_id"]] = (entry.item, entry.spoken)
             out.append(entry)
         return out
@@ -139,6 +192,18 @@ class Reader:
                 return self._call(item, kind, where, out)
             case "function_call_output" | "custom_tool_call_output":
                 return self._output(item, kind, where, calls)
+            case str() if (tool := of_call(kind)) is not None:
+                return self._client_call(item, tool, where, out)
+            case str() if (tool := of_output(kind)) is not None:
+                return self._client_output(item, tool, where, calls)
+            case "mcp_call" | "code_interpreter_call":
+                return self._answered_call(item, kind, where)
+            case "mcp_approval_request":
+                return self._approval_request(item, where, out)
+            case "mcp_approval_response":
+                return self._approval_response(item, where, out)
+            case "additional_tools":
+                return self._more_tools(item, where)
             case "item_reference":
                 if item.get("id") in self.references:
                     return self.references[item["id"]]
@@ -221,6 +286,91 @@ class Reader:
         )
         return Entry(kept, (Spoken(call),))
 
+    def _client_call(self, item: Json, tool: ClientTool, where: str, out: list[Entry]) -> Entry:
+        given, call_id = arguments_of(tool.kind, item), item.get("call_id") or item.get("id")
+        if given is None or not isinstance(call_id, str):
+            raise InputError(f"{where} is a {tool.call_type} without call_id, or without what it calls", param=where)
+        identity = _text(item.get("id"), f"{where}.id") or new_id(tool.prefix)
+        kept = {**item, "id": identity, "call_id": call_id}
+        recipient = f"functions.{tool.kind}"
+        turn = self._recalled(call_id, recipient, given, out)
+        call = Message(
+            Role.ASSISTANT, given, channel=str(Channel.COMMENTARY), recipient=recipient, content_type=_JSON_CALL
+        )
+        return Entry(kept, turn or (Spoken(call),))
+
+    def _client_output(self, item: Json, tool: ClientTool, where: str, calls: Mapping[str, Any]) -> Entry:
+        # The output of a local shell names its call by id.
+        call_id = item.get("call_id") or item.get("id")
+        if tool.kind == "tool_search":
+            tools = brought(item)
+            text = _told_tools(tools) or "No tools were found."
+        else:
+            text = output_text(item) or ""
+            if output_text(item) is None:
+                raise InputError(f"{where}.output is no output of {tool.kind}", param=f"{where}.output")
+        answered = {**item, "output": text, "call_id": call_id, "name": tool.kind}
+        entry = self._output(answered, tool.output_type, where, calls)
+        return Entry({**item, "id": entry.item["id"], "status": item.get("status") or "completed"}, entry.spoken)
+
+    def _answered_call(self, item: Json, kind: str, where: str) -> Entry:
+        """A call that was run here, told by the client: said again if its answer is told too."""
+        kept = {**item, "id": _text(item.get("id"), f"{where}.id") or new_id("item")}
+        if kind == "mcp_call":
+            given, recipient, channel = item.get("arguments"), _mcp_recipient(item, where), str(Channel.COMMENTARY)
+            error = item.get("error")
+            answer = item.get("output") or (f"Error: {json.dumps(error)[:4_000]}" if error else None)
+        else:
+            given, recipient, channel = item.get("code"), "python", str(Channel.ANALYSIS)
+            outputs = item.get("outputs")
+            logs = [o.get("logs") for o in outputs or () if isinstance(o, dict)] if isinstance(outputs, list) else []
+            answer = "".join(text for text in logs if isinstance(text, str)) or None
+        if not isinstance(given, str) or not isinstance(answer, str):
+            return Entry(kept)
+        content_type = _JSON_CALL if kind == "mcp_call" else "code"
+        call = Message(Role.ASSISTANT, given, channel=channel, recipient=recipient, content_type=content_type)
+        return Entry(kept, (Spoken(call), Spoken(tool_message(recipient, channel, answer))))
+
+    def _approval_request(self, item: Json, where: str, out: list[Entry]) -> Entry:
+        identity, given = item.get("id"), item.get("arguments")
+        recipient = _mcp_recipient(item, where)
+        if not isinstance(identity, str) or not isinstance(given, str):
+            raise InputError(f"{where} is an mcp_approval_request without id or arguments", param=where)
+        turn = self._recalled(identity, recipient, given, out)
+        call = Message(
+            Role.ASSISTANT, given, channel=str(Channel.COMMENTARY), recipient=recipient, content_type=_JSON_CALL
+        )
+        return Entry(dict(item), turn or (Spoken(call),))
+
+    def _approval_response(self, item: Json, where: str, out: list[Entry]) -> Entry:
+        """An approval is run by the loop; a refusal is an answer already."""
+        asked, approves = item.get("approval_request_id"), item.get("approve")
+        if not isinstance(asked, str) or not isinstance(approves, bool):
+            raise InputError(f"{where} is an approval without approval_request_id or approve", param=where)
+        entries = [*self.history.entries, *out]
+        found = [e for e in entries if e.item.get("type") == "mcp_approval_request" and e.item["id"] == asked]
+        if not found:
+            raise NotFoundError(
+                f"{where} answers {asked[:80]!r}, which was not asked; send the request for approval before it, or "
+                "continue from the response that made it",
+                param=where,
+            )
+        if any(e.item.get("approval_request_id") == asked for e in entries):
+            raise InputError(f"{where} answers {asked[:80]!r}, which was answered before", param=where)
+        kept = {**item, "id": _text(item.get("id"), f"{where}.id") or new_id("mcpa")}
+        if approves:
+            return Entry(kept)
+        called = found[-1].spoken[-1].message
+        reason = item.get("reason")
+        text = "Error: the user did not approve this call."
+        text += f" Reason: {reason[:2_000]}" if isinstance(reason, str) and reason else ""
+        return Entry(kept, (Spoken(tool_message(called.recipient or "", called.channel, text)),))
+
+    def _more_tools(self, item: Json, where: str) -> Entry:
+        identity = _text(item.get("id"), f"{where}.id") or new_id("at")
+        content = DeveloperContent(None, tuple(brought(item).namespaces))
+        return Entry({**item, "id": identity}, (Spoken(Message(Role.DEVELOPER, content)),))
+
     def _recalled(self, call_id: str, recipient: str, given: str, out: list[Entry]) -> tuple[Spoken, ...]:
         """What was sampled up to this call; the entries that show parts of it then say nothing themselves.
 
@@ -237,7 +387,8 @@ class Reader:
         for channel in (Channel.ANALYSIS, Channel.COMMENTARY):
             shown = [s.message.text for e in out[begin:] for s in e.spoken if _is_talk(s.message, channel)]
             sampled = [s.message.text for s in turn if _is_talk(s.message, channel)]
-            if "".join(shown).strip() not in ("", "".join(sampled).strip()):
+            # Clients and other forms of the API put their own gaps between messages.
+            if _letters(shown) not in ("", _letters(sampled)):
                 return ()
         out[begin:] = [Entry(entry.item) for entry in out[begin:]]
         return turn
@@ -247,14 +398,15 @@ class Reader:
         call, spoken = calls.get(call_id, (None, ())) if isinstance(call_id, str) else (None, ())
         name, namespace = item.get("name"), item.get("namespace")
         if call is not None:
-            name, namespace = call.get("name"), call.get("namespace")
+            called = of_call(call["type"])
+            name, namespace = called.kind if called else call.get("name"), call.get("namespace")
         if not isinstance(name, str):
             raise InputError(
                 f"{where}: no tool call found for the output with call_id {call_id!r}; send the call before it, or "
                 "continue from the response that made it",
                 param=where,
             )
-        text = _content_text(item.get("output"), f"{where}.output")
+        text = _content_text(item.get("output"), f"{where}.output", skips=True)
         # A tool answers on the channel that it was called on, under the name it was called by.
         recipient = spoken[-1].message.recipient if spoken else f"{namespace or 'functions'}.{name}"
         channel = (spoken[-1].message.channel if spoken else None) or str(Channel.COMMENTARY)
@@ -264,13 +416,23 @@ class Reader:
 
     def _compaction(self, item: Json, where: str) -> Entry:
         sealed = item.get("encrypted_content")
-        data = self.seal.open(sealed) if isinstance(sealed, str) else None
-        if data is None:
+        summary = Summary.opened(sealed, self.seal)
+        if summary is None:
             raise InputError(
                 f"{where} is a compaction that this server did not make; send the items it stands for", param=where
             )
-        message = Message(Role.DEVELOPER, DeveloperContent(instructions=data.decode()))
-        return Entry({**item, "id": _text(item.get("id"), where) or new_id("cmp")}, (Spoken(message),))
+        return Entry({**item, "id": _text(item.get("id"), where) or new_id("cmp")}, summary.spoken())
+
+
+def _mcp_recipient(item: Json, where: str) -> str:
+    label, name = item.get("server_label"), item.get("name")
+    if not isinstance(label, str) or not isinstance(name, str) or not _LABEL.fullmatch(label):
+        raise InputError(f"{where} has no server_label or name; expected those of a tool", param=where)
+    return f"{label}.{_UNSAYABLE.sub('_', name)[:64]}"
+
+
+def _told_tools(tools: Tools) -> str:
+    return developer_text(DeveloperContent(None, tuple(tools.namespaces))) if tools.functions else ""
 
 
 def tool_message(name: str, channel: str | None, text: str) -> Message:
@@ -294,6 +456,10 @@ def _is_talk(message: Message, channel: Channel) -> bool:
     return message.role is Role.ASSISTANT and message.channel == channel and message.recipient is None
 
 
+def _letters(texts: Sequence[str]) -> str:
+    return "".join("".join(texts).split())
+
+
 def _same_arguments(sampled: str, given: str) -> bool:
     if sampled == given:
         return True
@@ -314,8 +480,11 @@ def _text(value: object, where: str) -> str:
 _TEXT_PARTS = frozenset({"input_text", "output_text", "text", "reasoning_text", "summary_text"})
 
 
-def _content_text(content: object, where: str) -> str:
-    """The text of a content: a text, or a list of parts. gpt-oss reads nothing else."""
+def _content_text(content: object, where: str, *, skips: bool = False) -> str:
+    """The text of a content: a text, or a list of parts. gpt-oss reads nothing else.
+
+    With ``skips`` the model is told of a part that it cannot read: a tool's picture must not end a conversation.
+    """
     if content is None:
         return ""
     if isinstance(content, str):
@@ -328,6 +497,8 @@ def _content_text(content: object, where: str) -> str:
         text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else None
         if (kind in _TEXT_PARTS or kind == "refusal") and isinstance(text, str):
             texts.append(text)
+        elif skips and kind in ("input_image", "input_file", "image", "image_url", "file"):
+            texts.append(f"[{kind.removeprefix('input_').removesuffix('_url')} left out: this model reads text only]")
         else:
             met = f"a part of type {kind!r}" if kind else str(part)[:80]
             raise InputError(f"{where}[{i}] is {met}; this model reads text only", param=f"{where}[{i}]")
@@ -352,7 +523,7 @@ class Prompt:
         current_date: str | None,
     ) -> None:
         spoken = [one for entry in entries for one in entry.spoken]
-        num_leading = next((i for i, s in enumerate(spoken) if s.message.role is not Role.DEVELOPER), len(spoken))
+        num_leading = next((i for i, s in enumerate(spoken) if not _is_instructions(s.message)), len(spoken))
         given = [_instructions(s.message) for s in spoken[:num_leading]]
         texts = [text for text in [request.instructions, *given] if text]
         has_functions = any(function.namespace is None for function in tools.functions)
@@ -384,10 +555,16 @@ class Prompt:
         self._pieces.append(self._opening + list(sampled))
         self._is_user.append(False)
 
-    def extend_answer(self, answer: Message) -> None:
-        """A tool has answered."""
+    def extend_answer(self, answer: Message) -> int:
+        """A tool has answered; in how many tokens."""
         self._pieces.append(render_message(answer, self._tokenizer))
         self._is_user.append(False)
+        return len(self._pieces[-1])
+
+    def drop_last(self) -> None:
+        """Take back what was said last."""
+        self._pieces.pop()
+        self._is_user.pop()
 
     def shorten_until(self, fits: Callable[[list[int]], bool]) -> bool:
         """Leave out the oldest turns until it ``fits``; False if not even the last message alone does.
@@ -407,6 +584,12 @@ class Prompt:
                 return True
         self._num_dropped = 0
         return False
+
+
+def _is_instructions(message: Message) -> bool:
+    """Whether it may be told with the request's own instructions: a developer's message that declares nothing."""
+    part = message.content[0]
+    return message.role is Role.DEVELOPER and not (isinstance(part, DeveloperContent) and part.tools)
 
 
 def _instructions(message: Message) -> str:

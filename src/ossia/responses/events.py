@@ -8,6 +8,7 @@ Source   the Responses API; `event` always equals the `type` in the data, and th
 
 from __future__ import annotations
 
+import secrets
 from typing import NamedTuple
 
 from ossia.responses.schema import Json, dumps
@@ -40,6 +41,14 @@ class Event(NamedTuple):
         return {"type": self.type, "sequence_number": self.sequence_number, **self.fields}
 
 
-def sse(event: Event) -> bytes:
-    """The event as it goes over the wire."""
-    return b"event: %b\ndata: %b\n\n" % (event.type.encode(), dumps(event.to_dict()))
+def sse(event: Event, *, pads: bool = False) -> bytes:
+    """The event as it goes over the wire; with ``pads`` the sizes of deltas say little about their text."""
+    told = event.to_dict()
+    if pads and "delta" in told:
+        told["obfuscation"] = padding(len(told["delta"]))
+    return b"event: %b\ndata: %b\n\n" % (event.type.encode(), dumps(told))
+
+
+def padding(num_chars: int) -> str:
+    """Random letters that fill ``num_chars`` up to a multiple of 32."""
+    return secrets.token_urlsafe(24)[: 32 - num_chars % 32]

@@ -11,30 +11,58 @@ Errors after the first event end the response as failed; leaving the iterator fr
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ossia.engine.request import NO_TOKEN, Constraint, SamplingParams, TokenOutput
-from ossia.errors import ContextLengthError, OssiaError
-from ossia.harmony import Delta, Header, ParsedMessage, StreamParser, Tokenizer
+from ossia.errors import ContextLengthError, InputError, OssiaError
+from ossia.harmony import Channel, Delta, Header, ParsedMessage, Role, StreamParser, Tokenizer
 from ossia.responses.builder import Builder
+from ossia.responses.client_tools import of_call
 from ossia.responses.constrain import Turn
-from ossia.responses.convert import Entry, History, Prompt, Reader, Spoken, TurnMemory, sealed_reasoning, tool_message
+from ossia.responses.convert import (
+    Entry,
+    History,
+    Prompt,
+    Reader,
+    Spoken,
+    Summary,
+    TurnMemory,
+    left_behind,
+    sealed_reasoning,
+    tool_message,
+    uncovered,
+)
 from ossia.responses.events import Event
+from ossia.responses.include import shown
 from ossia.responses.schema import (
     Json,
     PromptRequest,
+    Reasoning,
     ResponseRequest,
     Usage,
     check_request,
+    configured,
     new_response,
 )
 from ossia.responses.seal import Seal
-from ossia.responses.tools import Toolbox, Tools, check_tool_choice, read_tools
+from ossia.responses.tools import (
+    Choice,
+    Toolbox,
+    ToolResult,
+    Tools,
+    read_tool_choice,
+    read_tools,
+    with_found,
+    without_secrets,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +70,11 @@ _log = logging.getLogger(__name__)
 _MIN_ROOM_TOKENS = 512
 # Calls of tools that nobody declared, before the response ends without more.
 _MAX_UNKNOWN_CALLS = 3
+# Calls that were refused - too many, too late, too often the same - before the response ends without more.
+_MAX_REFUSED_CALLS = 1
+# Times that the same call may fail.
+_MAX_SAME_FAILURES = 3
+_ANSWER_NOW = "Give your final answer now."
 
 
 class TokenSource(Protocol):
@@ -63,6 +96,20 @@ def _today() -> str:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """What the tools of one response may take, all calls together; 0 for no bound.
+
+    What comes after that is refused with a word to the model, which then has one more turn for its answer.
+    """
+
+    max_calls: int = 128
+    # From the beginning of the response; a call that is under way then is stopped.
+    max_s: float = 1800.0
+    # Of what the tools answer.
+    max_tokens: int = 0
+
+
+@dataclass(frozen=True)
 class Model:
     """A model that answers, and what answering takes."""
 
@@ -75,6 +122,7 @@ class Model:
     constrain: Callable[[Turn], Constraint | None] = unconstrained
     # Tools that ossia runs, made anew for each response.
     toolbox: Callable[[], Toolbox | None] = lambda: None
+    budget: Budget = field(default_factory=Budget)
     # The date that the model is told, YYYY-MM-DD.
     today: Callable[[], str] = _today
 
@@ -89,6 +137,25 @@ class Extras:
     stops: tuple[str, ...] = ()
 
 
+class Phase(NamedTuple):
+    """A part of the time that a response took, in nanoseconds since the epoch: queue, prefill, decode or tool."""
+
+    name: str
+    begin_ns: int
+    end_ns: int
+    fields: Mapping[str, str | int] = {}
+
+
+def engine_phases(begin_ns: int, first_ns: int, num_prompt: int, num_cached: int, num_sampled: int) -> list[Phase]:
+    """Where the time of a generation that ends now went; ``first_ns`` is 0 if no token came."""
+    now_ns = time.time_ns()
+    read = {"prompt_tokens": num_prompt, "cached_tokens": num_cached}
+    phases = [Phase("prefill", begin_ns, first_ns or now_ns, read)]
+    if first_ns:
+        phases.append(Phase("decode", first_ns, now_ns, {"output_tokens": num_sampled}))
+    return phases
+
+
 class Run:
     """One response being made. Its attributes are complete when `events` has ended."""
 
@@ -100,31 +167,50 @@ class Run:
         *,
         references: Mapping[str, Entry] | None = None,
         extras: Extras | None = None,
+        toolbox: Toolbox | None = None,
     ) -> None:
-        """Raises InputError, or NotFoundError for an item that is not there, naming what is wrong."""
+        """``toolbox`` stands in for the model's own.
+
+        Raises InputError, or NotFoundError for an item that is not there, naming what is wrong.
+        """
         check_request(request)
-        self.request = request
         self.history = history or History()
         self.input: list[Entry] = []
         self.output: list[Entry] = []
         self.error: OssiaError | None = None
+        self.phases: list[Phase] = []
         self._model = model
-        self._toolbox = model.toolbox()
-        self.tools, self.input, self.current_date, self._prompt = prepare(
-            request, model, self.history, references, self._toolbox
-        )
+        self.toolbox = toolbox if toolbox is not None else model.toolbox()
+        prepared = prepare(request, model, self.history, references, self.toolbox)
+        request = self.request = prepared.request
+        self.tools, self.input, self.current_date = prepared.tools, prepared.entries, prepared.current_date
+        self._choice, self._prompt = prepared.choice, prepared.prompt
         self.response = new_response(request, model.name)
         # Tools that are not offered here are not echoed as if they were.
-        self.response["tools"] = [t for t in self.response["tools"] if t["type"] not in self.tools.ignored]
+        offered = [tool for tool in self.response["tools"] if tool["type"] not in self.tools.ignored]
+        self.response["tools"] = [without_secrets(tool) for tool in offered]
         self.response["input_transformations"] = self.history.transformations
         self._extras = extras or Extras()
-        self._builder = Builder(self.response, self.tools, toolbox=self._toolbox, stops=self._extras.stops)
+        self._builder = Builder(self.response, self.tools, toolbox=self.toolbox, stops=self._extras.stops)
         self._params = _sampling(request, self._extras)
         self._usage = Usage()
         self._num_tool_calls = 0
         self._num_unknown_calls = 0
+        self._num_refused_calls = 0
+        self._num_answer_tokens = 0
+        self._failures: Counter[tuple[str, str]] = Counter()
+        self._began_s = time.monotonic()
+        if self.toolbox is not None:
+            self.toolbox.begin(self.response["id"])
+        asked = [entry.item.get("type") for entry in self.input]
+        if "compaction_trigger" in asked[:-1]:
+            raise InputError("a compaction_trigger is not the last item of the input; move it there", param="input")
+        self._is_compaction = asked[-1:] == ["compaction_trigger"]
+        threshold = request.compact_threshold
+        self._is_long = threshold is not None and self.num_prompt_tokens > threshold
         # Fails here, before anything is sent, if the prompt cannot fit or a schema cannot be enforced.
-        self._fit(self._params)
+        if not (self._is_compaction or self._is_long):
+            self._fit(self._params)
         self._constraint = self._constrain()
         # All that was said since the input, as the next prompt repeats it.
         self._turn: list[Spoken] = []
@@ -132,6 +218,10 @@ class Run:
     @property
     def num_prompt_tokens(self) -> int:
         return len(self._prompt.token_ids)
+
+    @property
+    def usage(self) -> Usage:
+        return self._usage
 
     @property
     def stopped(self) -> str | None:
@@ -142,7 +232,8 @@ class Run:
     def is_pending(self) -> bool:
         """Whether the turn waits for a tool's answer."""
         last = self.output[-1].item if self.output else {}
-        return last.get("type") in ("function_call", "custom_tool_call")
+        kind = last.get("type")
+        return kind in ("function_call", "custom_tool_call", "mcp_approval_request") or of_call(kind) is not None
 
     async def events(self, slot: AbstractAsyncContextManager[Any] | None = None) -> AsyncGenerator[Event, None]:
         """Make the response. A background response is queued until ``slot`` is entered."""
@@ -156,7 +247,9 @@ class Run:
                     async for event in made:
                         yield event
             else:
+                queued_ns = time.time_ns()
                 async with slot, aclosing(self._generations()) as made:
+                    self.phases.append(Phase("queue", queued_ns, time.time_ns()))
                     for event in self._builder.run():
                         yield event
                     async for event in made:
@@ -178,6 +271,24 @@ class Run:
     # The loop --------------------------------------------------------------------------------------------------------
 
     async def _generations(self) -> AsyncGenerator[Event, None]:
+        if self._is_compaction or self._is_long:
+            async with aclosing(self._compact()) as made:
+                async for event in made:
+                    yield event
+        if self.request.prewarms:
+            await self._prewarm()
+        if self._is_compaction or self.request.prewarms:
+            for event in self._builder.end("completed", self._usage):
+                yield event
+            return
+        self._began_s = time.monotonic()
+        for item in self.toolbox.opening() if self.toolbox is not None else ():
+            for event in self._builder.listed(item):
+                yield event
+            self.output.append(Entry(item))
+        async with aclosing(self._approved()) as made:
+            async for event in made:
+                yield event
         while True:
             generation = _Generation(self._model.tokenizer, self._prompt)
             async with aclosing(self._generate(generation)) as made:
@@ -185,23 +296,49 @@ class Run:
                     yield event
             call = generation.call
             self._prompt.extend(generation.sampled)
-            if call is None or self._builder.function is not None:
+            if call is None or self._builder.function is not None or self._builder.item["type"] == _ASKS:
                 break
             async with aclosing(self._answer(call)) as answered:
                 async for event in answered:
                     yield event
             limit = self._params.max_tokens
             generation.is_cut = limit is not None and self._usage.output_tokens >= limit
-            if generation.is_cut or self._num_unknown_calls > _MAX_UNKNOWN_CALLS or self._has_called_too_often(1):
+            if generation.is_cut or self._num_unknown_calls > _MAX_UNKNOWN_CALLS or self._is_refused_for_good:
                 break
         if generation.is_cut:
             ended = self._builder.end("incomplete", self._usage, reason="max_output_tokens")
-        elif self._has_called_too_often(1):
+        elif self._is_refused_for_good:
             ended = self._builder.end("incomplete", self._usage, reason="max_messages")
         else:
             ended = self._builder.end("completed", self._usage)
         for event in ended:
             yield event
+
+    async def _compact(self) -> AsyncGenerator[Event, None]:
+        """Sum up all that was said, and go on from there."""
+        for event in self._builder.compacting():
+            yield event
+        entries = [*self.history.entries, *self.input]
+        text, used = await summarize(self._model, entries)
+        self._usage = Usage(*map(sum, zip(self._usage, used, strict=True)))
+        said = [one.message.text for entry in entries for one in entry.spoken if one.message.role is Role.USER]
+        summary = Summary(text, said[-1] if said else "", covers=True)
+        for event in self._builder.compacted(summary.sealed(self._model.seal)):
+            yield event
+        entry = Entry(self._builder.item, summary.spoken())
+        self.output.append(entry)
+        self._prompt = Prompt(self.request, [entry], self.tools, self._model.tokenizer, self.current_date)
+
+    async def _prewarm(self) -> None:
+        """Read the prompt, so that the next request finds it in the cache."""
+        token_ids, num_cached = self._prompt.token_ids, 0
+        async with aclosing(self._model.engine.generate(token_ids, replace(self._params, max_tokens=1))) as source:
+            async for output in source:
+                num_cached = output.num_cached_tokens
+        used = self._usage
+        self._usage = used._replace(
+            input_tokens=used.input_tokens + len(token_ids), cached_tokens=used.cached_tokens + num_cached
+        )
 
     async def _generate(self, generation: _Generation) -> AsyncGenerator[Event, None]:
         """One generation of the engine, to its end or to a call."""
@@ -215,9 +352,12 @@ class Run:
         self._constraint = None
         params = replace(params, constraint=constraint)
         num_cached = 0
+        begin_ns, first_ns = time.time_ns(), 0
         try:
             async with aclosing(self._model.engine.generate(token_ids, params)) as source:
                 async for output in source:
+                    if not first_ns:
+                        first_ns = time.time_ns()
                     if output.token_id != NO_TOKEN:
                         for event in self._take(generation, output):
                             yield event
@@ -226,6 +366,7 @@ class Run:
                         generation.is_cut = output.finish_reason == "length" and generation.call is None
                         break
         finally:
+            self.phases += engine_phases(begin_ns, first_ns, len(token_ids), num_cached, len(generation.sampled))
             self._usage = Usage(
                 used.input_tokens + len(token_ids),
                 used.cached_tokens + num_cached,
@@ -276,9 +417,9 @@ class Run:
             if self._builder.is_call(_header(parsed)):
                 if is_whole:
                     yield from self._called(generation, parsed, spoken)
-                else:
+                elif events := self._builder.close("incomplete"):
                     # Half a call is shown, and not said again.
-                    yield from self._builder.close("incomplete")
+                    yield from events
                     self.output.append(Entry(self._builder.item))
                 return
             fields: Json = {}
@@ -292,12 +433,19 @@ class Run:
         """A call is complete: a client's ends the turn, ours stays open until it is answered."""
         generation.call = parsed
         self._turn.append(spoken)
-        if self._builder.function is None:
+        asks = self._builder.item["type"] == _ASKS
+        if self._builder.function is None and not asks:
             return
-        yield from self._builder.close()
+        fields: Json = {}
+        if self.toolbox is not None:
+            if asks:
+                fields = self.toolbox.ask(parsed.message)
+            elif self.toolbox.wants_approval:
+                fields = {"requires_approval": True}
+        yield from self._builder.close(fields=fields)
         item = self._builder.item
         self.output.append(Entry(item, (spoken,)))
-        self._model.memory.keep(item["call_id"], tuple(self._turn))
+        self._model.memory.keep(item["id"] if asks else item["call_id"], tuple(self._turn))
 
     async def _answer(self, call: ParsedMessage) -> AsyncGenerator[Event, None]:
         """Run a tool of ours and give its answer to the model."""
@@ -307,38 +455,137 @@ class Run:
         is_known = self._builder.item["type"] != "reasoning"
         if not is_known:
             self._num_unknown_calls += 1
-            names = sorted(function.recipient for function in self.tools.functions)
+            names = self.tools.names
             known = f"The tools are: {', '.join(names)}." if names else "There are no tools; answer without."
             text = f"Unknown tool: {recipient}. {known}"
         else:
-            assert self._toolbox is not None
+            assert self.toolbox is not None
             for event in self._builder.begin_tool():
                 yield event
             self._num_tool_calls += 1
-            if self._has_called_too_often(0):
-                text = "No more tool calls are allowed in this response. Give your final answer now."
+            recipient = self.toolbox.name(recipient)
+            same = (recipient, call.message.text)
+            if refusal := self._refusal(same):
+                self._num_refused_calls += 1
+                text = refusal
             else:
-                text, fields, is_failed = await self._toolbox.run(call.message)
-        for event in self._builder.end_tool(fields, is_failed=is_failed) if is_known else self._builder.close():
+                text, fields, is_failed = await self._within_time(recipient, self.toolbox.run(call.message))
+                if is_failed:
+                    self._failures[same] += 1
+                    if self._failures[same] == _MAX_SAME_FAILURES:
+                        text += f"\n[This call has failed {_MAX_SAME_FAILURES} times; do not make it again.]"
+        for event in self._end_call(fields, is_failed=is_failed) if is_known else self._builder.close():
             yield event
-        answer = tool_message(recipient, call.channel, text)
-        self._prompt.extend_answer(answer)
-        said = (self._turn[-1], Spoken(answer))
-        self._turn.append(said[1])
-        self.output.append(Entry(self._builder.item, said))
+        self._answered(self._turn[-1], recipient, call.channel, text, fields)
+
+    async def _approved(self) -> AsyncGenerator[Event, None]:
+        """Run the calls that the input approves; those that it does not are answered where they stand."""
+        entries = [*self.history.entries, *self.input]
+        asked = {entry.item["id"]: entry for entry in entries if entry.item.get("type") == _ASKS}
+        for entry in self.input:
+            if entry.item.get("type") != "mcp_approval_response" or not entry.item["approve"]:
+                continue
+            request = asked[entry.item["approval_request_id"]]
+            for event in self._builder.open_approved(request.item):
+                yield event
+            for event in self._builder.begin_tool():
+                yield event
+            self._num_tool_calls += 1
+            recipient = f"{request.item['server_label']}.{request.item['name']}"
+            channel: str | None = str(Channel.COMMENTARY)
+            if request.spoken:
+                called = request.spoken[-1].message
+                recipient, channel = called.recipient or recipient, called.channel
+            if self.toolbox is None:
+                gone = "Error: the server's tools are not offered any more."
+                text, fields, is_failed = ToolResult(gone, {}, True)
+            else:
+                approved = self.toolbox.run_approved(request.item)
+                text, fields, is_failed = await self._within_time(recipient, approved)
+            for event in self._end_call(fields, is_failed=is_failed):
+                yield event
+            self._answered(None, recipient, channel, text, fields)
+
+    async def _within_time(self, recipient: str, work: Coroutine[Any, Any, ToolResult]) -> ToolResult:
+        """What a tool says, stopped when the time of the response is over; its faults are words too."""
+        begin_ns = time.time_ns()
+        max_s = self._model.budget.max_s
+        left_s = max(max_s - (time.monotonic() - self._began_s), 0.0) if max_s else None
+        try:
+            async with asyncio.timeout(left_s) as limit:
+                return await work
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            return ToolResult(f"[ERROR] The time for tools is used up; the call was stopped. {_ANSWER_NOW}", {}, True)
+        except OssiaError:
+            # A call that cannot be logged must not go on unseen.
+            raise
+        except Exception:
+            _log.exception("response=%s tool=%s failed", self.response["id"], recipient)
+            return ToolResult("[ERROR] The tool met an error of its own.", {}, True)
+        finally:
+            self.phases.append(Phase("tool", begin_ns, time.time_ns(), {"tool": recipient}))
+
+    def _end_call(self, fields: Json, *, is_failed: bool) -> list[Event]:
+        told = shown({"type": self._builder.item["type"], **fields}, self.request.include or ())
+        return self._builder.end_tool(told, is_failed=is_failed)
+
+    def _answered(self, call: Spoken | None, recipient: str, channel: str | None, text: str, fields: Json) -> None:
+        """Say the answer of a tool behind its call, as far as it fits."""
+        answer = tool_message(recipient, channel, text)
+        num_tokens = self._prompt.extend_answer(answer)
+        if self.request.truncation != "auto" and not self._has_room():
+            self._prompt.drop_last()
+            answer = tool_message(
+                recipient,
+                channel,
+                f"[ERROR] The tool answered with {num_tokens} tokens, and there is no room for them any more. "
+                f"Ask for less. {_ANSWER_NOW}",
+            )
+            num_tokens = self._prompt.extend_answer(answer)
+        self._num_answer_tokens += num_tokens
+        said = Spoken(answer)
+        self._turn.append(said)
+        self.output.append(Entry({**self._builder.item, **fields}, (call, said) if call is not None else (said,)))
+
+    def _has_room(self) -> bool:
+        room = min(self._params.max_tokens or _MIN_ROOM_TOKENS, _MIN_ROOM_TOKENS)
+        try:
+            self._model.engine.check(self._prompt.token_ids, replace(self._params, max_tokens=room))
+        except ContextLengthError:
+            return False
+        return True
+
+    def _refusal(self, same: tuple[str, str]) -> str | None:
+        """Why the next call is not run; None if it is."""
+        budget = self._model.budget
+        limits = [limit for limit in (self.request.max_tool_calls, budget.max_calls or None) if limit is not None]
+        if self._num_tool_calls > min(limits, default=self._num_tool_calls):
+            return f"No more tool calls are allowed in this response. {_ANSWER_NOW}"
+        if budget.max_s and time.monotonic() - self._began_s >= budget.max_s:
+            return f"The time for tools is used up. {_ANSWER_NOW}"
+        if budget.max_tokens and self._num_answer_tokens >= budget.max_tokens:
+            return f"The tools have answered with as many tokens as they may. {_ANSWER_NOW}"
+        if self._failures[same] >= _MAX_SAME_FAILURES:
+            return f"The same call has failed {_MAX_SAME_FAILURES} times and was not made again. {_ANSWER_NOW}"
+        return None
+
+    @property
+    def _is_refused_for_good(self) -> bool:
+        return self._num_refused_calls > _MAX_REFUSED_CALLS
 
     def _constrain(self) -> Constraint | None:
         """A fresh constraint for the next generation."""
-        choice = self.request.tool_choice or "auto"
-        # What had to be called has been.
-        choice = "auto" if self._num_tool_calls and choice != "none" else choice
+        choice = self._choice
+        if self._num_tool_calls and choice.mode == "required":
+            # What had to be called has been; what may be called stays.
+            asked = self.request.tool_choice
+            is_list = isinstance(asked, dict) and asked["type"] == "allowed_tools"
+            choice = Choice("auto", choice.recipients if is_list else None)
         cap = self.request.max_reasoning_tokens
         left = None if cap is None else max(cap - self._usage.reasoning_tokens, 0)
         return self._model.constrain(Turn(self.tools, choice, self.request.format, left))
-
-    def _has_called_too_often(self, grace: int) -> bool:
-        limit = self.request.max_tool_calls
-        return limit is not None and self._num_tool_calls > limit + grace
 
     def _fit(self, params: SamplingParams) -> SamplingParams:
         """Parameters with which the prompt fits, the prompt shortened if need be and if the request allows it.
@@ -375,6 +622,7 @@ class Run:
                 ) from None
 
 
+_ASKS = "mcp_approval_request"
 _SEALED = "reasoning.encrypted_content"
 
 
@@ -401,20 +649,69 @@ class _Generation:
         return Spoken(parsed.message, token_ids)
 
 
+class Prepared(NamedTuple):
+    """What a request says."""
+
+    # Under what the conversation configures.
+    request: Any
+    tools: Tools
+    choice: Choice
+    # Of its input.
+    entries: list[Entry]
+    # As the model is told.
+    current_date: str
+    prompt: Prompt
+
+
 def prepare(
     request: PromptRequest,
     model: Model,
     history: History,
     references: Mapping[str, Entry] | None = None,
     toolbox: Toolbox | None = None,
-) -> tuple[Tools, list[Entry], str, Prompt]:
-    """What a request says: its tools, the entries of its input, the date told to the model, and the prompt."""
+) -> Prepared:
+    """Read a request after its history. Raises InputError naming what is wrong."""
+    request = configured(request, [*(entry.item for entry in history.entries), *_objects(request.input_items)])
+    check_request(request)
     tools = read_tools(request.tools or (), toolbox)
-    check_tool_choice(request.tool_choice, tools)
     entries = Reader(history, model.seal, model.memory, references or {}).read(request.input_items)
+    tools = with_found(tools, [entry.item for entry in (*history.entries, *entries)])
+    choice = read_tool_choice(request.tool_choice, tools)
     current_date = history.current_date or model.today()
-    prompt = Prompt(request, [*history.entries, *entries], tools, model.tokenizer, current_date)
-    return tools, entries, current_date, prompt
+    history.transformations += left_behind(request, entries)
+    said = uncovered([*history.entries, *entries], model.seal)
+    prompt = Prompt(request, said, tools, model.tokenizer, current_date)
+    return Prepared(request, tools, choice, entries, current_date, prompt)
+
+
+def _objects(items: Sequence[object]) -> list[Json]:
+    return [item for item in items if isinstance(item, dict)]
+
+
+_SUMMARIZE = (
+    "Write a summary of this conversation that lets another assistant go on with it: what was asked, what was found "
+    "and decided, what was done with which result, names and numbers that matter, and what is still to do. Write only "
+    "the summary."
+)
+_MAX_SUMMARY_TOKENS, _MAX_SUMMARY_THOUGHTS = 4_096, 1_024
+
+
+async def summarize(model: Model, entries: Sequence[Entry]) -> tuple[str, Usage]:
+    """What was said, summed up by the model itself. Raises OssiaError if it wrote nothing."""
+    request = ResponseRequest(
+        input=[{"type": "message", "role": "user", "content": _SUMMARIZE}],
+        reasoning=Reasoning(effort="low", max_tokens=_MAX_SUMMARY_THOUGHTS),
+        max_output_tokens=_MAX_SUMMARY_TOKENS,
+        truncation="auto",
+        store=False,
+    )
+    run = Run(request, model, History(list(entries)))
+    response = await finish(run)
+    said = [item for item in response["output"] if item["type"] == "message" and item["phase"] == "final_answer"]
+    text = "".join(part["text"] for item in said for part in item["content"])
+    if not text.strip():
+        raise OssiaError("the model wrote no summary of the conversation; send a shorter one")
+    return text, run.usage
 
 
 async def finish(run: Run) -> Json:

@@ -12,10 +12,10 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ossia.errors import InputError, OssiaError, UnsupportedError
 from ossia.harmony import Effort
@@ -59,12 +59,15 @@ class TextFormat(_Tolerant):
 
     model_config = ConfigDict(extra="allow", populate_by_name=True)
 
-    type: Literal["text", "json_object", "json_schema"] = "text"
+    type: Literal["text", "json_object", "json_schema", "grammar"] = "text"
     name: str | None = Field(default=None, max_length=64)
     description: str | None = None
     # "schema" is a method of pydantic's models.
     json_schema: dict[str, Any] | None = Field(default=None, alias="schema")
     strict: bool | None = None
+    # Of a grammar, which the API has for custom tools alone.
+    syntax: Literal["lark", "regex"] | None = None
+    definition: str | None = None
 
 
 class Text(_Tolerant):
@@ -75,9 +78,26 @@ class Text(_Tolerant):
 
 
 class StreamOptions(_Tolerant):
-    """How events are sent; padding against traffic analysis is accepted and not added."""
+    """How events are sent; padding against traffic analysis is added when it is asked for."""
 
     include_obfuscation: bool | None = None
+
+
+class PromptCacheOptions(_Tolerant):
+    """How prompts are kept; all that memory holds are, whatever is said here."""
+
+    mode: Literal["implicit", "explicit"] | None = None
+    ttl: Literal["30m", "12h"] | None = None
+    prewarm: bool | None = Field(default=None, description="Read and keep the prompt, and generate nothing.")
+
+
+class ContextManagement(_Tolerant):
+    """What is done when a conversation has become long."""
+
+    type: Literal["compaction"]
+    compact_threshold: int | None = Field(
+        default=None, ge=1, description="Tokens of a prompt beyond which all of it is summed up first."
+    )
 
 
 class PromptRequest(_Tolerant):
@@ -143,20 +163,37 @@ class ResponseRequest(PromptRequest):
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_options: PromptCacheOptions | None = None
+    prompt_cache_retention: Literal["in_memory", "24h"] | None = None
+    context_management: list[ContextManagement] | None = Field(default=None, max_length=16)
     service_tier: str | None = None
 
     @field_validator("include")
     @classmethod
     def _known_includes(cls, include: list[str] | None) -> list[str] | None:
-        unknown = sorted(set(include or ()) - INCLUDES)
-        if unknown:
-            raise ValueError(f"{unknown[0]!r} is not one of {', '.join(sorted(INCLUDES))}")
+        if unknown := unknown_include(include):
+            raise ValueError(unknown)
         return include
+
+    @property
+    def prewarms(self) -> bool:
+        return bool(self.prompt_cache_options and self.prompt_cache_options.prewarm)
+
+    @property
+    def compact_threshold(self) -> int | None:
+        given = [one.compact_threshold for one in self.context_management or () if one.compact_threshold]
+        return min(given, default=None)
+
+    @property
+    def wants_padding(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_obfuscation)
 
     @property
     def wants_logprobs(self) -> bool:
         return bool(self.top_logprobs) or "message.output_text.logprobs" in (self.include or ())
 
+
+Request = TypeVar("Request", bound=PromptRequest)
 
 INCLUDES = frozenset(
     {
@@ -172,6 +209,12 @@ INCLUDES = frozenset(
 )
 
 
+def unknown_include(include: Iterable[str] | None) -> str | None:
+    """What is wrong with an `include`; None for nothing."""
+    unknown = sorted(set(include or ()) - INCLUDES)
+    return f"{unknown[0][:80]!r} is not one of {', '.join(sorted(INCLUDES))}" if unknown else None
+
+
 def check_request(request: PromptRequest) -> None:
     """Raise InputError for what cannot be together, or is not offered."""
     if request.previous_response_id is not None and request.conversation is not None:
@@ -185,6 +228,29 @@ def check_request(request: PromptRequest) -> None:
     shape = request.format
     if shape.type == "json_schema" and shape.json_schema is None:
         raise InputError("text.format is json_schema without a schema; expected one", param="text.format.schema")
+    if shape.type == "grammar" and (shape.definition is None or shape.syntax is None):
+        raise InputError("text.format is grammar without a syntax or definition; expected both", param="text.format")
+
+
+def configured(request: Request, items: Iterable[Json]) -> Request:
+    """The request under the latest `configuration_update` of a conversation, where it does not speak for itself."""
+    updates: Json = {}
+    for item in items:
+        if item.get("type") == "configuration_update":
+            for name in ("reasoning", "text"):
+                if isinstance(item.get(name), dict):
+                    updates[name] = item[name]
+    changed: Json = {}
+    try:
+        if "reasoning" in updates and not (request.reasoning and request.reasoning.effort):
+            given = request.reasoning.model_dump() if request.reasoning else {}
+            changed["reasoning"] = Reasoning(**{**given, "effort": updates["reasoning"].get("effort")})
+        if "text" in updates and not (request.text and request.text.format):
+            given = request.text.model_dump(by_alias=True) if request.text else {}
+            changed["text"] = Text(**{**given, "format": updates["text"].get("format")})
+    except ValidationError as error:
+        raise InputError(f"configuration_update: {error.errors()[0]['msg']}", param="input") from None
+    return request.model_copy(update=changed) if changed else request
 
 
 # What goes out ---------------------------------------------------------------------------------------------------
@@ -223,8 +289,16 @@ def new_response(request: ResponseRequest, model: str) -> Json:
             "schema": request.format.json_schema,
             "strict": bool(request.format.strict),
         }
+    if request.format.type == "grammar":
+        shape |= {"syntax": request.format.syntax, "definition": request.format.definition}
     conversation_id = request.conversation_id
+    effort = (request.reasoning and request.reasoning.effort) or "medium"
     echoed = {key: value for key, value in (request.model_extra or {}).items() if key in _ECHOED}
+    if request.prompt_cache_options is not None:
+        asked = request.prompt_cache_options.model_dump(exclude_none=True)
+        echoed["prompt_cache_options"] = {"mode": "implicit", "ttl": "30m", **asked}
+    if request.prompt_cache_retention is not None:
+        echoed["prompt_cache_retention"] = request.prompt_cache_retention
     return {
         "id": new_id("resp"),
         "object": "response",
@@ -244,8 +318,9 @@ def new_response(request: ResponseRequest, model: str) -> Json:
         "conversation": {"id": conversation_id} if conversation_id else None,
         "prompt_cache_key": request.prompt_cache_key,
         "reasoning": {
-            "effort": (request.reasoning and request.reasoning.effort) or "medium",
-            "summary": request.reasoning.summary if request.reasoning else None,
+            "summary": None,
+            **(request.reasoning.model_dump(exclude_none=True) if request.reasoning else {}),
+            "effort": effort,
         },
         "safety_identifier": request.safety_identifier,
         "service_tier": "default",
@@ -267,7 +342,9 @@ def new_response(request: ResponseRequest, model: str) -> Json:
     }  # fmt: skip
 
 
-_ECHOED = frozenset({"prompt_cache_retention", "prompt_cache_options", "access_programs", "image"})
+_ECHOED = frozenset({"background_options"})
+# Fields that are taken without a word: they change nothing here, and need not.
+HINTS = _ECHOED | {"access_programs", "client_metadata", "image"}
 
 
 def error_object(error: OssiaError) -> Json:

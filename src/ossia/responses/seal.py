@@ -6,6 +6,7 @@ AES-256-GCM under a key that stays on this machine; what another server sealed, 
 from __future__ import annotations
 
 import base64
+import hmac
 import os
 from pathlib import Path
 
@@ -23,6 +24,11 @@ class Seal:
 
     def __init__(self, key: bytes) -> None:
         self._cipher = AESGCM(key)
+        self._key = key
+
+    def derived(self, purpose: str) -> bytes:
+        """Another key of 32 bytes, for one purpose; it tells nothing of this one."""
+        return hmac.digest(self._key, purpose.encode(), "sha256")
 
     @classmethod
     def at(cls, path: Path) -> Seal:

@@ -16,18 +16,19 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ossia.errors import LimitError, OssiaError, TooLargeError
 from ossia.responses.schema import Json
-from ossia.server import chat, messages, ollama, responses
+from ossia.server import chat, completions, containers, messages, ollama, responses
+from ossia.server.document import openapi, page
 from ossia.server.metrics import log_fields, log_request
 from ossia.server.service import Service
 from ossia.server.stream import ClientGone, JSONResponse
+from ossia.server.tracing import current_trace
 
 _log = logging.getLogger(__name__)
 
@@ -46,38 +47,57 @@ def create_app(service: Service) -> FastAPI:
         await service.store.run(service.store.sweep)
         if num_failed:
             _log.warning("responses that an earlier server left undone: %d", num_failed)
+        on, off = await service.tools.start()
+        _log.info("tools=%s", ", ".join(on) or "none")
+        for name, reason in off.items():
+            _log.info("tool=%s off=%s", name, reason)
         yield
         await service.stop(_PATIENCE_S)
 
     app = FastAPI(
-        title="ossia",
-        version="1",
-        description="OpenAI's Responses and Chat Completions APIs for gpt-oss.",
         lifespan=lifespan,
         openapi_url=None,
     )
-    for part in (responses, chat, messages, ollama):
+    document: Json | None = None
+    for part in (responses, chat, completions, containers, messages, ollama):
         app.include_router(part.router(service))
 
     @app.get("/health", tags=["Server"], summary="Whether the server runs")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/ready", tags=["Server"], summary="Whether the server takes requests")
+    @app.get(
+        "/ready",
+        tags=["Server"],
+        summary="Whether the server takes requests",
+        responses={200: {"model": dict[str, str]}, 503: {"description": "It stops.", "model": dict[str, str]}},
+    )
     async def ready() -> Response:
         is_ready = not service.is_stopping
         return JSONResponse({"status": "ready" if is_ready else "stopping"}, status_code=200 if is_ready else 503)
 
     @app.get("/openapi.json", include_in_schema=False)
-    async def openapi() -> Response:
-        # Seconds of work at the first time: beside the event loop, and not for a server that nobody asks.
-        return JSONResponse(await asyncio.to_thread(app.openapi))
+    async def openapi_json() -> Response:
+        return JSONResponse(await documented())
 
     @app.get("/docs", include_in_schema=False)
-    async def docs() -> Response:
-        return get_swagger_ui_html(openapi_url="/openapi.json", title="ossia")
+    async def docs(request: Request) -> Response:
+        return HTMLResponse(page(await documented(), service.model.name, str(request.base_url)))
 
-    @app.get("/metrics", tags=["Server"], summary="Metrics for Prometheus", response_class=Response)
+    async def documented() -> Json:
+        # Seconds of work at the first time: beside the event loop, and not for a server that nobody asks.
+        nonlocal document
+        if document is None:
+            document = await asyncio.to_thread(openapi, app)
+        return document
+
+    @app.get(
+        "/metrics",
+        tags=["Server"],
+        summary="Metrics for Prometheus",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -85,7 +105,6 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _on_error)
     app.add_exception_handler(HTTPException, _on_error)
     app.add_exception_handler(ClientGone, _on_error)
-    app.add_exception_handler(Exception, _on_error)
     app.add_middleware(Gate, service=service)
     return app
 
@@ -148,11 +167,19 @@ class Gate:
         caller: str | None = None
         fields: Json = {}
         log_fields.set(fields)
+        tracing = self._service.tracing
+        trace = None if tracing is None else tracing.begin(request.method, dict(request.headers))
+        current_trace.set(trace)
         try:
             try:
                 caller = self._admit(request)
                 await self._app(scope, _bounded(receive, self._service.max_request_bytes), answer)
             except OssiaError as error:
+                await _on_error(request, error)(scope, receive, answer)
+            # Here and not further out, so that a fault of ours has an id, a log line and a count like every answer.
+            except Exception as error:
+                if status:
+                    raise
                 await _on_error(request, error)(scope, receive, answer)
         finally:
             elapsed_s = time.perf_counter() - began_s
@@ -160,6 +187,9 @@ class Gate:
             self._service.metrics.requests.labels(route, str(status)).inc()
             self._service.metrics.duration_s.labels(route).observe(elapsed_s)
             seconds = round(elapsed_s, 4)
+            if trace is not None:
+                trace.end(f"{request.method} {route}", status, {"request": request_id, "key": caller, **fields})
+                fields["trace"] = trace.id
             log_request(
                 request=request_id,
                 method=request.method,

@@ -1,92 +1,42 @@
-"""Chat Completions, Completions and Models over HTTP: the first a mapping of messages to items and of events to chunks.
+"""Chat Completions and Models over HTTP: the first a mapping of messages to items and of events to chunks.
 
 The chain of thought goes out as `reasoning` and as `reasoning_content`, equal texts, and is taken back under either
 name, or `thinking`. A client that drops it loses nothing while a turn waits for a tool: it is known by call id.
+
+`{"type": "code_interpreter"}` and `{"type": "web_search"}` among the tools, or web_search_options, are run here as in
+the Responses API: the client sees the answer, with its citations as `annotations`.
 """
 
 from __future__ import annotations
 
-import asyncio
-import codecs
+import json
+import re
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter
-from openai.types import Completion, Model
-from openai.types.chat import ChatCompletion
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from fastapi import APIRouter, Query
+from openai.types import Model
+from openai.types.chat import ChatCompletion, ChatCompletionDeleted
+from pydantic import BaseModel, Field, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response as HttpResponse
 
-from ossia.engine.request import NO_TOKEN, SamplingParams
 from ossia.errors import InputError, NotFoundError, UnsupportedError
-from ossia.responses.events import DONE, Event
+from ossia.responses.client_tools import CLIENT_TOOLS
+from ossia.responses.events import DONE, Event, padding
 from ossia.responses.loop import Extras, Run
-from ossia.responses.schema import Json, Metadata, Number, ResponseRequest, dumps, error_object, new_id
-from ossia.server.responses import ignored_header
+from ossia.responses.schema import Json, Metadata, ResponseRequest, dumps, error_object, new_id
+from ossia.responses.tools import without_secrets
+from ossia.server.effort import budget_of, effort_of
+from ossia.server.responses import After, Limit, NewMetadata, envelope, page
+from ossia.server.sampled import Sampled
 from ossia.server.service import Service
-from ossia.server.stream import EventStream, JSONResponse, opened, while_there
-
-_MAX_CHOICES = 16
-
-Stops = str | Annotated[list[str], Field(max_length=16)] | None
+from ossia.server.stream import EventStream, JSONResponse, merged, opened, together, while_there
 
 
-class StreamOptions(BaseModel):
-    """How chunks are sent."""
-
-    model_config = ConfigDict(extra="allow")
-    include_usage: bool | None = None
-
-
-class _Sampled(BaseModel):
-    """What Chat Completions and Completions share."""
-
-    model_config = ConfigDict(extra="allow")
-
-    model: str | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: int | None = Field(default=None, ge=1, le=_MAX_CHOICES)
-    stop: Stops = None
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
-    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
-    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[str, Number] | None = None
-    # As other servers have them.
-    top_k: int | None = Field(default=None, ge=-1)
-    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[Number, Field(gt=0)] | None = None
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return tuple(text for text in given if text)
-
-    def sampling(self, choice: int) -> Json:
-        """Fields of SamplingParams that were given; every choice draws its own."""
-        bias = {}
-        for token, value in (self.logit_bias or {}).items():
-            if not token.isdecimal():
-                raise InputError(f"logit_bias names token {token[:40]!r}; expected a token id", param="logit_bias")
-            bias[int(token)] = value
-        fields = {
-            "seed": None if self.seed is None else (self.seed + choice) % 2**63,
-            "frequency_penalty": self.frequency_penalty,
-            "presence_penalty": self.presence_penalty,
-            "repetition_penalty": self.repetition_penalty,
-            "logit_bias": bias or None,
-            "top_k": None if self.top_k is None else max(self.top_k, 0),
-            "min_p": self.min_p,
-        }
-        return {name: value for name, value in fields.items() if value is not None}
-
-
-class ChatRequest(_Sampled):
+class ChatRequest(Sampled):
     """The body of POST /v1/chat/completions."""
 
     messages: Annotated[list[Json], Field(min_length=1, max_length=10_000)]
@@ -102,55 +52,136 @@ class ChatRequest(_Sampled):
     max_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    store: bool | None = None
     metadata: Metadata | None = None
     modalities: list[str] | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+    web_search_options: Json | None = None
+    # As other servers have them.
+    think: bool | str | None = None
+    thinking: Json | None = None
+    guided_json: str | Json | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    structured_outputs: Json | None = None
 
 
-class CompletionRequest(_Sampled):
-    """The body of POST /v1/completions: a raw prompt, as text or as token ids."""
+class ModelList(BaseModel):
+    """Every name of the model that is served."""
 
-    prompt: str | list[int] | list[str] | list[list[int]] = ""
-    max_tokens: int | None = Field(default=None, ge=0)
-    echo: bool | None = None
-    suffix: str | None = None
-    logprobs: int | None = Field(default=None, ge=0, le=20)
+    object: Literal["list"]
+    data: list[Model]
+
+
+class CompletionList(BaseModel):
+    """One page of stored completions."""
+
+    object: Literal["list"]
+    data: list[ChatCompletion]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class MessageList(BaseModel):
+    """One page of the messages of a stored completion."""
+
+    object: Literal["list"]
+    data: list[Json]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+_EFFORT_FIELDS = {"reasoning_effort", "chat_template_kwargs", "reasoning", "think", "thinking"}
+# Fields that change nothing here, and harm nothing: they are taken without a word.
+_HINTS = frozenset(
+    {"user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier", "prediction"}
+)
+_COMPLETION: dict[int | str, dict[str, Any]] = {200: {"model": ChatCompletion}}
+Ascending = Annotated[Literal["asc", "desc"], Query()]
+_METADATA_QUERY = {
+    "parameters": [
+        {
+            "name": "metadata",
+            "in": "query",
+            "required": False,
+            "style": "deepObject",
+            "explode": True,
+            "description": "Only completions with these metadata: metadata[key]=value.",
+            "schema": {"type": "object", "additionalProperties": {"type": "string"}},
+        }
+    ]
+}
 
 
 def router(service: Service) -> APIRouter:
     routes = APIRouter(prefix="/v1", tags=["Chat Completions"], default_response_class=JSONResponse)
+    store = service.store
 
     @routes.post("/chat/completions", responses={200: {"model": ChatCompletion}}, summary="Create a chat completion")
     async def chat(body: ChatRequest, request: Request) -> HttpResponse:
         asked = to_response_request(body)
         num = body.n or 1
-        runs = [await service.begin(asked, Extras(body.sampling(i), body.stops)) for i in range(num)]
-        frame = _Frame(new_id("chatcmpl"), service.model.name, _shows_reasoning(body))
-        headers = ignored_header(runs[0])
+        runs = [await service.begin(asked, Extras(body.sampling(i), body.stops), can_ask=False) for i in range(num)]
+        frame = _Frame(service.model.name, body)
+        headers = service.ignored(body, runs[0].tools.ignored, _HINTS)
+
+        async def keep() -> None:
+            if body.store:
+                responses = [run.response for run in runs]
+                kept = stored_completion(frame.whole(responses), body)
+                await service.store.run(service.store.save_chat, kept, body.messages)
+
+        async def whole() -> Json:
+            await together([service.finish(run) for run in runs])
+            await keep()
+            return frame.whole([run.response for run in runs])
+
         if body.stream:
-            counts = bool(body.stream_options and body.stream_options.include_usage)
-            chunks = _chunks(service, runs, frame, counts)
-            return EventStream(await opened(request, chunks), headers)
-        made = await while_there(request, _all(service, runs))
-        choices = [frame.choice(i, response, body.logprobs) for i, response in enumerate(made)]
-        return JSONResponse(frame.whole(choices, _usage([run.response["usage"] for run in runs])), headers=headers)
+            return EventStream(await opened(request, _chunks(service, runs, frame, keep)), headers)
+        return JSONResponse(await while_there(request, whole()), headers=headers)
 
-    @routes.post("/completions", responses={200: {"model": Completion}}, summary="Complete a raw prompt")
-    async def complete(body: CompletionRequest, request: Request) -> HttpResponse:
-        service.check_model(body.model)
-        made = [_Raw(service, body, prompt, i) for prompt in _prompts(service, body) for i in range(body.n or 1)]
-        frame: Json = {"id": new_id("cmpl"), "created": int(time.time()), "model": service.model.name}
-        frame["object"] = "text_completion"
-        if body.stream:
-            return EventStream(await opened(request, _raw_chunks(made, frame, body)))
+    @routes.get("/chat/completions", responses={200: {"model": CompletionList}}, summary="List stored completions",
+                openapi_extra=_METADATA_QUERY)  # fmt: skip
+    async def list_stored(
+        request: Request, limit: Limit = 20, after: After = None, order: Ascending = "asc", model: str | None = None
+    ) -> HttpResponse:
+        wanted = {name[9:-1]: value for name, value in request.query_params.items() if _METADATA.fullmatch(name)}
+        found = await store.run(store.chats, limit + 1, after, order, model, wanted)
+        return JSONResponse(envelope(found[:limit], has_more=len(found) > limit))
 
-        async def whole() -> None:
-            await _together([one.finish() for one in made])
+    @routes.get("/chat/completions/{completion_id}", responses=_COMPLETION, summary="Retrieve a stored completion")
+    async def retrieve(completion_id: str) -> HttpResponse:
+        return JSONResponse(await store.run(store.chat, completion_id))
 
-        await while_there(request, whole())
-        choices = [one.choice(i) for i, one in enumerate(made)]
-        return JSONResponse({**frame, "choices": choices, "usage": _raw_usage(made)})
+    @routes.post("/chat/completions/{completion_id}", responses=_COMPLETION, summary="Update its metadata")
+    async def update(completion_id: str, body: NewMetadata) -> HttpResponse:
+        return JSONResponse(await store.run(store.update_chat, completion_id, body.metadata or {}))
 
-    @routes.get("/models", tags=["Models"], summary="List the models")
+    @routes.delete(
+        "/chat/completions/{completion_id}",
+        responses={200: {"model": ChatCompletionDeleted}},
+        summary="Delete a stored completion",
+    )
+    async def delete(completion_id: str) -> HttpResponse:
+        await store.run(store.delete_chat, completion_id)
+        return JSONResponse({"id": completion_id, "object": "chat.completion.deleted", "deleted": True})
+
+    @routes.get(
+        "/chat/completions/{completion_id}/messages",
+        responses={200: {"model": MessageList}},
+        summary="List the messages that a stored completion answered",
+    )
+    async def messages(
+        completion_id: str, limit: Limit = 20, after: After = None, order: Ascending = "asc"
+    ) -> HttpResponse:
+        given = await store.run(store.chat_messages, completion_id)
+        shown = [_stored_message(f"{completion_id}-{i}", message) for i, message in enumerate(given)]
+        return JSONResponse(page(shown, limit, after, order))
+
+    @routes.get("/models", tags=["Models"], responses={200: {"model": ModelList}}, summary="List the models")
     async def models() -> HttpResponse:
         return JSONResponse({"object": "list", "data": [_model(service, name) for name in sorted(service.names)]})
 
@@ -174,14 +205,29 @@ def to_response_request(body: ChatRequest) -> ResponseRequest:
     """The same request in the Responses API's words. Raises InputError."""
     if "audio" in (body.modalities or ()):
         raise UnsupportedError("gpt-oss speaks no audio; leave modalities out", param="modalities")
+    for name, instead in (("functions", "tools"), ("function_call", "tool_choice")):
+        if (body.model_extra or {}).get(name) is not None:
+            raise UnsupportedError(f"{name} is of an older API and not offered; send {instead}", param=name)
+    asked = body.model_dump(include=_EFFORT_FIELDS) | (body.model_extra or {})
+    tools = [_flat(tool) for tool in body.tools or ()]
+    for i, tool in enumerate(tools):
+        if tool.get("type") in CLIENT_TOOLS:
+            raise InputError(
+                f"tools[{i}] is of type {tool['type']!r}, which only the Responses API can call; declare a function",
+                param=f"tools[{i}].type",
+            )
+    if body.web_search_options is not None:
+        tools.append({**body.web_search_options, "type": "web_search"})
+    form = _format(body)
+    text = {"format": form, "verbosity": body.verbosity} if form or body.verbosity else None
     given = {
         "model": body.model,
         "input": [item for i, message in enumerate(body.messages) for item in _items(message, f"messages[{i}]")],
-        "tools": [_flat(tool) for tool in body.tools] if body.tools else None,
+        "tools": tools or None,
         "tool_choice": _flat_choice(body.tool_choice),
         "parallel_tool_calls": body.parallel_tool_calls,
-        "text": {"format": _format(body.response_format)} if body.response_format else None,
-        "reasoning": {"effort": _effort(body), "max_tokens": (body.reasoning or {}).get("max_tokens")},
+        "text": text,
+        "reasoning": {"effort": effort_of(asked), "max_tokens": budget_of(asked)},
         "max_output_tokens": body.max_completion_tokens or body.max_tokens,
         "temperature": body.temperature,
         "top_p": body.top_p,
@@ -254,22 +300,47 @@ def _flat_choice(choice: str | Json | None) -> str | Json | None:
     return _flat(choice)
 
 
-def _format(shape: Json) -> Json:
-    inner = shape.get("json_schema")
-    return {**inner, "type": "json_schema"} if shape.get("type") == "json_schema" and isinstance(inner, dict) else shape
+def _format(body: ChatRequest) -> Json | None:
+    """What the answer must be, in the Responses API's words and those of other servers. Raises InputError."""
+    shape = body.response_format
+    if shape is not None:
+        kind, inner = shape.get("type"), shape.get("json_schema")
+        if kind == "json_schema" and isinstance(inner, dict):
+            return {**inner, "type": "json_schema"}
+        if kind == "json_object" and isinstance(shape.get("schema"), dict):
+            return {"type": "json_schema", "name": "answer", "schema": shape["schema"], "strict": True}
+        return shape
+    guided = {
+        "json": body.guided_json,
+        "regex": body.guided_regex,
+        "choice": body.guided_choice,
+        "grammar": body.guided_grammar,
+        **(body.structured_outputs or {}),
+    }
+    for name, value in guided.items():
+        if value is not None and value is not False:
+            return _guided(name, value)
+    return None
 
 
-def _effort(body: ChatRequest) -> Any:
-    """The effort, from wherever clients of other servers put it."""
-    for place in (body.chat_template_kwargs or {}, body.reasoning or {}):
-        found = place.get("reasoning_effort") or place.get("effort")
-        if found and not body.reasoning_effort:
-            return found
-    return body.reasoning_effort
-
-
-def _shows_reasoning(body: ChatRequest) -> bool:
-    return body.include_reasoning is not False and not (body.reasoning or {}).get("exclude")
+def _guided(name: str, value: object) -> Json:
+    match name, value:
+        case "json", str():
+            try:
+                return _guided(name, json.loads(value))
+            except (ValueError, RecursionError):
+                raise InputError("the schema of guided_json is no JSON", param="guided_json") from None
+        case "json", dict():
+            return {"type": "json_schema", "name": "answer", "schema": value, "strict": True}
+        case "json_object", True:
+            return {"type": "json_object"}
+        case "regex", str():
+            return {"type": "grammar", "syntax": "regex", "definition": value}
+        case "grammar", str():
+            return {"type": "grammar", "syntax": "lark", "definition": value}
+        case "choice", [_, *_] if isinstance(value, list) and all(isinstance(one, str) for one in value):
+            return {"type": "grammar", "syntax": "lark", "definition": "start: " + " | ".join(map(json.dumps, value))}
+    raise InputError(f"structured output {name!r} is {str(value)[:80]!r}, which is not offered", param=name)
 
 
 # Events to chunks ------------------------------------------------------------------------------------------------
@@ -278,66 +349,139 @@ def _shows_reasoning(body: ChatRequest) -> bool:
 class _Frame:
     """What all chunks of one completion share."""
 
-    def __init__(self, completion_id: str, model: str, shows_reasoning: bool) -> None:
-        self._shows_reasoning = shows_reasoning
-        self._common = {"id": completion_id, "created": int(time.time()), "model": model, "system_fingerprint": None,
-                        "service_tier": "default"}  # fmt: skip
+    def __init__(self, model: str, body: ChatRequest) -> None:
+        self.counts = bool(body.stream_options and body.stream_options.include_usage)
+        self._pads = bool(body.stream_options and body.stream_options.include_obfuscation)
+        self._wants_logprobs = body.logprobs
+        self._shows_reasoning = body.include_reasoning is not False and not (body.reasoning or {}).get("exclude")
+        # What is to be parsed must stand alone: what the model says on the way is then told with its thoughts.
+        self._is_parsed = _format(body) is not None
+        self._common = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": model,
+                        "system_fingerprint": None, "service_tier": "default"}  # fmt: skip
 
-    def chunk(self, choices: list[Json], usage: Json | None = None, *, counts: bool = False) -> bytes:
-        fields = {"usage": usage} if counts else {}
+    def chunk(self, choices: list[Json], usage: Json | None = None) -> bytes:
+        fields: Json = {"usage": usage} if self.counts else {}
+        if self._pads:
+            fields["obfuscation"] = padding(len(dumps(choices)))
         return b"data: %b\n\n" % dumps(
             {**self._common, "object": "chat.completion.chunk", "choices": choices, **fields}
         )
 
-    def whole(self, choices: list[Json], usage: Json) -> Json:
+    def whole(self, responses: list[Json]) -> Json:
+        choices = [self._choice(index, response) for index, response in enumerate(responses)]
+        usage = _usage([response["usage"] for response in responses])
         return {**self._common, "object": "chat.completion", "choices": choices, "usage": usage}
 
-    def delta(self, index: int, event: Event, calls: dict[int, int]) -> Json | None:
-        """The choice of a chunk for one event; ``calls`` numbers the calls by output index."""
-        fields = event.fields
-        logprobs = None
-        match event.type:
-            case "response.reasoning_text.delta" if self._shows_reasoning:
-                delta: Json = {"reasoning": fields["delta"], "reasoning_content": fields["delta"]}
-            case "response.output_text.delta":
-                delta = {"content": fields["delta"]}
-                if fields["logprobs"]:
-                    logprobs = {"content": fields["logprobs"], "refusal": None}
-            case "response.output_item.added" if fields["item"]["type"] in _CALLS:
-                place = calls[fields["output_index"]] = len(calls)
-                delta = {"tool_calls": [{"index": place, **_call(fields["item"])}]}
-            case "response.function_call_arguments.delta":
-                delta = _more(calls, fields, "function", "arguments")
-            case "response.custom_tool_call_input.delta":
-                delta = _more(calls, fields, "custom", "input")
-            case _:
-                return None
-        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+    def deltas(self, index: int) -> _Deltas:
+        return _Deltas(index, self._shows_reasoning, self._is_parsed)
 
-    def choice(self, index: int, response: Json, wants_logprobs: bool | None) -> Json:
+    def _choice(self, index: int, response: Json) -> Json:
         """The whole choice of a response that has ended."""
-        parts = [part for item in response["output"] if item["type"] == "message" for part in item["content"]]
-        thoughts = "\n".join(
-            part["text"] for item in response["output"] if item["type"] == "reasoning" for part in item["content"]
-        )
+        thoughts, parts = [], []
+        for item in response["output"]:
+            if _is_thought(item, self._is_parsed):
+                thoughts.append("".join(part["text"] for part in item["content"]))
+            elif item["type"] == "message":
+                parts += item["content"]
         calls = [_call(item) for item in response["output"] if item["type"] in _CALLS]
-        text = "".join(part["text"] for part in parts)
+        text, thought = _GAP.join(part["text"] for part in parts), _GAP.join(thoughts)
         # Only a call may stand without a text: clients fail on null otherwise.
         message: Json = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
-        if thoughts and self._shows_reasoning:
-            message |= {"reasoning": thoughts, "reasoning_content": thoughts}
+        begin = 0
+        annotations = []
+        for part in parts:
+            annotations += [_annotation(one, begin) for one in part["annotations"]]
+            begin += len(part["text"]) + len(_GAP)
+        if annotations:
+            message["annotations"] = annotations
+        if thought and self._shows_reasoning:
+            message |= {"reasoning": thought, "reasoning_content": thought}
         if calls:
             message["tool_calls"] = calls
         logprobs = {"content": [one for part in parts for one in part["logprobs"]], "refusal": None}
         return {
             "index": index,
             "message": message,
-            "logprobs": logprobs if wants_logprobs else None,
+            "logprobs": logprobs if self._wants_logprobs else None,
             "finish_reason": _finish_reason(response),
         }
 
 
+# Between two thoughts, and between two messages, of one turn.
+_GAP = "\n\n"
 _CALLS = ("function_call", "custom_tool_call")
+
+
+class _Deltas:
+    """The choices of chunks for the events of one response."""
+
+    def __init__(self, index: int, shows_reasoning: bool, is_parsed: bool) -> None:
+        self._index, self._shows_reasoning, self._is_parsed = index, shows_reasoning, is_parsed
+        # Places of the calls by output index.
+        self._calls: dict[int, int] = {}
+        self._is_thought = False
+        # What has been said so far, by kind, and whether the open item has said something.
+        self._has_said = {True: False, False: False}
+        self._has_begun = False
+        # Characters of the content, and where the open message begins in it.
+        self._num_chars = self._begin = 0
+
+    def of(self, event: Event) -> Json | None:
+        """The choice for one event; None if it says nothing."""
+        fields = event.fields
+        logprobs = None
+        match event.type:
+            case "response.reasoning_text.delta" | "response.output_text.delta":
+                text = self._spaced(fields["delta"])
+                if not self._is_thought:
+                    delta: Json = {"content": text}
+                    self._num_chars += len(text)
+                    if fields["logprobs"]:
+                        logprobs = {"content": fields["logprobs"], "refusal": None}
+                elif self._shows_reasoning:
+                    delta = {"reasoning": text, "reasoning_content": text}
+                else:
+                    return None
+            case "response.output_item.added":
+                item = fields["item"]
+                self._is_thought, self._has_begun = _is_thought(item, self._is_parsed), False
+                if item["type"] not in _CALLS:
+                    return None
+                place = self._calls[fields["output_index"]] = len(self._calls)
+                delta = {"tool_calls": [{"index": place, **_call(item)}]}
+            case "response.output_text.annotation.added" if not self._is_thought:
+                delta = {"annotations": [_annotation(fields["annotation"], self._begin)]}
+            case "response.function_call_arguments.delta":
+                delta = self._more(fields, "function", "arguments")
+            case "response.custom_tool_call_input.delta":
+                delta = self._more(fields, "custom", "input")
+            case _:
+                return None
+        return {"index": self._index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+
+    def _spaced(self, text: str) -> str:
+        if not self._has_begun:
+            self._has_begun = True
+            num_chars = len(text)
+            if self._has_said[self._is_thought]:
+                text = _GAP + text
+            self._has_said[self._is_thought] = True
+            self._begin = self._num_chars + len(text) - num_chars
+        return text
+
+    def _more(self, fields: Json, kind: str, name: str) -> Json:
+        return {"tool_calls": [{"index": self._calls[fields["output_index"]], kind: {name: fields["delta"]}}]}
+
+
+def _is_thought(item: Json, is_parsed: bool) -> bool:
+    return item["type"] == "reasoning" or (is_parsed and item.get("phase") == "commentary")
+
+
+def _annotation(annotation: Json, begin: int) -> Json:
+    """A citation in the words of Chat Completions; its message begins at a place of the content."""
+    cited = {key: value for key, value in annotation.items() if key != "type"}
+    cited |= {key: annotation[key] + begin for key in ("start_index", "end_index")}
+    return {"type": annotation["type"], "url_citation": cited}
 
 
 def _call(item: Json) -> Json:
@@ -346,10 +490,6 @@ def _call(item: Json) -> Json:
     else:
         called = {"type": "custom", "custom": {"name": item["name"], "input": item["input"]}}
     return {"id": item["call_id"], **called}
-
-
-def _more(calls: dict[int, int], fields: Json, kind: str, name: str) -> Json:
-    return {"tool_calls": [{"index": calls[fields["output_index"]], kind: {name: fields["delta"]}}]}
 
 
 def _finish_reason(response: Json) -> str:
@@ -380,46 +520,36 @@ def _usage(usages: list[Json | None]) -> Json:
     }
 
 
-async def _all(service: Service, runs: list[Run]) -> list[Json]:
-    made: list[Json] = await _together([service.finish(run) for run in runs])
-    return made
-
-
-async def _together(work: list[Any]) -> list[Any]:
-    """All at once; when one fails, or nobody waits any more, all end."""
-    tasks = [asyncio.ensure_future(one) for one in work]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _chunks(service: Service, runs: list[Run], frame: _Frame, counts: bool) -> AsyncGenerator[bytes, None]:
-    merged: AsyncGenerator[tuple[int, Event], None] = (
-        _numbered(service.events(runs[0])) if len(runs) == 1 else _merged([service.events(run) for run in runs])
-    )
-    calls: list[dict[int, int]] = [{} for _ in runs]
-    async with aclosing(merged):
-        async for index, event in merged:
+async def _chunks(
+    service: Service, runs: list[Run], frame: _Frame, keep: Callable[[], Awaitable[None]]
+) -> AsyncGenerator[bytes, None]:
+    sources = [service.events(run) for run in runs]
+    events = _numbered(sources[0]) if len(runs) == 1 else merged(sources)
+    deltas = [frame.deltas(index) for index in range(len(runs))]
+    num_open = len(runs)
+    async with aclosing(events):
+        async for index, event in events:
             if event.type == "response.created":
                 begin = {"role": "assistant", "content": "", "refusal": None}
                 choice: Json | None = {"index": index, "delta": begin, "logprobs": None, "finish_reason": None}
             elif event.is_terminal:
-                response = event.fields["response"]
                 error = runs[index].error
                 if error is not None:
                     yield b"data: %b\n\n" % dumps({"error": {**error_object(error), "type": error.type, "param": None}})
                     yield DONE
                     return
-                choice = {"index": index, "delta": {}, "logprobs": None, "finish_reason": _finish_reason(response)}
+                num_open -= 1
+                if not num_open:
+                    # Before the last word: what a client has seen the end of is stored.
+                    await keep()
+                ended = _finish_reason(event.fields["response"])
+                choice = {"index": index, "delta": {}, "logprobs": None, "finish_reason": ended}
             else:
-                choice = frame.delta(index, event, calls[index])
+                choice = deltas[index].of(event)
             if choice is not None:
-                yield frame.chunk([choice], counts=counts)
-    if counts:
-        yield frame.chunk([], _usage([run.response["usage"] for run in runs]), counts=True)
+                yield frame.chunk([choice])
+    if frame.counts:
+        yield frame.chunk([], _usage([run.response["usage"] for run in runs]))
     yield DONE
 
 
@@ -429,145 +559,26 @@ async def _numbered(events: AsyncGenerator[Event, None]) -> AsyncGenerator[tuple
             yield 0, event
 
 
-async def _merged(sources: list[AsyncGenerator[Any, None]]) -> AsyncGenerator[tuple[int, Any], None]:
-    """What several generators yield, as it comes. Raises what one of them raises."""
-    queue: asyncio.Queue[tuple[int, Any, BaseException | None]] = asyncio.Queue(64)
-    over = object()
+# Stored completions ----------------------------------------------------------------------------------------------
 
-    async def read(index: int) -> None:
-        try:
-            async with aclosing(sources[index]) as source:
-                async for item in source:
-                    await queue.put((index, item, None))
-            await queue.put((index, over, None))
-        except Exception as error:
-            await queue.put((index, over, error))
-
-    tasks = [asyncio.ensure_future(read(index)) for index in range(len(sources))]
-    try:
-        num_open = len(tasks)
-        while num_open:
-            index, item, error = await queue.get()
-            if error is not None:
-                raise error
-            if item is over:
-                num_open -= 1
-            else:
-                yield index, item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+# Query parameters such as metadata[topic]=sums.
+_METADATA = re.compile(r"metadata\[.{1,64}\]", re.DOTALL)
+_ECHOED = (
+    "temperature", "top_p", "frequency_penalty", "presence_penalty", "seed", "tools", "tool_choice", "response_format",
+)  # fmt: skip
 
 
-# Raw prompts -----------------------------------------------------------------------------------------------------
+def stored_completion(made: Json, body: ChatRequest) -> Json:
+    """A completion as it is kept: with its metadata and what it was asked with."""
+    echoed = body.model_dump(include=set(_ECHOED))
+    if body.tools is not None:
+        echoed["tools"] = [without_secrets(tool) for tool in body.tools]
+    return {**made, **{name: echoed[name] for name in _ECHOED}, "metadata": body.metadata or {}}
 
 
-def _prompts(service: Service, body: CompletionRequest) -> list[list[int]]:
-    if body.suffix:
-        raise UnsupportedError("suffix is not offered: gpt-oss does not fill in the middle", param="suffix")
-    given = body.prompt
-    encode = service.model.tokenizer.encode
-    if isinstance(given, str):
-        return [encode(given)]
-    if all(isinstance(one, int) for one in given):
-        return [[one for one in given if isinstance(one, int)]]
-    if len(given) > 64:
-        raise InputError(f"{len(given)} prompts in one request; expected at most 64", param="prompt")
-    return [encode(one) if isinstance(one, str) else one for one in given if not isinstance(one, int)]
-
-
-class _Raw:
-    """One prompt being completed."""
-
-    def __init__(self, service: Service, body: CompletionRequest, prompt: list[int], choice: int) -> None:
-        self._service, self._body, self.prompt = service, body, prompt
-        self.num_output, self.num_cached = 0, 0
-        self.finish_reason: str | None = None
-        self.text = ""
-        self.logprobs: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        wanted = body.logprobs is not None
-        self._params = SamplingParams(
-            **{
-                "temperature": 1.0 if body.temperature is None else body.temperature,
-                "top_p": 1.0 if body.top_p is None else body.top_p,
-                "max_tokens": 16 if body.max_tokens is None else max(body.max_tokens, 1),
-                "stop_strings": body.stops,
-                "logprobs": wanted,
-                "top_logprobs": body.logprobs or 0,
-                **body.sampling(choice),
-            }
-        )
-        if body.max_tokens != 0:
-            # Fails before anything is sent.
-            service.model.engine.check(prompt, self._params)
-
-    async def pieces(self) -> AsyncGenerator[str, None]:
-        """The text as it comes; the text of a stop is not part of it."""
-        tokenizer = self._service.model.tokenizer
-        if self._body.echo:
-            self.text = tokenizer.decode(self.prompt)
-            yield self.text
-        if self._body.max_tokens == 0:
-            self.finish_reason = "length"
-            return
-        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        data, num_told = b"", 0
-        source = self._service.model.engine.generate(self.prompt, self._params)
-        async with self._service.admission.slot(), aclosing(source) as outputs:
-            async for output in outputs:
-                if output.token_id == NO_TOKEN:
-                    continue
-                self.num_output += 1
-                self.num_cached = output.num_cached_tokens
-                end = None
-                if output.stop is not None:
-                    end = output.stop.num_bytes if isinstance(output.stop.match, str) else len(data)
-                data += tokenizer.token_bytes(output.token_id)
-                if output.logprob is not None:
-                    self._note(output.token_id, output.logprob, output.top_logprobs)
-                if output.finish_reason is not None:
-                    self.finish_reason = "length" if output.finish_reason == "length" else "stop"
-                known = len(data) - output.held_bytes if end is None else end
-                piece = utf8.decode(data[num_told:known], final=output.finish_reason is not None)
-                num_told = max(num_told, known)
-                self.text += piece
-                if piece:
-                    yield piece
-
-    async def finish(self) -> None:
-        async with aclosing(self.pieces()) as pieces:
-            async for _ in pieces:
-                pass
-
-    def choice(self, index: int) -> Json:
-        logprobs = self.logprobs if self._body.logprobs is not None else None
-        return {"index": index, "text": self.text, "logprobs": logprobs, "finish_reason": self.finish_reason}
-
-    def _note(self, token_id: int, logprob: float, top: tuple[tuple[int, float], ...]) -> None:
-        decode = self._service.model.tokenizer.decode
-        self.logprobs["tokens"].append(decode([token_id]))
-        self.logprobs["token_logprobs"].append(logprob)
-        self.logprobs["top_logprobs"].append({decode([one]): value for one, value in top})
-        self.logprobs["text_offset"].append(len(self.text))
-
-
-def _raw_usage(made: list[_Raw]) -> Json:
-    num_prompt, num_output = sum(len(one.prompt) for one in made), sum(one.num_output for one in made)
-    details = {"cached_tokens": sum(one.num_cached for one in made)}
-    return {"prompt_tokens": num_prompt, "completion_tokens": num_output, "total_tokens": num_prompt + num_output,
-            "prompt_tokens_details": details}  # fmt: skip
-
-
-async def _raw_chunks(made: list[_Raw], frame: Json, body: CompletionRequest) -> AsyncGenerator[bytes, None]:
-    def chunk(choices: list[Json], **fields: Any) -> bytes:
-        return b"data: %b\n\n" % dumps({**frame, "choices": choices, **fields})
-
-    async with aclosing(_merged([one.pieces() for one in made])) as merged:
-        async for index, piece in merged:
-            yield chunk([{"index": index, "text": piece, "logprobs": None, "finish_reason": None}])
-    for index, one in enumerate(made):
-        yield chunk([{**one.choice(index), "text": ""}])
-    if body.stream_options and body.stream_options.include_usage:
-        yield chunk([], usage=_raw_usage(made))
-    yield DONE
+def _stored_message(message_id: str, message: Json) -> Json:
+    content = message.get("content")
+    parts = content if isinstance(content, list) else None
+    if parts is not None:
+        content = "".join(str(part.get("text") or "") for part in parts if isinstance(part, dict))
+    return {**message, "id": message_id, "content": content, "content_parts": parts}

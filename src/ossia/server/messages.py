@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,15 +17,14 @@ from starlette.responses import Response as HttpResponse
 
 from ossia.errors import InputError
 from ossia.responses.events import Event
-from ossia.responses.loop import Extras, Run, prepare
+from ossia.responses.loop import Extras, Run
 from ossia.responses.schema import Json, Number, ResponseRequest, dumps, new_id
 from ossia.server.chat import valid
-from ossia.server.responses import ignored_header
+from ossia.server.effort import budget_of, effort_of
 from ossia.server.service import Service
 from ossia.server.stream import EventStream, JSONResponse, opened, while_there
 
-# Tokens that a client sets aside for thinking, up to which the effort is low and medium.
-_LOW_BUDGET, _MEDIUM_BUDGET = 4_096, 16_384
+_HINTS = frozenset({"metadata", "output_config", "service_tier"})
 _ERROR_TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
     429: "rate_limit_error",
@@ -56,26 +55,44 @@ class MessagesRequest(CountRequest):
     top_k: int | None = Field(default=None, ge=0)
 
 
+class Message(BaseModel):
+    """A message of the model's."""
+
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[Json]
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
+    stop_sequence: str | None
+    usage: dict[str, int]
+
+
+class Counted(BaseModel):
+    """How many tokens the model would read."""
+
+    input_tokens: int
+
+
 def router(service: Service) -> APIRouter:
     routes = APIRouter(prefix="/v1", tags=["Messages"], default_response_class=JSONResponse)
 
-    @routes.post("/messages", summary="Create a message")
+    @routes.post("/messages", responses={200: {"model": Message}}, summary="Create a message")
     async def create(body: MessagesRequest, request: Request) -> HttpResponse:
         sampling = {"top_k": body.top_k} if body.top_k else {}
         stops = tuple(text for text in body.stop_sequences or () if text)
-        run = await service.begin(_to_response_request(body), Extras(sampling, stops))
-        headers = ignored_header(run)
+        run = await service.begin(_to_response_request(body), Extras(sampling, stops), can_ask=False)
+        headers = service.ignored(body, run.tools.ignored, _HINTS)
         if body.stream:
             return EventStream(await opened(request, _stream(service, run, body.model)), headers)
         response = await while_there(request, service.finish(run))
         return JSONResponse(_whole(run, response, body.model or service.model.name), headers=headers)
 
-    @routes.post("/messages/count_tokens", summary="Count the tokens of a message")
+    @routes.post("/messages/count_tokens", responses={200: {"model": Counted}}, summary="Count the tokens of a message")
     async def count(body: CountRequest) -> HttpResponse:
         asked = _to_response_request(body)
-        history = await service.history(asked)
-        *_, prompt = await service.beside_if_long(asked, lambda: prepare(asked, service.model, history))
-        return JSONResponse({"input_tokens": len(prompt.token_ids)})
+        _, read = await service.prepared(asked)
+        return JSONResponse({"input_tokens": len(read.prompt.token_ids)})
 
     return routes
 
@@ -90,13 +107,15 @@ def error_body(status: int, message: str) -> Json:
 
 
 def _to_response_request(body: CountRequest) -> ResponseRequest:
+    given = {**(body.model_extra or {}), "thinking": body.thinking}
     return valid(
         {
             "instructions": _text(body.system, "system") or None,
             "input": [item for i, m in enumerate(body.messages) for item in _items(m, f"messages[{i}]")],
             "tools": [_tool(tool) for tool in body.tools] if body.tools else None,
             "tool_choice": _choice(body.tool_choice),
-            "reasoning": {"effort": _effort(body.thinking), "max_tokens": _budget(body.thinking)},
+            "text": _format(given.get("output_config")),
+            "reasoning": {"effort": effort_of(given), "max_tokens": budget_of(given)},
             "max_output_tokens": getattr(body, "max_tokens", None),
             "temperature": getattr(body, "temperature", None),
             "top_p": getattr(body, "top_p", None),
@@ -150,6 +169,13 @@ def _text(content: str | list[Json] | None, where: str) -> str:
     return "\n".join(block["text"] for block in content)
 
 
+def _format(output_config: object) -> Json | None:
+    shape = output_config.get("format") if isinstance(output_config, dict) else None
+    if not isinstance(shape, dict) or shape.get("type") != "json_schema":
+        return None
+    return {"format": {"type": "json_schema", "name": "answer", "schema": shape.get("schema"), "strict": True}}
+
+
 def _tool(tool: Json) -> Json:
     if tool.get("type") not in (None, "custom"):
         return {"type": str(tool["type"])}  # A tool of Anthropic's own: passed by, and said so.
@@ -162,20 +188,6 @@ def _choice(choice: Json | None) -> str | Json | None:
     if kind == "tool":
         return {"type": "function", "name": (choice or {}).get("name")}
     return {"any": "required", "none": "none"}.get(str(kind), "auto")
-
-
-def _budget(thinking: Json | None) -> int | None:
-    budget = (thinking or {}).get("budget_tokens")
-    return budget if isinstance(budget, int) and budget > 0 else None
-
-
-def _effort(thinking: Json | None) -> str:
-    kind, budget = (thinking or {}).get("type"), (thinking or {}).get("budget_tokens")
-    if kind == "disabled":
-        return "low"
-    if kind != "enabled" or not isinstance(budget, int):
-        return "medium"
-    return "low" if budget <= _LOW_BUDGET else "medium" if budget <= _MEDIUM_BUDGET else "high"
 
 
 # From events -----------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
+        self.queue_s = Histogram("ossia_queue_seconds", "From request to its turn", buckets=_SECONDS, registry=registry)
         self.inter_token_s = Histogram(
             "ossia_inter_token_seconds",
             "Mean between tokens of one response",

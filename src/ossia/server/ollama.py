@@ -31,7 +31,7 @@ def router(service: Service) -> APIRouter:
                "quantization_level": "MXFP4"}  # fmt: skip
     modified_at = datetime.datetime.fromtimestamp(service.created_at, datetime.UTC).isoformat()
 
-    @routes.get("/version", summary="A version that clients accept")
+    @routes.get("/version", responses={200: {"model": dict[str, str]}}, summary="A version that clients accept")
     async def version() -> HttpResponse:
         return JSONResponse({"version": _VERSION})
 

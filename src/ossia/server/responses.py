@@ -2,38 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+import time
+from collections.abc import AsyncGenerator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
-from openai.types.conversations import Conversation, ConversationDeletedResource, ConversationItemList
-from openai.types.responses import CompactedResponse, Response
+from openai.types.conversations import Conversation, ConversationDeletedResource, ConversationItem, ConversationItemList
+from openai.types.responses import Response, ResponseUsage
 from openai.types.responses.input_token_count_response import InputTokenCountResponse
 from openai.types.responses.response_item_list import ResponseItemList
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, RootModel
 from starlette.requests import Request
 from starlette.responses import Response as HttpResponse
 
 from ossia.errors import InputError, NotFoundError
 from ossia.responses.builder import replayed
-from ossia.responses.convert import Entry, History, Reader
+from ossia.responses.convert import Entry, History, Reader, Summary
 from ossia.responses.events import DONE, sse
-from ossia.responses.loop import Run, prepare
-from ossia.responses.schema import Json, Metadata, PromptRequest, ResponseRequest, Usage, check_request, new_id
+from ossia.responses.include import retrieved
+from ossia.responses.loop import summarize
+from ossia.responses.schema import (
+    HINTS,
+    Json,
+    Metadata,
+    PromptRequest,
+    ResponseRequest,
+    new_id,
+    unknown_include,
+)
 from ossia.server.service import Service, split
 from ossia.server.stream import EventStream, JSONResponse, opened, while_there
-
-_SUMMARIZE = (
-    "Write a summary of this conversation that lets another assistant go on with it: what was asked, what was found "
-    "and decided, what was done with which result, names and numbers that matter, and what is still to do. Write only "
-    "the summary."
-)
-_SUMMARY_HEAD = "Summary of the conversation so far, which was shortened:\n\n"
 
 Limit = Annotated[int, Query(ge=1, le=100)]
 After = Annotated[str | None, Query(description="The id of the item behind which the page begins.")]
 Order = Annotated[Literal["asc", "desc"], Query()]
-Include = Annotated[list[str] | None, Query(alias="include[]")]
+# Clients of the API say include[]=, people say include=.
+Include = Annotated[list[str] | None, Query(alias="include[]", description="What items show besides.")]
+PlainInclude = Annotated[list[str] | None, Query(alias="include", include_in_schema=False)]
+
+
+class Compacted(BaseModel):
+    """A conversation made short: the user's own messages, and an item that stands for the rest."""
+
+    id: str
+    object: Literal["response.compaction"]
+    created_at: int
+    output: list[Json]
+    usage: ResponseUsage
+
+
+class Deleted(BaseModel):
+    """A response that is gone."""
+
+    id: str
+    object: Literal["response"]
+    deleted: Literal[True]
 
 
 class NewConversation(BaseModel):
@@ -65,7 +88,7 @@ def router(service: Service) -> APIRouter:
     @routes.post("/responses", responses=_says(Response), summary="Create a response")
     async def create(body: ResponseRequest, request: Request) -> HttpResponse:
         run = await service.begin(body)
-        headers = ignored_header(run)
+        headers = service.ignored(body, run.tools.ignored, HINTS)
         if body.background:
             live = await service.start(run)
             if body.stream:
@@ -77,14 +100,10 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/responses/input_tokens", responses=_says(InputTokenCountResponse), summary="Count input tokens")
     async def count(body: PromptRequest) -> HttpResponse:
-        service.check_model(body.model)
-        check_request(body)
-        history = await service.history(body)
-        toolbox = service.model.toolbox()
-        *_, prompt = await service.beside_if_long(body, lambda: prepare(body, service.model, history, toolbox=toolbox))
-        return JSONResponse({"object": "response.input_tokens", "input_tokens": len(prompt.token_ids)})
+        _, read = await service.prepared(body)
+        return JSONResponse({"object": "response.input_tokens", "input_tokens": len(read.prompt.token_ids)})
 
-    @routes.post("/responses/compact", responses=_says(CompactedResponse), summary="Compact a conversation")
+    @routes.post("/responses/compact", responses=_says(Compacted), summary="Compact a conversation")
     async def compact(body: PromptRequest, request: Request) -> HttpResponse:
         return JSONResponse(await while_there(request, _compacted(service, body)))
 
@@ -94,21 +113,27 @@ def router(service: Service) -> APIRouter:
         stream: bool = False,
         starting_after: Annotated[int | None, Query(ge=0)] = None,
         include: Include = None,
+        plain_include: PlainInclude = None,
+        include_obfuscation: Annotated[
+            bool | None, Query(description="Events are told again as they were: what was padded stays so.")
+        ] = None,
     ) -> HttpResponse:
+        wanted = _wanted(include, plain_include)
         live = service.live.get(response_id)
         begin = 0 if starting_after is None else starting_after + 1
         if live is not None:
             return EventStream(live.follow(begin)) if stream else JSONResponse(live.run.response)
         response = await store.run(store.response, response_id)
         if not stream:
-            return JSONResponse(response)
+            entries = await store.run(store.output_entries, response_id) if wanted else []
+            return JSONResponse(response | {"output": _retrieved(service, response["output"], entries, wanted)})
         if response["status"] in ("queued", "in_progress"):
             raise InputError("the response is made by another server; ask that one for its stream", param="stream")
         sent = await store.run(store.events, response_id)
         events = split(sent) if sent is not None else [sse(event) for event in replayed(response)]
         return EventStream(_each([*events[begin:], DONE]))
 
-    @routes.delete("/responses/{response_id}", summary="Delete a response")
+    @routes.delete("/responses/{response_id}", responses=_says(Deleted), summary="Delete a response")
     async def delete(response_id: str) -> HttpResponse:
         if response_id in service.live:
             await service.cancel(service.live[response_id])
@@ -127,9 +152,15 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/responses/{response_id}/input_items", responses=_says(ResponseItemList), summary="List input items")
     async def input_items(
-        response_id: str, limit: Limit = 20, after: After = None, order: Order = "desc", include: Include = None
+        response_id: str,
+        limit: Limit = 20,
+        after: After = None,
+        order: Order = "desc",
+        include: Include = None,
+        plain_include: PlainInclude = None,
     ) -> HttpResponse:
-        return JSONResponse(page(await store.run(store.input_items, response_id), limit, after, order))
+        entries = await store.run(store.input_entries, response_id)
+        return JSONResponse(page(_all(service, entries, include, plain_include), limit, after, order))
 
     @routes.post("/conversations", responses=_says(Conversation), summary="Create a conversation")
     async def create_conversation(body: NewConversation | None = None) -> HttpResponse:
@@ -157,24 +188,38 @@ def router(service: Service) -> APIRouter:
     @routes.post(
         "/conversations/{conversation_id}/items", responses=_says(ConversationItemList), summary="Add items to it"
     )
-    async def add_items(conversation_id: str, body: NewItems, include: Include = None) -> HttpResponse:
+    async def add_items(
+        conversation_id: str, body: NewItems, include: Include = None, plain_include: PlainInclude = None
+    ) -> HttpResponse:
         history = await store.run(store.conversation_history, conversation_id)
         entries = _read(service, body.items, history)
         await store.run(store.append_items, conversation_id, entries)
-        return JSONResponse(page([entry.item for entry in entries], 100, None, "asc"))
+        return JSONResponse(page(_all(service, entries, include, plain_include), 100, None, "asc"))
 
     @routes.get(
         "/conversations/{conversation_id}/items", responses=_says(ConversationItemList), summary="List its items"
     )
     async def list_items(
-        conversation_id: str, limit: Limit = 20, after: After = None, order: Order = "desc", include: Include = None
+        conversation_id: str,
+        limit: Limit = 20,
+        after: After = None,
+        order: Order = "desc",
+        include: Include = None,
+        plain_include: PlainInclude = None,
     ) -> HttpResponse:
-        return JSONResponse(page(await store.run(store.conversation_items, conversation_id), limit, after, order))
+        entries = await store.run(store.conversation_entries, conversation_id)
+        return JSONResponse(page(_all(service, entries, include, plain_include), limit, after, order))
 
-    @routes.get("/conversations/{conversation_id}/items/{item_id}", summary="Retrieve an item")
-    async def retrieve_item(conversation_id: str, item_id: str, include: Include = None) -> HttpResponse:
-        items = await store.run(store.conversation_items, conversation_id)
-        for item in items:
+    @routes.get(
+        "/conversations/{conversation_id}/items/{item_id}",
+        responses=_says(RootModel[ConversationItem]),
+        summary="Retrieve an item",
+    )
+    async def retrieve_item(
+        conversation_id: str, item_id: str, include: Include = None, plain_include: PlainInclude = None
+    ) -> HttpResponse:
+        entries = await store.run(store.conversation_entries, conversation_id)
+        for item in _all(service, entries, include, plain_include):
             if item["id"] == item_id:
                 return JSONResponse(item)
         raise NotFoundError(f"item {item_id[:80]!r} is not in the conversation", param="item_id")
@@ -196,50 +241,50 @@ def page(items: list[Json], limit: int, after: str | None, order: str) -> Json:
         if not places:
             raise NotFoundError(f"item {after[:80]!r} is not in the list", param="after")
         ordered = ordered[places[0] + 1 :]
-    shown = ordered[:limit]
+    return envelope(ordered[:limit], has_more=len(ordered) > limit)
+
+
+def envelope(shown: list[Json], *, has_more: bool) -> Json:
+    """A page of a list as the API sends it."""
     return {
         "object": "list",
         "data": shown,
         "first_id": shown[0]["id"] if shown else "",
         "last_id": shown[-1]["id"] if shown else "",
-        "has_more": len(ordered) > limit,
+        "has_more": has_more,
     }
 
 
-def ignored_header(run: Run) -> Mapping[str, str]:
-    """Tells which tools were passed by."""
-    named = [name if name.isascii() and name.isprintable() else "?" for name in run.tools.ignored]
-    return {"x-ossia-ignored-tools": ", ".join(named)[:500]} if named else {}
+def _wanted(*includes: list[str] | None) -> frozenset[str]:
+    """What is to be included. Raises InputError for what the API does not know."""
+    wanted = frozenset(name for include in includes for name in include or ())
+    if unknown := unknown_include(wanted):
+        raise InputError(f"include: {unknown}", param="include")
+    return wanted
+
+
+def _retrieved(service: Service, items: list[Json], entries: list[Entry], wanted: frozenset[str]) -> list[Json]:
+    kept = {entry.item["id"]: entry for entry in entries}
+    return [retrieved(item, kept.get(item["id"]), wanted, service.model.seal) for item in items]
+
+
+def _all(service: Service, entries: list[Entry], *includes: list[str] | None) -> list[Json]:
+    return _retrieved(service, [entry.item for entry in entries], entries, _wanted(*includes))
 
 
 async def _compacted(service: Service, body: PromptRequest) -> Json:
     """A summary by the model itself, sealed; the user's own messages stay as they are."""
-    fields: dict[str, Any] = {
-        "model": body.model,
-        "previous_response_id": body.previous_response_id,
-        "instructions": body.instructions,
-        "input": [*body.input_items, {"type": "message", "role": "user", "content": _SUMMARIZE}],
-        "reasoning": {"effort": "low"},
-        "truncation": "auto",
-        "store": False,
-    }
-    run = await service.begin(ResponseRequest(**fields))
-    response = await service.finish(run)
-    text = "".join(
-        part["text"]
-        for item in response["output"]
-        if item["type"] == "message" and item["phase"] == "final_answer"
-        for part in item["content"]
-    )
-    said = [entry.item for entry in [*run.history.entries, *run.input[:-1]]]
-    kept = [item for item in said if item.get("type") == "message" and item.get("role") == "user"]
-    sealed = service.model.seal.seal((_SUMMARY_HEAD + text).encode("utf-8", "replace"))
+    history, read = await service.prepared(body)
+    entries = [*history.entries, *read.entries]
+    text, used = await service.within_limits(summarize(service.model, entries))
+    kept = [e.item for e in entries if e.item.get("type") == "message" and e.item.get("role") == "user"]
+    sealed = Summary(text).sealed(service.model.seal)
     return {
         "id": new_id("resp"),
         "object": "response.compaction",
-        "created_at": response["created_at"],
+        "created_at": int(time.time()),
         "output": [*kept, {"id": new_id("cmp"), "type": "compaction", "encrypted_content": sealed}],
-        "usage": response["usage"] or Usage().to_dict(),
+        "usage": used.to_dict(),
     }
 
 

@@ -9,25 +9,33 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterable
+import time
+from collections.abc import AsyncGenerator, Callable, Container, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
 
 from ossia.engine import EngineStats
 from ossia.errors import InputError, NotFoundError
-from ossia.responses.convert import History
+from ossia.responses.convert import Entry, History
 from ossia.responses.events import DONE, Event, sse
-from ossia.responses.loop import Extras, Model, Run
-from ossia.responses.schema import Json, PromptRequest, ResponseRequest
+from ossia.responses.loop import Extras, Model, Phase, Prepared, Run, prepare
+from ossia.responses.schema import Json, PromptRequest, ResponseRequest, check_request
+from ossia.responses.toolbox import Toolboxes
+from ossia.responses.tools import Toolbox
 from ossia.server.limits import Admission, Keys, Rates
 from ossia.server.metrics import Metrics, Watch
 from ossia.server.store import Store, Stored
+from ossia.server.tracing import Tracing, current_trace
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # Items of a request from this many characters on are read beside the event loop: it is tokenization that takes time.
 _LONG_INPUT_CHARS = 50_000
+# Names of tools and fields that the log has told of already.
+_MAX_PASSED_BY = 1_000
 
 
 class Live:
@@ -78,6 +86,8 @@ class Service:
         rates: Rates | None = None,
         admission: Admission | None = None,
         max_request_bytes: int = 32 << 20,
+        tracing: Tracing | None = None,
+        tools: Toolboxes | None = None,
         created_at: int = 0,
     ) -> None:
         self.model, self.store = model, store
@@ -86,10 +96,13 @@ class Service:
         self.rates = rates or Rates(0)
         self.admission = admission or Admission(64, 256)
         self.max_request_bytes = max_request_bytes
+        self.tracing = tracing
+        self.tools = tools or Toolboxes()
         self.created_at = created_at
         self.metrics = Metrics()
         self.live: dict[str, Live] = {}
         self.is_stopping = False
+        self._passed_by: set[tuple[str, str]] = set()
         self.metrics.gauge("ossia_running", "Requests under way", lambda: self.admission.num_running)
         self.metrics.gauge("ossia_queued", "Requests that wait for their turn", lambda: self.admission.num_queued)
 
@@ -107,14 +120,61 @@ class Service:
                 f"model {name!r} is not served here; this server has {self.model.name!r}", param="model"
             )
 
-    async def begin(self, request: ResponseRequest, extras: Extras | None = None) -> Run:
-        """Look up what the request refers to, and read it. Raises what is wrong with it."""
+    def ignored(self, body: BaseModel, tools: Sequence[str] = (), hints: Container[str] = ()) -> dict[str, str]:
+        """Headers that tell which tools and fields of a request were passed by; the log tells of each once."""
+        fields = [name for name in body.model_extra or {} if name not in hints]
+        headers = {}
+        for what, names in (("tools", tools), ("fields", fields)):
+            if names:
+                plain = [name if name.isascii() and name.isprintable() else "?" for name in names]
+                headers[f"x-ossia-ignored-{what}"] = ", ".join(plain)[:500]
+                new = [name for name in plain if (what, name) not in self._passed_by]
+                if new and len(self._passed_by) < _MAX_PASSED_BY:
+                    self._passed_by |= {(what, name) for name in new}
+                    _log.info("%s of clients that change nothing here: %s", what, ", ".join(new)[:500])
+        return headers
+
+    async def begin(self, request: ResponseRequest, extras: Extras | None = None, *, can_ask: bool = True) -> Run:
+        """Look up what the request refers to, and read it. Raises what is wrong with it.
+
+        Without ``can_ask`` the form of the API has no way to ask a person for an approval, or to come back.
+        """
         self.check_model(request.model)
-        history = await self.history(request)
-        references = await self.store.run(self.store.references, _referenced(request)) if _referenced(request) else {}
+        check_request(request)
+        history, references = await self.history(request), await self.references(request)
+        toolbox = await self.toolbox(request, history, can_ask=can_ask)
         return await self.beside_if_long(
-            request, lambda: Run(request, self.model, history, references=references, extras=extras)
+            request,
+            lambda: Run(request, self.model, history, references=references, extras=extras, toolbox=toolbox),
         )
+
+    async def toolbox(self, request: PromptRequest, history: History, *, can_ask: bool = True) -> Toolbox | None:
+        """The tools of ours that the request declares, as the chain has left them."""
+        owner = request.previous_response_id or request.conversation_id
+        if not (request.tools or owner):
+            return None
+        state = await self.store.run(self.store.tool_state, owner) if owner else None
+        items = [entry.item for entry in history.entries]
+        items += [item for item in request.input_items if isinstance(item, dict)]
+        return await self.tools.open(request, items, state, can_ask=can_ask)
+
+    async def prepared(self, request: PromptRequest) -> tuple[History, Prepared]:
+        """The same for a request that makes no response: its history, and what it says after it."""
+        self.check_model(request.model)
+        check_request(request)
+        history, references = await self.history(request), await self.references(request)
+        toolbox = await self.toolbox(request, history) or self.model.toolbox()
+        read = lambda: prepare(request, self.model, history, references, toolbox)  # noqa: E731
+        return history, await self.beside_if_long(request, read)
+
+    async def references(self, request: PromptRequest) -> Mapping[str, Entry]:
+        """The stored items that a request refers to."""
+        ids = [
+            item["id"]
+            for item in request.input_items
+            if isinstance(item, dict) and item.get("type") == "item_reference" and isinstance(item.get("id"), str)
+        ]
+        return await self.store.run(self.store.references, ids) if ids else {}
 
     async def history(self, request: PromptRequest) -> History:
         if request.previous_response_id is not None and request.conversation is not None:
@@ -148,19 +208,43 @@ class Service:
 
     async def _made(self, run: Run, sent: list[bytes] | None) -> AsyncGenerator[tuple[Event, bytes], None]:
         watch = Watch(self.metrics)
-        keeps, data = bool(run.response["store"]), b""
+        keeps, pads, data = bool(run.response["store"]), run.request.wants_padding, b""
+        queued_ns = time.time_ns()
         async with self.admission.slot(), aclosing(run.events()) as events:
-            async for event in events:
-                if sent is not None:
-                    data = sse(event)
-                    if keeps:
-                        sent.append(data)
-                if event.is_terminal:
-                    await self._save(run, sent)
-                    watch.done(run.response)
-                elif watch.first_s is None and event.type.endswith(".delta"):
-                    watch.token()
-                yield event, data
+            run.phases.append(Phase("queue", queued_ns, time.time_ns()))
+            try:
+                async for event in events:
+                    if sent is not None:
+                        data = sse(event, pads=pads)
+                        if keeps:
+                            sent.append(data)
+                    if event.is_terminal:
+                        await self._save(run, sent)
+                        watch.done(run.response)
+                    elif watch.first_s is None and event.type.endswith(".delta"):
+                        watch.token()
+                    yield event, data
+            finally:
+                await events.aclose()
+                if run.toolbox is not None:
+                    await asyncio.shield(run.toolbox.close())
+                self.note(run.phases, run.response["id"])
+
+    def note(self, phases: Sequence[Phase], response_id: str) -> None:
+        """Tell where the time of a response went."""
+        for phase in phases:
+            if phase.name == "queue":
+                self.metrics.queue_s.observe((phase.end_ns - phase.begin_ns) / 1e9)
+        if (trace := current_trace.get()) is not None:
+            trace.add(phases, response_id)
+
+    async def within_limits(self, work: Coroutine[Any, Any, T]) -> T:
+        """Work that is no response of its own, in its turn. Raises LimitError."""
+        try:
+            async with self.admission.slot():
+                return await work
+        finally:
+            work.close()
 
     async def finish(self, run: Run) -> Json:
         """The response when it is done. Raises what made it fail."""
@@ -184,7 +268,7 @@ class Service:
         try:
             async with aclosing(run.events(self.admission.slot())) as events:
                 async for event in events:
-                    data = sse(event)
+                    data = sse(event, pads=run.request.wants_padding)
                     if event.is_terminal:
                         await self._save(run, [*live.sent, data])
                     elif event.type.endswith(".delta"):
@@ -199,6 +283,7 @@ class Service:
             _log.exception("response=%s could not be kept", run.response["id"])
         finally:
             watch.done(run.response)
+            self.note(run.phases, run.response["id"])
             live.end()
             del self.live[run.response["id"]]
 
@@ -211,6 +296,9 @@ class Service:
     async def _save(self, run: Run, sent: list[bytes] | None) -> None:
         response, failed = run.response, run.response["status"] in ("failed", "cancelled")
         conversation_id = None if failed else run.request.conversation_id
+        state = None
+        if run.toolbox is not None and (response["store"] or conversation_id is not None):
+            state = await asyncio.to_thread(run.toolbox.state)
         if response["store"]:
             stored = Stored(
                 response,
@@ -219,10 +307,13 @@ class Service:
                 run.current_date if run.is_pending else None,
                 None if sent is None else b"".join(sent),
                 conversation_id,
+                state,
             )
             await self.store.run(self.store.save, stored)
         elif conversation_id is not None:
             await self.store.run(self.store.append_items, conversation_id, [*run.input, *run.output])
+            if state is not None:
+                await self.store.run(self.store.keep_tool_state, conversation_id, state)
 
     async def stop(self, patience_s: float) -> None:
         """Let background responses finish, and cancel those that take longer."""
@@ -234,15 +325,10 @@ class Service:
                 task.cancel()
             if late:
                 await asyncio.wait(late)
+        await self.tools.close()
         self.store.close()
-
-
-def _referenced(request: PromptRequest) -> list[str]:
-    return [
-        item["id"]
-        for item in request.input_items
-        if isinstance(item, dict) and item.get("type") == "item_reference" and isinstance(item.get("id"), str)
-    ]
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close)
 
 
 def split(events: bytes) -> list[bytes]:

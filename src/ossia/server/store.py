@@ -5,7 +5,7 @@ ahead log, synchronous FULL). JSON and events are kept as bytes, so that what go
 and NULs included. Everything expires: a response after the time to live, counted from the last response that continues
 it, and the oldest first when all together are larger than the bound.
 
-Schema   responses 1-n items (kind input, output), conversations 1-n items (kind conversation)
+Schema   responses 1-n items (kind input, output), conversations 1-n items (kind conversation), chat_completions
 """
 
 from __future__ import annotations
@@ -64,6 +64,26 @@ _ITEMS = sa.Table(
     # The messages that the item stands for, with their tokens: JSON, zlib.
     sa.Column("spoken", sa.LargeBinary, nullable=False),
 )
+# What the tools of a response, or of a conversation, have left for the next one: pages, the container. JSON, zlib.
+_TOOL_STATES = sa.Table(
+    "tool_states",
+    _META,
+    sa.Column("owner_id", sa.String(128), primary_key=True),
+    sa.Column("body", sa.LargeBinary, nullable=False),
+)
+_CHATS = sa.Table(
+    "chat_completions",
+    _META,
+    sa.Column("id", sa.String(128), primary_key=True),
+    sa.Column("created_at", sa.Float, nullable=False, index=True),
+    sa.Column("expires_at", sa.Float, nullable=False, index=True),
+    sa.Column("model", sa.String(512), nullable=False),
+    sa.Column("metadata", sa.LargeBinary, nullable=False),
+    sa.Column("body", sa.LargeBinary, nullable=False),
+    # The messages that were sent with it: JSON, zlib.
+    sa.Column("messages", sa.LargeBinary, nullable=False),
+    sa.Column("size_bytes", sa.BigInteger, nullable=False),
+)
 
 _MAX_CHAIN = 10_000
 T = TypeVar("T")
@@ -82,6 +102,8 @@ class Stored:
     events: bytes | None = None
     # Items are also appended to this conversation.
     conversation_id: str | None = None
+    # What the tools have left for the next response.
+    tool_state: Json | None = None
 
 
 class Store:
@@ -119,7 +141,13 @@ class Store:
         body = dumps(response)
         events = None if stored.events is None else zlib.compress(stored.events, 1)
         rows = _rows(response["id"], "input", stored.input) + _rows(response["id"], "output", stored.output)
-        size = len(body) + len(events or b"") + sum(len(row["body"]) + len(row["spoken"]) for row in rows)
+        left = None if stored.tool_state is None else zlib.compress(dumps(stored.tool_state), 1)
+        size = (
+            len(body)
+            + len(events or b"")
+            + len(left or b"")
+            + sum(len(row["body"]) + len(row["spoken"]) for row in rows)
+        )
         now = time.time()
         with self._db.begin() as db:
             db.execute(sa.delete(_ITEMS).where(_ITEMS.c.owner_id == response["id"]))
@@ -140,11 +168,11 @@ class Store:
             )
             if rows:
                 db.execute(sa.insert(_ITEMS), rows)
+            for owner in (response["id"], stored.conversation_id):
+                _keep_tool_state(db, owner, left)
             if stored.conversation_id is not None:
                 self._append(db, stored.conversation_id, [*stored.input, *stored.output], stored.current_date)
-        self._num_saved += 1
-        if self._num_saved % 100 == 0:
-            self.sweep()
+        self._count_saved()
 
     def response(self, response_id: str) -> Json:
         """Raises NotFoundError."""
@@ -166,11 +194,24 @@ class Store:
             if not found.rowcount:
                 raise _not_found("response", response_id)
             db.execute(sa.delete(_ITEMS).where(_ITEMS.c.owner_id == response_id))
+            db.execute(sa.delete(_TOOL_STATES).where(_TOOL_STATES.c.owner_id == response_id))
 
-    def input_items(self, response_id: str) -> list[Json]:
-        """Items that the response answered: those of its own request."""
+    def tool_state(self, owner_id: str) -> Json | None:
+        """What the tools of a response or a conversation have left; None for nothing."""
+        row = self._one(sa.select(_TOOL_STATES.c.body).where(_TOOL_STATES.c.owner_id == owner_id))
+        return None if row is None else _json(zlib.decompress(row.body))
+
+    def keep_tool_state(self, owner_id: str, state: Json) -> None:
+        with self._db.begin() as db:
+            _keep_tool_state(db, owner_id, zlib.compress(dumps(state), 1))
+
+    def input_entries(self, response_id: str) -> list[Entry]:
+        """What the response answered: the items of its own request."""
         self.response(response_id)
-        return self._items(response_id, "input")
+        return self._kept(response_id, "input")
+
+    def output_entries(self, response_id: str) -> list[Entry]:
+        return self._kept(response_id, "output")
 
     def history(self, response_id: str) -> History:
         """All that was said up to the end of a response, for the next one. Raises NotFoundError, InputError."""
@@ -244,6 +285,7 @@ class Store:
         with self._db.begin() as db:
             db.execute(sa.delete(_CONVERSATIONS).where(_CONVERSATIONS.c.id == conversation_id))
             db.execute(sa.delete(_ITEMS).where(_ITEMS.c.owner_id == conversation_id))
+            db.execute(sa.delete(_TOOL_STATES).where(_TOOL_STATES.c.owner_id == conversation_id))
 
     def conversation_history(self, conversation_id: str) -> History:
         row = self._conversation_row(conversation_id)
@@ -257,9 +299,9 @@ class Store:
         with self._db.begin() as db:
             self._append(db, conversation_id, entries, None)
 
-    def conversation_items(self, conversation_id: str) -> list[Json]:
+    def conversation_entries(self, conversation_id: str) -> list[Entry]:
         self._conversation_row(conversation_id)
-        return self._items(conversation_id, "conversation")
+        return self._kept(conversation_id, "conversation")
 
     def delete_item(self, conversation_id: str, item_id: str) -> Json:
         """The conversation without the item."""
@@ -272,6 +314,64 @@ class Store:
                 raise _not_found("item", item_id)
         return conversation
 
+    # Chat completions ------------------------------------------------------------------------------------------------
+
+    def save_chat(self, completion: Json, messages: Sequence[Json]) -> None:
+        """Keep a chat completion and the messages that it answered; durable on return."""
+        now = time.time()
+        body, sent = dumps(completion), zlib.compress(dumps(messages), 1)
+        row = {"id": completion["id"], "created_at": now, "expires_at": self._expiry(now), "model": completion["model"],
+               "metadata": dumps(completion["metadata"]), "body": body, "messages": sent,
+               "size_bytes": len(body) + len(sent)}  # fmt: skip
+        with self._db.begin() as db:
+            db.execute(sa.insert(_CHATS).values(**row))
+        self._count_saved()
+
+    def chat(self, completion_id: str) -> Json:
+        row = self._chat_row(completion_id)
+        return _json(row.body) | {"metadata": _json(row.metadata)}
+
+    def chat_messages(self, completion_id: str) -> list[Json]:
+        messages: list[Json] = json.loads(zlib.decompress(self._chat_row(completion_id).messages))
+        return messages
+
+    def update_chat(self, completion_id: str, metadata: Json) -> Json:
+        row = self._chat_row(completion_id)
+        with self._db.begin() as db:
+            db.execute(sa.update(_CHATS).where(_CHATS.c.id == row.id).values(metadata=dumps(metadata)))
+        return _json(row.body) | {"metadata": metadata}
+
+    def delete_chat(self, completion_id: str) -> None:
+        row = self._chat_row(completion_id)
+        with self._db.begin() as db:
+            db.execute(sa.delete(_CHATS).where(_CHATS.c.id == row.id))
+
+    def chats(
+        self, limit: int, after: str | None, order: str, model: str | None, metadata: Mapping[str, str]
+    ) -> list[Json]:
+        """The first ``limit`` completions behind ``after``, of a model and with these metadata if asked for."""
+        is_rising = order == "asc"
+        place = sa.tuple_(_CHATS.c.created_at, _CHATS.c.id)
+        query = sa.select(_CHATS.c.body, _CHATS.c.metadata)
+        if after is not None:
+            row = self._chat_row(after)
+            begin = sa.tuple_(sa.literal(row.created_at), sa.literal(row.id))
+            query = query.where(place > begin if is_rising else place < begin)
+        if model is not None:
+            query = query.where(_CHATS.c.model == (model if _is_plain(model) else ""))
+        columns = (_CHATS.c.created_at, _CHATS.c.id)
+        query = query.order_by(*(column.asc() if is_rising else column.desc() for column in columns))
+        found: list[Json] = []
+        query = query if metadata else query.limit(limit)
+        with self._db.connect() as db:
+            for row in db.execute(query, execution_options={"yield_per": 100}):
+                has = _json(row.metadata)
+                if all(has.get(key) == value for key, value in metadata.items()):
+                    found.append(_json(row.body) | {"metadata": has})
+                    if len(found) == limit:
+                        break
+        return found
+
     # Bounds ----------------------------------------------------------------------------------------------------------
 
     def sweep(self) -> None:
@@ -280,11 +380,18 @@ class Store:
         with self._db.begin() as db:
             gone = _RESPONSES.c.expires_at < now
             ids = list(db.execute(sa.select(_RESPONSES.c.id).where(gone, ~_RESPONSES.c.is_running)).scalars())
-            ids += db.execute(sa.select(_CONVERSATIONS.c.id).where(_CONVERSATIONS.c.expires_at < now)).scalars()
+            for table in (_CONVERSATIONS, _CHATS):
+                ids += db.execute(sa.select(table.c.id).where(table.c.expires_at < now)).scalars()
             if self._max_bytes:
-                total = db.execute(sa.select(sa.func.coalesce(sa.func.sum(_RESPONSES.c.size_bytes), 0))).scalar_one()
-                columns = (_RESPONSES.c.id, _RESPONSES.c.size_bytes)
-                oldest = sa.select(*columns).where(~_RESPONSES.c.is_running).order_by(_RESPONSES.c.expires_at)
+                sizes = [sa.select(sa.func.coalesce(sa.func.sum(t.c.size_bytes), 0)) for t in (_RESPONSES, _CHATS)]
+                total = sum(int(db.execute(size).scalar_one()) for size in sizes)
+                kept = sa.union_all(
+                    sa.select(_RESPONSES.c.id, _RESPONSES.c.size_bytes, _RESPONSES.c.expires_at).where(
+                        ~_RESPONSES.c.is_running
+                    ),
+                    sa.select(_CHATS.c.id, _CHATS.c.size_bytes, _CHATS.c.expires_at),
+                )
+                oldest = kept.order_by("expires_at")
                 for row in db.execute(oldest) if total > self._max_bytes else ():
                     if total <= self._max_bytes:
                         break
@@ -293,22 +400,35 @@ class Store:
             for begin in range(0, len(ids), 500):
                 some = ids[begin : begin + 500]
                 db.execute(sa.delete(_ITEMS).where(_ITEMS.c.owner_id.in_(some)))
+                db.execute(sa.delete(_TOOL_STATES).where(_TOOL_STATES.c.owner_id.in_(some)))
                 db.execute(sa.delete(_RESPONSES).where(_RESPONSES.c.id.in_(some)))
                 db.execute(sa.delete(_CONVERSATIONS).where(_CONVERSATIONS.c.id.in_(some)))
+                db.execute(sa.delete(_CHATS).where(_CHATS.c.id.in_(some)))
 
     # Parts of these --------------------------------------------------------------------------------------------------
 
     def _expiry(self, now: float) -> float:
         return now + self._ttl_s if self._ttl_s else 1e12
 
+    def _count_saved(self) -> None:
+        self._num_saved += 1
+        if self._num_saved % 100 == 0:
+            self.sweep()
+
+    def _chat_row(self, completion_id: str) -> Any:
+        row = self._one(sa.select(_CHATS).where(_CHATS.c.id == _known(completion_id, "chat completion")))
+        if row is None:
+            raise _not_found("chat completion", completion_id)
+        return row
+
     def _one(self, query: sa.Select[Any]) -> Any:
         with self._db.connect() as db:
             return db.execute(query).first()
 
-    def _items(self, owner_id: str, kind: str) -> list[Json]:
-        query = sa.select(_ITEMS.c.body).where(_ITEMS.c.owner_id == owner_id, _ITEMS.c.kind == kind)
+    def _kept(self, owner_id: str, kind: str) -> list[Entry]:
+        query = sa.select(_ITEMS).where(_ITEMS.c.owner_id == owner_id, _ITEMS.c.kind == kind)
         with self._db.connect() as db:
-            return [_json(row.body) for row in db.execute(query.order_by(_ITEMS.c.position))]
+            return [_entry(row) for row in db.execute(query.order_by(_ITEMS.c.position))]
 
     def _conversation_row(self, conversation_id: str) -> Any:
         known = _known(conversation_id, "conversation")
@@ -364,6 +484,13 @@ def _rows(owner_id: str, kind: str, entries: Sequence[Entry], first: int = 0) ->
         }
         for i, entry in enumerate(entries)
     ]
+
+
+def _keep_tool_state(db: Connection, owner_id: str | None, body: bytes | None) -> None:
+    if owner_id is None or body is None:
+        return
+    db.execute(sa.delete(_TOOL_STATES).where(_TOOL_STATES.c.owner_id == owner_id))
+    db.execute(sa.insert(_TOOL_STATES).values(owner_id=owner_id, body=body))
 
 
 def _entries(db: Connection, owner_id: str) -> list[Entry]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine, Mapping
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -145,6 +146,48 @@ async def opened(request: Request, chunks: AsyncGenerator[T, None]) -> AsyncGene
             await chunks.aclose()
 
     return all_of_them()
+
+
+async def together(work: list[Any]) -> list[Any]:
+    """All at once; when one fails, or nobody waits any more, all end."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def merged(sources: list[AsyncGenerator[Any, None]]) -> AsyncGenerator[tuple[int, Any], None]:
+    """What several generators yield, as it comes. Raises what one of them raises."""
+    queue: asyncio.Queue[tuple[int, Any, BaseException | None]] = asyncio.Queue(64)
+    over = object()
+
+    async def read(index: int) -> None:
+        try:
+            async with aclosing(sources[index]) as source:
+                async for item in source:
+                    await queue.put((index, item, None))
+            await queue.put((index, over, None))
+        except Exception as error:
+            await queue.put((index, over, error))
+
+    tasks = [asyncio.ensure_future(read(index)) for index in range(len(sources))]
+    try:
+        num_open = len(tasks)
+        while num_open:
+            index, item, error = await queue.get()
+            if error is not None:
+                raise error
+            if item is over:
+                num_open -= 1
+            else:
+                yield index, item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _first(chunks: AsyncGenerator[T, None]) -> T:

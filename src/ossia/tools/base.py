@@ -12,6 +12,9 @@ from typing import Any, NamedTuple, Protocol
 
 from ossia.harmony import ToolNamespace
 
+# Names of the format itself, and of the tools that the model was trained with: no other namespace may have them.
+RESERVED_NAMESPACES = frozenset({"functions", "browser", "python", "assistant", "user", "system", "developer", "tool"})
+
 
 class ToolOutput(NamedTuple):
     """What came of one call."""

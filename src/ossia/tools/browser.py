@@ -434,6 +434,9 @@ class Browser:
                 raise ValueError("a view of no page")
             if any(not -1 <= page.of < len(self._pages) for page in self._pages):
                 raise ValueError("a search in no page")
+            # Pages of a turn whose rules were wider have been seen too.
+            for page in self._pages:
+                self._note((page.url, *page.links))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"this is no state of a browser: {type(error).__name__}: {error}") from None
 

@@ -1,0 +1,187 @@
+"""`ossia chat`: a conversation in the terminal, or the lines of a pipe answered one by one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from ossia.cli import options
+
+if TYPE_CHECKING:
+    from ossia.responses.loop import Model
+
+
+def chat(
+    model: options.Model = "",
+    effort: Annotated[
+        Literal["low", "medium", "high"], typer.Option(help="How long the model thinks before it answers.")
+    ] = "medium",
+    system: Annotated[str | None, typer.Option(help="What the developer asks of the model, in every turn.")] = None,
+    show_reasoning: Annotated[
+        bool, typer.Option("--show-reasoning", help="Show the chain of thought, which is not written for end users.")
+    ] = False,
+    tools: Annotated[
+        str, typer.Option(help="Tools that the model may call, with commas between: python, browser, apply_patch.")
+    ] = "",
+    patch_root: Annotated[
+        Path, typer.Option(help="The folder whose files apply_patch may change; you are asked before each change.")
+    ] = Path("."),
+    browser: Annotated[
+        str | None,
+        typer.Option(help="Where the browser searches: local:FOLDER, searxng:URL, brave, exa, youcom, tavily."),
+    ] = None,
+    browser_root: Annotated[
+        Path | None, typer.Option(help="Let the browser search this folder, and reach no network.")
+    ] = None,
+    python_sandbox: Annotated[
+        str | None, typer.Option(help="What confines python: bubblewrap, landlock, docker:IMAGE ... [default: auto]")
+    ] = None,
+    unsafe_python: Annotated[
+        bool, typer.Option("--unsafe-python", help="Run the model's code with no sandbox at all.")
+    ] = False,
+    load: Annotated[Path | None, typer.Option(help="Go on with a conversation that /save has written.")] = None,
+    when_full: Annotated[
+        Literal["ask", "drop", "compact"],
+        typer.Option(help="When the context is full: ask, forget the oldest turns, or let the model sum them up."),
+    ] = "ask",
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="End each answer after this many tokens, thoughts included.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="0 always takes the likeliest token.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(min=0, max=1, help="Sample among the likeliest tokens that reach this share.")
+    ] = 1.0,
+    seed: Annotated[
+        int | None, typer.Option(min=-(2**62), max=2**62, help="The same seed gives the same conversation.")
+    ] = None,
+    date: Annotated[
+        str | None, typer.Option(help="The date that the model is told, YYYY-MM-DD; today's by default.")
+    ] = None,
+    backend: options.Backend = None,
+    threads: options.Threads = None,
+    dense: options.Dense = None,
+    kv: options.KeysAndValues = None,
+    kv_memory: options.KvMemory = None,
+    max_context: options.MaxContext = None,
+) -> None:
+    """Talk with a model in the terminal.
+
+    /help tells the commands. Without a terminal every line of standard input is a question, answered in plain text:
+    `echo "Why is the sky blue?" | ossia chat --model gpt-oss-20b`.
+
+    Example: ossia chat --model gpt-oss-20b --effort low
+    """
+    # The engine and its libraries take a part of a second to import; `ossia --help` does not wait for them.
+    from ossia import config
+    from ossia.cli.serve import open_tools
+    from ossia.engine import AsyncEngine
+    from ossia.engine.masks import GrammarCompiler
+    from ossia.errors import ConfigError
+    from ossia.local import LocalModel, checked_date
+    from ossia.responses.constrain import Grammars
+    from ossia.responses.loop import Model
+
+    settings = config.load(
+        {
+            "model": model or None,
+            "browser": f"local:{browser_root}" if browser_root is not None else browser,
+            "python_sandbox": python_sandbox,
+            "backend": backend,
+            "threads": threads,
+            "dense": dense,
+            "kv": kv,
+            "kv_memory": kv_memory,
+            "max_context": max_context,
+        }
+    )
+    current_date = checked_date(date) if date is not None else None
+    names = list(dict.fromkeys(name.strip() for name in tools.split(",") if name.strip()))
+    for one in names:
+        if one not in ("python", "browser", "apply_patch"):
+            raise ConfigError(f"--tools names {one!r}; expected some of: python, browser, apply_patch")
+    wanted = [one for one in names if one != "apply_patch"]
+    boxes = open_tools(settings, wanted, unsafe_python) if wanted else None
+    local = LocalModel.open(settings)
+    if local.checkpoint.has_random_weights:
+        print("ossia: the weights of this checkpoint are random: answers will be noise", file=sys.stderr)
+    name = Path(settings.model).name.removesuffix(".gguf")
+    engine = AsyncEngine(local.engine)
+    try:
+        constrain = Grammars(GrammarCompiler(local.tokenizer))
+        code = converse(
+            Model(name, engine, local.tokenizer, constrain=constrain),
+            data_folder=config.data_folder(),
+            shows_reasoning=show_reasoning,
+            when_full=when_full,
+            load=load,
+            tools=names,
+            boxes=boxes,
+            patch_root=patch_root,
+            effort=effort,
+            instructions=system,
+            max_tokens=max_tokens,
+            sampling={"temperature": temperature, "top_p": top_p},
+            seed=seed,
+            current_date=current_date,
+        )
+    finally:
+        engine.close()
+    raise typer.Exit(code)
+
+
+def converse(
+    model: Model,
+    *,
+    data_folder: Path,
+    shows_reasoning: bool = False,
+    when_full: Literal["ask", "drop", "compact"] = "ask",
+    load: Path | None = None,
+    tools: Sequence[str] = (),
+    patch_root: Path = Path("."),
+    **settings: Any,
+) -> int:
+    """Chat with ``model`` on this process's terminal or pipes; the exit code. ``settings`` are `ChatSession`'s."""
+    from rich.console import Console
+
+    from ossia.cli.chat_input import Input, LineInput, PipeInput, TerminalInput, private_file
+    from ossia.cli.chat_loop import BROWSER, COMMANDS, PATCHES, PYTHON, ChatLoop
+    from ossia.cli.chat_screen import PlainScreen, RichScreen, Screen
+    from ossia.cli.chat_session import ChatSession
+    from ossia.errors import InputError
+    from ossia.tools.apply_patch import ApplyPatch
+    from ossia.tools.patch_files import PatchFolder
+
+    session = ChatSession(model, **settings)
+    if load is not None:
+        session.load(load)
+    is_typed = sys.stdin is not None and sys.stdin.isatty()
+    is_drawn = is_typed and sys.stdout.isatty() and not Console().is_dumb_terminal
+    screen: Screen
+    if is_drawn:
+        screen = RichScreen(session.meter, shows_reasoning=shows_reasoning)
+    else:
+        screen = PlainScreen(session.meter, shows_reasoning=shows_reasoning)
+    source: Input
+    if is_drawn:
+        # A conversation is private, and so is what was asked in it.
+        history = private_file(data_folder / "chat_history")
+        if history is None:
+            screen.note(f"{data_folder}: cannot be written; what is typed is not kept for the next time")
+        source = TerminalInput(history, [f"/{name}" for name in COMMANDS], lambda: loop.status())
+    else:
+        source = LineInput() if is_typed else PipeInput()
+    known = {name: tool for name, tool in (("python", PYTHON), ("browser", BROWSER)) if name in tools}
+    # Where nobody can be asked, nothing is changed.
+    if source.is_interactive:
+        session.patcher = ApplyPatch(PatchFolder(patch_root), approve=lambda plan: loop.approve(plan))
+        known["apply_patch"] = PATCHES
+    elif "apply_patch" in tools:
+        raise InputError("apply_patch asks before each change, and there is no terminal to ask at; leave it out")
+    loop = ChatLoop(session, source, screen, when_full=when_full, tools=known, tools_on=tools)
+    if source.is_interactive:
+        screen.note(f"{model.name} · /help tells the commands, Ctrl-C stops an answer, Ctrl-D leaves")
+    return loop.run()

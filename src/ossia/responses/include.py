@@ -1,0 +1,37 @@
+"""What `include` adds to items: outputs of code, sources of a search, reasoning sealed for the way back.
+
+Items are kept whole and shown without what was not asked for. (Log-probabilities can be asked for only when a response
+is made: `message.output_text.logprobs` is read by the loop.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from ossia.responses.convert import Entry, sealed_reasoning
+from ossia.responses.schema import Json
+from ossia.responses.seal import Seal
+
+
+def shown(item: Json, include: Collection[str]) -> Json:
+    """The item without what was not asked for."""
+    kind = item.get("type")
+    if kind == "code_interpreter_call" and "code_interpreter_call.outputs" not in include:
+        return {**item, "outputs": None}
+    action = item.get("action")
+    if kind == "web_search_call" and isinstance(action, dict) and "web_search_call.action.sources" not in include:
+        return {**item, "action": {name: value for name, value in action.items() if name != "sources"}}
+    return item
+
+
+def retrieved(item: Json, entry: Entry | None, include: Collection[str], seal: Seal) -> Json:
+    """An item that was kept, with what is asked for now; ``entry`` is what was kept of it, if anything."""
+    if entry is None:
+        return item
+    if item.get("type") == "reasoning":
+        if "reasoning.encrypted_content" in include and entry.spoken and "encrypted_content" not in item:
+            return {**item, "encrypted_content": sealed_reasoning(entry.spoken[0], seal)}
+        return item
+    if item.get("type") in ("code_interpreter_call", "web_search_call"):
+        return shown(entry.item, include)
+    return item

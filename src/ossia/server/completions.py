@@ -1,0 +1,191 @@
+"""Completions over HTTP: raw prompts, as text or as token ids, without the chat format."""
+
+from __future__ import annotations
+
+import codecs
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter
+from openai.types import Completion
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import Response as HttpResponse
+
+from ossia.engine.request import NO_TOKEN, SamplingParams, TokenOutput
+from ossia.errors import InputError, OssiaError, UnsupportedError
+from ossia.responses.events import DONE
+from ossia.responses.loop import Phase, engine_phases
+from ossia.responses.schema import Json, dumps, error_object, new_id
+from ossia.server.sampled import Sampled
+from ossia.server.service import Service
+from ossia.server.stream import EventStream, JSONResponse, merged, opened, together, while_there
+
+
+class CompletionRequest(Sampled):
+    """The body of POST /v1/completions: a raw prompt, as text or as token ids."""
+
+    prompt: str | list[int] | list[str] | list[list[int]] = ""
+    max_tokens: int | None = Field(default=None, ge=0)
+    echo: bool | None = None
+    suffix: str | None = None
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+
+
+def router(service: Service) -> APIRouter:
+    routes = APIRouter(prefix="/v1", tags=["Completions"], default_response_class=JSONResponse)
+
+    @routes.post("/completions", responses={200: {"model": Completion}}, summary="Complete a raw prompt")
+    async def complete(body: CompletionRequest, request: Request) -> HttpResponse:
+        service.check_model(body.model)
+        name, num = new_id("cmpl"), body.n or 1
+        made = [_Raw(service, body, prompt, i, name) for prompt in _prompts(service, body) for i in range(num)]
+        frame: Json = {"id": name, "created": int(time.time()), "model": service.model.name}
+        frame["object"] = "text_completion"
+        if body.stream:
+            return EventStream(await opened(request, _raw_chunks(made, frame, body)))
+
+        async def whole() -> None:
+            await together([one.finish() for one in made])
+
+        await while_there(request, whole())
+        choices = [one.choice(i) for i, one in enumerate(made)]
+        return JSONResponse({**frame, "choices": choices, "usage": _raw_usage(made)})
+
+    return routes
+
+
+def _prompts(service: Service, body: CompletionRequest) -> list[list[int]]:
+    if body.suffix:
+        raise UnsupportedError("suffix is not offered: gpt-oss does not fill in the middle", param="suffix")
+    given = body.prompt
+    encode = service.model.tokenizer.encode
+    if isinstance(given, str):
+        return [encode(given)]
+    if all(isinstance(one, int) for one in given):
+        return [[one for one in given if isinstance(one, int)]]
+    if len(given) > 64:
+        raise InputError(f"{len(given)} prompts in one request; expected at most 64", param="prompt")
+    return [encode(one) if isinstance(one, str) else one for one in given if not isinstance(one, int)]
+
+
+class _Raw:
+    """One prompt being completed."""
+
+    def __init__(
+        self, service: Service, body: CompletionRequest, prompt: list[int], choice: int, completion_id: str
+    ) -> None:
+        self._service, self._body, self.prompt, self._completion_id = service, body, prompt, completion_id
+        self.num_output, self.num_cached = 0, 0
+        self.finish_reason: str | None = None
+        self.text = ""
+        self.logprobs: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        wanted = body.logprobs is not None
+        self._params = SamplingParams(
+            **{
+                "temperature": 1.0 if body.temperature is None else body.temperature,
+                "top_p": 1.0 if body.top_p is None else body.top_p,
+                "max_tokens": 16 if body.max_tokens is None else max(body.max_tokens, 1),
+                "stop_strings": body.stops,
+                "logprobs": wanted,
+                "top_logprobs": body.logprobs or 0,
+                **body.sampling(choice),
+            }
+        )
+        if body.max_tokens != 0:
+            # Fails before anything is sent.
+            service.model.engine.check(prompt, self._params)
+
+    async def pieces(self) -> AsyncGenerator[str, None]:
+        """The text as it comes; the text of a stop is not part of it."""
+        tokenizer = self._service.model.tokenizer
+        if self._body.echo:
+            self.text = tokenizer.decode(self.prompt)
+            yield self.text
+        if self._body.max_tokens == 0:
+            self.finish_reason = "length"
+            return
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        data, num_told = b"", 0
+        async with aclosing(self._outputs()) as outputs:
+            async for output in outputs:
+                if output.token_id == NO_TOKEN:
+                    continue
+                self.num_output += 1
+                self.num_cached = output.num_cached_tokens
+                end = None
+                if output.stop is not None:
+                    end = output.stop.num_bytes if isinstance(output.stop.match, str) else len(data)
+                data += tokenizer.token_bytes(output.token_id)
+                if output.logprob is not None:
+                    self._note(output.token_id, output.logprob, output.top_logprobs)
+                if output.finish_reason is not None:
+                    self.finish_reason = "length" if output.finish_reason == "length" else "stop"
+                known = len(data) - output.held_bytes if end is None else end
+                piece = utf8.decode(data[num_told:known], final=output.finish_reason is not None)
+                num_told = max(num_told, known)
+                self.text += piece
+                if piece:
+                    yield piece
+
+    async def _outputs(self) -> AsyncGenerator[TokenOutput, None]:
+        """What the engine says, in its turn."""
+        queued_ns = time.time_ns()
+        async with self._service.admission.slot():
+            begin_ns, first_ns = time.time_ns(), 0
+            try:
+                async with aclosing(self._service.model.engine.generate(self.prompt, self._params)) as outputs:
+                    async for output in outputs:
+                        first_ns = first_ns or time.time_ns()
+                        yield output
+            finally:
+                spent = engine_phases(begin_ns, first_ns, len(self.prompt), self.num_cached, self.num_output)
+                self._service.note([Phase("queue", queued_ns, begin_ns), *spent], self._completion_id)
+
+    async def finish(self) -> None:
+        async with aclosing(self.pieces()) as pieces:
+            async for _ in pieces:
+                pass
+
+    def choice(self, index: int) -> Json:
+        logprobs = self.logprobs if self._body.logprobs is not None else None
+        return {"index": index, "text": self.text, "logprobs": logprobs, "finish_reason": self.finish_reason}
+
+    def _note(self, token_id: int, logprob: float, top: tuple[tuple[int, float], ...]) -> None:
+        decode = self._service.model.tokenizer.decode
+        self.logprobs["tokens"].append(decode([token_id]))
+        self.logprobs["token_logprobs"].append(logprob)
+        self.logprobs["top_logprobs"].append({decode([one]): value for one, value in top})
+        self.logprobs["text_offset"].append(len(self.text))
+
+
+def _raw_usage(made: list[_Raw]) -> Json:
+    num_prompt, num_output = sum(len(one.prompt) for one in made), sum(one.num_output for one in made)
+    details = {"cached_tokens": sum(one.num_cached for one in made)}
+    return {"prompt_tokens": num_prompt, "completion_tokens": num_output, "total_tokens": num_prompt + num_output,
+            "prompt_tokens_details": details}  # fmt: skip
+
+
+async def _raw_chunks(made: list[_Raw], frame: Json, body: CompletionRequest) -> AsyncGenerator[bytes, None]:
+    def chunk(choices: list[Json], **fields: Any) -> bytes:
+        return b"data: %b\n\n" % dumps({**frame, "choices": choices, **fields})
+
+    has_begun = False
+    try:
+        async with aclosing(merged([one.pieces() for one in made])) as pieces:
+            async for index, piece in pieces:
+                yield chunk([{"index": index, "text": piece, "logprobs": None, "finish_reason": None}])
+                has_begun = True
+    except OssiaError as error:
+        if not has_begun:
+            raise
+        yield b"data: %b\n\n" % dumps({"error": {**error_object(error), "type": error.type, "param": None}})
+        yield DONE
+        return
+    for index, one in enumerate(made):
+        yield chunk([{**one.choice(index), "text": ""}])
+    if body.stream_options and body.stream_options.include_usage:
+        yield chunk([], usage=_raw_usage(made))
+    yield DONE

@@ -1,0 +1,145 @@
+"""Containers and their files over HTTP: what the python tool works with, listed, uploaded and fetched."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query
+from openai.types import ContainerCreateResponse
+from openai.types.containers import FileCreateResponse
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.datastructures import UploadFile
+from starlette.requests import Request
+from starlette.responses import Response as HttpResponse
+
+from ossia.errors import InputError, NotFoundError, UnsupportedError
+from ossia.responses.schema import Json
+from ossia.server.responses import After, Limit, page
+from ossia.server.service import Service
+from ossia.server.stream import JSONResponse
+from ossia.tools.containers import Container, ContainerFile, Containers
+
+Order = Annotated[Literal["asc", "desc"], Query()]
+
+
+_UPLOAD: Json = {
+    "type": "object",
+    "required": ["file"],
+    "properties": {"file": {"type": "string", "format": "binary"}},
+}
+
+
+class NewContainer(BaseModel):
+    """The body of POST /v1/containers."""
+
+    model_config = ConfigDict(extra="allow")
+    name: str = Field(max_length=256)
+    file_ids: list[str] | None = None
+    network_policy: Json | None = None
+
+
+def router(service: Service) -> APIRouter:
+    routes = APIRouter(prefix="/v1/containers", tags=["Containers"], default_response_class=JSONResponse)
+
+    def known() -> Containers:
+        containers = service.tools.containers
+        if containers is None:
+            reason = service.tools.off.get("python", "the server was started without it")
+            raise NotFoundError(f"there are no containers, since the python tool is off: {reason}")
+        return containers
+
+    @routes.post("", responses=_says(ContainerCreateResponse), summary="Create a container")
+    async def create(body: NewContainer) -> HttpResponse:
+        if body.file_ids:
+            raise UnsupportedError("file_ids: no files are kept here but those of containers", param="file_ids")
+        if body.network_policy and body.network_policy.get("type") != "disabled":
+            raise UnsupportedError("network_policy: code has no network here", param="network_policy")
+        containers = known()
+        return JSONResponse(_container(containers, containers.create(body.name)))
+
+    @routes.get("", summary="List the containers")
+    async def list_all(limit: Limit = 20, after: After = None, order: Order = "desc") -> HttpResponse:
+        containers = known()
+        return JSONResponse(page([_container(containers, one) for one in containers.all()], limit, after, order))
+
+    @routes.get("/{container_id}", responses=_says(ContainerCreateResponse), summary="Retrieve a container")
+    async def retrieve(container_id: str) -> HttpResponse:
+        containers = known()
+        return JSONResponse(_container(containers, containers.get(container_id)))
+
+    @routes.delete("/{container_id}", summary="Delete a container")
+    async def delete(container_id: str) -> HttpResponse:
+        await known().delete(container_id)
+        return JSONResponse({"id": container_id, "object": "container.deleted", "deleted": True})
+
+    @routes.post(
+        "/{container_id}/files",
+        responses=_says(FileCreateResponse),
+        summary="Upload a file",
+        openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _UPLOAD}}}},
+    )
+    async def upload(container_id: str, request: Request) -> HttpResponse:
+        containers = known()
+        containers.get(container_id)
+        async with request.form(max_files=1, max_fields=8) as form:
+            file = form.get("file")
+            if not isinstance(file, UploadFile):
+                raise InputError("the body has no file; expected a form with a part 'file'", param="file")
+            made = await containers.write(container_id, file.filename or "", await file.read())
+        return JSONResponse(_file(container_id, made))
+
+    @routes.get("/{container_id}/files", summary="List its files")
+    async def files(container_id: str, limit: Limit = 20, after: After = None, order: Order = "desc") -> HttpResponse:
+        found = await known().files(container_id)
+        found.sort(key=lambda file: (file.created_at, file.path))
+        return JSONResponse(page([_file(container_id, file) for file in found], limit, after, order))
+
+    @routes.get("/{container_id}/files/{file_id}", responses=_says(FileCreateResponse), summary="Retrieve a file")
+    async def file(container_id: str, file_id: str) -> HttpResponse:
+        return JSONResponse(_file(container_id, await known().file(container_id, file_id)))
+
+    @routes.get("/{container_id}/files/{file_id}/content", summary="Fetch a file", response_class=HttpResponse)
+    async def content(container_id: str, file_id: str) -> HttpResponse:
+        found, data = await known().read(container_id, file_id)
+        # A model's file is nothing that a browser should show as a page of this server.
+        name = json.dumps(found.path.rpartition("/")[2])
+        disposition = f"attachment; filename={name}" if name.isprintable() else "attachment"
+        headers = {"content-disposition": disposition, "x-content-type-options": "nosniff"}
+        return HttpResponse(data, media_type="application/octet-stream", headers=headers)
+
+    @routes.delete("/{container_id}/files/{file_id}", summary="Delete a file")
+    async def delete_file(container_id: str, file_id: str) -> HttpResponse:
+        await known().remove(container_id, file_id)
+        return JSONResponse({"id": file_id, "object": "container.file.deleted", "deleted": True})
+
+    return routes
+
+
+def _container(containers: Containers, container: Container) -> Json:
+    return {
+        "id": container.id,
+        "object": "container",
+        "created_at": int(container.created_at),
+        "status": "running",
+        "expires_after": {"anchor": "last_active_at", "minutes": max(1, int(containers.idle_s / 60))},
+        "last_active_at": int(container.used_at),
+        "network_policy": {"type": "disabled"},
+        "name": container.name,
+    }
+
+
+def _file(container_id: str, file: ContainerFile) -> Json:
+    return {
+        "id": file.id,
+        "object": "container.file",
+        "created_at": int(file.created_at),
+        "bytes": file.size_bytes,
+        "container_id": container_id,
+        "path": f"/mnt/data/{file.path}",
+        "source": "user" if file.is_by_user else "assistant",
+    }
+
+
+def _says(model: type[Any]) -> dict[int | str, dict[str, Any]]:
+    return {200: {"model": model}}

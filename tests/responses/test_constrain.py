@@ -1,0 +1,153 @@
+"""Which calls the grammar of a request allows: the tool choice in all its forms."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tests.responses.scripts import FINAL, REASONED, TOKENIZER, model, tokens
+from tests.responses.test_client_tools import CALLS, SEARCH, call
+from tests.responses.test_loop import run_of
+
+from ossia.engine.masks import GrammarCompiler
+from ossia.errors import InputError
+from ossia.harmony import ToolDescription, ToolNamespace
+from ossia.responses.constrain import Grammars, Turn
+from ossia.responses.tools import Toolbox
+
+F = {"type": "function", "name": "f", "parameters": {"type": "object"}}
+ONE = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"], "additionalProperties": False}
+G = {"type": "function", "name": "g", "strict": True, "parameters": ONE}
+C = {"type": "custom", "name": "c", "format": {"type": "grammar", "syntax": "regex", "definition": "[ab]+"}}
+L = {"type": "custom", "name": "l", "format": {"type": "grammar", "syntax": "lark", "definition": 'start: "x" | "y"'}}
+CRM = {"type": "namespace", "name": "crm", "description": "", "tools": [{**F, "name": "f"}, {**F, "name": "find"}]}
+DECLARED = [F, G, C, L, CRM, {"type": "shell"}, {"type": "apply_patch"}, SEARCH, {"type": "file_search"},
+            {"type": "web_search_preview"}, {"type": "mcp", "server_label": "deep"}]  # fmt: skip
+
+SAID = {
+    "final": FINAL,
+    "f": call("f", {}),
+    "g": call("g", {"a": 1}),
+    "c": "<|channel|>commentary to=functions.c<|message|>ab<|call|>",
+    "l": "<|channel|>commentary to=functions.l<|message|>y<|call|>",
+    "crm.f": call("f", {}).replace("functions.", "crm."),
+    "crm.find": call("find", {}).replace("functions.", "crm."),
+    "shell": call("shell", CALLS["shell"][0]),
+    "apply_patch": call("apply_patch", CALLS["apply_patch"][0]),
+    "tool_search": call("tool_search", {"goal": "x"}),
+    "browser.search": '<|channel|>analysis to=browser.search code<|message|>{"query": "x"}<|call|>',
+    "deep.ask": '<|channel|>commentary to=deep.ask <|constrain|>json<|message|>{"q": "x"}<|call|>',
+}
+ALL = set(SAID) - {"final"}
+FUNCTION, CUSTOM = {"type": "function", "name": "f"}, {"type": "custom", "name": "c"}
+
+
+class Offered(Toolbox):
+    """A toolbox with a browser and another server's tools, none of which is called here."""
+
+    def namespaces(self, tools):
+        ask = ToolDescription("ask", "", {"type": "object", "properties": {"q": {"type": "string"}}})
+        told = {"web_search_preview": ToolNamespace.browser(), "mcp": ToolNamespace("deep", None, (ask,))}
+        return [told[t["type"]] for t in tools if t["type"] in told], [t for t in tools if t["type"] not in told]
+
+
+@pytest.fixture(scope="module")
+def grammars() -> Grammars:
+    return Grammars(GrammarCompiler(TOKENIZER))
+
+
+def accepts(constraint, text: str) -> bool:
+    mask = np.zeros(-(-TOKENIZER.vocab_size // 32), np.uint32)
+    for token in tokens(text):
+        constraint.fill(mask)
+        if not mask[token // 32] >> np.uint32(token % 32) & 1:
+            return False
+        constraint.accept(token)
+    return constraint.is_complete
+
+
+def said(grammars, choice) -> set[str]:
+    made = model(FINAL, toolbox=Offered)
+    run = run_of(made, tools=DECLARED, tool_choice=choice)
+    turn = Turn(run.tools, run._choice, run.request.format)
+    return {name for name, text in SAID.items() if accepts(grammars(turn), REASONED + text)}
+
+
+def allowed(mode: str | None, *tools) -> dict:
+    return {"type": "allowed_tools", "tools": list(tools), **({"mode": mode} if mode else {})}
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        (None, ALL | {"final"}),
+        ("auto", ALL | {"final"}),
+        ("none", {"final"}),
+        ("required", ALL),
+        (FUNCTION, {"f", "crm.f"}),
+        ({**FUNCTION, "namespace": "crm"}, {"crm.f"}),
+        (CUSTOM, {"c"}),
+        ({"type": "custom", "name": "l"}, {"l"}),
+        ({"type": "namespace", "name": "crm"}, {"crm.f", "crm.find"}),
+        ({"type": "shell"}, {"shell"}),
+        ({"type": "apply_patch"}, {"apply_patch"}),
+        ({"type": "tool_search"}, {"tool_search"}),
+        ({"type": "web_search_preview"}, {"browser.search"}),
+        ({"type": "web_search_2025_08_26"}, {"browser.search"}),
+        ({"type": "mcp", "server_label": "deep"}, {"deep.ask"}),
+        ({"type": "mcp", "server_label": "deep", "name": "ask"}, {"deep.ask"}),
+        (allowed("auto", FUNCTION, CUSTOM), {"f", "crm.f", "c", "final"}),
+        (allowed(None, {"type": "shell"}), {"shell", "final"}),
+        (allowed("required", {"type": "mcp", "server_label": "deep"}, CUSTOM), {"c", "deep.ask"}),
+        (allowed("required", {"type": "file_search"}, {"type": "web_search"}), {"browser.search"}),
+        (allowed("auto", {"type": "file_search"}), {"final"}),
+        (allowed("auto"), {"final"}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_exactly_what_the_tool_choice_allows_can_be_sampled(grammars, choice, expected):
+    assert said(grammars, choice) == expected
+
+
+@pytest.mark.parametrize(
+    ("choice", "param"),
+    [
+        ("maybe", "tool_choice"),
+        ({}, "tool_choice"),
+        ({"type": "function"}, "tool_choice"),
+        ({"type": "function", "name": "unknown"}, "tool_choice"),
+        ({"type": "function", "name": "c"}, "tool_choice"),
+        ({"type": "function", "name": "find", "namespace": "functions"}, "tool_choice"),
+        ({"type": "file_search"}, "tool_choice"),
+        ({"type": "image_generation"}, "tool_choice"),
+        ({"type": "local_shell"}, "tool_choice"),
+        ({"type": "programmatic_tool_calling"}, "tool_choice"),
+        ({"type": "mcp", "server_label": "shallow"}, "tool_choice"),
+        ({"type": "mcp", "server_label": "deep", "name": "tell"}, "tool_choice"),
+        (allowed("sometimes", FUNCTION), "tool_choice.mode"),
+        (allowed("required"), "tool_choice"),
+        (allowed("required", {"type": "file_search"}), "tool_choice"),
+        (allowed("auto", {"type": "function", "name": "unknown"}), "tool_choice"),
+        ({"type": "allowed_tools", "mode": "auto"}, "tool_choice.tools"),
+        ({"type": "allowed_tools", "mode": "auto", "tools": ["f"]}, "tool_choice.tools"),
+    ],
+    ids=str,
+)
+def test_a_tool_choice_of_what_is_not_there_is_refused(choice, param):
+    with pytest.raises(InputError) as raised:
+        run_of(model(FINAL, toolbox=Offered), tools=DECLARED, tool_choice=choice)
+    assert raised.value.param == param
+
+
+def test_a_strict_function_and_a_clients_grammars_bind(grammars):
+    run = run_of(model(FINAL), tools=[F, G, C, L])
+    turn = Turn(run.tools, run._choice, run.request.format)
+    for text, is_allowed in {
+        call("g", {"a": 2}): False,
+        call("f", {"a": 2}): True,
+        call("f", [2]): False,
+        SAID["c"].replace("ab", "abc"): False,
+        SAID["l"].replace(">y", ">z"): False,
+        call("h", {}): False,
+        "<|channel|>commentary to=browser.search<|message|>x<|call|>": False,
+    }.items():
+        assert accepts(grammars(turn), text) == is_allowed, text

@@ -1,0 +1,350 @@
+"""Tools of ours through every form of the API, on a real port: streamed, not streamed, background, chat."""
+
+from __future__ import annotations
+
+import glob
+import http.client
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from tests.responses.lint import lint, read_sse
+from tests.responses.scripts import CALL, FINAL, REASONED, TOKENIZER, Scripted, model
+from tests.responses.test_loop import ADD
+from tests.responses.test_toolbox import sleepers
+from tests.responses.tool_scripts import (
+    BROWSER_LOOP,
+    INTERPRETER,
+    NOTES,
+    NOTES_LOOP,
+    PYTHON_LOOP,
+    SEARCH,
+    browser,
+    final,
+    make_boxes,
+    python,
+)
+from tests.server.conftest import Served
+
+from ossia.server.store import Store
+
+CITED = "Rivers are long【1†L8-L9】🌊, lakes stand【6†L3】."
+FORMS = ["whole", "stream", "background", "chat", "chat stream"]
+LOOPS = {
+    "python": (PYTHON_LOOP, "The sum is 66.", INTERPRETER),
+    "browser": (BROWSER_LOOP, CITED, SEARCH),
+    "mcp": (NOTES_LOOP, "It is 10.", NOTES),
+}
+
+
+@pytest.fixture(scope="module")
+def tooled(tmp_path_factory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("tools")
+    served = Served(model(engine=Scripted(FINAL)), Store(f"sqlite:///{folder / 'ossia.db'}"), tools=make_boxes(folder))
+    yield served
+    served.stop()
+
+
+def needs_python(served: Served) -> None:
+    if served.service.tools.python is None:
+        pytest.skip(f"no sandbox works on this machine: {served.service.tools.off['python']}")
+
+
+def ask(served: Served, form: str, **fields: Any) -> dict[str, Any]:
+    """What came of a request in one of the forms: items, the text and its annotations."""
+    given = {"include": ["web_search_call.action.sources", "code_interpreter_call.outputs"], **fields}
+    if form.startswith("chat"):
+        return _ask_chat(served, form == "chat stream", fields)
+    if form == "whole":
+        response = served.http.post("/v1/responses", json={"input": "What?", **given}).raise_for_status().json()
+    elif form == "stream":
+        response = lint(read_sse(served.http.post("/v1/responses", json={"input": "?", "stream": True, **given}).text))
+    else:
+        made = served.http.post("/v1/responses", json={"input": "?", "background": True, **given}).json()
+        response = lint(read_sse(served.http.get(f"/v1/responses/{made['id']}?stream=true").text))
+    kept = served.http.get(f"/v1/responses/{response['id']}").json()
+    assert kept["output"] == response["output"]
+    parts = [part for item in response["output"] if item["type"] == "message" for part in item["content"]]
+    return {
+        "items": response["output"],
+        "text": "".join(part["text"] for part in parts),
+        "cited": [one for part in parts for one in part["annotations"]],
+        "response": response,
+    }
+
+
+def _ask_chat(served: Served, streams: bool, fields: dict[str, Any]) -> dict[str, Any]:
+    messages = [{"role": "user", "content": "What?"}]
+    tools = [{key: value for key, value in tool.items() if key != "container"} for tool in fields["tools"]]
+    if not streams:
+        made = served.openai.chat.completions.create(model="gpt-oss-20b", messages=messages, tools=tools)
+        message = made.choices[0].message
+        assert made.choices[0].finish_reason == "stop"
+        cited = [one.url_citation.model_dump() for one in message.annotations or ()]
+        return {"items": None, "text": message.content, "cited": cited}
+    text, cited = "", []
+    for chunk in served.openai.chat.completions.create(
+        model="gpt-oss-20b", messages=messages, tools=tools, stream=True
+    ):
+        for choice in chunk.choices:
+            text += choice.delta.content or ""
+            cited += [one["url_citation"] for one in (choice.delta.model_extra or {}).get("annotations") or ()]
+    return {"items": None, "text": text, "cited": cited}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", LOOPS)
+def test_a_loop_of_many_calls_runs_in_every_form(tooled, kind, form):
+    if kind == "python":
+        needs_python(tooled)
+    scripts, said, tool = LOOPS[kind]
+    tooled.play(*scripts, REASONED + final(said))
+    got = ask(tooled, form, tools=[tool])
+    tooled.until_idle()
+    assert len(tooled.engine.prompts) == len(scripts) + 1
+    types = {"python": "code_interpreter_call", "browser": "web_search_call", "mcp": "mcp_call"}
+    if got["items"] is not None:
+        calls = [item for item in got["items"] if item["type"] == types[kind]]
+        assert [call["status"] for call in calls] == ["completed"] * len(scripts)
+    if kind != "browser":
+        assert got["text"] == said
+        return
+    assert "【" not in got["text"]
+    assert [one["url"] for one in got["cited"]] == ["local://docs/rivers.html", "local://docs/lakes.html"]
+    for one in got["cited"]:
+        link = got["text"][one["start_index"] : one["end_index"]]
+        assert link.startswith("([") and one["url"] in link
+
+
+def test_all_tools_work_beside_each_other_and_beside_a_function(tooled):
+    needs_python(tooled)
+    tooled.play(PYTHON_LOOP[0], BROWSER_LOOP[0], NOTES_LOOP[0], CALL)
+    got = ask(tooled, "stream", tools=[INTERPRETER, SEARCH, NOTES, ADD])
+    kinds = [item["type"] for item in got["items"]]
+    assert kinds == ["mcp_list_tools", "code_interpreter_call", "web_search_call", "mcp_call", "function_call"]
+    call_id = got["items"][-1]["call_id"]
+    tooled.play(python("1"), FINAL)
+    output = {"type": "function_call_output", "call_id": call_id, "output": "4"}
+    previous = got["response"]["id"]
+    again = ask(tooled, "whole", tools=[INTERPRETER, SEARCH, NOTES, ADD], previous_response_id=previous, input=[output])
+    # The server's tools are known already.
+    assert [item["type"] for item in again["items"]] == ["code_interpreter_call", "message"]
+    assert again["items"][0]["container_id"] == got["items"][1]["container_id"]
+
+
+@pytest.mark.parametrize("keeps", ["previous_response_id", "conversation"])
+def test_a_follow_up_cites_and_scrolls_an_earlier_page(tooled, keeps):
+    conversation = {"conversation": tooled.openai.conversations.create().id} if keeps == "conversation" else {}
+    tooled.play(*BROWSER_LOOP[:2], FINAL)
+    first = ask(tooled, "whole", tools=[SEARCH], **conversation)
+    tooled.play(browser("open", cursor=1, loc=60), final("As said 【1†L8】."))
+    going_on = conversation or {"previous_response_id": first["response"]["id"]}
+    got = ask(tooled, "stream", tools=[SEARCH], **going_on)
+    assert got["items"][0]["call"] == {
+        "name": "open",
+        "arguments": {"id": None, "cursor": 1, "loc": 60, "num_lines": None, "view_source": False},
+        "cursor": 2,
+    }
+    assert got["cited"][0]["url"] == "local://docs/rivers.html" and got["cited"][0]["cursor"] == 1
+
+
+def test_pages_of_one_conversation_are_not_another_ones(tooled):
+    tooled.play(*BROWSER_LOOP[:2], FINAL)
+    ask(tooled, "whole", tools=[SEARCH])
+    tooled.play(browser("open", cursor=0), final("【0†L1】"))
+    got = ask(tooled, "whole", tools=[SEARCH])
+    assert got["items"][0]["status"] == "failed" and not got["cited"]
+
+
+def test_files_of_a_container_are_uploaded_listed_fetched_and_deleted(tooled):
+    needs_python(tooled)
+    client = tooled.openai.containers
+    container = client.create(name="mine")
+    put = client.files.create(container.id, file=("numbers.csv", b"1\n2\n"))
+    assert (put.path, put.bytes, put.source) == ("/mnt/data/numbers.csv", 4, "user")
+    code = "open('/mnt/data/out.txt', 'w').write(open('/mnt/data/numbers.csv').read() * 2)"
+    tooled.play(python(code), FINAL)
+    got = ask(tooled, "whole", tools=[{"type": "code_interpreter", "container": container.id}])
+    assert got["items"][0]["container_id"] == container.id
+    files = {file.path: file for file in client.files.list(container.id)}
+    assert set(files) == {"/mnt/data/numbers.csv", "/mnt/data/out.txt"}
+    assert files["/mnt/data/out.txt"].source == "assistant"
+    fetched = client.files.content.retrieve(files["/mnt/data/out.txt"].id, container_id=container.id)
+    assert fetched.read() == b"1\n2\n1\n2\n"
+    client.files.delete(put.id, container_id=container.id)
+    assert [file.path for file in client.files.list(container.id)] == ["/mnt/data/out.txt"]
+    assert container.id in [one.id for one in client.list()]
+    client.delete(container.id)
+    with pytest.raises(openai.NotFoundError):
+        client.retrieve(container.id)
+    with pytest.raises(openai.NotFoundError, match="is not there"):
+        tooled.openai.responses.create(
+            model="gpt-oss-20b", input="x", tools=[{"type": "code_interpreter", "container": container.id}]
+        )
+
+
+@pytest.mark.parametrize("name", ["../evil", "/etc/passwd", "..", "a/../../b"])
+def test_an_uploaded_file_stays_in_its_folder(tooled, name):
+    needs_python(tooled)
+    container = tooled.openai.containers.create(name="x")
+    answer = tooled.http.post(f"/v1/containers/{container.id}/files", files={"file": (name, b"x")})
+    if name == "..":
+        assert answer.status_code == 400
+    else:
+        assert answer.json()["path"] == "/mnt/data/" + name.rpartition("/")[2]
+    tooled.openai.containers.delete(container.id)
+
+
+@pytest.mark.parametrize(
+    ("tool", "status", "said"),
+    [
+        ({"type": "code_interpreter", "container": "cntr_0"}, 404, "is not there"),
+        ({"type": "code_interpreter", "container": {"type": "auto", "file_ids": ["file-1"]}}, 400, "file_ids"),
+        ({"type": "code_interpreter", "container": 3}, 400, "expected an id"),
+        ({"type": "web_search", "filters": {"allowed_domains": "x"}}, 400, "lists of names"),
+        ({"type": "mcp", "server_label": "nobody"}, 404, "no server is named 'nobody' here"),
+        ({"type": "mcp", "server_label": "x", "server_url": "ftp://x"}, 400, "https://"),
+        ({"type": "mcp", "server_label": "python"}, 400, "is a name of the format"),
+    ],
+)
+def test_a_declaration_that_cannot_be_used_is_refused(tooled, tool, status, said):
+    if tool["type"] == "code_interpreter":
+        needs_python(tooled)
+    answer = tooled.http.post("/v1/responses", json={"input": "x", "tools": [tool]})
+    assert answer.status_code == status and said in answer.json()["error"]["message"]
+
+
+def test_tools_that_are_not_offered_are_passed_by_and_named(served):
+    answer = served.http.post("/v1/responses", json={"input": "x", "tools": [SEARCH, INTERPRETER]})
+    assert answer.headers["x-ossia-ignored-tools"] == "web_search, code_interpreter"
+    assert served.http.get("/v1/containers").status_code == 404
+
+
+@pytest.mark.parametrize("form", ["stream", "whole", "background", "chat"])
+def test_a_client_that_leaves_stops_the_code_it_waited_for(tooled, form):
+    needs_python(tooled)
+    mark = f"77{FORMS.index(form)}.5"
+    tooled.play(python(f"import subprocess\nsubprocess.run(['sleep', '{mark}'])"), FINAL)
+    path = "/v1/chat/completions" if form == "chat" else "/v1/responses"
+    body: dict[str, Any] = {"tools": [{"type": "code_interpreter"}], "stream": form == "stream"}
+    body |= {"messages": [{"role": "user", "content": "x"}]} if form == "chat" else {"input": "x"}
+    if form == "background":
+        made = tooled.http.post(path, json={**body, "background": True}).json()
+        _until(lambda: sleepers(mark))
+        assert tooled.http.post(f"/v1/responses/{made['id']}/cancel").json()["status"] == "cancelled"
+    else:
+        connection = http.client.HTTPConnection(tooled.url.removeprefix("http://"), timeout=20)
+        connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
+        _until(lambda: sleepers(mark))
+        connection.close()
+    _until(lambda: not sleepers(mark))
+    tooled.until_idle()
+
+
+def _until(holds: Any) -> None:
+    for _ in range(1000):
+        if holds():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not come to that")
+
+
+def _soak(folder: Any, length_s: float, num_clients: int = 8) -> None:
+    """Loops at once, for a time; what is open and running afterwards is what was before."""
+    boxes = make_boxes(folder)
+    engine = _Looping()
+    served = Served(model(engine=engine), Store(f"sqlite:///{folder / 'soak.db'}"), tools=boxes)
+    faults: list[str] = []
+    num_done = 0
+    until_s = time.monotonic() + length_s
+
+    def work(number: int) -> None:
+        nonlocal num_done
+        with httpx.Client(base_url=served.url, timeout=120) as http:
+            previous = None
+            turn = 0
+            while time.monotonic() < until_s:
+                turn += 1
+                body = {"input": f"client {number}", "tools": [INTERPRETER, SEARCH, NOTES], "stream": turn % 2 == 0}
+                answer = http.post("/v1/responses", json={**body, "previous_response_id": previous})
+                response = lint(read_sse(answer.text)) if body["stream"] else answer.json()
+                if response.get("status") != "completed":
+                    faults.append(str(response)[:500])
+                    return
+                num_done += 1
+                previous = response["id"] if turn % 5 else None
+
+    try:
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(num_clients)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        served.stop()
+    assert not faults
+    assert num_done >= num_clients
+
+
+class _Looping(Scripted):
+    """Says a call of each tool in turn and then answers, for each prompt as far as it has come."""
+
+    SAID = (PYTHON_LOOP[1], BROWSER_LOOP[0], NOTES_LOOP[0], PYTHON_LOOP[2], BROWSER_LOOP[1])
+
+    def __init__(self) -> None:
+        super().__init__(*self.SAID, FINAL, context=1_000_000)
+        self.call, self.start = TOKENIZER.special("<|call|>"), TOKENIZER.special("<|start|>")
+        self.user = TOKENIZER.encode("user")[0]
+
+    async def _read(self, prompt: list[int], params: Any) -> Any:
+        asked = max(i for i in range(1, len(prompt)) if prompt[i - 1 : i + 1] == [self.start, self.user])
+        script = self.scripts[min(prompt[asked:].count(self.call), len(self.SAID))]
+        async for output in Scripted(script, context=self.context)._read(prompt, params):
+            yield output
+
+
+def _open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def _children() -> set[int]:
+    found = set()
+    for path in glob.glob("/proc/self/task/*/children"):
+        with open(path) as file:
+            found |= {int(word) for word in file.read().split()}
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+def test_concurrent_loops_leak_no_process_file_or_port(tmp_path):
+    _soak(tmp_path / "warm", 1.0)
+    files, children = _open_files(), _children()
+    _soak(tmp_path / "soak", float(os.environ.get("SOAK_SECONDS", "20")))
+    for _ in range(200):
+        if _open_files() <= files and not _children() - children:
+            break
+        time.sleep(0.05)
+    assert _children() - children == set()
+    assert _open_files() <= files
+
+
+def test_pages_outlive_the_server_and_go_with_their_response(serve, tmp_path):
+    url = f"sqlite:///{tmp_path / 'kept.db'}"
+    first = serve(*BROWSER_LOOP[:2], FINAL, store=Store(url), tools=make_boxes(tmp_path, python=None, mcp_pool=None))
+    made = ask(first, "whole", tools=[SEARCH])
+    first.stop()
+    boxes = make_boxes(tmp_path, python=None, mcp_pool=None)
+    second = serve(final("Read 【1†L8】."), store=Store(url), tools=boxes)
+    response_id = made["response"]["id"]
+    got = ask(second, "whole", tools=[SEARCH], previous_response_id=response_id)
+    assert got["cited"][0]["quote"].startswith("Fact")
+    assert second.service.store.tool_state(response_id)["browser"]["views"]
+    second.http.delete(f"/v1/responses/{response_id}").raise_for_status()
+    assert second.service.store.tool_state(response_id) is None
