@@ -82,7 +82,10 @@ def test_the_same_holds_for_an_ordinary_user(tier: str) -> None:
     user, paths = 61999, [str(root / "src"), site, *(p for p in sys.path if p.endswith("site-packages"))]
     probe = ["import pytest, numpy, ossia.tools.python; import os; os.listdir(%r)" % str(root / "tests" / "tools")]
     run = {"user": user, "group": user, "extra_groups": [], "env": {"PYTHONPATH": ":".join(paths), "HOME": "/tmp"}}
-    if not os.path.exists(python) or subprocess.run([python, "-c", *probe], capture_output=True, cwd="/", **run).returncode:
+    if (
+        not os.path.exists(python)
+        or subprocess.run([python, "-c", *probe], capture_output=True, cwd="/", **run).returncode
+    ):
         pytest.skip(f"an ordinary user's run could not be tested: {python} or this checkout is not open to one")
     base = f"/tmp/ossia-escapes-{os.getpid()}-{tier}"
     command = [python, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--basetemp", base, "-k", tier, __file__]

@@ -52,7 +52,9 @@ def executor() -> Iterator[ThreadPoolExecutor]:
 # The filter of system calls ------------------------------------------------------------------------------------------
 
 
-def _decide(program: seccomp.Program, number: int, arguments: tuple[int, ...] = (), arch: int = 0xC000003E) -> int | str:
+def _decide(
+    program: seccomp.Program, number: int, arguments: tuple[int, ...] = (), arch: int = 0xC000003E
+) -> int | str:
     """Run a filter as the kernel does: "allow", "kill", or the error number."""
     words = {0: number, 4: arch}
     for i, value in enumerate((*arguments, *(0,) * (6 - len(arguments)))):
@@ -136,7 +138,9 @@ def test_the_filter_decides_every_number_as_its_table_says(machine: str) -> None
         ("fchmodat", (), "allow"),
     ],
 )
-def test_calls_with_conditions_are_decided_by_their_arguments(call: str, arguments: tuple[int, ...], found: Any) -> None:
+def test_calls_with_conditions_are_decided_by_their_arguments(
+    call: str, arguments: tuple[int, ...], found: Any
+) -> None:
     number = next(int(v) for n, v in (p.split("=") for p in seccomp._NUMBERS["x86_64"].split()) if n == call)
     assert _decide(seccomp.build("x86_64", hide_metadata=False), number, arguments) == found
 
@@ -160,7 +164,14 @@ def test_an_unknown_machine_has_no_filter() -> None:
 def test_bubblewrap_shares_no_namespace_and_binds_nothing_of_anybodys() -> None:
     made = BubblewrapLauncher("/usr/bin/true").launch(Limits())
     arguments = made.data[0].decode().split("\0")
-    for needed in ("--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--die-with-parent", "--new-session"):
+    for needed in (
+        "--unshare-ipc",
+        "--unshare-pid",
+        "--unshare-net",
+        "--unshare-uts",
+        "--die-with-parent",
+        "--new-session",
+    ):
         assert needed in arguments
     assert not any(one.startswith("--share") or one in ("--bind", "--dev", "--setenv") for one in arguments)
     bound = [arguments[i + 1] for i, one in enumerate(arguments) if one == "--ro-bind"]
@@ -192,7 +203,7 @@ def fake_docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         program = tmp_path / "bin" / name
         program.parent.mkdir(exist_ok=True)
         program.write_text(
-            f"#!/bin/sh\nfor a in \"$0\" \"$@\"; do printf '%s\\0' \"$a\" >> {record}; done\nprintf '\\n' >> {record}\n"
+            f'#!/bin/sh\nfor a in "$0" "$@"; do printf \'%s\\0\' "$a" >> {record}; done\nprintf \'\\n\' >> {record}\n'
             "echo 'docker: Error response from daemon: unknown or invalid runtime name' >&2\nexit 125\n"
         )
         program.chmod(0o755)
@@ -228,7 +239,18 @@ def test_containers_start_with_everything_taken_away(
     for flag in ("--rm", "--interactive", "--read-only"):
         assert flag in options
     assert pairs["--memory"] == pairs["--memory-swap"]
-    for bad in ("--privileged", "--volume", "-v", "--mount", "--device", "--env", "-e", "--publish", "--pid", "--userns"):
+    for bad in (
+        "--privileged",
+        "--volume",
+        "-v",
+        "--mount",
+        "--device",
+        "--env",
+        "-e",
+        "--publish",
+        "--pid",
+        "--userns",
+    ):
         assert bad not in options
     assert (pairs.get("--runtime") == "runsc") is (tier == "gvisor")
     assert inner[:3] == ["-I", "-S", "-B"] and inner[-1] == "source"
@@ -376,8 +398,10 @@ class _Liar:
 
     def launch(self, limits: Limits) -> Launch:
         hello = wire.pack({"op": "hello"}) + wire.pack({"op": "ready", "landlock": 1})
-        code = f"import os, sys\nos.write(1, {hello!r})\nos.read(0, 1)\n" \
-               f"import time; time.sleep(0.3)\nos.write(1, {self._words!r})\ntime.sleep(60)"
+        code = (
+            f"import os, sys\nos.write(1, {hello!r})\nos.read(0, 1)\n"
+            f"import time; time.sleep(0.3)\nos.write(1, {self._words!r})\ntime.sleep(60)"
+        )
         return Launch((sys.executable, "-I", "-S", "-c", code), {"op": "configure"})
 
 
@@ -396,7 +420,9 @@ class _Liar:
     ],
     ids=range(9),
 )  # fmt: skip
-def test_nothing_that_a_supervisor_says_breaks_the_host(executor: ThreadPoolExecutor, words: bytes, status: str) -> None:
+def test_nothing_that_a_supervisor_says_breaks_the_host(
+    executor: ThreadPoolExecutor, words: bytes, status: str
+) -> None:
     async def run() -> str:
         sandbox = await ProcessSandbox.start(_Liar(words), SMALL, executor)
         try:
