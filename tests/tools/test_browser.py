@@ -912,14 +912,15 @@ def test_eight_conversations_at_once_share_a_back_end_and_leave_nothing_behind(t
 
     def held():
         tasks = Path("/proc/self/task").iterdir()
-        return len(os.listdir("/proc/self/fd")), sorted(
-            " ".join((task / "children").read_text() for task in tasks).split()
-        )
+        children = {child for task in tasks for child in (task / "children").read_text().split()}
+        return len(os.listdir("/proc/self/fd")), children
 
     asyncio.run(run())
-    before = held()
-    asyncio.run(run())
-    assert held() == before
+    num_files, children = held()
+    for _ in range(3):
+        asyncio.run(run())
+    # What other tests have left may end meanwhile; nothing may come.
+    assert held()[0] <= num_files and held()[1] <= children
 
 
 def test_a_conversation_of_its_own_has_its_own_robots(web):
