@@ -23,7 +23,9 @@ from ossia.tools.browser import Browser, BrowserRules
 from ossia.tools.web.backend import Scope, Web, backend_of, open_backend
 from ossia.tools.web.fetch import Fetcher, FetchError, FetchLimits
 from ossia.tools.web.guard import Domains, Guard
-from ossia.tools.web.page import VIEW_TOKENS, Hit, Page
+from ossia.tools.web.page import Hit, Page
+
+VIEW_TOKENS = 1024
 
 
 class Scripted:
@@ -157,6 +159,12 @@ def test_what_is_shown_of_fifty_long_generated_pages_is_what_is_documented():
         assert said(browser, "open", loc=loc, num_lines=num_lines) == documented_display(
             2 * i + 1, one.title, one.url, one.text, loc, num_lines
         )
+
+
+def test_a_window_from_each_line_of_a_page_ends_where_its_tokens_do(browser):
+    said(browser, "open", id=PROSE.url)
+    for loc in range(len(PROSE.lines)):
+        assert said(browser, "open", loc=loc) == documented_display(loc + 1, PROSE.title, PROSE.url, PROSE.text, loc)
 
 
 def test_a_search_page_is_shown_as_trained(browser):
