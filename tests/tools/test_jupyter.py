@@ -76,9 +76,12 @@ class Server:
                     await self.answer(ws, json.loads(await ws.receive_text()))
 
     async def answer(self, ws: WebSocket, request: dict[str, Any]) -> None:
-        async def say(kind: str, content: dict[str, Any], parent: dict[str, Any] | None = None, channel: str = "iopub") -> None:
-            await ws.send_text(json.dumps({"header": {"msg_type": kind, "msg_id": "m"}, "msg_type": kind, "channel": channel,
-                                           "parent_header": parent or request["header"], "content": content}))  # fmt: skip
+        async def say(
+            kind: str, content: dict[str, Any], parent: dict[str, Any] | None = None, channel: str = "iopub"
+        ) -> None:
+            header = {"msg_type": kind, "msg_id": "m"}
+            message = {"header": header, "msg_type": kind, "channel": channel, "content": content}
+            await ws.send_text(json.dumps(message | {"parent_header": parent or request["header"]}))
 
         code = request["content"]["code"]
         await say("status", {"execution_state": "busy"})
@@ -91,12 +94,17 @@ class Server:
             self.stop.clear()
             await self.stop.wait()
             status = "error"
-            await say("error", {"ename": "KeyboardInterrupt", "evalue": "", "traceback": ["\x1b[0;31mKeyboardInterrupt\x1b[0m"]})
+            await say(
+                "error",
+                {"ename": "KeyboardInterrupt", "evalue": "", "traceback": ["\x1b[0;31mKeyboardInterrupt\x1b[0m"]},
+            )
         elif "hangup" in code:
             await ws.close()
             return
         elif "picture" in code:
-            await say("display_data", {"data": {"image/png": "iVBORw0K", "text/plain": ["<pic", "ture>"], "x/y": {"a": 1}}})
+            await say(
+                "display_data", {"data": {"image/png": "iVBORw0K", "text/plain": ["<pic", "ture>"], "x/y": {"a": 1}}}
+            )
         else:
             printed = io.StringIO()
             try:
@@ -165,9 +173,12 @@ def test_time_out_interrupts_and_a_kernel_that_will_not_stop_is_restarted(
     asyncio.run(run())
 
 
-def test_files_go_through_the_kernel(server: tuple[Server, str], tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_go_through_the_kernel(
+    server: tuple[Server, str], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, url = server
-    prepare = f"import os\nos.makedirs({str(tmp_path / 'data')!r}, exist_ok=True)\nprint('ossia-answer:' + {str(tmp_path / 'data')!r})"
+    data = str(tmp_path / "data")
+    prepare = f"import os\nos.makedirs({data!r}, exist_ok=True)\nprint('ossia-answer:' + {data!r})"
     monkeypatch.setattr("ossia.tools.sandbox.jupyter._PREPARE", prepare)
 
     async def run() -> None:

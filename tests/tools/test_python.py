@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from tests.tools.conftest import SMALL, TIERS, prove_or_skip
 
 from ossia.errors import ConfigError, InputError, LimitError, NotFoundError, UnavailableError
 from ossia.harmony import ToolNamespace
 from ossia.tools.python import PythonSessions, PythonTool, describe, read_code
 from ossia.tools.sandbox.execution import Execution, Output
 from ossia.tools.sandbox.limits import Limits
-from tests.tools.conftest import SMALL, TIERS, prove_or_skip
 
 NO_OUTPUT = "[WARN] No output available. Use print() to output anything to stdout to receive the output"
 
@@ -109,11 +109,15 @@ def test_a_traceback_has_the_cells_lines_and_none_of_ours(notebook: Notebook) ->
 
 
 def test_causes_and_library_frames_are_shown(notebook: Notebook) -> None:
-    text = notebook.run("import json\ntry:\n    json.loads('{')\nexcept ValueError as e:\n    raise RuntimeError('bad') from e")
+    text = notebook.run(
+        "import json\ntry:\n    json.loads('{')\nexcept ValueError as e:\n    raise RuntimeError('bad') from e"
+    )
     assert "json/decoder.py:" in text
     assert "The above exception was the direct cause of the following exception:" in text
     assert text.index("JSONDecodeError") < text.index("RuntimeError: bad")
-    assert "await" not in notebook.run("import asyncio\nawait asyncio.sleep(0)\n1/0").replace("await asyncio.sleep(0)", "")
+    assert "await" not in notebook.run("import asyncio\nawait asyncio.sleep(0)\n1/0").replace(
+        "await asyncio.sleep(0)", ""
+    )
 
 
 def test_a_syntax_error_points_at_its_place(notebook: Notebook) -> None:
@@ -175,7 +179,8 @@ def test_a_picture_is_an_output_of_the_api_and_a_word_for_the_model(notebook: No
 @pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="matplotlib is not installed")
 def test_figures_are_shown_when_asked_and_at_the_end_of_the_cell(notebook: Notebook) -> None:
     output = notebook.output(
-        "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()\nprint('mid')\nfig, ax = plt.subplots(1, 2)", "fig"
+        "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()\nprint('mid')\nfig, ax = plt.subplots(1, 2)",
+        "fig",
     )
     kinds = [one["type"] for one in output.details["outputs"]]
     assert kinds == ["image", "logs", "image"], output
@@ -239,7 +244,9 @@ def test_cancelling_stops_the_code_at_once_and_keeps_the_state(notebook: Noteboo
     async def run() -> tuple[float, str]:
         tool = notebook.sessions.tool("cancel")
         await tool.run("", "y = 5")
-        task = asyncio.create_task(tool.run("", "import time\nopen('/mnt/data/began', 'w').close()\nwhile True: time.sleep(1)"))
+        task = asyncio.create_task(
+            tool.run("", "import time\nopen('/mnt/data/began', 'w').close()\nwhile True: time.sleep(1)")
+        )
         session = await notebook.sessions.session("cancel")
         while not [one for one in await session.list_files() if one.path == "began"]:
             await asyncio.sleep(0.01)
@@ -257,7 +264,10 @@ def test_cancelling_code_that_will_not_stop_ends_it(notebook: Notebook) -> None:
         tool = notebook.sessions.tool("stubborn")
         await tool.run("", "y = 5")
         task = asyncio.create_task(
-            tool.run("", "import signal\nsignal.signal(2, signal.SIG_IGN)\nopen('/mnt/data/began', 'w').close()\nwhile 1: pass")
+            tool.run(
+                "",
+                "import signal\nsignal.signal(2, signal.SIG_IGN)\nopen('/mnt/data/began', 'w').close()\nwhile 1: pass",
+            )
         )
         session = await notebook.sessions.session("stubborn")
         while not [one for one in await session.list_files() if one.path == "began"]:
@@ -320,7 +330,21 @@ def test_files_go_in_and_out(notebook: Notebook) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["", "/", ".", "..", "../x", "a/../../x", "/etc/passwd", "a//b", "a/./b", "x\0y", "\ud800", "n" * 300, "a/" * 3000 + "b"],
+    [
+        "",
+        "/",
+        ".",
+        "..",
+        "../x",
+        "a/../../x",
+        "/etc/passwd",
+        "a//b",
+        "a/./b",
+        "x\0y",
+        "\ud800",
+        "n" * 300,
+        "a/" * 3000 + "b",
+    ],
     ids=lambda p: repr(p[:20]),
 )
 def test_paths_that_lead_elsewhere_are_refused(notebook: Notebook, path: str) -> None:
@@ -333,9 +357,11 @@ def test_paths_that_lead_elsewhere_are_refused(notebook: Notebook, path: str) ->
 
 def test_traps_among_the_files_are_neither_listed_nor_fetched(notebook: Notebook) -> None:
     notebook.run(
-        "import os\nos.chdir('/mnt/data')\nos.symlink('/etc/hostname', 'link')\nos.symlink('/', 'dir')\nos.mkfifo('fifo')\n"
+        "import os\nos.chdir('/mnt/data')\nos.symlink('/etc/hostname', 'link')\nos.symlink('/', 'dir')\n"
+        "os.mkfifo('fifo')\n"
         "open('real', 'w').write('x')\nos.link('real', 'twin')\nos.mkdir('sub')\nos.symlink('../real', 'sub/up')\n"
-        "os.symlink('/proc/self/environ', 'env')\nopen(b'bad\\xffname', 'w').close()\nopen('new\\nline', 'w').write('y')\n"
+        "os.symlink('/proc/self/environ', 'env')\nopen(b'bad\\xffname', 'w').close()\n"
+        "open('new\\nline', 'w').write('y')\n"
         "with open('sparse', 'wb') as f: f.truncate(200 << 20)\nopen('ok', 'w').write('fine')",
         "traps",
     )
@@ -414,7 +440,9 @@ def test_no_sandbox_means_no_python_and_says_what_to_install() -> None:
     assert asyncio.run(run()) == "[ERROR] the python tool is switched off (python_sandbox is 'off')"
 
 
-@pytest.mark.parametrize("choice", ["unsafe", "unsafe_python", "none", "", "docker", "docker:", "jupyter:x", "docker:--privileged", "AUTO"])
+@pytest.mark.parametrize(
+    "choice", ["unsafe", "unsafe_python", "none", "", "docker", "docker:", "jupyter:x", "docker:--privileged", "AUTO"]
+)
 def test_a_choice_that_is_none_is_refused_and_nothing_is_unsafe_by_name(choice: str) -> None:
     with pytest.raises(ConfigError):
         PythonSessions(choice)
@@ -497,7 +525,9 @@ def test_a_lost_sandbox_is_replaced_and_the_model_told(tier: str) -> None:
         await asyncio.sleep(0.2)
         sandbox._process.kill()  # type: ignore[union-attr]
         output = await task
-        assert "[ERROR] The environment failed while the code ran." in output.text and output.details["status"] == "gone"
+        assert (
+            "[ERROR] The environment failed while the code ran." in output.text and output.details["status"] == "gone"
+        )
         assert "files in /mnt/data are lost" in output.text
         assert (await tool.run("", "1 + 1")).text == "2"
 
