@@ -161,10 +161,15 @@ def test_what_is_shown_of_fifty_long_generated_pages_is_what_is_documented():
         )
 
 
-def test_a_window_from_each_line_of_a_page_ends_where_its_tokens_do(browser):
-    said(browser, "open", id=PROSE.url)
-    for loc in range(len(PROSE.lines)):
-        assert said(browser, "open", loc=loc) == documented_display(loc + 1, PROSE.title, PROSE.url, PROSE.text, loc)
+def test_a_window_from_each_line_of_a_page_ends_where_its_tokens_do():
+    draw = random.Random(3)
+    words = ["a", "of", "harbour", "lighthouses", "42", "—", "(still)", "Übermut", "x_1", "港"]
+    text = "\n".join(" ".join(draw.choices(words, k=draw.randrange(1, 40))) for _ in range(400))
+    one = text_page("https://example.com/words", "Words", text)
+    browser = Browser(Scripted([one]))
+    said(browser, "open", id=one.url)
+    for loc in range(0, len(one.lines), 2):
+        assert said(browser, "open", loc=loc) == documented_display(loc // 2 + 1, one.title, one.url, one.text, loc)
 
 
 def test_a_search_page_is_shown_as_trained(browser):
