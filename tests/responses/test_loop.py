@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from ossia.errors import ContextLengthError, InputError, NotFoundError, Unavaila
 from ossia.harmony import Message, ToolNamespace
 from ossia.responses.builder import replayed
 from ossia.responses.convert import Entry, History
+from ossia.responses.events import sse
 from ossia.responses.loop import Extras, Run, finish
 from ossia.responses.schema import ResponseRequest
 from ossia.responses.tools import Toolbox, ToolResult
@@ -442,3 +444,19 @@ def test_a_response_can_be_told_again_from_what_is_stored(script):
     again = [event.to_dict() for event in replayed(events[-1]["response"])]
     assert order(again) == order(events)
     assert lint(again) == lint(events)
+
+
+def test_a_delta_is_the_same_json_however_its_bytes_are_made():
+    script = REASONED + '<|channel|>final<|message|>"\\ \n\t🎼 \u2028<|return|>'
+    for fields in ({}, {"top_logprobs": 2}):
+
+        async def collect(fields: Any = fields) -> list[Any]:
+            return [event async for event in run_of(script, **fields).events()]
+
+        events = asyncio.run(collect())
+        assert any(event.head for event in events)
+        for event in events:
+            assert json.loads(sse(event).split(b"data: ")[1]) == event.to_dict()
+            assert sse(event).startswith(b"event: %b\n" % event.type.encode())
+    half = next(event for event in events if event.head)
+    assert b'"delta":"?"' in sse(half._replace(fields={**half.fields, "delta": "\ud800"}))

@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel
 from tests.responses.scripts import CALL, FINAL, PREAMBLE, REASONED, TOKENIZER, tokens
 
-from ossia.server.chat import ChatRequest, to_response_request
+from ossia.server.chat import ChatRequest, _Frame, to_response_request
 
 PARAMETERS = {"type": "object", "properties": {"a": {"type": "number"}}}
 ADD = {"type": "function", "function": {"name": "add", "parameters": PARAMETERS}}
@@ -424,6 +424,21 @@ def test_fields_that_change_nothing_are_named_and_old_ones_are_refused(served):
         model="gpt-oss-20b", messages=[USER], extra_body={"web_search_options": {}}
     )
     assert raw.headers["x-ossia-ignored-tools"] == "web_search"
+
+
+def test_a_chunk_is_the_same_json_however_its_bytes_are_made():
+    for stream_options in (None, {"include_usage": True}):
+        frame = _Frame("m", ChatRequest(messages=[USER], stream_options=stream_options))
+        for delta in (
+            {"content": '"\\ \n🎼'},
+            {"reasoning": "x", "reasoning_content": "x"},
+            {"role": "assistant", "content": ""},
+            {"tool_calls": []},
+            {},
+        ):
+            for logprobs in (None, {"content": [], "refusal": None}):
+                choice = {"index": 3, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+                assert json.loads(frame.delta(choice)[6:]) == json.loads(frame.chunk([choice])[6:])
 
 
 def test_chunks_are_padded_when_that_is_asked_for(served):

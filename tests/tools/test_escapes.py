@@ -1,4 +1,4 @@
-"""Every attempt of `escapes.py` against every tier that this machine has: contained, and the tool healthy afterwards."""
+"""Every attempt of `escapes.py` against every tier of this machine: contained, and the tool healthy afterwards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-
 from tests.tools.conftest import Arena
 from tests.tools.escapes import CASES, PRELUDE, Case
 
@@ -80,7 +79,7 @@ def test_the_same_holds_for_an_ordinary_user(tier: str) -> None:
     root = Path(__file__).parents[2]
     site = sysconfig.get_paths()["purelib"]
     user, paths = 61999, [str(root / "src"), site, *(p for p in sys.path if p.endswith("site-packages"))]
-    probe = ["import pytest, numpy, ossia.tools.python; import os; os.listdir(%r)" % str(root / "tests" / "tools")]
+    probe = [f"import pytest, numpy, ossia.tools.python; import os; os.listdir({str(root / 'tests' / 'tools')!r})"]
     run = {"user": user, "group": user, "extra_groups": [], "env": {"PYTHONPATH": ":".join(paths), "HOME": "/tmp"}}
     if (
         not os.path.exists(python)

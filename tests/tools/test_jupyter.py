@@ -79,8 +79,9 @@ class Server:
         async def say(
             kind: str, content: dict[str, Any], parent: dict[str, Any] | None = None, channel: str = "iopub"
         ) -> None:
-            await ws.send_text(json.dumps({"header": {"msg_type": kind, "msg_id": "m"}, "msg_type": kind, "channel": channel,
-                                           "parent_header": parent or request["header"], "content": content}))  # fmt: skip
+            header = {"msg_type": kind, "msg_id": "m"}
+            message = {"header": header, "msg_type": kind, "channel": channel, "content": content}
+            await ws.send_text(json.dumps(message | {"parent_header": parent or request["header"]}))
 
         code = request["content"]["code"]
         await say("status", {"execution_state": "busy"})
@@ -176,7 +177,8 @@ def test_files_go_through_the_kernel(
     server: tuple[Server, str], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, url = server
-    prepare = f"import os\nos.makedirs({str(tmp_path / 'data')!r}, exist_ok=True)\nprint('ossia-answer:' + {str(tmp_path / 'data')!r})"
+    data = str(tmp_path / "data")
+    prepare = f"import os\nos.makedirs({data!r}, exist_ok=True)\nprint('ossia-answer:' + {data!r})"
     monkeypatch.setattr("ossia.tools.sandbox.jupyter._PREPARE", prepare)
 
     async def run() -> None:

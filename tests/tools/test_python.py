@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from tests.tools.conftest import SMALL, TIERS, prove_or_skip
 
 from ossia.errors import ConfigError, InputError, LimitError, NotFoundError, UnavailableError
 from ossia.harmony import ToolNamespace
 from ossia.tools.python import PythonSessions, PythonTool, describe, read_code
 from ossia.tools.sandbox.execution import Execution, Output
 from ossia.tools.sandbox.limits import Limits
-from tests.tools.conftest import SMALL, TIERS, prove_or_skip
 
 NO_OUTPUT = "[WARN] No output available. Use print() to output anything to stdout to receive the output"
 
@@ -357,9 +357,11 @@ def test_paths_that_lead_elsewhere_are_refused(notebook: Notebook, path: str) ->
 
 def test_traps_among_the_files_are_neither_listed_nor_fetched(notebook: Notebook) -> None:
     notebook.run(
-        "import os\nos.chdir('/mnt/data')\nos.symlink('/etc/hostname', 'link')\nos.symlink('/', 'dir')\nos.mkfifo('fifo')\n"
+        "import os\nos.chdir('/mnt/data')\nos.symlink('/etc/hostname', 'link')\nos.symlink('/', 'dir')\n"
+        "os.mkfifo('fifo')\n"
         "open('real', 'w').write('x')\nos.link('real', 'twin')\nos.mkdir('sub')\nos.symlink('../real', 'sub/up')\n"
-        "os.symlink('/proc/self/environ', 'env')\nopen(b'bad\\xffname', 'w').close()\nopen('new\\nline', 'w').write('y')\n"
+        "os.symlink('/proc/self/environ', 'env')\nopen(b'bad\\xffname', 'w').close()\n"
+        "open('new\\nline', 'w').write('y')\n"
         "with open('sparse', 'wb') as f: f.truncate(200 << 20)\nopen('ok', 'w').write('fine')",
         "traps",
     )

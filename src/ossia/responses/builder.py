@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from ossia.errors import OssiaError
 from ossia.harmony import Channel, Header, Role
 from ossia.responses.client_tools import CLIENT_TOOLS, call_fields
-from ossia.responses.events import TERMINAL, Event
+from ossia.responses.events import TERMINAL, Event, delta_head
 from ossia.responses.schema import Json, Usage, error_object, new_id
 from ossia.responses.tools import Function, Toolbox, Tools
 from ossia.tools.web.citations import CitationScanner
@@ -97,8 +97,9 @@ class Builder:
         self._scanner: CitationScanner | None = None
         self._annotations: list[Json] = []
         self._waiting_logprobs: list[Json] = []
-        # Fields that repeat in every delta of the open item.
+        # Fields that repeat in every delta of the open item, and the bytes that do.
         self._place: Json = {}
+        self._head = b""
 
     # The response as a whole ---------------------------------------------------------------------------------------
 
@@ -186,6 +187,8 @@ class Builder:
         if kind.part is not None:
             self._place["content_index"] = 0
             events.append(self._event("response.content_part.added", {**self._place, "part": _part(kind, "", ())}))
+        if kind.text_event:
+            self._head = delta_head(f"{kind.text_event}.delta", self._place)
         events += self._steps(_BEGINS.get(kind, ()))
         return events
 
@@ -307,7 +310,9 @@ class Builder:
             fields["logprobs"] = self._waiting_logprobs
             self._logprobs += self._waiting_logprobs
             self._waiting_logprobs = []
-        return [self._event(f"{kind.text_event}.delta", fields)]
+        event = Event(f"{kind.text_event}.delta", self._num_events, fields, self._head)
+        self._num_events += 1
+        return [event]
 
     def _tell_scanned(self, text: str, annotations: Sequence[Json]) -> list[Event]:
         """Text of a message, in which citations have become links."""

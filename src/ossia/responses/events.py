@@ -11,7 +11,7 @@ from __future__ import annotations
 import secrets
 from typing import NamedTuple
 
-from ossia.responses.schema import Json, dumps
+from ossia.responses.schema import Json, dumps, quoted
 
 DONE = b"data: [DONE]\n\n"
 
@@ -32,6 +32,8 @@ class Event(NamedTuple):
     type: str
     sequence_number: int
     fields: Json
+    # Of a delta: all its bytes up to the number, which every delta of its item begins with.
+    head: bytes = b""
 
     @property
     def is_terminal(self) -> bool:
@@ -43,10 +45,20 @@ class Event(NamedTuple):
 
 def sse(event: Event, *, pads: bool = False) -> bytes:
     """The event as it goes over the wire; with ``pads`` the sizes of deltas say little about their text."""
+    if event.head and not pads:
+        # Three times as fast as the whole JSON, and nine of ten events are deltas.
+        logprobs = event.fields.get("logprobs")
+        more = b"" if logprobs is None else b',"logprobs":%b' % (dumps(logprobs) if logprobs else b"[]")
+        return b'%b%d,"delta":%b%b}\n\n' % (event.head, event.sequence_number, quoted(event.fields["delta"]), more)
     told = event.to_dict()
     if pads and "delta" in told:
         told["obfuscation"] = padding(len(told["delta"]))
     return b"event: %b\ndata: %b\n\n" % (event.type.encode(), dumps(told))
+
+
+def delta_head(kind: str, place: Json) -> bytes:
+    """The beginning of the bytes of every delta of one item."""
+    return b'event: %b\ndata: %b,"sequence_number":' % (kind.encode(), dumps({"type": kind, **place})[:-1])
 
 
 def padding(num_chars: int) -> str:

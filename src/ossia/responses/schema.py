@@ -13,6 +13,7 @@ import json
 import secrets
 import time
 from collections.abc import Iterable, Mapping
+from json.encoder import encode_basestring
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -358,6 +359,11 @@ def error_object(error: OssiaError) -> Json:
 def dumps(value: Any) -> bytes:
     """Compact JSON in UTF-8. Half characters, which JSON lets clients send, become question marks."""
     return _encode(value).encode("utf-8", "replace")
+
+
+def quoted(text: str) -> bytes:
+    """A text as `dumps` writes it."""
+    return encode_basestring(text).encode("utf-8", "replace")
 
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode

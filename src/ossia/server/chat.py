@@ -27,7 +27,7 @@ from ossia.errors import InputError, NotFoundError, UnsupportedError
 from ossia.responses.client_tools import CLIENT_TOOLS
 from ossia.responses.events import DONE, Event, padding
 from ossia.responses.loop import Extras, Run
-from ossia.responses.schema import Json, Metadata, ResponseRequest, dumps, error_object, new_id
+from ossia.responses.schema import Json, Metadata, ResponseRequest, dumps, error_object, new_id, quoted
 from ossia.responses.tools import without_secrets
 from ossia.server.effort import budget_of, effort_of
 from ossia.server.responses import After, Limit, NewMetadata, envelope, page
@@ -358,6 +358,20 @@ class _Frame:
         self._is_parsed = _format(body) is not None
         self._common = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": model,
                         "system_fingerprint": None, "service_tier": "default"}  # fmt: skip
+        begin = dumps({**self._common, "object": "chat.completion.chunk", "choices": []}).removesuffix(b"]}")
+        self._head = b'data: %b{"index":' % begin
+
+    def delta(self, choice: Json) -> bytes:
+        """The chunk of one choice. Those of plain text, nine of ten, are written without the whole JSON."""
+        delta = choice["delta"]
+        name = "content" if "content" in delta else "reasoning" if "reasoning" in delta else ""
+        if not name or "role" in delta or choice["logprobs"] is not None or self._pads:
+            return self.chunk([choice])
+        text = quoted(delta[name])
+        said = b'"content":%b' % text if name == "content" else b'"reasoning":%b,"reasoning_content":%b' % (text, text)
+        return b'%b%d,"delta":{%b},"logprobs":null,"finish_reason":null}]%b' % (
+            self._head, choice["index"], said, b',"usage":null}\n\n' if self.counts else b"}\n\n",
+        )  # fmt: skip
 
     def chunk(self, choices: list[Json], usage: Json | None = None) -> bytes:
         fields: Json = {"usage": usage} if self.counts else {}
@@ -547,7 +561,7 @@ async def _chunks(
             else:
                 choice = deltas[index].of(event)
             if choice is not None:
-                yield frame.chunk([choice])
+                yield frame.delta(choice)
     if frame.counts:
         yield frame.chunk([], _usage([run.response["usage"] for run in runs]))
     yield DONE

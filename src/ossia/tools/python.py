@@ -1,6 +1,7 @@
 """The python tool: a notebook for each conversation, in a sandbox, as gpt-oss was trained to use it.
 
-`PythonSessions` holds the notebooks of all conversations by a key that the caller chooses; `PythonTool` is the tool of one.
+`PythonSessions` holds the notebooks of all conversations by a key that the caller chooses; `PythonTool` is the tool of
+one.
 `ToolOutput.details` of a call:
 
     {"outputs": [{"type": "logs", "logs": str} | {"type": "image", "url": "data:image/png;base64,..."}],
@@ -141,9 +142,9 @@ class PythonSession:
 class PythonSessions:
     """The notebooks of a server or a program, few at a time.
 
-    ``sandbox`` is one of `tiers.CHOICES`; ``unsafe_python`` runs the model's code with no sandbox at all. A session that was
-    not used for ``idle_s`` seconds ends. At most ``max_sessions`` live: the longest idle one makes room, and if none is idle
-    the model is told so. ``num_warm`` sandboxes are kept ready, so that a first call need not wait for one.
+    ``sandbox`` is one of `tiers.CHOICES`; ``unsafe_python`` runs the model's code with no sandbox at all. A session
+    that was not used for ``idle_s`` seconds ends. At most ``max_sessions`` live: the longest idle one makes room, and
+    if none is idle the model is told so. ``num_warm`` sandboxes are kept ready, so that a first call need not wait.
     Used in one event loop; close with `aclose` or `async with`.
     """
 
@@ -241,7 +242,7 @@ class PythonSessions:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        closing = [one.close() for one in (*self._sessions.values(), *self._warm)]
+        closing = [one.close() for one in self._sessions.values()] + [one.close() for one in self._warm]
         self._sessions.clear()
         self._warm.clear()
         await asyncio.gather(*closing, *self._closing, return_exceptions=True)
@@ -339,7 +340,9 @@ class PythonTool:
         # A fault of ours is the model's to know and the log's to explain.
         except Exception:
             _log.exception("python session=%s failed", self._key)
-            return ToolOutput("[ERROR] The python tool met an error of its own.", True, {"outputs": [], "status": "failed"})
+            return ToolOutput(
+                "[ERROR] The python tool met an error of its own.", True, {"outputs": [], "status": "failed"}
+            )
         text = note + describe(execution, self._sessions.limits)
         return ToolOutput(text, execution.status != "ok", _details(execution, self._sessions.tier))
 
@@ -403,7 +406,13 @@ def _remarks(execution: Execution, limits: Limits) -> list[str]:
 
 
 def _cause(exit_status: int) -> str:
-    names = {-11: " (segmentation fault)", -6: " (abort)", -9: " (killed)", -7: " (bus error)", -4: " (illegal instruction)"}
+    names = {
+        -11: " (segmentation fault)",
+        -6: " (abort)",
+        -9: " (killed)",
+        -7: " (bus error)",
+        -4: " (illegal instruction)",
+    }
     if exit_status in names:
         return names[exit_status]
     return f" (exit status {exit_status})" if exit_status else ""
@@ -437,9 +446,9 @@ def _details(execution: Execution, tier: str) -> Mapping[str, Any]:
             log(f"\n[... {execution.num_dropped_bytes} bytes of output left out ...]\n")
         else:
             log(output.text)
-    for output in outputs:
-        if output["type"] == "logs":
-            output["logs"] = _shortened(output["logs"], _MAX_LOGS_CHARS)
+    for shown in outputs:
+        if shown["type"] == "logs":
+            shown["logs"] = _shortened(shown["logs"], _MAX_LOGS_CHARS)
     return {
         "outputs": outputs,
         "status": execution.status,

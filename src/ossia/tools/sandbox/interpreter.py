@@ -49,8 +49,8 @@ def find_interpreter(user: int | None, is_bound: bool) -> Interpreter:
             return Interpreter(executable, tuple(read), tuple(site))
         tried.append(executable)
     raise UnavailableError(
-        f"no Python 3.{sys.version_info.minor} that the sandbox's user may read (tried {', '.join(tried)}); install one "
-        f"under /usr (Debian, Ubuntu: apt-get install {minor}), or start ossia as an ordinary user"
+        f"no Python 3.{sys.version_info.minor} that the sandbox's user may read (tried {', '.join(tried)}); install "
+        f"one under /usr (Debian, Ubuntu: apt-get install {minor}), or start ossia as an ordinary user"
     )
 
 

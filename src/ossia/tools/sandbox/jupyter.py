@@ -1,7 +1,7 @@
 """Code that runs in a kernel of a Jupyter server or kernel gateway, which its operator has made safe.
 
-ossia protects itself here - sizes, times, no trust in what comes back - and nothing else: what the code can reach is what
-the kernel can reach. A kernel is started for each conversation and ended with it.
+ossia protects itself here - sizes, times, no trust in what comes back - and nothing else: what the code can reach is
+what the kernel can reach. A kernel is started for each conversation and ended with it.
 
 Sources  Jupyter Server's REST API (/api/kernels) and WebSocket (/api/kernels/ID/channels); "Messaging in Jupyter" 5.3.
 """
@@ -89,7 +89,9 @@ class JupyterServer:
         """From a URL that may carry `?token=`. Raises ConfigError."""
         parts = urlsplit(text)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"{text!r} is no address of a Jupyter server; expected one such as http://host:8888?token=...")
+            raise ConfigError(
+                f"{text!r} is no address of a Jupyter server; expected one such as http://host:8888?token=..."
+            )
         token = parse_qs(parts.query).get("token", [""])[0]
         return cls(urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/"), "", "")), token)
 
@@ -116,7 +118,9 @@ class JupyterServer:
             with opener.open(request, timeout=_REST_S) as response:
                 data = response.read(_MAX_BODY_BYTES)
         except urllib.error.HTTPError as error:
-            raise UnavailableError(f"the Jupyter server at {self.url} answered {error.code} to {method} {path}") from None
+            raise UnavailableError(
+                f"the Jupyter server at {self.url} answered {error.code} to {method} {path}"
+            ) from None
         except (OSError, ValueError) as error:
             raise UnavailableError(f"the Jupyter server at {self.url} cannot be reached: {error}") from None
         try:

@@ -1,11 +1,12 @@
 """Command lines that start a supervisor: what each kind of sandbox takes away before the first line of Python runs.
 
-The environment is empty, the arguments of bubblewrap go through a pipe (so that no list of processes tells of the host's
-folders), and the modules of `inside` are sent over the control pipe, so that nothing of ossia's need be readable inside.
+The environment is empty, the arguments of bubblewrap go through a pipe (so that no list of processes tells of the
+host's folders), and the modules of `inside` are sent over the control pipe, so that nothing of ossia's need be readable
+inside.
 
-Sources  bwrap(1); docker-run(1); facts about bubblewrap: parents that it makes are closed to others, `--clearenv` leaves
-         the caller's variables in /proc/1/environ, a process that root starts keeps root's identity under any user
-         namespace, so that root drops it first.
+Sources  bwrap(1); docker-run(1). What one must know of bubblewrap: parents that it makes are closed to others;
+         `--clearenv` leaves the caller's variables in /proc/1/environ; a process that root starts keeps root's identity
+         under any user namespace, so that root drops it first.
 """
 
 from __future__ import annotations
@@ -125,7 +126,8 @@ class BubblewrapLauncher:
         program = self._program or shutil.which("bwrap", path=_SEARCH_PATH)
         if program is None:
             raise UnavailableError(
-                "bubblewrap is not installed (Debian, Ubuntu: apt-get install bubblewrap; Fedora: dnf install bubblewrap)"
+                "bubblewrap is not installed (Debian, Ubuntu: apt-get install bubblewrap; "
+                "Fedora: dnf install bubblewrap)"
             )
         user = free_user() if os.geteuid() == 0 else None
         python = find_interpreter(user, is_bound=True)
@@ -401,7 +403,10 @@ def _kill_user(executable: str, user: int) -> None:
     with contextlib.suppress(OSError):
         subprocess.run(
             [executable, "-I", "-S", "-c", "import os; os.kill(-1, 9)"],
-            **{"user": user, "group": user, "extra_groups": [], "env": {}, "capture_output": True, "check": False},
+            user=user,
+            group=user,
+            extra_groups=[],
+            env={},
+            capture_output=True,
+            check=False,
         )
-
-

@@ -1,13 +1,12 @@
 """A sandbox on this machine, from outside: starts the supervisor, asks it, and believes nothing that it says.
 
-What comes over the control pipe was in the worst case written by the model's code: lengths, types and names are checked,
-and an answer that is not one ends the sandbox.
+What comes over the control pipe was in the worst case written by the model's code: lengths, types and names are
+checked, and an answer that is not one ends the sandbox.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -94,7 +93,7 @@ class ProcessSandbox:
         number, answer = self._ask(header, code.encode("utf-8", "replace"))
         try:
             got = await asyncio.wait_for(asyncio.shield(answer), timeout_s + _PATIENCE_S)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             # The supervisor itself does not answer.
             await self.close()
             return Execution("gone", is_restarted=True)
@@ -216,7 +215,7 @@ class ProcessSandbox:
         _, answer = self._ask(header, body)
         try:
             header, body = await asyncio.wait_for(answer, _FILE_S)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             await self.close()
             raise UnavailableError("the python sandbox did not answer, and was ended") from None
         error = header.get("error")
@@ -354,7 +353,7 @@ def _pipe_with(data: bytes) -> int:
 def _execution(header: dict[str, Any], body: bytes) -> Execution:
     """An answer of the supervisor, read with suspicion: what does not fit is left out."""
     said = header.get("status")
-    status: Status = said if said in get_args(Status) else "died"
+    status: Status = next((one for one in get_args(Status) if one == said), "died")
     outputs: list[Output] = []
     at = 0
     parts = header.get("parts")

@@ -129,7 +129,9 @@ class Proof:
         layers = self.layers or {}
         found = [f"Landlock ABI {layers['landlock']}" if layers.get("landlock") else "no Landlock"]
         found.append("seccomp" if layers.get("seccomp") else "no seccomp")
-        found.append("memory and processes bounded by " + ("a control group" if layers.get("cgroup") else "its own watch"))
+        found.append(
+            "memory and processes bounded by " + ("a control group" if layers.get("cgroup") else "its own watch")
+        )
         return f"works: {len(ATTACKS)} attacks failed ({', '.join(found)})"
 
 
@@ -180,14 +182,17 @@ def _targets() -> Iterator[tuple[dict[str, Any], subprocess.Popen[bytes]]]:
             env={"OSSIA_PROOF": secret},
         )
         try:
-            yield {
-                "secret": secret,
-                "variable": secret,
-                "file": str(path),
-                "port": tcp.getsockname()[1],
-                "socket": f"{folder}/socket",
-                "pid": canary.pid,
-            }, canary
+            yield (
+                {
+                    "secret": secret,
+                    "variable": secret,
+                    "file": str(path),
+                    "port": tcp.getsockname()[1],
+                    "socket": f"{folder}/socket",
+                    "pid": canary.pid,
+                },
+                canary,
+            )
         finally:
             canary.kill()
             canary.wait()

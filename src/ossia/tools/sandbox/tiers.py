@@ -107,7 +107,7 @@ def candidates(choice: str) -> Sequence[Launcher | JupyterServer]:
             return (LandlockLauncher(),)
         case "off", "":
             return ()
-        case ("docker" | "podman"), image if image:
+        case (("docker" | "podman"), image) if image:
             return (ContainerLauncher(name, image),)
         case "gvisor", image if image:
             return (ContainerLauncher("docker", image, runtime="runsc"),)
@@ -142,14 +142,16 @@ def _reason(proof: Proof) -> str:
     if not sys.platform.startswith("linux"):
         return f"{proof.tier}: needs Linux; use docker:IMAGE, podman:IMAGE or jupyter:URL"
     hints = {
-        "setting up uid map": "user namespaces are restricted here; on Ubuntu 23.10 and later allow them for bwrap with an "
-        "AppArmor profile (package apparmor-profiles: bwrap-userns-restrict), or with "
+        "setting up uid map": "user namespaces are restricted here; on Ubuntu 23.10 and later allow them for bwrap "
+        "with an AppArmor profile (package apparmor-profiles: bwrap-userns-restrict), or with "
         "`sysctl kernel.apparmor_restrict_unprivileged_userns=0`",
         "RTM_NEWADDR": "user namespaces are restricted here by AppArmor; see package apparmor-profiles",
-        "No permissions to create": "user namespaces are switched off; `sysctl kernel.unprivileged_userns_clone=1` allows them",
-        "Creating new namespace failed": "user namespaces are not allowed here, as in most containers; a container needs "
-        "--security-opt seccomp=unconfined, or let ossia use landlock",
-        "Can't mount proc": "this container forbids a /proc of one's own; run it with --security-opt systempaths=unconfined",
+        "No permissions to create": "user namespaces are switched off; "
+        "`sysctl kernel.unprivileged_userns_clone=1` allows them",
+        "Creating new namespace failed": "user namespaces are not allowed here, as in most containers; a container "
+        "needs --security-opt seccomp=unconfined, or let ossia use landlock",
+        "Can't mount proc": "this container forbids a /proc of one's own; run it with "
+        "--security-opt systempaths=unconfined",
     }
     for sign, hint in hints.items():
         if sign in words:
@@ -162,7 +164,7 @@ def _no_sandbox(choice: str, reasons: Sequence[str]) -> str:
         return "the python tool is switched off (python_sandbox is 'off')"
     found = "; ".join(reasons)
     return (
-        f"the python tool is off, since no sandbox works here: {found}. Install bubblewrap, or use Linux 6.12 or later with "
-        "Landlock, or choose docker:IMAGE, podman:IMAGE or jupyter:URL. Code of a model is run without a sandbox only with "
-        "--unsafe-python"
+        f"the python tool is off, since no sandbox works here: {found}. Install bubblewrap, or use Linux 6.12 or later "
+        "with Landlock, or choose docker:IMAGE, podman:IMAGE or jupyter:URL. Code of a model is run without a sandbox "
+        "only with --unsafe-python"
     )

@@ -6,4 +6,16 @@ nothing. The modules are loaded in the order of `MODULES`, which is that of thei
 
 from __future__ import annotations
 
-MODULES = ("wire", "seccomp", "landlock", "processes", "files", "display", "failure", "paths", "recording", "cells", "supervisor")
+MODULES = (
+    "wire",
+    "seccomp",
+    "landlock",
+    "processes",
+    "files",
+    "display",
+    "failure",
+    "paths",
+    "recording",
+    "cells",
+    "supervisor",
+)

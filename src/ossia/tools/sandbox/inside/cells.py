@@ -8,7 +8,6 @@ Messages to the supervisor   token (16 bytes), kind (1), length (4), payload:
 """
 
 from __future__ import annotations
-
 import __future__
 
 import ast
@@ -168,11 +167,12 @@ class Shell:
 
     def _furnish(self) -> None:
         # Both over one buffer, so that they stay in order; a line at a time, so that a crash loses little.
-        raw = io.open(1, "wb", buffering=1 << 16, closefd=False)
+        raw = io.BufferedWriter(io.FileIO(1, "wb", closefd=False), 1 << 16)
         sys.stdout = io.TextIOWrapper(raw, "utf-8", "backslashreplace", line_buffering=True)
         sys.stderr = io.TextIOWrapper(raw, "utf-8", "backslashreplace", line_buffering=True)
-        sys.__stdout__, sys.__stderr__ = self._stdout, self._stderr = sys.stdout, sys.stderr
-        sys.stdin = sys.__stdin__ = io.TextIOWrapper(io.open(os.devnull, "rb"), "utf-8")
+        self._stdout, self._stderr = sys.stdout, sys.stderr
+        sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, "rb", closefd=False)), "utf-8")
+        vars(sys).update(__stdin__=sys.stdin, __stdout__=sys.stdout, __stderr__=sys.stderr)
         sys.argv = [""]
         sys.modules["__main__"] = self.module
         self.names.update(__builtins__=builtins, In=self.inputs, Out=self.outputs, display=_displayer(self))

@@ -143,7 +143,9 @@ def make_modules(show: Callable[[Any], None]) -> dict[str, Callable[[types.Modul
 
 def _display_names(display: Callable[..., None]) -> dict[str, Any]:
     def wrapper(name: str, mime: str) -> type:
-        def __init__(self: Any, data: Any = None, url: str | None = None, filename: str | None = None, **_: Any) -> None:
+        def __init__(
+            self: Any, data: Any = None, url: str | None = None, filename: str | None = None, **_: Any
+        ) -> None:
             if filename is not None:
                 with open(filename, "rb") as file:
                     data = file.read()
@@ -164,7 +166,11 @@ def _display_names(display: Callable[..., None]) -> dict[str, Any]:
         **{"Image": "image/png", "SVG": "image/svg+xml", "JSON": "application/json", "Javascript": "text/plain"},
     }
     names: dict[str, Any] = {name: wrapper(name, mime) for name, mime in kinds.items()}
-    return names | {"display": display, "clear_output": lambda wait=False: None, "Pretty": wrapper("Pretty", "text/plain")}
+    return names | {
+        "display": display,
+        "clear_output": lambda wait=False: None,
+        "Pretty": wrapper("Pretty", "text/plain"),
+    }
 
 
 def _is_figure(value: Any) -> bool:

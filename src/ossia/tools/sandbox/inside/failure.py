@@ -1,4 +1,4 @@
-"""An exception as a notebook shows it: cells by number, a few lines around each place, no colours, none of our frames."""
+"""An exception as a notebook shows it: cells by number, a few lines around each place, no colours, no frame of ours."""
 
 from __future__ import annotations
 
@@ -101,7 +101,9 @@ def _last_line(error: BaseException) -> str:
     except Exception:
         text = f"{type(error).__name__}: <exception str() failed>"
     text = text.replace("__main__.", "", 1) if text.startswith("__main__.") else text
-    return text if len(text) <= _MAX_MESSAGE else text[:_MAX_MESSAGE] + f"... [{len(text) - _MAX_MESSAGE} characters more]"
+    return (
+        text if len(text) <= _MAX_MESSAGE else text[:_MAX_MESSAGE] + f"... [{len(text) - _MAX_MESSAGE} characters more]"
+    )
 
 
 def _describe_syntax(error: SyntaxError) -> str:

@@ -36,7 +36,7 @@ class Folder:
     def close(self) -> None:
         os.close(self._fd)
 
-    def list(self, max_files: int) -> tuple[list[dict[str, Any]], bool]:
+    def find(self, max_files: int) -> tuple[list[dict[str, Any]], bool]:
         """Ordinary files with their size and time, and whether there are more. Names that are no text are left out."""
         found: list[dict[str, Any]] = []
         waiting: list[tuple[str, ...]] = [()]
@@ -99,7 +99,11 @@ class Folder:
             os.close(folder)
 
     def _note(
-        self, entry: os.DirEntry[str], parts: tuple[str, ...], found: list[dict[str, Any]], waiting: list[tuple[str, ...]]
+        self,
+        entry: os.DirEntry[str],
+        parts: tuple[str, ...],
+        found: list[dict[str, Any]],
+        waiting: list[tuple[str, ...]],
     ) -> None:
         try:
             entry.name.encode("utf-8")

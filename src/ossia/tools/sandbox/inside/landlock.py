@@ -1,7 +1,7 @@
 """Landlock: a process gives up every file, TCP port, abstract socket and foreign process that it was not granted.
 
-Source   Linux, Documentation/userspace-api/landlock.rst. Signals are scoped from ABI 6 (Linux 6.12) on, TCP from 4 (6.7),
-         truncation from 3 (6.2).
+Source   Linux, Documentation/userspace-api/landlock.rst. Signals are scoped from ABI 6 (Linux 6.12) on, TCP from 4
+         (6.7), truncation from 3 (6.2).
 """
 
 from __future__ import annotations

@@ -14,9 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 _OF_ONE_PATH = (
-    "open stat lstat listdir scandir mkdir rmdir remove unlink access chdir readlink truncate utime chmod statvfs mkfifo"
+    *("open", "stat", "lstat", "listdir", "scandir", "mkdir", "rmdir", "remove", "unlink", "access", "chdir"),
+    *("readlink", "truncate", "utime", "chmod", "statvfs", "mkfifo"),
 )
-_OF_TWO_PATHS = "rename replace link symlink"
+_OF_TWO_PATHS = ("rename", "replace", "link", "symlink")
 
 
 def translate(places: dict[str, str]) -> None:
@@ -52,6 +53,6 @@ def translate(places: dict[str, str]) -> None:
         return wrapped
 
     for names, num_paths in ((_OF_ONE_PATH, 1), (_OF_TWO_PATHS, 2)):
-        for name in names.split():
+        for name in names:
             setattr(os, name, wrap(getattr(os, name), num_paths))
-    io.open = builtins.open = wrap(builtins.open, 1)  # type: ignore[assignment]
+    io.open = builtins.open = wrap(builtins.open, 1)

@@ -37,7 +37,7 @@ class Processes:
         self._has_namespace = has_namespace
         self._self = os.getpid()
 
-    def list(self) -> list[int]:
+    def find(self) -> list[int]:
         if self._has_namespace:
             return [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) not in (1, self._self)]
         found: list[int] = []
@@ -49,18 +49,18 @@ class Processes:
         return found
 
     def usage(self) -> Usage:
-        pids = self.list()
+        pids = self.find()
         stats = [one for one in map(stat, pids) if one is not None]
         return Usage(sum(one.num_threads for one in stats), sum(map(_resident_bytes, pids)))
 
     def proportional_bytes(self) -> int:
         """Memory with every shared page counted once; slower."""
-        return sum(map(_proportional_bytes, self.list()))
+        return sum(map(_proportional_bytes, self.find()))
 
     def freeze(self) -> bool:
         """Let them all stand still; False if they breed faster than they can be stopped."""
         for _ in range(200):
-            moving = [pid for pid in self.list() if (one := stat(pid)) is not None and one.state not in "TtZX"]
+            moving = [pid for pid in self.find() if (one := stat(pid)) is not None and one.state not in "TtZX"]
             if not moving:
                 return True
             for pid in moving:
@@ -70,14 +70,14 @@ class Processes:
         return False
 
     def thaw(self) -> None:
-        for pid in self.list():
+        for pid in self.find():
             send(pid, signal.SIGCONT)
 
     def kill(self) -> None:
         """End them all. Returns when none is left that runs, or after a while if the kernel holds one."""
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
-            alive = [pid for pid in self.list() if (one := stat(pid)) is not None and one.state not in "ZX"]
+            alive = [pid for pid in self.find() if (one := stat(pid)) is not None and one.state not in "ZX"]
             if not alive:
                 return
             # Stopped first, so that a bomb does not outrun its end.

@@ -140,7 +140,7 @@ def install(hide_metadata: bool) -> None:
 
 
 def build(machine: str, hide_metadata: bool) -> Program:
-    """The filter as instructions (code, jump if true, jump if false, operand). Raises OSError for an unknown machine."""
+    """The filter as instructions: code, jump if true, jump if false, operand. Raises OSError for an unknown machine."""
     if machine not in _NUMBERS:
         raise OSError(f"the filter of system calls is not written for {machine}; expected x86_64 or aarch64")
     numbers = {name: int(number) for name, _, number in (pair.partition("=") for pair in _NUMBERS[machine].split())}

@@ -1,8 +1,8 @@
 """Holds the pipes to ossia, starts the worker that runs the model's code, and believes nothing that it says.
 
 This process cannot be inspected by the worker (not dumpable), nor, with Landlock, be sent signals by it. The worker has
-no descriptor of it but three pipes; each call has a token of its own, so that what an earlier call left in the pipes is no
-answer to a later one. Between calls every process of the worker stands still.
+no descriptor of it but three pipes; each call has a token of its own, so that what an earlier call left in the pipes is
+no answer to a later one. Between calls every process of the worker stands still.
 
 Operations   configure (first), run, interrupt, list, read, write; answers carry the operation's `id`.
 """
@@ -145,7 +145,9 @@ class Supervisor:
         self._poll = select.poll()
         self._poll.register(control.input, select.POLLIN)
         self._worker = self._spawn()
-        control.send({"op": "ready", "landlock": self._abi, "seccomp": settings["seccomp"] != "off", "uid": os.getuid()})
+        control.send(
+            {"op": "ready", "landlock": self._abi, "seccomp": settings["seccomp"] != "off", "uid": os.getuid()}
+        )
 
     def serve(self) -> None:
         with contextlib.suppress(EOFError):
@@ -180,7 +182,7 @@ class Supervisor:
                 if self._call is not None and self._call.number == header["call"]:
                     self._interrupt("interrupted")
             elif header["op"] == "list":
-                found, has_more = self._files.list(int(header["max_files"]))
+                found, has_more = self._files.find(int(header["max_files"]))
                 self._control.send({"id": number, "files": found, "has_more": has_more})
             elif header["op"] == "read":
                 self._control.send({"id": number}, self._files.read(tuple(header["parts"]), int(header["max_bytes"])))
@@ -310,7 +312,10 @@ class Supervisor:
         usage = self.processes.usage()
         if usage.num_tasks > limits["processes"]:
             return "processes"
-        if usage.resident_bytes > limits["memory_bytes"] and self.processes.proportional_bytes() > limits["memory_bytes"]:
+        if (
+            usage.resident_bytes > limits["memory_bytes"]
+            and self.processes.proportional_bytes() > limits["memory_bytes"]
+        ):
             return "memory"
         if self._settings["has_own_mounts"]:
             for path in self._settings["write"]:
@@ -346,7 +351,7 @@ class Supervisor:
                         if entry.is_dir(follow_symlinks=False):
                             waiting.append(entry.path)
         own = {os.stat(path).st_dev for path in self._settings["write"]}
-        for pid in self.processes.list():
+        for pid in self.processes.find():
             with contextlib.suppress(OSError):
                 for fd in os.listdir(f"/proc/{pid}/fd"):
                     with contextlib.suppress(OSError):
@@ -483,7 +488,7 @@ class Supervisor:
             seccomp.install(hide_metadata=self._settings["seccomp"] == "shared-tree")
         if self._settings["places"]:
             paths.translate(self._settings["places"])
-        cells.Shell(*kept, self._limits["display_bytes"]).run()
+        cells.Shell(kept[0], kept[1], kept[2], self._limits["display_bytes"]).run()
 
     def _limit_worker(self) -> None:
         limits = self._limits
