@@ -48,6 +48,7 @@ TURNS = {
     "shell": (REASONED + called("shell", {"commands": ["ls"]}), ANSWER),
     "apply_patch": (called("apply_patch", {"type": "delete_file", "path": "a.py", "diff": ""}), ANSWER),
     "json": (JSON_ANSWER,),
+    "json after a silent sum": (REASONED + CALL, JSON_ANSWER),
     "json after a sum": (REASONED + PREAMBLE + CALL, JSON_ANSWER),
 }
 
@@ -247,7 +248,7 @@ def test_codex_runs_tools_goes_on_and_answers_in_a_schema(codex, grammars, tmp_p
     prompt, after = served.engine.prompts
     sampled = tokens(_CODEX_TURNS["Write out.txt"][0])
     assert after[: len(prompt) + len(sampled)] == prompt + sampled
-    assert run("resume", "--last", *common, bypass, "And now?") == "The answer is 5."
+    assert run(*common, bypass, "resume", "--last", "And now?") == "The answer is 5."
     resumed = TOKENIZER.decode(served.engine.prompts[-1])
     assert resumed.index("Write out.txt") < resumed.index("The answer is 4.") < resumed.index("And now?")
     schema = {"type": "object", "properties": {"value": {"type": "integer"}}, "required": ["value"],

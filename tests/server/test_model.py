@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import random
-import threading
 import time
 
-import httpx
 import jsonschema
 import openai
 import pytest
@@ -122,34 +118,3 @@ def test_every_block_is_free_when_clients_have_left(real):
     with real.http.stream("POST", "/v1/responses", json={"input": "Hi", "stream": True}) as stream:
         next(stream.iter_lines())
     _until_free(real)
-
-
-@pytest.mark.slow
-def test_many_clients_that_come_and_leave_at_random_leave_nothing_behind(real):
-    end_s = time.monotonic() + float(os.environ.get("OSSIA_SOAK_S", "300"))
-    faults: list[str] = []
-
-    def client(number: int) -> None:
-        draw = random.Random(number)
-        with httpx.Client(base_url=real.url, timeout=120) as http:
-            while time.monotonic() < end_s:
-                body = {"input": f"Hi {draw.random()}", "stream": True, "max_output_tokens": draw.randint(1, 30)}
-                path = draw.choice(["/v1/responses", "/v1/chat/completions"])
-                if path.endswith("completions"):
-                    body = {"messages": [{"role": "user", "content": "Hi"}], "stream": True, "max_tokens": 20}
-                patience = draw.choice([0, 1, 5, 10_000])
-                with http.stream("POST", path, json=body) as stream:
-                    if stream.status_code != 200:
-                        faults.append(f"status {stream.status_code}")
-                    lines = [line for line, _ in zip(stream.iter_lines(), range(patience), strict=False)]
-                    if patience == 10_000 and "data: [DONE]" not in lines:
-                        faults.append(f"the stream broke off: {lines[-3:]}")
-
-    threads = [threading.Thread(target=client, args=(number,)) for number in range(64)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not faults
-    _until_free(real)
-    assert not real.service.live

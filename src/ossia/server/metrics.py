@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from ossia.responses.schema import Json
 
@@ -26,6 +26,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
+        # Memory, processor time and open files, as Prometheus names them.
+        ProcessCollector(registry=registry)
         self.requests = Counter("ossia_requests", "Requests", ["route", "status"], registry=registry)
         self.responses = Counter("ossia_responses", "Responses made, by how they ended", ["status"], registry=registry)
         self.prompt_tokens = Counter("ossia_prompt_tokens", "Tokens read", registry=registry)

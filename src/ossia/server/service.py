@@ -104,6 +104,8 @@ class Service:
         self.is_stopping = False
         self._passed_by: set[tuple[str, str]] = set()
         self.metrics.gauge("ossia_running", "Requests under way", lambda: self.admission.num_running)
+        self.metrics.gauge("ossia_tasks", "Tasks of the event loop", lambda: len(asyncio.all_tasks()))
+        self.metrics.gauge("ossia_background", "Background responses under way", lambda: len(self.live))
         self.metrics.gauge("ossia_queued", "Requests that wait for their turn", lambda: self.admission.num_queued)
 
     def watch(self, stats: Callable[[], EngineStats]) -> None:
