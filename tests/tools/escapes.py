@@ -1614,4 +1614,100 @@ print('left')
 """,
         says="left",
     ),
+    Case(
+        "many_sockets_full_of_data",
+        r"""
+made = 0
+for i in range(20):
+    if os.fork() == 0:
+        pairs = []
+        try:
+            while True:
+                a, b = socket.socketpair()
+                for one in (a, b):
+                    one.setblocking(False)
+                    try:
+                        while True: one.send(bytes(65536))
+                    except BlockingIOError:
+                        pass
+                pairs.append((a, b))
+        except OSError:
+            time.sleep(60)
+            os._exit(0)
+time.sleep(60)
+""",
+        status=("sockets", "processes"),
+        is_heavy=True,
+    ),
+    Case(
+        "memory_behind_a_thread_leader_that_has_ended",
+        r"""
+def hog():
+    held = []
+    while True:
+        held.append(mmap.mmap(-1, 8 << 20))
+        for i in range(0, 8 << 20, 4096): held[-1][i] = 1
+if os.fork() == 0:
+    threading.Thread(target=hog).start()
+    time.sleep(0.05)
+    libc.syscall(60 if X86 else 93, 0)
+time.sleep(60)
+""",
+        status=("memory",),
+        is_heavy=True,
+    ),
+    Case(
+        "a_thread_leader_that_has_ended_outlives_nothing",
+        r"""
+def write():
+    n = 0
+    while True:
+        n += 1
+        os.pwrite(fd, b"%10d" % n, 0)
+fd = os.open('/mnt/data/leaderless', os.O_RDWR | os.O_CREAT)
+if os.fork() == 0:
+    threading.Thread(target=write).start()
+    time.sleep(0.05)
+    libc.syscall(60 if X86 else 93, 0)
+time.sleep(0.3)
+print('left')
+""",
+        says="left",
+    ),
+    Case(
+        "pages_of_the_hosts_huge_pool",
+        r"""
+attempt(lambda: mmap.mmap(-1, 2 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x40000))
+attempt(lambda: mmap.mmap(-1, 2 << 20, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | 0x40000))
+""",
+    ),
+    Case(
+        "start_the_core_handler",
+        r"""
+if resource.getrlimit(resource.RLIMIT_CORE) != (1, 1): escaped(resource.getrlimit(resource.RLIMIT_CORE))
+attempt(lambda: resource.setrlimit(resource.RLIMIT_CORE, (0, 0)))
+status = in_child(os.abort)
+if os.WCOREDUMP(status): escaped(status)
+""",
+    ),
+    Case(
+        "keys_of_the_starter",
+        r"""
+try:
+    found = [l for l in open('/proc/keys') if ' keyring ' not in l]
+    print(found)
+    if found: escaped(found)
+except OSError as error:
+    print(error)
+""",
+    ),
+    Case(
+        "close_the_folder_to_oneself",
+        r"""
+os.chmod('/mnt/data', 0)
+os._exit(1)
+""",
+        status=("died", "error"),
+        is_alone=True,
+    ),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -20,7 +21,8 @@ from tests.tools.escapes import CASES, PRELUDE, Case
 def test_the_attempt_is_contained_and_the_tool_works_on(arena: Arena, case: Case) -> None:
     if case.tiers and arena.tier not in case.tiers:
         pytest.skip(f"what this tries is meant for {', '.join(case.tiers)} alone")
-    key = case.name if case.is_alone else "attacker"
+    is_alone = case.is_alone or case.is_heavy
+    key = case.name if is_alone else "attacker"
     arena.call("kept = 5", key)
     timeout_s = 0.4 if case.status == ("timeout",) else 4.0 if "timeout" in case.status else 30.0
     text, status = arena.call(f"T = {arena.targets!r}\n{PRELUDE}\n{case.code}", key, timeout_s)
@@ -30,10 +32,10 @@ def test_the_attempt_is_contained_and_the_tool_works_on(arena: Arena, case: Case
     arena.check_the_host()
     text, status = arena.call("print(6 * 7)", key)
     assert status == "ok" and text.split("\n")[-1] == "42", text
-    assert text == "42" or text.startswith("[WARN]") or case.is_alone, text
+    assert text == "42" or text.startswith("[WARN]") or is_alone, text
     if case.keeps_state:
         assert arena.call("kept", key)[0] == "5"
-    if case.is_alone:
+    if is_alone:
         arena.run(arena.sessions.end_session(key))
 
 
@@ -87,12 +89,14 @@ def test_the_same_holds_for_an_ordinary_user(tier: str) -> None:
     ):
         pytest.skip(f"an ordinary user's run could not be tested: {python} or this checkout is not open to one")
     base = f"/tmp/ossia-escapes-{os.getpid()}-{tier}"
-    command = [python, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--basetemp", base, "-k", tier, __file__]
+    options = ["-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib", "-rs", "--basetemp", base]
+    command = [python, "-m", "pytest", *options, "-k", tier, __file__]
     found = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=600, **run)
     subprocess.run(["rm", "-rf", base], check=False)
     assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-2000:]
-    if " passed" not in found.stdout or "could not be tested" in found.stdout:
-        pytest.skip(f"the layer {tier!r} could not be tested as an ordinary user: {found.stdout[-500:]}")
+    num_passed = int((re.search(r"(\d+) passed", found.stdout) or [0, 0])[1])
+    if num_passed < 100:
+        pytest.skip(f"the layer {tier!r} could not be tested as an ordinary user: {found.stdout[-1000:]}")
 
 
 async def _read(arena: Arena, key: str, path: str) -> bytes:

@@ -33,7 +33,7 @@ from ossia.tools.sandbox.launch import (
     LandlockLauncher,
     Launch,
     UnsafeLauncher,
-    free_user,
+    Users,
 )
 from ossia.tools.sandbox.limits import Limits
 from ossia.tools.sandbox.process import ProcessSandbox
@@ -274,10 +274,11 @@ def test_a_missing_docker_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(not IS_LINUX or os.geteuid() != 0, reason="for root alone")
 def test_root_gives_each_sandbox_an_identity_that_nobody_has() -> None:
-    users = {free_user() for _ in range(50)}
-    assert len(users) > 45
+    source = Users()
+    users = {source.take() for _ in range(50)}
+    assert len(users) == 50
     named = {int(line.split(":")[2]) for line in Path("/etc/passwd").read_text().splitlines()}
-    assert not users & named and min(users) >= 61184
+    assert not users & named and all(user is not None and user >= 61184 for user in users)
 
 
 @pytest.mark.skipif(not IS_LINUX, reason="Linux alone")

@@ -42,6 +42,7 @@ _GONE = "The environment was replaced by a new one: variables, imports and the f
 _REASONS = {
     "memory": "[ERROR] The execution used more memory than the {memory} MiB that there are, and was ended.",
     "processes": "[ERROR] The execution started more than {processes} processes and threads, and was ended.",
+    "sockets": "[ERROR] The execution opened too many sockets, and was ended.",
     "files": "[ERROR] The execution made more than {files} files, and was ended.",
     "disk": "[ERROR] The execution wrote more than the {data} MiB that there are, and was ended.",
     "interrupted": "[ERROR] The execution was interrupted.",

@@ -11,9 +11,11 @@ from typing import Literal, NamedTuple, Protocol
 #   interrupted    by the caller
 #   timeout        time was up
 #   died           the process went: a crash, os._exit, the machine's own memory
-#   memory, processes, files, disk   a bound of the sandbox was passed
+#   memory, processes, sockets, files, disk   a bound of the sandbox was passed
 #   gone           the whole sandbox was lost, with its files
-Status = Literal["ok", "error", "interrupted", "timeout", "died", "memory", "processes", "files", "disk", "gone"]
+Status = Literal[
+    "ok", "error", "interrupted", "timeout", "died", "memory", "processes", "sockets", "files", "disk", "gone"
+]
 
 
 class Output(NamedTuple):

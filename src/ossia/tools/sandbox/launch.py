@@ -121,6 +121,7 @@ class BubblewrapLauncher:
 
     def __init__(self, program: str | None = None) -> None:
         self._program = program
+        self._users = Users()
 
     def launch(self, limits: Limits) -> Launch:
         program = self._program or shutil.which("bwrap", path=_SEARCH_PATH)
@@ -129,7 +130,7 @@ class BubblewrapLauncher:
                 "bubblewrap is not installed (Debian, Ubuntu: apt-get install bubblewrap; "
                 "Fedora: dnf install bubblewrap)"
             )
-        user = free_user() if os.geteuid() == 0 else None
+        user = self._users.take()
         python = find_interpreter(user, is_bound=True)
         inner = _NOBODY if user is None else user
         passwd = f"sandbox:x:{inner}:{inner}::/mnt/data:/bin/sh\n".encode()
@@ -139,6 +140,7 @@ class BubblewrapLauncher:
             "user": user,
             "has_pid_namespace": True,
             "has_own_mounts": True,
+            "has_own_network": True,
             "write": ["/mnt/data", "/tmp", "/dev/shm"],
             # The count is of an identity, or a user namespace, that only this sandbox has.
             "limits": _limits(limits, limits.num_processes + 4),
@@ -151,6 +153,7 @@ class BubblewrapLauncher:
              "--", *_python(python.executable, "compiled")),
             settings,
             ("\0".join(arguments).encode() + b"\0", passwd, group),
+            clean_up=lambda: self._users.give_back(user),
         )  # fmt: skip
 
     def _arguments(self, python: Interpreter, limits: Limits, user: int | None) -> list[str]:
@@ -189,9 +192,10 @@ class LandlockLauncher:
 
     def __init__(self, max_abi: int = 99) -> None:
         self._max_abi = max_abi
+        self._users = Users()
 
     def launch(self, limits: Limits) -> Launch:
-        user = free_user() if os.geteuid() == 0 else None
+        user = self._users.take()
         python = find_interpreter(user, is_bound=False)
         home, own = _own_folders(user)
         settings = _settings(limits, python) | {
@@ -208,6 +212,7 @@ class LandlockLauncher:
             if user is not None:
                 _kill_user(python.executable, user)
             _remove(home)
+            self._users.give_back(user)
 
         argv = tuple(_python(python.executable, "compiled"))
         return Launch(argv, settings, dies_with_parent=False, clean_up=clean_up)
@@ -251,6 +256,7 @@ class ContainerLauncher:
         settings = _settings(limits, None) | {
             "has_pid_namespace": True,
             "has_own_mounts": True,
+            "has_own_network": True,
             "write": ["/mnt/data", "/tmp", "/dev/shm"],
             # The container's own rules are these; the image's Python is where the image put it.
             "read": ["/usr", "/bin", "/lib", "/lib64", "/opt", "/etc", "/home", "/root", "/srv", "/var"],
@@ -283,10 +289,26 @@ class ContainerLauncher:
 _SEARCH_PATH = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin:/run/current-system/sw/bin"
 
 
-def free_user() -> int:
-    """An identity for one sandbox, so that its limits, keys and signals are its own. For root only."""
-    lowest, highest = _mapped_users()
-    return lowest + secrets.randbelow(highest - lowest + 1)
+class Users:
+    """Identities for sandboxes, one each, so that limits, keys and signals are each one's own. Only root can give them:
+    for anybody else the identity is None, his own."""
+
+    def __init__(self) -> None:
+        self._taken: set[int] = set()
+
+    def take(self) -> int | None:
+        if os.geteuid() != 0:
+            return None
+        lowest, highest = _mapped_users()
+        while True:
+            user = lowest + secrets.randbelow(highest - lowest + 1)
+            if user not in self._taken:
+                self._taken.add(user)
+                return user
+
+    def give_back(self, user: int | None) -> None:
+        if user is not None:
+            self._taken.discard(user)
 
 
 def _mapped_users() -> tuple[int, int]:
@@ -333,6 +355,7 @@ def _settings(limits: Limits, python: Interpreter | None) -> dict[str, Any]:
         "user": None,
         "has_pid_namespace": False,
         "has_own_mounts": False,
+        "has_own_network": False,
         "landlock_abi": 99,
         "min_landlock_abi": 0,
         "seccomp": "own-tree",

@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -24,10 +25,14 @@ class Usage(NamedTuple):
 
 
 class Stat(NamedTuple):
-    """Of /proc/PID/stat."""
+    """Of /proc/PID/stat. A process whose first thread has ended looks like a zombie while its other threads run."""
 
     state: str
     num_threads: int
+
+    @property
+    def has_ended(self) -> bool:
+        return self.state in "ZX" and self.num_threads <= 1
 
 
 class Processes:
@@ -60,12 +65,12 @@ class Processes:
     def freeze(self) -> bool:
         """Let them all stand still; False if they breed faster than they can be stopped."""
         for _ in range(200):
-            moving = [pid for pid in self.find() if (one := stat(pid)) is not None and one.state not in "TtZX"]
+            moving = [pid for pid in self.find() if _moves(pid)]
             if not moving:
                 return True
             for pid in moving:
                 send(pid, signal.SIGSTOP)
-            if any((one := stat(pid)) is not None and one.state not in "TtZX" for pid in moving):
+            if any(map(_moves, moving)):
                 time.sleep(0.0002)
         return False
 
@@ -76,15 +81,17 @@ class Processes:
     def kill(self) -> None:
         """End them all. Returns when none is left that runs, or after a while if the kernel holds one."""
         deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            alive = [pid for pid in self.find() if (one := stat(pid)) is not None and one.state not in "ZX"]
-            if not alive:
-                return
+        num_empty = 0
+        # Twice, since what is born or orphaned while /proc is read can be missed.
+        while num_empty < 2 and time.monotonic() < deadline:
+            alive = [pid for pid in self.find() if (one := stat(pid)) is not None and not one.has_ended]
+            num_empty = 0 if alive else num_empty + 1
             # Stopped first, so that a bomb does not outrun its end.
             for number in (signal.SIGSTOP, signal.SIGKILL):
                 for pid in alive:
                     send(pid, number)
-            time.sleep(0.0005)
+            if alive:
+                time.sleep(0.0005)
 
 
 def send(pid: int, number: int) -> None:
@@ -115,24 +122,46 @@ def read(path: str) -> bytes:
         os.close(fd)
 
 
+def _threads(pid: int) -> list[str]:
+    try:
+        return os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return []
+
+
+def _moves(pid: int) -> bool:
+    found = stat(pid)
+    if found is None or found.state in "Tt" or found.has_ended:
+        return False
+    if found.state in "ZX":
+        # The first thread has ended; the others answer for themselves.
+        others = (read(f"/proc/{pid}/task/{thread}/stat") for thread in _threads(pid))
+        return any(one[one.rfind(b")") + 2 :][:1] not in (b"T", b"t", b"Z", b"X", b"") for one in others)
+    return True
+
+
 def _children(pid: int) -> list[int]:
     found: list[int] = []
-    try:
-        threads = os.listdir(f"/proc/{pid}/task")
-    except OSError:
-        return found
-    for thread in threads:
+    for thread in _threads(pid):
         found += map(int, read(f"/proc/{pid}/task/{thread}/children").split())
     return found
 
 
 def _resident_bytes(pid: int) -> int:
-    fields = read(f"/proc/{pid}/statm").split()
-    return int(fields[1]) * _PAGE_BYTES if len(fields) > 1 else 0
+    return _of_any_thread(pid, "statm", lambda data: int(data.split()[1]) * _PAGE_BYTES if data else 0)
 
 
 def _proportional_bytes(pid: int) -> int:
-    for line in read(f"/proc/{pid}/smaps_rollup").splitlines():
-        if line.startswith(b"Pss:"):
-            return int(line.split()[1]) * 1024
-    return _resident_bytes(pid)
+    def read_pss(data: bytes) -> int:
+        return sum(int(line.split()[1]) * 1024 for line in data.splitlines() if line.startswith(b"Pss:"))
+
+    # Without the right to look, what is resident has to do.
+    return _of_any_thread(pid, "smaps_rollup", read_pss) or _resident_bytes(pid)
+
+
+def _of_any_thread(pid: int, name: str, number: Callable[[bytes], int]) -> int:
+    """A number of the process's memory: a first thread that has ended has none, the others tell of the same one."""
+    found = number(read(f"/proc/{pid}/{name}"))
+    if not found:
+        found = max((number(read(f"/proc/{pid}/task/{thread}/{name}")) for thread in _threads(pid)), default=0)
+    return found

@@ -24,14 +24,14 @@ _PLAIN = """
     get_robust_list getcpu getcwd getdents getdents64 getegid geteuid getgid getgroups getitimer getpeername
     getpgid getpgrp getpid getppid getpriority getrandom getresgid getresuid getrlimit getrusage getsid
     getsockname getsockopt gettid gettimeofday getuid getxattr lgetxattr link linkat listxattr llistxattr
-    lseek lstat madvise membarrier mincore mkdir mkdirat mmap mprotect mremap msync munmap nanosleep
+    lseek lstat madvise membarrier mkdir mkdirat mmap mprotect mremap msync munmap nanosleep
     newfstatat open openat openat2 pause pipe pipe2 poll ppoll pread64 preadv preadv2 pselect6 pwrite64
     pwritev pwritev2 read readahead readlink readlinkat readv recvfrom rename renameat renameat2
     restart_syscall rmdir rseq rt_sigaction rt_sigpending rt_sigprocmask rt_sigreturn rt_sigsuspend
     rt_sigtimedwait sched_get_priority_max sched_get_priority_min sched_getaffinity sched_getattr
     sched_getparam sched_getscheduler sched_rr_get_interval sched_yield select sendfile set_robust_list
-    set_tid_address setitimer setpgid setrlimit setsid shutdown sigaltstack signalfd signalfd4 stat statfs
-    statx symlink symlinkat sync_file_range sysinfo tgkill time timer_create timer_delete timer_getoverrun
+    set_tid_address setitimer setpgid setsid shutdown sigaltstack signalfd signalfd4 stat statfs
+    statx symlink symlinkat sysinfo tgkill time timer_create timer_delete timer_getoverrun
     timer_gettime timer_settime timerfd_create timerfd_gettime timerfd_settime times tkill truncate umask
     uname unlink unlinkat vfork wait4 waitid write writev
 """
@@ -50,7 +50,7 @@ _NUMBERS = {
     getppid=110 getpriority=140 getrandom=318 getresgid=120 getresuid=118 getrlimit=97 getrusage=98 getsid=124
     getsockname=51 getsockopt=55 gettid=186 gettimeofday=96 getuid=102 getxattr=191 io_uring_setup=425
     ioctl=16 kill=62 lchown=94 lgetxattr=192 link=86 linkat=265 listxattr=194 llistxattr=195 lremovexattr=198
-    lseek=8 lsetxattr=189 lstat=6 madvise=28 membarrier=324 memfd_create=319 mincore=27 mkdir=83 mkdirat=258
+    lseek=8 lsetxattr=189 lstat=6 madvise=28 membarrier=324 memfd_create=319 mkdir=83 mkdirat=258
     mknod=133 mknodat=259 mmap=9 mprotect=10 mremap=25 msync=26 munmap=11 nanosleep=35 newfstatat=262 open=2
     openat2=437 openat=257 pause=34 pidfd_open=434 pipe2=293 pipe=22 poll=7 ppoll=271 prctl=157 pread64=17
     preadv2=327 preadv=295 prlimit64=302 pselect6=270 pwrite64=18 pwritev2=328 pwritev=296 read=0
@@ -60,8 +60,8 @@ _NUMBERS = {
     sched_get_priority_min=147 sched_getaffinity=204 sched_getattr=315 sched_getparam=143
     sched_getscheduler=145 sched_rr_get_interval=148 sched_setaffinity=203 sched_yield=24 select=23
     sendfile=40 sendto=44 set_robust_list=273 set_tid_address=218 setitimer=38 setpgid=109 setpriority=141
-    setrlimit=160 setsid=112 setxattr=188 shutdown=48 sigaltstack=131 signalfd4=289 signalfd=282 socket=41
-    socketpair=53 stat=4 statfs=137 statx=332 symlink=88 symlinkat=266 sync=162 sync_file_range=277 syncfs=306
+    setsid=112 setxattr=188 shutdown=48 sigaltstack=131 signalfd4=289 signalfd=282 socket=41
+    socketpair=53 stat=4 statfs=137 statx=332 symlink=88 symlinkat=266 sync=162 syncfs=306
     sysinfo=99 tgkill=234 time=201 timer_create=222 timer_delete=226 timer_getoverrun=225 timer_gettime=224
     timer_settime=223 timerfd_create=283 timerfd_gettime=287 timerfd_settime=286 times=100 tkill=200
     truncate=76 umask=95 uname=63 unlink=87 unlinkat=263 utime=132 utimensat=280 utimes=235 vfork=58 wait4=61
@@ -78,7 +78,7 @@ _NUMBERS = {
     getppid=173 getpriority=141 getrandom=278 getresgid=150 getresuid=148 getrlimit=163 getrusage=165
     getsid=156 getsockname=204 getsockopt=209 gettid=178 gettimeofday=169 getuid=174 getxattr=8
     io_uring_setup=425 ioctl=29 kill=129 lgetxattr=9 linkat=37 listxattr=11 llistxattr=12 lremovexattr=15
-    lseek=62 lsetxattr=6 madvise=233 membarrier=283 memfd_create=279 mincore=232 mkdirat=34 mknodat=33
+    lseek=62 lsetxattr=6 madvise=233 membarrier=283 memfd_create=279 mkdirat=34 mknodat=33
     mmap=222 mprotect=226 mremap=216 msync=227 munmap=215 nanosleep=101 newfstatat=79 openat2=437 openat=56
     pidfd_open=434 pipe2=59 ppoll=73 prctl=167 pread64=67 preadv2=286 preadv=69 prlimit64=261 pselect6=72
     pwrite64=68 pwritev2=287 pwritev=70 read=63 readahead=213 readlinkat=78 readv=65 recvfrom=207
@@ -86,9 +86,9 @@ _NUMBERS = {
     rt_sigprocmask=135 rt_sigreturn=139 rt_sigsuspend=133 rt_sigtimedwait=137 sched_get_priority_max=125
     sched_get_priority_min=126 sched_getaffinity=123 sched_getattr=275 sched_getparam=121
     sched_getscheduler=120 sched_rr_get_interval=127 sched_setaffinity=122 sched_yield=124 sendfile=71
-    sendto=206 set_robust_list=99 set_tid_address=96 setitimer=103 setpgid=154 setpriority=140 setrlimit=164
+    sendto=206 set_robust_list=99 set_tid_address=96 setitimer=103 setpgid=154 setpriority=140
     setsid=157 setxattr=5 shutdown=210 sigaltstack=132 signalfd4=74 socket=198 socketpair=199 statfs=43
-    statx=291 symlinkat=36 sync=81 sync_file_range=84 syncfs=267 sysinfo=179 tgkill=131 timer_create=107
+    statx=291 symlinkat=36 sync=81 syncfs=267 sysinfo=179 tgkill=131 timer_create=107
     timer_delete=111 timer_getoverrun=109 timer_gettime=108 timer_settime=110 timerfd_create=85
     timerfd_gettime=87 timerfd_settime=86 times=153 tkill=130 truncate=45 umask=166 uname=160 unlinkat=35
     utimensat=88 wait4=260 waitid=95 write=64 writev=66
@@ -107,8 +107,8 @@ _CLONE_REFUSED = 0x7E020000 | 0x2000 | 0x1000
 _IOCTLS = (0x541B, 0x5421, 0x5451, 0x5450, 0x5401, 0x5413, 0x540F)
 # PDEATHSIG, GET_DUMPABLE, SET_NAME, GET_NAME, GET_SECCOMP, CAPBSET_READ, TIMERSLACK, NO_NEW_PRIVS, THP, SET_VMA.
 _PRCTLS = (1, 2, 3, 15, 16, 21, 23, 29, 30, 38, 39, 41, 42, 0x53564D41)
-# Duplicates, flags, locks, pipe sizes and seals; no owners or signals, which reach other processes.
-_FCNTLS = (0, 1, 2, 3, 4, 5, 6, 7, 9, 11, 36, 37, 38, 1025, 1030, 1031, 1032, 1034)
+# Duplicates, flags, locks, and questions; no owners or signals, which reach other processes.
+_FCNTLS = (0, 1, 2, 3, 4, 5, 6, 7, 9, 11, 36, 37, 38, 1025, 1030, 1032, 1034)
 
 Program = list[tuple[int, int, int, int]]
 
@@ -180,7 +180,14 @@ def _special(hide_metadata: bool) -> dict[str, Program]:
         "ioctl": _one_of(1, _IOCTLS, errno.ENOTTY),
         "prctl": _one_of(0, _PRCTLS, errno.EPERM),
         "fcntl": _one_of(1, _FCNTLS, errno.EPERM),
-        "prlimit64": _one_of(0, (0,), errno.EPERM),
+        # Questions about oneself: whoever lowers RLIMIT_CORE from 1 to 0 lets a crash start the host's core handler.
+        "prlimit64": [
+            *(_argument(0), (_JEQ, 1, 0, 0), *_fail(errno.EPERM)),
+            *(_argument(2), (_JEQ, 1, 0, 0), *_fail(errno.EPERM)),
+            *((_LOAD, 0, 0, 16 + 8 * 2 + 4), (_JEQ, 1, 0, 0), *_fail(errno.EPERM), *_give(_ALLOW)),
+        ],
+        # MAP_HUGETLB: pages of the host's pool, which no process is charged for.
+        "mmap": [_argument(3), (_JSET, 0, 1, 0x40000), *_fail(errno.ENOMEM), *_give(_ALLOW)],
         "setpriority": [
             *(_argument(0), (_JEQ, 1, 0, 0), *_fail(errno.EPERM)),
             *(_argument(1), (_JEQ, 1, 0, 0), *_fail(errno.EPERM), *_give(_ALLOW)),

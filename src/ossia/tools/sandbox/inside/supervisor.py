@@ -17,21 +17,27 @@ import resource
 import secrets
 import select
 import signal
+import stat
 import sys
 import time
 import traceback
 from typing import Any, NoReturn
 
 from ossia.tools.sandbox.inside import cells, files, landlock, paths, seccomp, wire
-from ossia.tools.sandbox.inside.processes import Processes
+from ossia.tools.sandbox.inside.processes import Processes, read
 from ossia.tools.sandbox.inside.recording import Recording
 
 _WATCH_S = 0.05
 # How long code may take to end after it was interrupted.
 _GRACE_S = 1.0
 _MAX_PATH = 3500
+_MAX_IDLE_DEATHS = 3
+# Each holds up to half a megabyte of the kernel's memory, which no process is charged for.
+_MAX_SOCKETS = 256
 _MAX_MESSAGE_BYTES = 64 << 20
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER, _PR_CAPBSET_DROP, _PR_SET_SECUREBITS = 1, 4, 36, 24, 28
+
+_KEYCTL = {"x86_64": 250, "aarch64": 219}
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -138,6 +144,7 @@ class Supervisor:
         self._next_walk = 0.0
         # The state went between two calls, as when the machine ran out of memory.
         self._was_lost = False
+        self._num_idle_deaths = 0
         self._drop_privileges()
         self.processes = Processes(settings["has_pid_namespace"])
         self._abi = self._confine_self()
@@ -317,23 +324,27 @@ class Supervisor:
             and self.processes.proportional_bytes() > limits["memory_bytes"]
         ):
             return "memory"
+        if self._settings["has_own_network"] and _num_sockets() > _MAX_SOCKETS:
+            return "sockets"
         if self._settings["has_own_mounts"]:
             for path in self._settings["write"]:
                 found = os.statvfs(path)
                 if found.f_files - found.f_ffree > limits["files"]:
                     return "files"
         elif now >= self._next_walk:
-            num_files, num_bytes = self._walk()
+            num_files, num_bytes, num_sockets = self._walk()
             # A fifth of the time at most.
             self._next_walk = time.monotonic() + max(0.1, 4 * (time.monotonic() - now))
             if num_files > limits["files"]:
                 return "files"
             if num_bytes > limits["data_bytes"] + limits["scratch_bytes"]:
                 return "disk"
+            if num_sockets > _MAX_SOCKETS:
+                return "sockets"
         return ""
 
-    def _walk(self) -> tuple[int, int]:
-        """Files of the writable folders and their bytes, with those that are open and have no name any more."""
+    def _walk(self) -> tuple[int, int, int]:
+        """Files of the writable folders, their bytes (also of what is open and has no name any more), and sockets."""
         seen: dict[tuple[int, int], int] = {}
         num_names = 0
         waiting = list(self._settings["write"])
@@ -341,7 +352,7 @@ class Supervisor:
             folder = waiting.pop()
             if len(folder) > _MAX_PATH:
                 # Deeper than can be looked into is more than is allowed.
-                return self._limits["files"] + 1, 0
+                return self._limits["files"] + 1, 0, 0
             with contextlib.suppress(OSError), os.scandir(folder) as entries:
                 for entry in entries:
                     num_names += 1
@@ -351,14 +362,17 @@ class Supervisor:
                         if entry.is_dir(follow_symlinks=False):
                             waiting.append(entry.path)
         own = {os.stat(path).st_dev for path in self._settings["write"]}
+        sockets: set[int] = set()
         for pid in self.processes.find():
             with contextlib.suppress(OSError):
                 for fd in os.listdir(f"/proc/{pid}/fd"):
                     with contextlib.suppress(OSError):
                         info = os.stat(f"/proc/{pid}/fd/{fd}")
+                        if stat.S_ISSOCK(info.st_mode):
+                            sockets.add(info.st_ino)
                         if info.st_dev in own and not info.st_nlink:
                             seen[info.st_dev, info.st_ino] = info.st_blocks * 512
-        return num_names, sum(seen.values())
+        return num_names, sum(seen.values()), len(sockets)
 
     def _reap(self) -> None:
         with contextlib.suppress(ChildProcessError):
@@ -386,6 +400,9 @@ class Supervisor:
         self._worker = self._spawn()
         if self._call is None:
             self._was_lost = True
+            self._num_idle_deaths += 1
+            if self._num_idle_deaths > _MAX_IDLE_DEATHS:
+                raise RuntimeError(f"no worker lives (the last one ended with {exit_status})")
         else:
             self._answer(reason, is_restarted=True, exit_status=exit_status)
 
@@ -411,6 +428,7 @@ class Supervisor:
             "wall_s": time.monotonic() - call.started,
         }
         self._was_lost = False
+        self._num_idle_deaths = 0
         self._control.send(header, b"".join(data for _, data in parts))
 
     # Starting --------------------------------------------------------------------------------------------------------
@@ -423,6 +441,9 @@ class Supervisor:
             become(self._settings["user"])
         # Neither /proc/PID/mem nor ptrace; and orphans come here, where they are found.
         _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+        # A session keyring of its own (KEYCTL_JOIN_SESSION_KEYRING), not that of whoever started ossia.
+        if os.uname().machine in _KEYCTL:
+            _libc.syscall(_KEYCTL[os.uname().machine], 1, None)
         _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         os.environ.clear()
         for key, value in self._settings["environment"].items():
@@ -476,7 +497,11 @@ class Supervisor:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         self._limit_worker()
-        os.chdir(self._settings["data"])
+        try:
+            os.chdir(self._settings["data"])
+        # The code may have closed its own folder to itself.
+        except OSError:
+            os.chdir("/")
         # Its own entries of /proc are its own again.
         _libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)
         if self._abi:
@@ -493,7 +518,8 @@ class Supervisor:
     def _limit_worker(self) -> None:
         limits = self._limits
         bounds = {
-            resource.RLIMIT_CORE: 0,
+            # Not 0: that forbids files, and still starts a core handler that is a program. 1 forbids both.
+            resource.RLIMIT_CORE: 1,
             resource.RLIMIT_NOFILE: 512,
             resource.RLIMIT_MEMLOCK: 0,
             resource.RLIMIT_FSIZE: limits["data_bytes"],
@@ -513,6 +539,12 @@ class Supervisor:
         os.nice(5)
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, secrets.SystemRandom().sample(cores, min(len(cores), limits["cpus"])))
+
+
+def _num_sockets() -> int:
+    """Sockets of this network namespace."""
+    fields = read("/proc/net/sockstat").split()
+    return int(fields[2]) if len(fields) > 2 else 0
 
 
 def become(user: int) -> None:
