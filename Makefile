@@ -64,6 +64,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/masks.py
 	$(BIN)/python benchmarks/vs_llamacpp.py
 	$(BIN)/python benchmarks/server.py
+	$(BIN)/python benchmarks/python_tool.py
 	$(BIN)/python benchmarks/browser.py
 
 clean:

@@ -303,7 +303,7 @@ attempt(lambda: os.open('/proc/sys/kernel/core_pattern', os.O_WRONLY))
     Case(
         "sysctls",
         r"""
-for p in ('kernel/modprobe', 'vm/overcommit_memory', 'kernel/hostname', 'fs/suid_dumpable', 'kernel/hotplug', 'net/ipv4/ip_forward', 'kernel/ns_last_pid'):
+for p in ('kernel/modprobe', 'vm/overcommit_memory', 'kernel/hostname', 'fs/suid_dumpable', 'kernel/hotplug', 'net/ipv4/ip_forward'):
     attempt(lambda: os.open('/proc/sys/' + p, os.O_WRONLY), p)
 """,
     ),
@@ -346,7 +346,7 @@ for p in ('/sys/fs/cgroup/release_agent', '/sys/fs/cgroup/memory/release_agent',
     Case(
         "oom_score",
         r"""
-attempt(lambda: open('/proc/self/oom_score_adj', 'w').write('-1000'))
+attempt(lambda: os.write(os.open('/proc/self/oom_score_adj', os.O_WRONLY), b'-1000'))
 """,
     ),
     Case(

@@ -15,6 +15,7 @@ import os
 import re
 import struct
 import subprocess
+import time
 from concurrent.futures import Executor
 from typing import Any, get_args
 
@@ -90,6 +91,7 @@ class ProcessSandbox:
         if not self.is_alive:
             raise UnavailableError("the python sandbox has ended")
         header = {"op": "run", "timeout_s": timeout_s}
+        started = time.monotonic()
         number, answer = self._ask(header, code.encode("utf-8", "replace"))
         try:
             got = await asyncio.wait_for(asyncio.shield(answer), timeout_s + _PATIENCE_S)
@@ -104,8 +106,9 @@ class ProcessSandbox:
         except UnavailableError:
             return Execution("gone", is_restarted=True)
         execution = _execution(*got)
-        if was_lost:
-            execution = dataclasses.replace(execution, was_lost=True)
+        execution = dataclasses.replace(
+            execution, was_lost=execution.was_lost or was_lost, wall_s=time.monotonic() - started
+        )
         if execution.status in ("files", "disk"):
             # The folders themselves are full, so that a new worker would not help.
             self._end()
@@ -117,7 +120,9 @@ class ProcessSandbox:
         files = []
         for one in found if isinstance(found, list) else ():
             path, size, modified = (one.get(key) for key in ("path", "size", "modified"))
-            if isinstance(path, str) and isinstance(size, int) and isinstance(modified, float | int):
+            is_file = isinstance(path, str) and isinstance(size, int) and isinstance(modified, float | int)
+            # A name with control characters or half a character is for no list.
+            if is_file and path.isprintable():
                 files.append(SandboxFile(path, size, float(modified)))
         return files
 
@@ -368,7 +373,6 @@ def _execution(header: dict[str, Any], body: bytes) -> Execution:
             outputs.append(Output(kind, data.decode("utf-8", "replace")))
     numbers = {key: value if isinstance(value := header.get(key), int) else 0
                for key in ("exit_status", "dropped_bytes", "dropped_displays")}  # fmt: skip
-    wall = header.get("wall_s")
     return Execution(
         status,
         tuple(outputs),
@@ -377,7 +381,6 @@ def _execution(header: dict[str, Any], body: bytes) -> Execution:
         bool(header.get("was_lost")),
         numbers["dropped_bytes"],
         numbers["dropped_displays"],
-        float(wall) if isinstance(wall, float | int) else 0.0,
     )
 
 

@@ -123,8 +123,7 @@ class Call:
         self.number = number
         self.token = secrets.token_bytes(16)
         self.recording = recording
-        self.started = time.monotonic()
-        self.deadline = self.started + timeout_s
+        self.deadline = time.monotonic() + timeout_s
         # Set with the interrupt: what for, and when patience ends.
         self.reason = ""
         self.kill_at = float("inf")
@@ -425,7 +424,6 @@ class Supervisor:
             "parts": [[kind, len(data)] for kind, data in parts],
             "dropped_bytes": num_dropped,
             "dropped_displays": call.recording.num_displays_dropped,
-            "wall_s": time.monotonic() - call.started,
         }
         self._was_lost = False
         self._num_idle_deaths = 0
