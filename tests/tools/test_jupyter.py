@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,7 +120,11 @@ class Server:
 
 
 @pytest.fixture
-def server() -> Iterator[tuple[Server, str]]:
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Server, str]]:
+    # The kernel is this very process: it must make no /mnt/data here, nor move.
+    data = str(tmp_path / "data")
+    prepare = f"import os\nos.makedirs({data!r}, exist_ok=True)\nprint('ossia-answer:' + {data!r})"
+    monkeypatch.setattr("ossia.tools.sandbox.jupyter._PREPARE", prepare)
     made = Server()
     listener = socket.create_server(("127.0.0.1", 0))
     running = uvicorn.Server(uvicorn.Config(made.app, log_level="error"))
@@ -173,13 +178,8 @@ def test_time_out_interrupts_and_a_kernel_that_will_not_stop_is_restarted(
     asyncio.run(run())
 
 
-def test_files_go_through_the_kernel(
-    server: tuple[Server, str], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_go_through_the_kernel(server: tuple[Server, str]) -> None:
     _, url = server
-    data = str(tmp_path / "data")
-    prepare = f"import os\nos.makedirs({data!r}, exist_ok=True)\nprint('ossia-answer:' + {data!r})"
-    monkeypatch.setattr("ossia.tools.sandbox.jupyter._PREPARE", prepare)
 
     async def run() -> None:
         async with PythonSessions(f"jupyter:{url}?token=sesame", num_warm=0) as sessions:
