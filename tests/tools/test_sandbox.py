@@ -383,7 +383,9 @@ def test_unsafe_python_runs_as_the_user_and_says_its_tier() -> None:
 
 
 def test_unsafe_python_is_what_its_name_says() -> None:
-    settings = UnsafeLauncher().launch(Limits()).settings
+    made = UnsafeLauncher().launch(Limits())
+    made.clean_up()
+    settings = made.settings
     assert settings["seccomp"] == "off" and settings["landlock_abi"] == 0 and settings["user"] is None
 
 
