@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import httpx
 import openai
@@ -155,15 +159,45 @@ def test_requests_of_one_address_are_limited(serve):
     assert codes == [200, 200, 429]
 
 
-def test_a_slow_client_does_not_hold_others_up(serve):
-    long = "<|channel|>final<|message|>" + "word " * 20_000 + "<|return|>"
-    served = serve(long, FINAL)
-    with served.http.stream("POST", "/v1/responses", json={"input": "?", "stream": True, "store": False}) as slow:
-        next(slow.iter_raw(1))
-        began_s = time.perf_counter()
+@contextmanager
+def deaf(served) -> Iterator[None]:
+    """A client that asks for a stream and takes next to nothing of it."""
+    body = json.dumps({"input": "?", "stream": True, "store": False}).encode()
+    head = f"POST /v1/responses HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    with socket.socket() as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+        one.connect(("127.0.0.1", served.server.servers[0].sockets[0].getsockname()[1]))
+        one.sendall(head.encode() + b"\r\n\r\n" + body)
+        assert one.recv(12) == b"HTTP/1.1 200"
+        yield
+
+
+LONG = "<|channel|>final<|message|>" + "word " * 50_000 + "<|return|>"
+
+
+def test_a_slow_client_does_not_hold_others_up_and_frees_its_turn_when_it_leaves(serve):
+    served = serve(LONG, FINAL)
+    with deaf(served):
         assert served.openai.responses.create(model="gpt-oss-20b", input="?").output_text
-        assert time.perf_counter() - began_s < 5
+        time.sleep(0.5)
+        assert served.engine.num_open == served.service.admission.num_running == 1
     served.until_idle()
+
+
+def test_a_client_that_takes_nothing_is_taken_for_gone(serve, monkeypatch):
+    monkeypatch.setattr("ossia.server.stream.STALL_S", 0.3)
+    served = serve(LONG)
+    with deaf(served):
+        served.until_idle()
+
+
+def test_a_request_id_of_the_clients_is_kept_if_a_log_can_hold_it(served):
+    def answered(given: str) -> str:
+        return served.http.get("/health", headers={"x-request-id": given}).headers["x-request-id"]
+
+    assert answered("trace-1:a.b_C") == "trace-1:a.b_C"
+    for wrong in ("", "a b", "x" * 129, "a=b"):
+        assert answered(wrong).startswith("req_")
 
 
 def test_metrics_and_the_log_line_tell_of_each_request(serve, caplog):

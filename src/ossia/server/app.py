@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -32,6 +33,7 @@ from ossia.server.tracing import current_trace
 
 _log = logging.getLogger(__name__)
 
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # What may be asked without a key.
 _OPEN_PATHS = frozenset({"/health", "/ready"})
 # Responses that are still under way when the server is told to stop get this long.
@@ -153,7 +155,9 @@ class Gate:
             await self._app(scope, receive, send)
             return
         request = Request(scope)
-        request_id = f"req_{secrets.token_hex(12)}"
+        given = request.headers.get("x-request-id", "")
+        # A proxy's or client's own id, where it is one that a log can hold.
+        request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
         began_s = time.perf_counter()
         status = 0
 

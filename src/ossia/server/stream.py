@@ -16,6 +16,8 @@ from ossia.responses.schema import dumps
 T = TypeVar("T")
 
 KEEPALIVE_S = 15.0
+# A client that takes nothing for so long is taken for gone: it would hold its turn for ever.
+STALL_S = 120.0
 # Nothing is sent sooner than this after the last: faster streams than a reader's eye are sent in larger pieces.
 _MIN_GAP_S = 0.002
 _KEEPALIVE = b": keepalive\n\n"
@@ -89,7 +91,8 @@ class EventStream(Response):
             data, self._buffer, self._num_buffered = b"".join(self._buffer), [], 0
             self._drained.set()
             if data:
-                await send({"type": "http.response.body", "body": data, "more_body": True})
+                async with asyncio.timeout(STALL_S):
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
             if self._is_done and not self._buffer:
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
                 return
