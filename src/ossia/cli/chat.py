@@ -30,19 +30,10 @@ def chat(
     patch_root: Annotated[
         Path, typer.Option(help="The folder whose files apply_patch may change; you are asked before each change.")
     ] = Path("."),
-    browser: Annotated[
-        str | None,
-        typer.Option(help="Where the browser searches: local:FOLDER, searxng:URL, brave, exa, youcom, tavily."),
-    ] = None,
-    browser_root: Annotated[
-        Path | None, typer.Option(help="Let the browser search this folder, and reach no network.")
-    ] = None,
-    python_sandbox: Annotated[
-        str | None, typer.Option(help="What confines python: bubblewrap, landlock, docker:IMAGE ... [default: auto]")
-    ] = None,
-    unsafe_python: Annotated[
-        bool, typer.Option("--unsafe-python", help="Run the model's code with no sandbox at all.")
-    ] = False,
+    browser: options.Browser = None,
+    browser_root: options.BrowserRoot = None,
+    python_sandbox: options.PythonSandbox = None,
+    unsafe_python: options.UnsafePython = False,
     load: Annotated[Path | None, typer.Option(help="Go on with a conversation that /save has written.")] = None,
     when_full: Annotated[
         Literal["ask", "drop", "compact"],
@@ -58,9 +49,7 @@ def chat(
     seed: Annotated[
         int | None, typer.Option(min=-(2**62), max=2**62, help="The same seed gives the same conversation.")
     ] = None,
-    date: Annotated[
-        str | None, typer.Option(help="The date that the model is told, YYYY-MM-DD; today's by default.")
-    ] = None,
+    date: options.Date = None,
     backend: options.Backend = None,
     threads: options.Threads = None,
     dense: options.Dense = None,

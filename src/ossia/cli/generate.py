@@ -41,9 +41,7 @@ def generate(
     seed: Annotated[
         int | None, typer.Option(min=-(2**63), max=2**63 - 1, help="The same seed gives the same answer.")
     ] = None,
-    date: Annotated[
-        str | None, typer.Option(help="The date that the model is told, YYYY-MM-DD; today's by default.")
-    ] = None,
+    date: options.Date = None,
     raw: Annotated[bool, typer.Option("--raw", help="Show every token as it comes, special ones too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end, for programs.")] = False,
     backend: options.Backend = None,

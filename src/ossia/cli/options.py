@@ -1,10 +1,11 @@
-"""Options that several commands share: which model, and how it is run. Each is a field of `ossia.config.Config`.
+"""Options that several commands share: which model, how it is run, and with which tools.
 
 An option that is not given is None, so that the settings file and OSSIA_* variables keep their say.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -27,3 +28,12 @@ KvMemory = Annotated[str | None, typer.Option(help="Most memory for keys and val
 MaxContext = Annotated[
     int | None, typer.Option(min=0, help="Most tokens of prompt and answer; 0 for what fits. [default: 0]")
 ]
+Date = Annotated[str | None, typer.Option(help="The date that the model is told, YYYY-MM-DD; today's by default.")]
+Browser = Annotated[
+    str | None, typer.Option(help="Where the browser searches: local:FOLDER, searxng:URL, brave, exa, youcom, tavily.")
+]
+BrowserRoot = Annotated[Path | None, typer.Option(help="Let the browser search this folder, and reach no network.")]
+PythonSandbox = Annotated[
+    str | None, typer.Option(help="What confines python: bubblewrap, landlock, docker:IMAGE ... [default: auto]")
+]
+UnsafePython = Annotated[bool, typer.Option("--unsafe-python", help="Run the model's code with no sandbox at all.")]

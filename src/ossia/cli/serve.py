@@ -55,19 +55,10 @@ def serve(
             help="Tools to run for clients that ask: python, browser, mcp, with commas; or none. [default: auto]"
         ),
     ] = None,
-    browser: Annotated[
-        str | None,
-        typer.Option(help="Where the browser searches: local:FOLDER, searxng:URL, brave, exa, youcom, tavily."),
-    ] = None,
-    browser_root: Annotated[
-        Path | None, typer.Option(help="Let the browser search this folder, and reach no network.")
-    ] = None,
-    python_sandbox: Annotated[
-        str | None, typer.Option(help="What confines python: bubblewrap, landlock, docker:IMAGE ... [default: auto]")
-    ] = None,
-    unsafe_python: Annotated[
-        bool, typer.Option("--unsafe-python", help="Run the model's code with no sandbox at all.")
-    ] = False,
+    browser: options.Browser = None,
+    browser_root: options.BrowserRoot = None,
+    python_sandbox: options.PythonSandbox = None,
+    unsafe_python: options.UnsafePython = False,
     audit_log: Annotated[str | None, typer.Option(help="Append a line for every call of a tool to this file.")] = None,
     ask_after_untrusted: Annotated[
         bool,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import html
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -24,7 +25,7 @@ from ossia.tools.web.parse_child import Parser
 _SNIPPET_CHARS = 300
 
 
-class _Service:
+class _Service(ABC):
     """What the services have in common."""
 
     name = ""
@@ -74,8 +75,9 @@ class _Service:
     def _headers(self) -> Mapping[str, str]:
         return {}
 
+    @abstractmethod
     async def _search(self, query: str, num_hits: int, scope: Scope) -> list[Hit]:
-        raise NotImplementedError
+        """What the service finds, not yet held to the scope."""
 
     def _check(self, url: str, scope: Scope) -> str:
         """A service is not asked for what may not be opened: URLs of this network would tell it something too."""
