@@ -68,6 +68,23 @@ struct Numbers<Format::kF16> {
   OSSIA_INLINE float one(const uint8_t* p) { return half_to_float(load_u16(p)); }
 };
 
+// keep(tile, sums[t][kTileRows]) for tiles first .. end-1 of a matrix, with at most kTokenTile tokens.
+template <class Keep>
+OSSIA_INLINE void for_tiles(const Matrix& w, int64_t first, int64_t end, const QBlock* x, int64_t num_tokens,
+                            const Keep& keep) {
+  alignas(64) float sums[2][kTokenTile * kTileRows];
+  int64_t tile = first;
+  for (; tile + 2 <= end; tile += 2) {
+    quantized_tiles(w, tile, w, tile + 1, x, num_tokens, sums[0], sums[1]);
+    keep(tile, sums[0]);
+    keep(tile + 1, sums[1]);
+  }
+  if (tile < end) {
+    quantized_tile(w, tile, x, num_tokens, sums[0]);
+    keep(tile, sums[0]);
+  }
+}
+
 // Activations ---------------------------------------------------------------------------------------------------------
 
 // x[32] to q, d with x ~ q d, |q| <= 127, rounded to nearest, ties to even. `mxfp4`: d is halved for the doubled codes.

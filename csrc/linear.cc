@@ -22,30 +22,17 @@ void quantized_linear(Workspace& work, const float* x, const Matrix& w, const fl
   });
   const int64_t num_tiles = num_row_tiles(w), tiles_per_item = kItemRows / kTileRows;
   work.pool.for_each(divide_up(num_tiles, tiles_per_item), worth_sharing, [&](int64_t item, int) {
-    alignas(64) float sums[2][kTokenTile * kTileRows];
     for (int64_t first = 0; first < num_tokens; first += kTokenTile) {
-      const int64_t count = token_tile(first);
-      const QBlock* from = quantized + first * num_blocks;
-      const auto keep = [&](int64_t tile, const float* product) {
+      const int64_t count = token_tile(first), end_tile = least(num_tiles, (item + 1) * tiles_per_item);
+      for_tiles(w, item * tiles_per_item, end_tile, quantized + first * num_blocks, count, [&](int64_t tile, const float* sums) {
         const RowTile rows = row_tile(w, tile);
         for (int64_t t = 0; t < count; ++t)
           for (int lane = rows.first_lane; lane < rows.end_lane; ++lane) {
             const int64_t row = rows.first_row + lane;
-            const float sum = product[t * kTileRows + lane];
+            const float sum = sums[t * kTileRows + lane];
             out[(first + t) * w.rows + row] = bias ? sum + bias[row] : sum;
           }
-      };
-      const int64_t end_tile = least(num_tiles, (item + 1) * tiles_per_item);
-      int64_t tile = item * tiles_per_item;
-      for (; tile + 2 <= end_tile; tile += 2) {
-        quantized_tiles(w, tile, w, tile + 1, from, count, sums[0], sums[1]);
-        keep(tile, sums[0]);
-        keep(tile + 1, sums[1]);
-      }
-      for (; tile < end_tile; ++tile) {
-        quantized_tile(w, tile, from, count, sums[0]);
-        keep(tile, sums[0]);
-      }
+      });
     }
   });
 }

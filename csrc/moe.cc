@@ -89,18 +89,11 @@ OSSIA_INLINE void tiles_of_item(const Matrix& w, int64_t item, int64_t* first, i
 
 OSSIA_INLINE void item_product(const Matrix& w, int64_t item, const Activations& x, Tile slots, float* product) {
   if (x.quantized) {
-    alignas(64) float sums[2][kTokenTile * kTileRows];
-    int64_t tile, end;
-    tiles_of_item(w, item, &tile, &end);
-    for (; tile + 2 <= end; tile += 2) {
-      quantized_tiles(w, tile, w, tile + 1, x.tile(slots.first), slots.count, sums[0], sums[1]);
-      keep_sums(w, tile, item, sums[0], slots.count, product);
-      keep_sums(w, tile + 1, item, sums[1], slots.count, product);
-    }
-    for (; tile < end; ++tile) {
-      quantized_tile(w, tile, x.tile(slots.first), slots.count, sums[0]);
-      keep_sums(w, tile, item, sums[0], slots.count, product);
-    }
+    int64_t first, end;
+    tiles_of_item(w, item, &first, &end);
+    for_tiles(w, first, end, x.tile(slots.first), slots.count, [&](int64_t tile, const float* sums) {
+      keep_sums(w, tile, item, sums, slots.count, product);
+    });
   } else {
     const int64_t row = item * kItemRows;
     float_rows(w, row, least(kItemRows, w.rows - row), x.floats + slots.first * x.cols, x.cols, slots.count, product,
