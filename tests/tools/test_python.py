@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import importlib.util
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,6 +46,31 @@ def notebook(request: pytest.FixtureRequest) -> Iterator[Notebook]:
     yield made
     made.runner.run(made.sessions.aclose())
     made.runner.close()
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_packages_of_an_environment_below_tmp_can_be_imported_and_their_files_read(
+    tier: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        site = Path(folder) / "lib" / "site-packages"
+        site.mkdir(parents=True)
+        (site / "below_tmp.py").write_text(
+            "import pathlib\ntext = pathlib.Path(__file__).with_suffix('.txt').read_text()\n"
+        )
+        (site / "below_tmp.txt").write_text("here")
+        for path in (Path(folder), site.parent, site):
+            path.chmod(0o755)
+        monkeypatch.setattr(sys, "path", [*sys.path, str(site)])
+        made = Notebook(tier)
+        try:
+            assert made.run("import below_tmp\nbelow_tmp.text") == "'here'"
+            assert made.run("open('/tmp/own', 'w').write('x')\nopen('/tmp/own').read()") == "'x'"
+            assert "Error" in made.run(f"open({str(site / 'below_tmp.txt')!r}, 'w')")
+        finally:
+            made.runner.run(made.sessions.aclose())
+            made.runner.close()
+        assert (site / "below_tmp.txt").read_text() == "here"
 
 
 # A cell --------------------------------------------------------------------------------------------------------------

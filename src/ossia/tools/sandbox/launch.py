@@ -166,6 +166,11 @@ class BubblewrapLauncher:
                 arguments += ["--cap-add", capability]
         arguments += ["--perms", "0755", "--tmpfs", "/"]
         made: set[str] = {"/"}
+        # First, since what is read may lie below, as a virtual environment in /tmp does.
+        sizes = {"/mnt/data": limits.data_bytes, "/tmp": limits.scratch_bytes, "/dev/shm": limits.scratch_bytes}
+        for path, size in sizes.items():
+            arguments += [*_parents(path, made), "--perms", "1777", "--size", str(size), "--tmpfs", path]
+            made.add(path)
         for path in python.read:
             arguments += _parents(path, made)
             if os.path.islink(path) and path.count("/") == 1:
@@ -177,10 +182,6 @@ class BubblewrapLauncher:
             arguments += ["--dev-bind", device, device]
         for target, name in (("", "fd"), ("/0", "stdin"), ("/1", "stdout"), ("/2", "stderr")):
             arguments += ["--symlink", f"/proc/self/fd{target}", f"/dev/{name}"]
-        arguments += _parents("/mnt/data", made)
-        sizes = {"/mnt/data": limits.data_bytes, "/tmp": limits.scratch_bytes, "/dev/shm": limits.scratch_bytes}
-        for path, size in sizes.items():
-            arguments += ["--perms", "1777", "--size", str(size), "--tmpfs", path]
         return [*arguments, "--chdir", "/"]
 
 

@@ -10,7 +10,7 @@ import builtins
 import functools
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 _OF_ONE_PATH = (
@@ -20,8 +20,9 @@ _OF_ONE_PATH = (
 _OF_TWO_PATHS = ("rename", "replace", "link", "symlink")
 
 
-def translate(places: dict[str, str]) -> None:
-    """Let names below a key of ``places`` mean the same below its value."""
+def translate(places: dict[str, str], kept: Sequence[str] = ()) -> None:
+    """Let names below a key of ``places`` mean the same below its value; those at or below ``kept`` stay what they are."""
+    untouched = (*places.values(), *kept)
 
     def real(path: Any) -> Any:
         if isinstance(path, str):
@@ -33,7 +34,7 @@ def translate(places: dict[str, str]) -> None:
             name = found
         else:
             return path
-        if any(name == place or name.startswith(place + "/") for place in places.values()):
+        if any(name == place or name.startswith(place + "/") for place in untouched):
             return path
         for shown, place in places.items():
             if name == shown or name.startswith(shown + "/"):

@@ -510,7 +510,7 @@ class Supervisor:
         if self._settings["seccomp"] != "off":
             seccomp.install(hide_metadata=self._settings["seccomp"] == "shared-tree")
         if self._settings["places"]:
-            paths.translate(self._settings["places"])
+            paths.translate(self._settings["places"], self._settings["read"])
         cells.Shell(kept[0], kept[1], kept[2], self._limits["display_bytes"]).run()
 
     def _limit_worker(self) -> None:
