@@ -21,7 +21,7 @@ _OF_TWO_PATHS = ("rename", "replace", "link", "symlink")
 
 
 def translate(places: dict[str, str], kept: Sequence[str] = ()) -> None:
-    """Let names below a key of ``places`` mean the same below its value; those at or below ``kept`` stay what they are."""
+    """Let names below a key of ``places`` mean the same below its value; those below ``kept`` stay what they are."""
     untouched = (*places.values(), *kept)
 
     def real(path: Any) -> Any:
