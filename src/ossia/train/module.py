@@ -1,4 +1,4 @@
-"""A model that learns: the parameters of a checkpoint over `AutogradOps`, and the one forward pass of `model.transformer`.
+"""A model that learns: the weights of a checkpoint over `AutogradOps`, and the one forward pass of `model.transformer`.
 
 Shapes: see `ossia.ops`. With "lora" the weights stay as they lie in the mapped checkpoint, experts packed, and pairs
 beside them are trained; with "full" every weight is a parameter in float32.
@@ -74,9 +74,10 @@ class Model(nn.Module):
         """Open a checkpoint for training.
 
         ``dtype`` is that of matrix products and attention. With ``trainable`` "lora", new pairs after ``lora`` (its
-        defaults if None) begin from ``seed``. ``checkpoint_activations``: keep a layer's inputs and compute the rest
-        again on the way back. ``fake_quant``: trained expert matrices are multiplied with what MXFP4 would keep of them.
-        Raises NotFoundError and CheckpointError as `Checkpoint.open`, InputError for options that do not go together.
+        defaults if None) begin from ``seed``. With ``checkpoint_activations`` a layer's inputs are kept and the rest is
+        computed again on the way back. With ``fake_quant`` a trained expert matrix is multiplied as MXFP4 would keep
+        it. Raises NotFoundError and CheckpointError as `Checkpoint.open`, InputError for options that do not go
+        together.
         """
         if trainable not in ("lora", "full"):
             raise InputError(f"trainable is {trainable!r}; expected one of: lora, full", param="trainable")
@@ -131,7 +132,7 @@ class Model(nn.Module):
         routing: Sequence[Routing] | None = None,
         temperature: float = 1.0,
     ) -> Tensor:
-        """log p(targets_R) of the rows that the batch asks for, float32 [R]; the logits of all rows never exist at once.
+        """log p(targets_R) of the rows that the batch asks for, float32 [R]. All their logits never exist at once.
 
         ``targets_R`` are token ids, a numpy array or a tensor.
         """
@@ -162,7 +163,7 @@ class Model(nn.Module):
 
     def _run(self, index: int, sublayer: Callable[..., Tensor], *arguments: Any) -> Tensor:
         is_attention = sublayer is transformer.attention
-        layer = self.layers[index]
+        layer: Any = self.layers[index]
         module = layer.attention if is_attention else layer.moe
         # Experts do for themselves what a checkpoint would: they keep their input and compute the rest again.
         if self.checkpoint_activations and is_attention and torch.is_grad_enabled():
