@@ -7,7 +7,8 @@ Small: four layers of gpt-oss's proportions, 4 documents of 256 tokens, every to
 published MXFP4 layout; transformers reads the same numbers as floats, as its own dequantisation makes them. peft adapts
 the experts by `target_parameters`. Each side is a process of its own; each round gives it one warm-up step and some
 that are timed: forward, backward, AdamW. Told: tokens per second (median of all timed steps), the largest resident
-memory of the process, and their ratios. `--experts` is transformers' way to compute experts.
+memory of the process, and their ratios. Tokens per second of CPU time, which other programs on the machine disturb
+less, mean something with `--threads 1`. `--experts` is transformers' way to compute experts.
 
 20b: 24 layers, 512 tokens, packed experts mapped from the checkpoint. Told apart: memory of the process's own
 (anonymous) and pages of the mapped file, which the system can take back at any time.
@@ -66,6 +67,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a round")
+    parser.add_argument("--folder", type=Path, help="where the small checkpoints are kept; not kept when not given")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--side", choices=["ossia", "peft"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -90,16 +92,21 @@ def report(result: dict[str, Any], path: Path | None) -> None:
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        models = {"ossia": Path(folder) / "packed", "peft": Path(folder) / "floats"}
-        write_random_checkpoint(models["ossia"], SMALL)
-        write_random_checkpoint(models["peft"], SMALL, layout="hf-bf16")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        models = {"ossia": folder / "packed", "peft": folder / "floats"}
+        for side, layout in (("ossia", "hf"), ("peft", "hf-bf16")):
+            if not models[side].exists():
+                write_random_checkpoint(models[side], SMALL, layout=layout)
         rounds: dict[str, list[dict[str, Any]]] = {"ossia": [], "peft": []}
         for i in range(arguments.rounds):
             for side in sorted(rounds, reverse=i % 2 == 1):
                 rounds[side].append(in_process(side, models[side], arguments))
                 print(side, rounds[side][-1], file=sys.stderr)
-    speed = {side: statistics.median(s for one in met for s in one["tokens_per_s"]) for side, met in rounds.items()}
+    speed, cpu_speed = (
+        {side: statistics.median(s for one in met for s in one[name]) for side, met in rounds.items()}
+        for name in ("tokens_per_s", "tokens_per_cpu_s")
+    )
     memory = {side: max(one["peak_bytes"] for one in met) for side, met in rounds.items()}
     losses = {side: met[0]["losses"] for side, met in rounds.items()}
     return {
@@ -112,6 +119,8 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         "experts of transformers": arguments.experts,
         "tokens_per_s": {side: round(value, 1) for side, value in speed.items()},
         "speed_ratio": round(speed["ossia"] / speed["peft"], 2),
+        "tokens_per_cpu_s": {side: round(value, 1) for side, value in cpu_speed.items()},
+        "cpu_ratio": round(cpu_speed["ossia"] / cpu_speed["peft"], 2),
         "peak_MiB": {side: round(value / 2**20) for side, value in memory.items()},
         "memory_ratio": round(memory["ossia"] / memory["peft"], 2),
         "losses": losses,
@@ -198,13 +207,15 @@ def run_peft(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def timed(step: Any, num_tokens: int, num_steps: int) -> dict[str, Any]:
-    losses, seconds = [step()], []
+    losses, seconds, cpu_seconds = [step()], [], []
     for _ in range(num_steps):
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         losses.append(step())
         seconds.append(time.perf_counter() - start)
+        cpu_seconds.append(time.process_time() - cpu_start)
     return {
         "tokens_per_s": [round(num_tokens / each, 1) for each in seconds],
+        "tokens_per_cpu_s": [round(num_tokens / each, 1) for each in cpu_seconds],
         "peak_bytes": memory("VmHWM"),
         "losses": [round(loss, 4) for loss in losses],
     }
