@@ -40,9 +40,12 @@ Floats = npt.NDArray[Any]
 FakeQuant = Callable[[Tensor], Tensor]
 """From a matrix [..., O, I] to the numbers that MXFP4 would keep of it, with a straight-through gradient."""
 
-# Rows of the vocabulary, and of the batch, whose logits exist at one time: 4,096 x 512 float32 are 8 MiB.
-_VOCAB_ROWS = 4_096
-_LOGIT_ROWS = 512
+# Rows of the vocabulary, and of the batch, whose logits exist at one time: 1,024 x 2,048 float32 are 8 MiB.
+_VOCAB_ROWS = 1_024
+_LOGIT_ROWS = 2_048
+# An expert's tokens are filled up to a multiple of so many: for bfloat16 the CPU's products are compiled and kept for
+# every number of rows that occurs.
+_FILLED_ROWS = {torch.bfloat16: 16}
 # Queries that see their keys at one time where torch has no kernel that needs less.
 _QUERY_BLOCK = 256
 
@@ -734,12 +737,12 @@ class _Moe(torch.autograd.Function):
         kept = x_TD.new_empty((len(sorted_S), experts.shape[1]), dtype=dtype) if keep else None
         narrow_TD = x_TD.to(dtype)
         for group in _groups(counts, tokens_S):
-            x = narrow_TD[group.tokens]
-            gate_up = _gate_up(x, group.expert, experts, buffers)
+            num_rows = len(group.tokens)
+            gate_up = _gate_up(_filled(narrow_TD[group.tokens]), group.expert, experts, buffers)
             if kept is not None:
-                kept[group.rows] = gate_up
+                kept[group.rows] = gate_up[:num_rows]
             inner = _swiglu(gate_up, limit).to(dtype)
-            out = _down(inner, group.expert, experts, buffers)
+            out = _down(inner, group.expert, experts, buffers)[:num_rows]
             out_TD.index_add_(0, group.tokens, out.to(out_TD.dtype) * weights_S1[group.rows])
         ctx.save_for_backward(x_TD, weights_S1, sorted_S, kept, *tensors)
         ctx.experts, ctx.limit, ctx.dtype, ctx.counts, ctx.num_active = experts, limit, dtype, counts, num_active
@@ -761,27 +764,28 @@ class _Moe(torch.autograd.Function):
         buffers = _Buffers(experts, dtype)
         narrow_TD = x_TD.to(dtype)
         for expert, rows, tokens in _groups(ctx.counts, sorted_S // ctx.num_active):
-            x, g = narrow_TD[tokens], g_TD[tokens]
+            num_rows = len(tokens)
+            x, g, weights = (_filled(each, dtype) for each in (narrow_TD[tokens], g_TD[tokens], weights_S1[rows]))
             gate_up_OI = buffers.gate_up(expert)
-            gate_up = _gate_up(x, expert, experts, buffers) if kept is None else kept[rows]
+            gate_up = _gate_up(x, expert, experts, buffers) if kept is None else _filled(kept[rows])
             inner_wide, slope_gate, slope_up = _swiglu_slopes(gate_up, ctx.limit)
             inner = inner_wide.to(dtype)
             # Through down, at first without the routing weight, whose own gradient is g . out.
-            dinner = g.to(dtype) @ buffers.down(expert)
-            g_weighted = (g * weights_S1[rows]).to(dtype)
+            g_narrow, g_weighted = g.to(dtype), (g * weights).to(dtype)
+            dinner = g_narrow @ buffers.down(expert)
             if experts.down_lora is not None:
                 dinner = dinner + _lora_backward(
-                    experts.down_lora, expert, inner, g.to(dtype), g_weighted, weights_S1[rows].to(dtype), d_pairs[2:]
+                    experts.down_lora, expert, inner, g_narrow, g_weighted, weights.to(dtype), d_pairs[2:]
                 )
             dinner = dinner.to(inner_wide.dtype)
             if needs_weights:
                 bias = experts.down_bias_ED[expert]
-                dweights_S[rows] = (inner * dinner).sum(dim=-1) + g @ bias
+                dweights_S[rows] = ((inner_wide * dinner).sum(dim=-1) + g @ bias)[:num_rows]
             if d_down is not None:
                 d_down[expert] = _weight_gradient(experts, experts.down_EDF, expert, g_weighted.T @ inner)
             if d_down_bias is not None:
                 d_down_bias[expert] = g_weighted.sum(dim=0)
-            dinner = dinner.mul_(weights_S1[rows])
+            dinner = dinner.mul_(weights)
             dpre = torch.cat([slope_gate.mul_(dinner), slope_up.mul_(dinner)], dim=1).to(dtype)
             if d_gate_up is not None:
                 d_gate_up[expert] = _weight_gradient(experts, experts.gate_up_EFD, expert, dpre.T @ x)
@@ -792,10 +796,16 @@ class _Moe(torch.autograd.Function):
                 through = _lora_backward(experts.gate_up_lora, expert, x, dpre, dpre, None, d_pairs[:2])
                 dx = None if dx is None else dx + through
             if dx_TD is not None and dx is not None:
-                dx_TD.index_add_(0, tokens, dx.to(dx_TD.dtype))
+                dx_TD.index_add_(0, tokens, dx[:num_rows].to(dx_TD.dtype))
         dweights_TA = torch.empty_like(dweights_S)
         dweights_TA[sorted_S] = dweights_S
         return dx_TD, dweights_TA.view(-1, ctx.num_active), None, None, None, None, None, *gradients
+
+
+def _filled(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Rows with zeros behind them, up to the multiple that products in ``dtype``, their own if None, want."""
+    missing = -len(rows) % _FILLED_ROWS.get(dtype or rows.dtype, 1)
+    return F.pad(rows, (0, 0, 0, missing)) if missing else rows
 
 
 class _Buffers:
@@ -1015,7 +1025,8 @@ class _Head(NamedTuple):
         logits = F.linear(x, weight)
         if inner is not None and self.b is not None:
             logits = logits + F.linear(inner, self.b[piece].to(self.dtype))
-        return weight, logits.to(_wide(logits)) * self.sharpness
+        logits = logits.to(_wide(logits))
+        return weight, logits if self.sharpness == 1 else logits.mul_(self.sharpness)
 
     def back(self, dlogits: Tensor, weight: Tensor, piece: slice) -> Tensor:
         dx = dlogits @ weight
