@@ -43,9 +43,9 @@ FakeQuant = Callable[[Tensor], Tensor]
 # Rows of the vocabulary, and of the batch, whose logits exist at one time: 1,024 x 2,048 float32 are 8 MiB.
 _VOCAB_ROWS = 1_024
 _LOGIT_ROWS = 2_048
-# An expert's tokens are filled up to a multiple of so many: for bfloat16 the CPU's products are compiled and kept for
-# every number of rows that occurs.
-_FILLED_ROWS = {torch.bfloat16: 16}
+# An expert's tokens are filled up to a multiple of so many: the CPU's products are compiled and kept for every number
+# of rows that occurs.
+_FILLED_ROWS = {torch.bfloat16: 16, torch.float32: 16}
 # Queries that see their keys at one time where torch has no kernel that needs less.
 _QUERY_BLOCK = 256
 
@@ -443,17 +443,27 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         ctx.save_for_backward(x_TI if ctx.needs_input_grad[1] else None, weight_OI)
         ctx.dtype = x_TI.dtype
-        return F.linear(x_TI, weight_OI.to(x_TI.dtype), None if bias_O is None else bias_O.to(x_TI.dtype))
+        return _product(x_TI, weight_OI.to(x_TI.dtype), None if bias_O is None else bias_O.to(x_TI.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_TO: Tensor) -> tuple[Tensor | None, ...]:
         x_TI, weight_OI = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        dx_TI = g_TO @ weight_OI.to(ctx.dtype) if needs_x else None
+        dx_TI = _product(g_TO, weight_OI.to(ctx.dtype).T) if needs_x else None
         dweight_OI = (g_TO.T @ x_TI).to(weight_OI.dtype) if needs_weight else None
         dbias_O = g_TO.sum(dim=0, dtype=weight_OI.dtype) if needs_bias else None
         return dx_TI, dweight_OI, dbias_O
+
+
+def _product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """x W^T + b, without a gradient of its own. On CPUs float32 goes to oneDNN as bfloat16 does by itself: torch's
+    other library uses half of what an AMD processor can do.
+    """
+    if x_TI.dtype == torch.float32 and x_TI.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        out_TO: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, bias_O, "none", [], "")
+        return out_TO
+    return F.linear(x_TI, weight_OI, bias_O)
 
 
 class _Rope(torch.autograd.Function):
@@ -772,7 +782,7 @@ class _Moe(torch.autograd.Function):
             inner = inner_wide.to(dtype)
             # Through down, at first without the routing weight, whose own gradient is g . out.
             g_narrow, g_weighted = g.to(dtype), (g * weights).to(dtype)
-            dinner = g_narrow @ buffers.down(expert)
+            dinner = _product(g_narrow, buffers.down(expert).T)
             if experts.down_lora is not None:
                 dinner = dinner + _lora_backward(
                     experts.down_lora, expert, inner, g_narrow, g_weighted, weights.to(dtype), d_pairs[2:]
@@ -791,7 +801,7 @@ class _Moe(torch.autograd.Function):
                 d_gate_up[expert] = _weight_gradient(experts, experts.gate_up_EFD, expert, dpre.T @ x)
             if d_gate_up_bias is not None:
                 d_gate_up_bias[expert] = dpre.sum(dim=0)
-            dx = dpre @ gate_up_OI if needs_x else None
+            dx = _product(dpre, gate_up_OI.T) if needs_x else None
             if experts.gate_up_lora is not None:
                 through = _lora_backward(experts.gate_up_lora, expert, x, dpre, dpre, None, d_pairs[:2])
                 dx = None if dx is None else dx + through
@@ -855,12 +865,12 @@ def _groups(counts: Sequence[int], tokens_S: Tensor) -> Iterator[_Group]:
 
 
 def _gate_up(x: Tensor, expert: int, experts: Experts, buffers: _Buffers) -> Tensor:
-    out = F.linear(x, buffers.gate_up(expert), experts.gate_up_bias_EF[expert].to(x.dtype))
+    out = _product(x, buffers.gate_up(expert), experts.gate_up_bias_EF[expert].to(x.dtype))
     return out if experts.gate_up_lora is None else out + _lora_forward(experts.gate_up_lora, expert, x)
 
 
 def _down(x: Tensor, expert: int, experts: Experts, buffers: _Buffers) -> Tensor:
-    out = F.linear(x, buffers.down(expert), experts.down_bias_ED[expert].to(x.dtype))
+    out = _product(x, buffers.down(expert), experts.down_bias_ED[expert].to(x.dtype))
     return out if experts.down_lora is None else out + _lora_forward(experts.down_lora, expert, x)
 
 
@@ -991,7 +1001,7 @@ class _Logprobs(torch.autograd.Function):
                 is_here = (targets >= piece.start) & (targets < piece.stop)
                 dlogits[is_here, targets[is_here] - piece.start] += g[is_here, 0]
                 dlogits = dlogits.mul_(ctx.sharpness).to(ctx.dtype)
-                dx_RD[rows] += dlogits @ weight
+                dx_RD[rows] += _product(dlogits, weight.T)
                 if dweight is not None:
                     dweight[piece] += dlogits.T @ x
                 if b is not None and dinner is not None and inner is not None:
@@ -1022,14 +1032,14 @@ class _Head(NamedTuple):
     def logits(self, x: Tensor, inner: Tensor | None, piece: slice) -> tuple[Tensor, Tensor]:
         """(the piece of the matrix, its logits)."""
         weight = self.weight_VD[piece].to(self.dtype)
-        logits = F.linear(x, weight)
+        logits = _product(x, weight)
         if inner is not None and self.b is not None:
             logits = logits + F.linear(inner, self.b[piece].to(self.dtype))
         logits = logits.to(_wide(logits))
         return weight, logits if self.sharpness == 1 else logits.mul_(self.sharpness)
 
     def back(self, dlogits: Tensor, weight: Tensor, piece: slice) -> Tensor:
-        dx = dlogits @ weight
+        dx = _product(dlogits, weight.T)
         if self.a is not None and self.b is not None:
             dx = dx + dlogits @ self.b[piece].to(self.dtype) @ self.a.to(self.dtype) * self.scaling
         return dx
