@@ -89,7 +89,9 @@ class Service:
         tracing: Tracing | None = None,
         tools: Toolboxes | None = None,
         created_at: int = 0,
+        refuses_pages: bool = False,
     ) -> None:
+        """``refuses_pages`` is for a server that is open to this machine: pages from elsewhere are not of it."""
         self.model, self.store = model, store
         self.names = {model.name, *aliases}
         self.keys = keys or Keys()
@@ -99,6 +101,7 @@ class Service:
         self.tracing = tracing
         self.tools = tools or Toolboxes()
         self.created_at = created_at
+        self.refuses_pages = refuses_pages
         self.metrics = Metrics()
         self.live: dict[str, Live] = {}
         self.is_stopping = False
