@@ -40,7 +40,7 @@ from typing import Any
 from machine import keep, machine
 
 from ossia.engine.request import SamplingParams, TokenOutput
-from ossia.harmony import Tokenizer
+from ossia.harmony import Delta, StreamParser, Tokenizer
 
 PROMPT = "Tell a story of a fox and a dog. " * 8
 ENDPOINTS = {
@@ -137,20 +137,18 @@ def _obey(pipe: Connection, made: Any, engine: Any) -> None:
 
     def all_of_them(texts: list[str], num_tokens: int) -> dict[str, float]:
         given = [asked(text, num_tokens) for text in texts]
-        message = made.tokenizer.special("<|message|>")
         begin = time.perf_counter()
-        times: dict[int, list[float]] = {engine.add_request(*each): [] for each in given}
-        firsts: dict[int, float] = {}
-        begun: set[int] = set()
+        sampled: dict[int, list[tuple[float, int]]] = {engine.add_request(*each): [] for each in given}
         while engine.has_work:
             for output in engine.step():
-                now = time.perf_counter()
-                times[output.request_id].append(now)
-                if output.request_id in begun:
-                    firsts.setdefault(output.request_id, now - begin)
-                if output.token_id == message:
-                    begun.add(output.request_id)
-        return {"tokens_per_s": rate([*times.values()]), "first_s": statistics.median(firsts.values())}
+                sampled[output.request_id].append((time.perf_counter(), output.token_id))
+        times = [times_of_text(one) for one in sampled.values()]
+        return {"tokens_per_s": rate(times), "first_s": statistics.median(one[0] - begin for one in times)}
+
+    def times_of_text(sampled: list[tuple[float, int]]) -> list[float]:
+        """When the tokens came of which the server makes an event."""
+        parser = StreamParser(made.tokenizer)
+        return [at for at, token_id in sampled if any(type(event) is Delta for event in parser.feed(token_id))]
 
     with suppress(EOFError):
         while True:
@@ -180,15 +178,14 @@ def streamed(port: int, requests: list[tuple[str, bytes]]) -> dict[str, float]:
     """Read streams together, by bare sockets: on a machine of few cores a client that computes slows the engine."""
     ready = selectors.DefaultSelector()
     tails: dict[socket.socket, bytes] = {}
-    firsts: list[float] = []
     sockets = [socket.create_connection(("127.0.0.1", port)) for _ in requests]
     begin = time.perf_counter()
     for one, (path, payload) in zip(sockets, requests, strict=True):
         head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         one.sendall(f"{head}Content-Length: {len(payload)}\r\n\r\n".encode() + payload)
         ready.register(one, selectors.EVENT_READ)
-    # An event is a token, but for a few at both ends.
     times: dict[socket.socket, list[float]] = {one: [] for one in sockets}
+    pieces: dict[socket.socket, bytes] = dict.fromkeys(sockets, b"")
     while ready.get_map():
         for key, _ in ready.select():
             one = key.fileobj
@@ -196,11 +193,8 @@ def streamed(port: int, requests: list[tuple[str, bytes]]) -> dict[str, float]:
             data = one.recv(1 << 18)
             assert data, f"the server closed the stream: {tails.get(one)!r}"
             now = time.perf_counter()
-            if times[one]:
-                times[one] += [now] * data.count(b"\n\n")
-            elif any(delta in data for delta in DELTAS):
-                times[one].append(now)
-                firsts.append(now - begin)
+            *events, pieces[one] = (pieces[one] + data).split(b"\n\n")
+            times[one] += [now for event in events if any(delta in event for delta in DELTAS)]
             tails[one] = (tails.get(one, b"") + data)[-20_000:]
             if b"data: [DONE]" in tails[one][-40:]:
                 ready.unregister(one)
@@ -209,7 +203,11 @@ def streamed(port: int, requests: list[tuple[str, bytes]]) -> dict[str, float]:
         one.close()
     used = [re.findall(rb'"(?:output|completion)_tokens":(\d+)', tail) for tail in tails.values()]
     whole = sum(int(found[-1]) for found in used) / elapsed
-    return {"tokens_per_s": rate([*times.values()]), "whole": whole, "first_s": statistics.median(firsts)}
+    return {
+        "tokens_per_s": rate([*times.values()]),
+        "whole": whole,
+        "first_s": statistics.median(one[0] - begin for one in times.values()),
+    }
 
 
 def started(target: Any, *args: Any) -> tuple[multiprocessing.process.BaseProcess, int]:

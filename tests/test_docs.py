@@ -6,6 +6,8 @@ there; everything else in ```python or ```sh runs as it is, but for the address 
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import subprocess
@@ -82,18 +84,31 @@ def served() -> Iterator[Served]:
 
 
 @pytest.mark.parametrize(("guide", "number"), [(guide, i) for guide in GUIDES for i in range(len(blocks(guide)))])
-def test_a_block_of_a_guide_does_what_it_says(served, tmp_path, guide, number):
+def test_a_block_of_a_guide_does_what_it_says(served, tmp_path, monkeypatch, guide, number):
     language, code = blocks(guide)[number]
     code = code.replace("http://127.0.0.1:8000", served.url)
+    for name in os.environ:
+        if name.startswith(("OSSIA_", "OPENAI_", "ANTHROPIC_")):
+            monkeypatch.delenv(name)
+    printed = in_python(code) if language == "python" else in_shell(code, tmp_path)
+    assert re.search(PRINTED[guide][number], printed, re.DOTALL), printed
+
+
+def in_python(code: str) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(code, "block", "exec", dont_inherit=True), {"__name__": "__main__"})
+    return printed.getvalue()
+
+
+def in_shell(code: str, folder: Path) -> str:
     # The commands are those of this interpreter.
-    (tmp_path / "ossia").write_text(f'#!/bin/sh\nexec {sys.executable} -m ossia "$@"\n')
-    (tmp_path / "ossia").chmod(0o755)
-    environ = {key: value for key, value in os.environ.items() if not key.startswith(("OSSIA_", "OPENAI_"))}
-    environ |= {"PATH": f"{tmp_path}:{environ['PATH']}", "XDG_DATA_HOME": str(tmp_path), "HOME": str(tmp_path)}
-    command = [sys.executable, "-c", code] if language == "python" else ["bash", "-euo", "pipefail", "-c", code]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environ, cwd=tmp_path)
+    (folder / "ossia").write_text(f'#!/bin/sh\nexec {sys.executable} -m ossia "$@"\n')
+    (folder / "ossia").chmod(0o755)
+    environ = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "XDG_DATA_HOME": str(folder), "HOME": str(folder)}
+    command = ["bash", "-euo", "pipefail", "-c", code]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environ, cwd=folder)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert re.search(PRINTED[guide][number], ran.stdout, re.DOTALL), ran.stdout
+    return ran.stdout
 
 
 def test_every_block_is_run_or_says_why_not():

@@ -106,6 +106,7 @@ def test_a_machine_without_any_network_serves(tmp_path):
     _run(["unshare", "-rn", sys.executable, "-c", _SERVED, str(checkpoint)], tmp_path)
 
 
+@pytest.mark.slow
 def test_a_server_looks_up_no_name_and_reaches_no_other_machine(tmp_path):
     checkpoint = write_random_checkpoint(tmp_path / "tiny", "tiny")
     guard = tmp_path / "guarded.py"
