@@ -316,7 +316,7 @@ PARTS = ("scripted", "1 streams", "8 streams", "first")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=PARTS)
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--shape", default="20b")
     parser.add_argument("--layers", type=int, default=4)
@@ -325,7 +325,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--keep", action="store_true")
     args = parser.parse_args()
-    parts = [part for part in PARTS if args.only in (None, part)]
+    parts = [part for part in PARTS if part in args.only]
     out: dict[str, Any] = {"machine": machine()}
     if "scripted" in parts:
         out["scripted"] = scripted(4_000, args.rounds)
