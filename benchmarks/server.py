@@ -9,7 +9,9 @@ scripted    a source that says the same words in every answer; the server is hel
 N streams   the same prompts at temperature 0 under the same grammar, so the same tokens: by `Engine.step` in the
             server's own process, with nothing beside it, and over HTTP to this process, which shares the machine's
             cores. Turns are short and take turns: each over HTTP is compared with the mean of the engine's before and
-            behind it, so that a drift of the machine's speed does not count. Median, 95 % bootstrap interval.
+            behind it, so that a drift of the machine's speed does not count. Median, 95 % bootstrap interval. The
+            client reads a stream's first text and then its end, since it shares the cores and is not measured;
+            ``--client-reads`` lets it read every event as it comes.
 first       what HTTP adds to the time until the token of the first text is there, likewise.
 
 Without a ``--model`` a checkpoint with random weights is written to a temporary folder first. Prints JSON, and keeps it
@@ -143,7 +145,8 @@ def _obey(pipe: Connection, made: Any, engine: Any) -> None:
             for output in engine.step():
                 sampled[output.request_id].append((time.perf_counter(), output.token_id))
         times = [times_of_text(one) for one in sampled.values()]
-        return {"tokens_per_s": rate(times), "first_s": statistics.median(one[0] - begin for one in times)}
+        streams = [(len(one), one[0], sampled[i][-1][0]) for i, one in zip(sampled, times, strict=True)]
+        return {"tokens_per_s": rate(streams), "first_s": statistics.median(one[0] - begin for one in times)}
 
     def times_of_text(sampled: list[tuple[float, int]]) -> list[float]:
         """When the tokens came of which the server makes an event."""
@@ -155,13 +158,12 @@ def _obey(pipe: Connection, made: Any, engine: Any) -> None:
             pipe.send(all_of_them(*pipe.recv()))
 
 
-def rate(streams: list[list[float]]) -> float:
-    """Tokens per second of streams together, from when all have begun until one has ended; the times of their tokens.
+def rate(streams: list[tuple[int, float, float]]) -> float:
+    """Tokens per second of streams together, each from its first text to its end: how many tokens, begin, end.
 
     What comes before is the time to the first token, which is told apart.
     """
-    begin, end = max(times[0] for times in streams), min(times[-1] for times in streams)
-    return sum(begin < moment <= end for times in streams for moment in times) / (end - begin)
+    return sum((num_tokens - 1) / max(end - begin, 1e-6) for num_tokens, begin, end in streams)
 
 
 # The client ------------------------------------------------------------------------------------------------------
@@ -174,37 +176,46 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def streamed(port: int, requests: list[tuple[str, bytes]]) -> dict[str, float]:
-    """Read streams together, by bare sockets: on a machine of few cores a client that computes slows the engine."""
+def streamed(port: int, requests: list[tuple[str, bytes]], *, reads: bool = True) -> dict[str, float]:
+    """Read streams together, by bare sockets: on a machine of few cores a client that computes slows the engine.
+
+    A client that does not read all is woken by the first text and the end.
+    """
     ready = selectors.DefaultSelector()
     tails: dict[socket.socket, bytes] = {}
     sockets = [socket.create_connection(("127.0.0.1", port)) for _ in requests]
     begin = time.perf_counter()
     for one, (path, payload) in zip(sockets, requests, strict=True):
-        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
         one.sendall(f"{head}Content-Length: {len(payload)}\r\n\r\n".encode() + payload)
         ready.register(one, selectors.EVENT_READ)
     times: dict[socket.socket, list[float]] = {one: [] for one in sockets}
     pieces: dict[socket.socket, bytes] = dict.fromkeys(sockets, b"")
+    ends: dict[socket.socket, float] = {}
     while ready.get_map():
         for key, _ in ready.select():
             one = key.fileobj
             assert isinstance(one, socket.socket)
-            data = one.recv(1 << 18)
-            assert data, f"the server closed the stream: {tails.get(one)!r}"
+            data = one.recv(1 << 20)
             now = time.perf_counter()
-            *events, pieces[one] = (pieces[one] + data).split(b"\n\n")
-            times[one] += [now for event in events if any(delta in event for delta in DELTAS)]
-            tails[one] = (tails.get(one, b"") + data)[-20_000:]
-            if b"data: [DONE]" in tails[one][-40:]:
+            if not data:
+                assert b"data: [DONE]" in tails[one][-40:], f"the server closed the stream: {tails.get(one)!r}"
                 ready.unregister(one)
+                continue
+            *events, pieces[one] = (pieces[one] + data).split(b"\n\n")
+            begun = bool(times[one])
+            times[one] += [now for event in events if any(delta in event for delta in DELTAS)]
+            ends[one] = now
+            if times[one] and not begun and not reads:
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1 << 20)
+            tails[one] = (tails.get(one, b"") + data)[-20_000:]
     elapsed = time.perf_counter() - begin
     for one in sockets:
         one.close()
     used = [re.findall(rb'"(?:output|completion)_tokens":(\d+)', tail) for tail in tails.values()]
     whole = sum(int(found[-1]) for found in used) / elapsed
     return {
-        "tokens_per_s": rate([*times.values()]),
+        "tokens_per_s": rate([(len(times[one]), times[one][0], ends[one]) for one in sockets]),
         "whole": whole,
         "first_s": statistics.median(one[0] - begin for one in times.values()),
     }
@@ -250,7 +261,8 @@ def scripted(num_tokens: int, rounds: int) -> dict[str, Any]:
 class Compared:
     """One server with an engine, asked by HTTP and without."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, client_reads: bool) -> None:
+        self._client_reads = client_reads
         self._pipe, other = multiprocessing.get_context("spawn").Pipe()
         self._server, self._port = started(serve_engine, str(folder), other)
 
@@ -259,7 +271,8 @@ class Compared:
             self._pipe.send((texts, num_tokens))
             found: dict[str, float] = self._pipe.recv()
             return found
-        return streamed(self._port, [body(how, text, num_tokens) for text in texts])
+        requests = [body(how, text, num_tokens) for text in texts]
+        return streamed(self._port, requests, reads=self._client_reads)
 
     def pairs(
         self, texts: list[str], num_tokens: int, seconds: float
@@ -320,9 +333,10 @@ def main() -> None:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--shape", default="20b")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=80)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--client-reads", action="store_true")
     parser.add_argument("--keep", action="store_true")
     args = parser.parse_args()
     parts = [part for part in PARTS if part in args.only]
@@ -338,12 +352,13 @@ def main() -> None:
             folder = write_random_checkpoint(Path(temporary) / "model", args.shape, num_layers=args.layers)
         if parts:
             out["model"] = args.model.name if args.model else f"{args.shape}, {args.layers} layers, random weights"
-            compared = Compared(folder)
+            compared = Compared(folder, client_reads=args.client_reads)
         for part in parts:
             if part == "first":
                 out[part] = first(compared, args.seconds)
             else:
-                out[part] = streams(compared, int(part.split()[0]), args.tokens, args.seconds)
+                name = f"{part}, client reads" if args.client_reads else part
+                out[name] = streams(compared, int(part.split()[0]), args.tokens, args.seconds)
         if parts:
             compared.close()
     print(json.dumps(out, indent=1))
