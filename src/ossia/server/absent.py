@@ -58,7 +58,7 @@ def absent(method: str, path: str, routes: Iterable[BaseRoute]) -> Absent:
             ", ".join(allowed),
         )  # fmt: skip
     part = re.match(r"(?:/v1)?/([a-z_]+)", path)
-    if part is not None and part[1] in _ABSENT:
+    if part is not None and part[1] in _ABSENT and not _methods(f"/v1/{part[1]}", routes):
         what, instead = _ABSENT[part[1]]
         return Absent(404, f"{shown}: ossia has no {what}: {instead}; {_OFFERED}", "unsupported_endpoint")
     if not path.startswith("/v1/") and _methods(f"/v1{path}", routes):
