@@ -116,6 +116,8 @@ class Config:
     """Calls of tools that one response may make, 0 for no limit; a request may ask for fewer."""
     max_tool_seconds: int = 1800
     """Seconds from the beginning of a response after which no tool is run for it; 0 for no limit."""
+    max_tool_tokens: int = 0
+    """Tokens that tools may answer in one response before no more are run for it; 0 for no limit."""
     patch_folder: str = ""
     """Folder that the tool apply_patch works in; empty leaves the tool out."""
     audit_log: str = ""

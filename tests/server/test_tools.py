@@ -205,7 +205,16 @@ def test_an_uploaded_file_stays_in_its_folder(tooled, name):
     ("tool", "status", "said"),
     [
         ({"type": "code_interpreter", "container": "cntr_0"}, 404, "is not there"),
-        ({"type": "code_interpreter", "container": {"type": "auto", "file_ids": ["file-1"]}}, 400, "file_ids"),
+        (
+            {"type": "code_interpreter", "container": {"type": "auto", "file_ids": ["file-1"]}},
+            404,
+            "file 'file-1' not found",
+        ),
+        (
+            {"type": "code_interpreter", "container": {"type": "auto", "file_ids": 3}},
+            400,
+            "container.file_ids: expected",
+        ),
         ({"type": "code_interpreter", "container": 3}, 400, "expected an id"),
         ({"type": "web_search", "filters": {"allowed_domains": "x"}}, 400, "lists of names"),
         ({"type": "mcp", "server_label": "nobody"}, 404, "no server is named 'nobody' here"),
@@ -224,6 +233,114 @@ def test_tools_that_are_not_offered_are_passed_by_and_named(served):
     answer = served.http.post("/v1/responses", json={"input": "x", "tools": [SEARCH, INTERPRETER]})
     assert answer.headers["x-ossia-ignored-tools"] == "web_search, code_interpreter"
     assert served.http.get("/v1/containers").status_code == 404
+
+
+MAKES = "open('/mnt/data/täble 1.csv', 'w').write('a,b')"
+NAMES = "It is [here](sandbox:/mnt/data/t%C3%A4ble%201.csv), not in /mnt/data/other.csv."
+
+
+@pytest.mark.parametrize("form", ["whole", "stream", "background"])
+def test_a_file_that_the_answer_names_is_cited_and_can_be_fetched(tooled, form):
+    needs_python(tooled)
+    tooled.play(python(MAKES), final(NAMES))
+    got = ask(tooled, form, tools=[INTERPRETER])
+    (cited,) = got["cited"]
+    assert cited["type"] == "container_file_citation" and cited["filename"] == "täble 1.csv"
+    assert got["text"][cited["start_index"] : cited["end_index"]] == "sandbox:/mnt/data/t%C3%A4ble%201.csv"
+    content = tooled.openai.containers.files.content.retrieve(cited["file_id"], container_id=cited["container_id"])
+    assert content.read() == b"a,b"
+    # A later turn that runs no code names it too.
+    tooled.play(final(NAMES))
+    again = ask(tooled, form, tools=[INTERPRETER], previous_response_id=got["response"]["id"])
+    assert [one["file_id"] for one in again["cited"]] == [cited["file_id"]]
+
+
+def test_a_chat_completion_whose_files_are_gone_cites_none(tooled):
+    needs_python(tooled)
+    tooled.play(python(MAKES), final(NAMES))
+    assert ask(tooled, "chat", tools=[INTERPRETER])["cited"] == []
+
+
+def test_uploaded_files_are_put_into_containers_by_their_ids(tooled):
+    needs_python(tooled)
+    client = tooled.openai
+    kept = client.files.create(file=("table.csv", b"1,2"), purpose="user_data")
+    assert (kept.filename, kept.bytes, kept.object) == ("table.csv", 3, "file")
+    assert client.files.retrieve(kept.id) == kept and kept.id in [one.id for one in client.files.list()]
+    assert client.files.list(purpose="batch").data == [] and client.files.content(kept.id).read() == b"1,2"
+    # Into the container of a response, which needs it only when code runs.
+    given = {"type": "code_interpreter", "container": {"type": "auto", "file_ids": [kept.id]}}
+    reads = "open('/mnt/data/table.csv', 'a+').seek(0); print(open('/mnt/data/table.csv').read())"
+    tooled.play(python(reads), final("/mnt/data/table.csv"))
+    got = ask(tooled, "whole", tools=[given])
+    assert got["items"][0]["outputs"][0]["logs"] == "1,2\n"
+    container_id = got["items"][0]["container_id"]
+    (file,) = client.containers.files.list(container_id)
+    assert (file.path, file.source) == ("/mnt/data/table.csv", "user")
+    # The next turn keeps what the code has made of it.
+    tooled.play(python("open('/mnt/data/table.csv', 'w').write('mine')"), python(reads), FINAL)
+    again = ask(tooled, "whole", tools=[given], previous_response_id=got["response"]["id"])
+    assert again["items"][1]["outputs"][0]["logs"] == "mine\n" and again["items"][1]["container_id"] == container_id
+    # Into one that is made beforehand, and into one that is there.
+    made = client.containers.create(name="x", file_ids=[kept.id])
+    assert [one.path for one in client.containers.files.list(made.id)] == ["/mnt/data/table.csv"]
+    other = client.containers.create(name="y")
+    copied = client.containers.files.create(other.id, file_id=kept.id)
+    assert client.containers.files.content.retrieve(copied.id, container_id=other.id).read() == b"1,2"
+    assert client.files.delete(kept.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.files.retrieve(kept.id)
+    with pytest.raises(openai.NotFoundError, match="file"):
+        client.responses.create(model="gpt-oss-20b", input="x", tools=[given])
+    for one in (made, other):
+        client.containers.delete(one.id)
+
+
+def test_a_container_that_has_gone_gets_its_files_again(tooled):
+    needs_python(tooled)
+    kept = tooled.openai.files.create(file=("table.csv", b"1,2"), purpose="user_data")
+    given = {"type": "code_interpreter", "container": {"type": "auto", "file_ids": [kept.id]}}
+    reads = "print(open('/mnt/data/table.csv').read())"
+    tooled.play(python("open('/mnt/data/table.csv', 'w').write('mine')"), FINAL)
+    first = ask(tooled, "whole", tools=[given])
+    tooled.openai.containers.delete(first["items"][0]["container_id"])
+    tooled.play(python(reads), FINAL)
+    again = ask(tooled, "whole", tools=[given], previous_response_id=first["response"]["id"])
+    assert again["items"][0]["outputs"][0]["logs"].endswith("1,2\n")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"data": {"purpose": "user_data"}}, "no file"),
+        ({"files": {"file": ("a", b"x")}}, "purpose is 'None'"),
+        ({"files": {"file": ("a", b"x")}, "data": {"purpose": "fun"}}, "purpose is 'fun'"),
+        ({"files": {"file": ("..", b"x")}, "data": {"purpose": "user_data"}}, "no name of a file"),
+        (
+            {"files": {"file": ("a", b"x")}, "data": {"purpose": "user_data", "expires_after[seconds]": "1"}},
+            "expires_after.seconds is '1'; expected 3600 to 2592000",
+        ),
+    ],
+)
+def test_an_upload_that_cannot_be_is_refused(tooled, fields, said):
+    fields.setdefault("files", {"other": ("a", b"x")})
+    answer = tooled.http.post("/v1/files", **fields)
+    assert answer.status_code == 400 and said in answer.json()["error"]["message"]
+
+
+def test_results_of_a_search_are_told_if_they_are_asked_for(tooled):
+    tooled.play(browser("search", query="standing water"), browser("open", id=0), FINAL)
+    wanted = ["web_search_call.results", "web_search_call.action.sources"]
+    made = tooled.http.post("/v1/responses", json={"input": "?", "tools": [SEARCH], "include": wanted}).json()
+    search, opened, _ = made["output"]
+    assert search["results"][0]["title"] == "Lakes" and "standing water" in search["results"][0]["text"]
+    assert [one["url"] for one in search["results"]] == [one["url"] for one in search["action"]["sources"]]
+    assert opened["results"] == [] and opened["action"]["url"] == search["results"][0]["url"]
+    path = f"/v1/responses/{made['id']}"
+    assert tooled.http.get(f"{path}?include[]={wanted[0]}").json()["output"][0]["results"] == search["results"]
+    tooled.play(browser("search", query="standing water"), FINAL)
+    bare = tooled.http.post("/v1/responses", json={"input": "?", "tools": [SEARCH]}).json()["output"][0]
+    assert "results" not in bare and "sources" not in bare["action"]
 
 
 @pytest.mark.parametrize("form", ["stream", "whole", "background", "chat"])
