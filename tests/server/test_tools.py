@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import http.client
 import json
@@ -372,8 +373,8 @@ def _until(holds: Any) -> None:
     raise AssertionError("it did not come to that")
 
 
-def _soak(folder: Any, length_s: float, num_clients: int = 8) -> None:
-    """Loops at once, for a time; what is open and running afterwards is what was before."""
+def _soak(folder: Any, length_s: float, num_clients: int = 8) -> int:
+    """Loops at once, for a time; the number of responses."""
     boxes = make_boxes(folder)
     engine = _Looping()
     served = Served(model(engine=engine), Store(f"sqlite:///{folder / 'soak.db'}"), tools=boxes)
@@ -407,6 +408,7 @@ def _soak(folder: Any, length_s: float, num_clients: int = 8) -> None:
         served.stop()
     assert not faults
     assert num_done >= num_clients
+    return num_done
 
 
 class _Looping(Scripted):
@@ -426,10 +428,6 @@ class _Looping(Scripted):
             yield output
 
 
-def _open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
 def _children() -> set[int]:
     found = set()
     for path in glob.glob("/proc/self/task/*/children"):
@@ -438,18 +436,55 @@ def _children() -> set[int]:
     return found
 
 
+def _held() -> dict[str, Any]:
+    """What this process has open and running, and the memory that it takes."""
+    links = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            links.append(os.readlink(f"/proc/self/fd/{name}"))
+    with open("/proc/self/status") as file:
+        resident = next(int(line.split()[1]) >> 10 for line in file if line.startswith("VmRSS"))
+    return {
+        "processes": len(_children()),
+        "descriptors": len(links),
+        "ports": sum(link.startswith("socket:") for link in links),
+        "threads": threading.active_count(),
+        "resident MiB": resident,
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(0)
-def test_concurrent_loops_leak_no_process_file_or_port(tmp_path):
+def test_concurrent_loops_leak_no_process_file_or_port(tmp_path, capsys):
     _soak(tmp_path / "warm", 1.0)
-    files, children = _open_files(), _children()
-    _soak(tmp_path / "soak", float(os.environ.get("SOAK_SECONDS", "20")))
+    children, before = _children(), _held()
+    length_s = float(os.environ.get("SOAK_SECONDS", "20"))
+    resident: list[int] = []
+    is_over = threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(length_s / 40):
+            resident.append(_held()["resident MiB"])
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    num_done = _soak(tmp_path / "soak", length_s)
+    is_over.set()
+    watching.join()
+    counted = ("processes", "descriptors", "ports", "threads")
     for _ in range(200):
-        if _open_files() <= files and not _children() - children:
+        after = _held()
+        if all(after[name] <= before[name] for name in counted):
             break
         time.sleep(0.05)
+    with capsys.disabled():
+        print(json.dumps({"responses": num_done, "before": before, "after": after, "resident MiB": resident}))
     assert _children() - children == set()
-    assert _open_files() <= files
+    assert all(after[name] <= before[name] for name in counted), (before, after)
+    if length_s >= 60:
+        # Caches have filled by half time; what still grows would be a leak.
+        half, last = resident[len(resident) // 2 :][:5], resident[-5:]
+        assert sum(last) / 5 < sum(half) / 5 * 1.1 + 16, resident
 
 
 def test_pages_outlive_the_server_and_go_with_their_response(serve, tmp_path):
