@@ -206,6 +206,24 @@ def test_the_sandboxes_of_this_machine_are_attacked():
     assert "attacks failed" in told(found, state="ok") and "the tool runs in" in told(found, state="ok")
 
 
+def test_each_layer_of_the_sandbox_is_told(monkeypatch):
+    names = ["identity", "namespaces", "Landlock", "seccomp", "control group"]
+    found = list(findings.look_at_layers(sandboxed="bubblewrap"))
+    assert [one.words.removeprefix("layer ").partition(":")[0] for one in found] == names
+    assert ("root" in found[0].words) == (os.geteuid() == 0) and "proven" in found[1].words
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    monkeypatch.setattr("ossia.tools.sandbox.inside.landlock.abi", lambda: 0)
+    monkeypatch.setattr("ossia.tools.sandbox.inside.seccomp.is_supported", lambda: False)
+    monkeypatch.setattr("ossia.tools.sandbox.cgroup.Cgroup.make", lambda limits: None)
+    monkeypatch.setattr(findings, "_sysctl", lambda name: "0")
+    found = list(findings.look_at_layers())
+    assert [one.state for one in found] == ["ok", "info", "info", "info", "info"]
+    assert all(one.advice for one in found[1:]) and "an ordinary user" in found[0].words
+    assert "user.max_user_namespaces = 0" in found[1].words and "the kernel has none" in found[2].words
+    monkeypatch.setattr("ossia.tools.sandbox.inside.landlock.abi", lambda: 3)
+    assert "ABI 3; signals to other processes are not scoped" in told(findings.look_at_layers())
+
+
 @pytest.mark.parametrize(
     ("program", "step"),
     [

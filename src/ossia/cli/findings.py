@@ -48,6 +48,14 @@ _INSTALLERS = {
     "xbps-install": "xbps-install",
     "nix-env": "nix-env -iA nixpkgs.",
 }
+# What may keep a user from namespaces.
+_NAMESPACE_SWITCHES = (
+    "user.max_user_namespaces",
+    "kernel.unprivileged_userns_clone",
+    "kernel.apparmor_restrict_unprivileged_userns",
+)
+# From this ABI on Landlock keeps signals and abstract sockets inside, too.
+_FULL_LANDLOCK = 6
 _DATA_PACKAGES = ("numpy", "pandas", "scipy", "sympy", "matplotlib")
 
 
@@ -337,7 +345,49 @@ def look_at_python(settings: Config) -> list[Finding]:
             words = f"the tool is off, since python_sandbox is {settings.python_sandbox!r} and that does not work here"
             advice = "Set python_sandbox to auto, or make it work."
         findings.append(Finding("python", "bad" if is_asked else "warn", words, advice))
-    return [*findings, *_look_at_data_packages()]
+    return [*findings, *look_at_layers(sandboxed=chosen), *_look_at_data_packages()]
+
+
+def look_at_layers(*, sandboxed: str = "") -> Iterator[Finding]:
+    """What a sandbox is made of, layer by layer, as this kernel has it; ``sandboxed`` is the kind that works."""
+    from ossia.tools.sandbox.cgroup import Cgroup
+    from ossia.tools.sandbox.inside import landlock, seccomp
+    from ossia.tools.sandbox.limits import Limits
+
+    if not sys.platform.startswith("linux"):
+        return
+    root = hasattr(os, "geteuid") and os.geteuid() == 0
+    who = "root, whose identity each sandbox gives up first" if root else "an ordinary user, whose identity it keeps"
+    yield Finding("python", "ok", f"layer identity: ossia runs as {who}", details={"root": root})
+    if sandboxed == "bubblewrap":
+        yield Finding("python", "ok", "layer namespaces: by bubblewrap, proven")
+    else:
+        limits = {name: value for name in _NAMESPACE_SWITCHES if (value := _sysctl(name)) is not None}
+        shown = ", ".join(f"{name} = {value}" for name, value in limits.items())
+        words = f"layer namespaces: not proven ({shown or 'the kernel has no switch for them'})"
+        yield Finding("python", "info", words, _sandbox_advice("bubblewrap", ""), limits)
+    abi = landlock.abi()
+    words = f"layer Landlock: ABI {abi}" if abi else "layer Landlock: the kernel has none, or it is switched off"
+    if abi >= _FULL_LANDLOCK:
+        yield Finding("python", "ok", words, details={"abi": abi})
+    else:
+        lacking = "; signals to other processes are not scoped" if abi else ""
+        yield Finding("python", "info", words + lacking, _sandbox_advice("landlock", ""), {"abi": abi})
+    if seccomp.is_supported() and "Seccomp:" in _read("/proc/self/status"):
+        yield Finding(
+            "python", "ok", "layer seccomp: the filter is written for this processor, and the kernel takes it"
+        )
+    else:
+        words = f"layer seccomp: no filter for {platform.machine()}, or a kernel without it"
+        yield Finding("python", "info", words, "Use x86_64 or aarch64, and a kernel with CONFIG_SECCOMP_FILTER.")
+    group = Cgroup.make(Limits())
+    if group is not None:
+        group.remove()
+        yield Finding("python", "ok", "layer control group: memory and processes are bounded by one of version 2")
+    else:
+        words = "layer control group: none of version 2 can be made here; the sandbox's own watch stands in for it"
+        advice = "Start it where systemd gives it a group, such as `systemd-run --user --scope ossia serve ...`."
+        yield Finding("python", "info", words, advice)
 
 
 def install_step(package: str, search_path: str | None = None) -> str:
@@ -459,11 +509,20 @@ def look_at_gpu() -> Iterator[Finding]:
 # Parts of these ------------------------------------------------------------------------------------------------------
 
 
-def _processor_name() -> str:
+def _read(path: str) -> str:
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("model name", "Model")):
-                return line.partition(":")[2].strip()
+        return Path(path).read_text()
+    return ""
+
+
+def _sysctl(name: str) -> str | None:
+    return _read(f"/proc/sys/{name.replace('.', '/')}").strip() or None
+
+
+def _processor_name() -> str:
+    for line in _read("/proc/cpuinfo").splitlines():
+        if line.startswith(("model name", "Model")):
+            return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
 
 
