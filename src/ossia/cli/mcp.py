@@ -84,13 +84,13 @@ async def _offer(names: list[str], settings: Config, *, unsafe_python: bool, is_
     from ossia.tools.registry import Workshop
 
     workshop = Workshop(settings, unsafe_python=unsafe_python)
+    audit: AuditLog | None = None
     try:
         tools = [workshop.make(name) for name in names]
         offers(tools)
         described = [tool.namespace.description for tool in tools if tool.namespace.tools]
         for tool in tools:
             await tool.close()
-        audit = None
         if settings.audit_log:
             path = Path(settings.audit_log).expanduser()
             audit = AuditLog(path, with_contents=settings.audit_contents == "yes")
@@ -109,6 +109,8 @@ async def _offer(names: list[str], settings: Config, *, unsafe_python: bool, is_
             await server.run_stdio()
     finally:
         await workshop.close()
+        if audit is not None:
+            audit.close()
 
 
 async def _serve(server: ToolServer, settings: Config) -> None:

@@ -383,19 +383,20 @@ class ChainToolbox(Toolbox):
         param = f"{where}.container.file_ids"
         if not isinstance(ids, list) or not all(isinstance(one, str) for one in ids) or len(ids) > _MAX_FILES:
             raise InputError(f"{param}: expected a list of at most {_MAX_FILES} ids of files", param=param)
-        if ids and self._boxes.files is None:
+        files, containers = self._boxes.files, self._boxes.containers
+        if ids and files is None:
             raise UnsupportedError(f"{param}: no files are kept here", param=param)
         for one in ids:
-            assert self._boxes.files is not None
-            await self._boxes.files(one)
+            if files is not None and containers is not None and not containers.has_copy(self._container_id, one):
+                await files(one)
         return list(dict.fromkeys(ids))
 
     async def _put_files(self, containers: Containers) -> None:
         """Copy what was uploaded into the container, once for as long as it lives."""
-        assert self._boxes.files is not None or not self._file_ids
+        files = self._boxes.files
         for one in self._file_ids:
-            if not containers.has_copy(self._container_id, one) and self._boxes.files is not None:
-                name, data = await self._boxes.files(one)
+            if files is not None and not containers.has_copy(self._container_id, one):
+                name, data = await files(one)
                 containers.use(self._container_id)
                 await containers.copy(self._container_id, one, name, data)
 
