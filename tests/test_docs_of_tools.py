@@ -1,4 +1,4 @@
-"""What README.md and docs/ say can be done is done here: their blocks run, their commands and options are there."""
+"""What README.md and the pages on tools say can be done is done here: blocks run, commands and options are there."""
 
 from __future__ import annotations
 
