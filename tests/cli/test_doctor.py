@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from tests.cli.test_chat import Terminal
 
 from ossia import _kernels
 from ossia.cli import findings
@@ -80,6 +82,16 @@ def test_only_what_is_needed_and_broken_ends_with_1(environ, tmp_path):
     assert done.returncode == 1 and "BAD" in done.stdout and "threads is 'many'; expected a whole number" in done.stdout
     # The rest is told all the same.
     assert "kernels: " in done.stdout
+
+
+def test_on_a_terminal_nothing_is_cut_and_words_stay_in_their_column(environ, tmp_path):
+    command = [sys.executable, "-m", "ossia", "doctor"]
+    terminal = Terminal(command, environ | {"TERM": "xterm-256color"})
+    shown = terminal.until("(All is well|less than it could be)")
+    assert terminal.leave() == 0
+    plain = re.sub("\x1b\\[[0-9;]*m", "", shown).replace("\r", "")
+    assert "kernels: " in plain and max(map(len, plain.split("\n"))) <= 100
+    assert all(line.startswith((*AREAS, " " * 11)) for line in plain.strip("\n").split("\n")[:-2]), plain
 
 
 # Area by area -----------------------------------------------------------------------------------------------------

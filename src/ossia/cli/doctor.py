@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -42,27 +41,32 @@ def doctor(
 
 def _show(findings: list[Finding]) -> None:
     from rich.console import Console
+    from rich.table import Table
     from rich.text import Text
 
     from ossia.cli.chat_text import harmless
 
-    # Lines are for reading and for searching: none is broken where nobody sees them on a terminal.
-    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    console = Console(highlight=False)
+    table = Table.grid(padding=(0, 2, 0, 0))
     area = ""
     for one in findings:
-        name = one.area if one.area != area else ""
-        area = one.area
-        line = Text(f"{name:<11}", style="bold")
-        line.append(f"{_MARKS[one.state]:<4}", style=_COLOURS[one.state])
-        line.append(harmless(one.words), style="dim" if one.state == "info" else "default")
-        console.print(line)
+        name, area = one.area if one.area != area else "", one.area
+        style = "dim" if one.state == "info" else ""
+        words = Text(harmless(one.words), style=style)
         if one.advice:
-            console.print(Text(f"{'':<15}-> {harmless(one.advice)}"))
+            words.append(f"\n-> {harmless(one.advice)}", style="default")
+        if not console.is_terminal:
+            # Lines are for searching: none is broken where no terminal shows them.
+            plain = words.plain.replace("\n", f"\n{'':<15}")
+            print(f"{name:<11}{_MARKS[one.state]:<4}{plain}")
+            continue
+        table.add_row(Text(name, style="bold"), Text(_MARKS[one.state], style=_COLOURS[one.state]), words)
+    if console.is_terminal:
+        console.print(table)
     counts = {state: sum(one.state == state for one in findings) for state in _MARKS}
-    console.print()
     if counts["bad"]:
-        console.print(f"{counts['bad']} broken, {counts['warn']} less than it could be.")
+        console.print(f"\n{counts['bad']} broken, {counts['warn']} less than it could be.")
     elif counts["warn"]:
-        console.print(f"Nothing is broken; {counts['warn']} less than it could be.")
+        console.print(f"\nNothing is broken; {counts['warn']} less than it could be.")
     else:
-        console.print("All is well.")
+        console.print("\nAll is well.")

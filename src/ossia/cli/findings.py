@@ -473,7 +473,7 @@ def look_at_mcp(settings: Config) -> Iterator[Finding]:
 
 def look_at_port(settings: Config) -> Iterator[Finding]:
     """Whether `ossia serve` could listen."""
-    where = f"{settings.host}:{settings.port}"
+    where = f"{settings.host}:{settings.port}" if settings.port else f"a port of {settings.host}"
     try:
         family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         with socket.create_server((settings.host, settings.port), family=family):
