@@ -218,7 +218,7 @@ def _open(settings: Config, keys: object, name: str, tools: Toolboxes) -> tuple[
     called = name or Path(settings.model).name.removesuffix(".gguf")
     engine = AsyncEngine(local.engine)
     constrain = Grammars(GrammarCompiler(local.tokenizer))
-    budget = Budget(settings.max_tool_calls, settings.max_tool_seconds)
+    budget = Budget(settings.max_tool_calls, settings.max_tool_seconds, settings.max_tool_tokens)
     seal = Seal.at(folder / "seal.key")
     model = Model(called, engine, local.tokenizer, seal, constrain=constrain, budget=budget)
     service = Service(

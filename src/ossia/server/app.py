@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ossia.errors import LimitError, OssiaError, TooLargeError
 from ossia.responses.schema import Json
-from ossia.server import chat, completions, containers, messages, ollama, responses
+from ossia.server import chat, completions, containers, files, messages, ollama, responses
 from ossia.server.absent import absent
 from ossia.server.document import openapi, page
 from ossia.server.limits import check_page
@@ -66,7 +66,7 @@ def create_app(service: Service) -> FastAPI:
         redirect_slashes=False,
     )
     document: Json | None = None
-    for part in (responses, chat, completions, containers, messages, ollama):
+    for part in (responses, chat, completions, containers, files, messages, ollama):
         app.include_router(part.router(service))
 
     @app.get("/health", tags=["Server"], summary="Whether the server runs")

@@ -100,6 +100,7 @@ class Service:
         self.max_request_bytes = max_request_bytes
         self.tracing = tracing
         self.tools = tools or Toolboxes()
+        self.tools.files = self._file
         self.created_at = created_at
         self.refuses_pages = refuses_pages
         self.metrics = Metrics()
@@ -171,6 +172,9 @@ class Service:
         toolbox = await self.toolbox(request, history) or self.model.toolbox()
         read = lambda: prepare(request, self.model, history, references, toolbox)  # noqa: E731
         return history, await self.beside_if_long(request, read)
+
+    async def _file(self, file_id: str) -> tuple[str, bytes]:
+        return await self.store.run(self.store.file_content, file_id)
 
     async def references(self, request: PromptRequest) -> Mapping[str, Entry]:
         """The stored items that a request refers to."""

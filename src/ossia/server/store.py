@@ -5,7 +5,7 @@ ahead log, synchronous FULL). JSON and events are kept as bytes, so that what go
 and NULs included. Everything expires: a response after the time to live, counted from the last response that continues
 it, and the oldest first when all together are larger than the bound.
 
-Schema   responses 1-n items (kind input, output), conversations 1-n items (kind conversation), chat_completions
+Schema   responses 1-n items (kind input, output), conversations 1-n items (kind conversation), chat_completions, files
 """
 
 from __future__ import annotations
@@ -84,8 +84,22 @@ _CHATS = sa.Table(
     sa.Column("messages", sa.LargeBinary, nullable=False),
     sa.Column("size_bytes", sa.BigInteger, nullable=False),
 )
+# What clients have uploaded.
+_FILES = sa.Table(
+    "files",
+    _META,
+    sa.Column("id", sa.String(128), primary_key=True),
+    sa.Column("created_at", sa.Float, nullable=False, index=True),
+    sa.Column("expires_at", sa.Float, nullable=False, index=True),
+    sa.Column("filename", sa.String(1024), nullable=False),
+    sa.Column("purpose", sa.String(64), nullable=False),
+    sa.Column("body", sa.LargeBinary, nullable=False),
+    sa.Column("size_bytes", sa.BigInteger, nullable=False),
+)
 
 _MAX_CHAIN = 10_000
+# An expiry of what does not expire.
+_NEVER = 1e12
 T = TypeVar("T")
 
 
@@ -372,6 +386,48 @@ class Store:
                         break
         return found
 
+    # Files -----------------------------------------------------------------------------------------------------------
+
+    def save_file(self, filename: str, purpose: str, data: bytes, lifetime_s: float | None = None) -> Json:
+        """Keep a file, no longer than anything else; durable on return."""
+        now = time.time()
+        expires_at = self._expiry(now) if lifetime_s is None else min(self._expiry(now), now + lifetime_s)
+        file_id = new_id("file")
+        row = {"id": file_id, "created_at": now, "expires_at": expires_at, "filename": filename,
+               "purpose": purpose, "body": data, "size_bytes": len(data)}  # fmt: skip
+        with self._db.begin() as db:
+            db.execute(sa.insert(_FILES).values(**row))
+        self._count_saved()
+        return self.file(file_id)
+
+    def file(self, file_id: str) -> Json:
+        """Raises NotFoundError."""
+        row = self._one(sa.select(*_OF_FILE).where(_FILES.c.id == _known(file_id, "file")))
+        if row is None:
+            raise _not_found("file", file_id)
+        return _file(row)
+
+    def file_content(self, file_id: str) -> tuple[str, bytes]:
+        """The name and the bytes of a file. Raises NotFoundError."""
+        query = sa.select(_FILES.c.filename, _FILES.c.body).where(_FILES.c.id == _known(file_id, "file"))
+        row = self._one(query)
+        if row is None:
+            raise _not_found("file", file_id)
+        return row.filename, row.body
+
+    def files(self, purpose: str | None = None) -> list[Json]:
+        """All files without their bytes, oldest first."""
+        query = sa.select(*_OF_FILE).order_by(_FILES.c.created_at, _FILES.c.id)
+        if purpose is not None:
+            query = query.where(_FILES.c.purpose == (purpose if _is_plain(purpose) else ""))
+        with self._db.connect() as db:
+            return [_file(row) for row in db.execute(query)]
+
+    def delete_file(self, file_id: str) -> None:
+        with self._db.begin() as db:
+            if not db.execute(sa.delete(_FILES).where(_FILES.c.id == _known(file_id, "file"))).rowcount:
+                raise _not_found("file", file_id)
+
     # Bounds ----------------------------------------------------------------------------------------------------------
 
     def sweep(self) -> None:
@@ -380,16 +436,19 @@ class Store:
         with self._db.begin() as db:
             gone = _RESPONSES.c.expires_at < now
             ids = list(db.execute(sa.select(_RESPONSES.c.id).where(gone, ~_RESPONSES.c.is_running)).scalars())
-            for table in (_CONVERSATIONS, _CHATS):
+            for table in (_CONVERSATIONS, _CHATS, _FILES):
                 ids += db.execute(sa.select(table.c.id).where(table.c.expires_at < now)).scalars()
             if self._max_bytes:
-                sizes = [sa.select(sa.func.coalesce(sa.func.sum(t.c.size_bytes), 0)) for t in (_RESPONSES, _CHATS)]
+                sizes = [
+                    sa.select(sa.func.coalesce(sa.func.sum(t.c.size_bytes), 0)) for t in (_RESPONSES, _CHATS, _FILES)
+                ]
                 total = sum(int(db.execute(size).scalar_one()) for size in sizes)
                 kept = sa.union_all(
                     sa.select(_RESPONSES.c.id, _RESPONSES.c.size_bytes, _RESPONSES.c.expires_at).where(
                         ~_RESPONSES.c.is_running
                     ),
                     sa.select(_CHATS.c.id, _CHATS.c.size_bytes, _CHATS.c.expires_at),
+                    sa.select(_FILES.c.id, _FILES.c.size_bytes, _FILES.c.expires_at),
                 )
                 oldest = kept.order_by("expires_at")
                 for row in db.execute(oldest) if total > self._max_bytes else ():
@@ -404,11 +463,12 @@ class Store:
                 db.execute(sa.delete(_RESPONSES).where(_RESPONSES.c.id.in_(some)))
                 db.execute(sa.delete(_CONVERSATIONS).where(_CONVERSATIONS.c.id.in_(some)))
                 db.execute(sa.delete(_CHATS).where(_CHATS.c.id.in_(some)))
+                db.execute(sa.delete(_FILES).where(_FILES.c.id.in_(some)))
 
     # Parts of these --------------------------------------------------------------------------------------------------
 
     def _expiry(self, now: float) -> float:
-        return now + self._ttl_s if self._ttl_s else 1e12
+        return now + self._ttl_s if self._ttl_s else _NEVER
 
     def _count_saved(self) -> None:
         self._num_saved += 1
@@ -515,6 +575,22 @@ def _conversation(conversation_id: str, created_at: float, metadata: Json) -> Js
         "object": "conversation",
         "created_at": int(created_at),
         "metadata": metadata,
+    }
+
+
+_OF_FILE = [column for column in _FILES.c if column.name != "body"]
+
+
+def _file(row: Any) -> Json:
+    return {
+        "id": row.id,
+        "object": "file",
+        "bytes": row.size_bytes,
+        "created_at": int(row.created_at),
+        "expires_at": int(row.expires_at) if row.expires_at < _NEVER else None,
+        "filename": row.filename,
+        "purpose": row.purpose,
+        "status": "processed",
     }
 
 
