@@ -227,6 +227,7 @@ def _open(settings: Config, keys: object, name: str, tools: Toolboxes) -> Servic
         tools=tools,
         tracing=Tracing.to_collector(settings.traces) if settings.traces else None,
         created_at=int(datetime.datetime.now(datetime.UTC).timestamp()),
+        context=local.engine.max_context,
     )
     service.watch(engine.stats)
     return service

@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ossia.errors import LimitError, OssiaError, TooLargeError
 from ossia.responses.schema import Json
-from ossia.server import chat, completions, containers, messages, ollama, responses
+from ossia.server import chat, completions, containers, messages, ollama, responses, webpage
 from ossia.server.document import openapi, page
 from ossia.server.metrics import log_fields, log_request
 from ossia.server.service import Service
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # What may be asked without a key.
-_OPEN_PATHS = frozenset({"/health", "/ready"})
+_OPEN_PATHS = frozenset({"/", "/health", "/ready"})
 # Responses that are still under way when the server is told to stop get this long.
 _PATIENCE_S = 20.0
 
@@ -61,7 +61,7 @@ def create_app(service: Service) -> FastAPI:
         openapi_url=None,
     )
     document: Json | None = None
-    for part in (responses, chat, completions, containers, messages, ollama):
+    for part in (webpage, responses, chat, completions, containers, messages, ollama):
         app.include_router(part.router(service))
 
     @app.get("/health", tags=["Server"], summary="Whether the server runs")
@@ -176,7 +176,7 @@ class Gate:
         current_trace.set(trace)
         try:
             try:
-                caller = self._admit(request)
+                caller = scope["ossia.caller"] = self._admit(request)
                 await self._app(scope, _bounded(receive, self._service.max_request_bytes), answer)
             except OssiaError as error:
                 await _on_error(request, error)(scope, receive, answer)
@@ -206,7 +206,7 @@ class Gate:
 
     def _admit(self, request: Request) -> str | None:
         """The caller's name. Raises what stands against the request."""
-        if request.url.path in _OPEN_PATHS:
+        if request.url.path in _OPEN_PATHS or request.url.path.startswith(webpage.ASSETS_PATH):
             return None
         caller = self._service.keys.check(request.headers.get("authorization"), request.headers.get("x-api-key"))
         if request.method == "POST":

@@ -89,6 +89,7 @@ class Service:
         tracing: Tracing | None = None,
         tools: Toolboxes | None = None,
         created_at: int = 0,
+        context: int = 0,
     ) -> None:
         self.model, self.store = model, store
         self.names = {model.name, *aliases}
@@ -99,6 +100,8 @@ class Service:
         self.tracing = tracing
         self.tools = tools or Toolboxes()
         self.created_at = created_at
+        # Tokens that prompt and answer may have together; 0 where that is not known.
+        self.context = context
         self.metrics = Metrics()
         self.live: dict[str, Live] = {}
         self.is_stopping = False
