@@ -233,6 +233,7 @@ def _open(settings: Config, keys: object, name: str, tools: Toolboxes) -> tuple[
         tracing=Tracing.to_collector(settings.traces) if settings.traces else None,
         refuses_pages=not keys and settings.open_to_all != "yes",
         created_at=int(datetime.datetime.now(datetime.UTC).timestamp()),
+        context=local.engine.max_context,
     )
     service.watch(engine.stats)
     return service, engine
