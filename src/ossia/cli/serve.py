@@ -218,7 +218,7 @@ def _open(settings: Config, keys: object, name: str, tools: Toolboxes) -> tuple[
     called = name or Path(settings.model).name.removesuffix(".gguf")
     engine = AsyncEngine(local.engine)
     constrain = Grammars(GrammarCompiler(local.tokenizer))
-    budget = Budget(settings.max_tool_calls, settings.max_tool_seconds)
+    budget = Budget(settings.max_tool_calls, settings.max_tool_seconds, settings.max_tool_tokens)
     seal = Seal.at(folder / "seal.key")
     model = Model(called, engine, local.tokenizer, seal, constrain=constrain, budget=budget)
     service = Service(
@@ -233,6 +233,7 @@ def _open(settings: Config, keys: object, name: str, tools: Toolboxes) -> tuple[
         tracing=Tracing.to_collector(settings.traces) if settings.traces else None,
         refuses_pages=not keys and settings.open_to_all != "yes",
         created_at=int(datetime.datetime.now(datetime.UTC).timestamp()),
+        context=local.engine.max_context,
     )
     service.watch(engine.stats)
     return service, engine

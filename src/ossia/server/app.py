@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ossia.errors import LimitError, OssiaError, TooLargeError
 from ossia.responses.schema import Json
-from ossia.server import chat, completions, containers, messages, ollama, responses
+from ossia.server import chat, completions, containers, files, messages, ollama, responses, webpage
 from ossia.server.absent import absent
 from ossia.server.document import openapi, page
 from ossia.server.limits import check_page
@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # What may be asked without a key.
-_OPEN_PATHS = frozenset({"/health", "/ready"})
+_OPEN_PATHS = frozenset({"/", "/health", "/ready"})
 # How the validator names the options of a field that may be of several types.
 _TYPES = frozenset({"str", "int", "bool", "float", "list", "dict"})
 # Responses that are still under way when the server is told to stop get this long.
@@ -66,7 +66,7 @@ def create_app(service: Service) -> FastAPI:
         redirect_slashes=False,
     )
     document: Json | None = None
-    for part in (responses, chat, completions, containers, messages, ollama):
+    for part in (webpage, responses, chat, completions, containers, files, messages, ollama):
         app.include_router(part.router(service))
 
     @app.get("/health", tags=["Server"], summary="Whether the server runs")
@@ -217,7 +217,7 @@ class Gate:
         current_trace.set(trace)
         try:
             try:
-                caller = self._admit(request, path)
+                caller = scope["ossia.caller"] = self._admit(request, path)
                 await self._app(scope, _bounded(receive, self._service.max_request_bytes), answer)
             except OssiaError as error:
                 await _on_error(request, error)(scope, receive, answer)
@@ -247,7 +247,7 @@ class Gate:
 
     def _admit(self, request: Request, path: str) -> str | None:
         """The caller's name. Raises what stands against the request."""
-        if path in _OPEN_PATHS:
+        if path in _OPEN_PATHS or path.startswith(webpage.ASSETS_PATH):
             return None
         if self._service.refuses_pages:
             check_page(request.headers.get("host"), request.headers.get("origin"))

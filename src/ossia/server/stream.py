@@ -26,6 +26,11 @@ _KEEPALIVE = b": keepalive\n\n"
 _MAX_BUFFERED = 1 << 20
 
 
+def caller_of(request: Request) -> str:
+    """The name of the key that the request was made with; "" without keys."""
+    return request.scope.get("ossia.caller") or ""
+
+
 class JSONResponse(Response):
     """Our own encoder: half characters in it must not become an error of the server's."""
 
