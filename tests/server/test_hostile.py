@@ -112,7 +112,7 @@ def test_what_is_wrong_with_a_body_is_told(served, body, kind, says):
 
 
 @pytest.mark.parametrize(
-    "identity", ["x", "%00", "%ff", "..", "../../etc/passwd", "%2e%2e%2f", "é", "%ED%A0%80", "x" * 5_000, "'--", "a b"]
+    "identity", ["x", "%00", "%ff", "%2e%2e", "..%2f..%2fetc%2fpasswd", "é", "%ED%A0%80", "x" * 5_000, "'--", "a b"]
 )
 def test_no_id_makes_a_fault_of_the_server(served, identity):
     for method, path in operations(served):
