@@ -19,7 +19,7 @@ from ossia.harmony import DropAnalysis, Effort, TokenSpan
 from ossia.ops import Batch
 
 KINDS = ("other", "analysis", "commentary", "final", "call")
-"""What a trained token belongs to: thoughts, words on the way, the answer, a call of a tool; by `TrainBatch.kinds_R`."""
+"""What a trained token belongs to, as `TrainBatch.kinds_R` counts: thoughts, words on the way, the answer, a call."""
 
 
 @dataclass(frozen=True)
