@@ -305,8 +305,8 @@ class SampleReader:
         # A row without an answer has no channel that would tell.
         if found != form and (found, form) != ("openai", "harmony"):
             raise InputError(
-                f"a row of the format {found} in a file whose first row is of the format {form}; name the format of the "
-                "file, or part it"
+                f"a row of the format {found} in a file whose first row is of the format {form}; name the file's "
+                "format, or part it"
             )
         return row, form
 

@@ -187,8 +187,9 @@ def _harmony(raw: list[Any], key: str, effort: Effort | None, told: Defaults) ->
         if not isinstance(one, dict):
             raise InputError(f"{where} is {_shown(one)}; expected an object")
         plain = {k: v for k, v in one.items() if k not in ("weight", "train") and v is not None}
-        weights.append(_weight(one, where))
         message = Message.from_dict(plain, where)
+        weight = _weight(one, where)
+        weights.append(weight if message.role is Role.ASSISTANT else 0.0)
         if message.role is Role.SYSTEM:
             message = _with_effort(message, one.get("content"), effort, where)
         if message.role is Role.ASSISTANT:
