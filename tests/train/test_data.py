@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -594,6 +595,34 @@ def test_columns_that_are_null_say_nothing(read):
     row = json.loads(json.dumps(TALK))
     row["messages"] = [{**nulls, **message} for message in row["messages"]]
     assert_equal(read([{**row, "tools": None, "effort": None, "weight": None}]), read([TALK]))
+
+
+def test_thoughts_between_tags_of_other_models_are_thoughts(read):
+    tagged = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nYes. <think>"}
+    plain = {"role": "assistant", "reasoning": "Hm.", "content": "Yes. <think>"}
+    ask = {"role": "user", "content": "a"}
+    assert_equal(read([{"messages": [ask, tagged]}]), read([{"messages": [ask, plain]}]))
+    shares = [{"from": "human", "value": "a"}, {"from": "gpt", "value": tagged["content"]}]
+    assert_equal(read([{"conversations": shares}]), read([{"messages": [ask, plain]}]))
+
+
+def test_the_examples_of_the_documentation_are_rows(tmp_path, tokenizer):
+    page = (Path(__file__).parents[2] / "docs" / "training-data.md").read_text(encoding="utf-8")
+    rows = [json.loads(block.split("```")[0]) for block in page.split("```json")[1:]]
+    assert len(rows) == 2
+    for row in rows:
+        path = write_rows(tmp_path / "rows.jsonl", [row])
+        assert list(read_samples(path, DataConfig(), tokenizer))
+
+
+def test_a_schema_that_is_nested_too_deeply_is_a_bad_row(tmp_path, tokenizer):
+    deep = '{"properties":{"a":' * 400 + "{}" + "}}" * 400
+    row = {"messages": [{"role": "assistant", "content": "x"}], "tools": [{"name": "f", "parameters": "DEEP"}]}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row).replace('"DEEP"', deep))
+    report = ReadReport()
+    samples = list(read_samples(path, DataConfig(skip_bad_rows=True, max_tokens=0), tokenizer, report=report))
+    assert report.bad_rows + len(samples) == 1
 
 
 def test_a_response_format_is_told_as_the_server_tells_it(read, tokenizer):

@@ -86,7 +86,7 @@ def test_what_deserves_a_look_is_said(tmp_path, tokenizer):
         {"role": "user", "content": "a", "mood": "good"},
         {"role": "assistant", "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "a", "content": "b"},
-        {"role": "assistant", "content": "<think>hm</think>b"},
+        {"role": "assistant", "content": "hm</think>b"},
         {"role": "user", "content": "c"},
     ]
     found = inspect_data(write_rows(tmp_path / "a.jsonl", [{"messages": messages}]), CONFIG, tokenizer)
@@ -94,7 +94,7 @@ def test_what_deserves_a_look_is_said(tmp_path, tokenizer):
     for part in (
         "do not declare: functions.f",
         "no JSON object",
-        "<think>",
+        "</think>",
         "no answer follows",
         "mood (1)",
         "no thoughts",

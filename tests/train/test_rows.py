@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -77,12 +78,15 @@ def test_what_is_compressed_is_known_by_its_content(tmp_path):
 
 
 def test_a_folder_stands_for_all_its_files(tmp_path):
-    for name in ("b.jsonl", "a.jsonl.gz", "deep/er/c.ndjson", ".hidden.jsonl", "notes.txt"):
+    for name in ("b.jsonl", "a.jsonl.gz", "deep/er/c.ndjson", ".hidden.jsonl", ".cache/d.jsonl", "notes.txt"):
         numbered(tmp_path / name, 2)
     assert [path.name for path in find_files(tmp_path)] == ["a.jsonl.gz", "b.jsonl", "c.ndjson"]
     assert len(find_files([tmp_path, tmp_path / "notes.txt"])) == 4
     with pytest.raises(NotFoundError, match="no such file"):
         find_files(tmp_path / "other")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="no regular file"):
+        find_files(tmp_path / "pipe")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"no file in this folder ends in .*\.jsonl"):
         find_files(tmp_path / "empty")

@@ -248,17 +248,18 @@ class SampleReader:
                 raise InputError("a row with nothing of the assistant's to train on")
             if self._watch is not None:
                 self._watch(dialogue)
+            expanded = list(self._expand(dialogue))
         except InputError as error:
             return self._bad(line, error)
+        except RecursionError:
+            return self._bad(line, InputError("a row whose tools are nested too deeply"))
+        self.report.untrained_rows += not expanded
         made = []
-        is_untrained = True
-        for one in self._expand(dialogue):
-            is_untrained = False
-            if not one.num_too_many:
-                made.append(self._sample(one, dialogue, line))
-            else:
+        for one in expanded:
+            if one.num_too_many:
                 self._too_long(line, one.num_too_many)
-        self.report.untrained_rows += is_untrained
+            else:
+                made.append(self._sample(one, dialogue, line))
         return made
 
     def pairs(self, line: Line) -> list[PairSample]:
@@ -279,6 +280,8 @@ class SampleReader:
                 sides.append((expanded[0], dialogue))
         except InputError as error:
             return self._bad(line, error)
+        except RecursionError:
+            return self._bad(line, InputError("a row whose tools are nested too deeply"))
         if longest := max(one.num_too_many for one, _ in sides):
             self._too_long(line, longest)
             return []

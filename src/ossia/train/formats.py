@@ -9,7 +9,8 @@ developer message behind our own system message; an assistant's thoughts, words 
 Of several calls in one message each is followed by its own result, for the model makes one call at a time. Arguments
 that are a text are kept to the letter.
 
-A message may carry ``weight`` (a number, 0 for not trained) or ``train`` (false for not trained).
+A text of the assistant's that begins with ``<think>...</think>`` is read as thoughts and an answer. A message may carry
+``weight`` (a number, 0 for not trained) or ``train`` (false for not trained).
 
 Sources  OpenAI's chat and preference fine-tuning formats; TRL's dataset formats; LLaMA-Factory's ShareGPT.
 """
@@ -307,12 +308,15 @@ def _turn(message: object, where: str) -> _Turn:
     call_id, name = message.get("tool_call_id"), message.get("name")
     calls = _calls(message, where) if role == "assistant" else ()
     known = _READ | _SILENT
+    text, thoughts = _text(content, f"{where}.content"), ""
+    if role == "assistant":
+        thoughts, text = _parted(_thoughts(message, where), text)
     return _Turn(
         where,
         role,
-        _text(content, f"{where}.content"),
+        text,
         content is not None,
-        _thoughts(message, where) if role == "assistant" else "",
+        thoughts,
         calls,
         call_id if isinstance(call_id, str) else None,
         name if isinstance(name, str) else None,
@@ -328,6 +332,15 @@ def _thoughts(message: Json, where: str) -> str:
                 raise InputError(f"{where}.{key} is {_shown(value)}; expected a text")
             return value
     return ""
+
+
+_THINK = re.compile(r"\s*<think>(.*?)</think>\s*(.*)", re.DOTALL)
+
+
+def _parted(thoughts: str, text: str) -> tuple[str, str]:
+    """Thoughts and the text behind them, where a text begins with thoughts between the tags of other models."""
+    found = None if thoughts else _THINK.fullmatch(text)
+    return (found[1].strip(), found[2]) if found else (thoughts, text)
 
 
 def _calls(message: Json, where: str) -> tuple[_Call, ...]:
@@ -405,6 +418,8 @@ def _sharegpt(raw: list[Any], key: str) -> list[_Turn]:
             if not isinstance(value, str) and not (role == "assistant" and thoughts and not has_text):
                 raise InputError(f"{where}.value is {_shown(value)}; expected a text")
             text = value if isinstance(value, str) else ""
+            if role == "assistant":
+                thoughts, text = _parted(thoughts, text)
             named = name if isinstance(name, str) else None
             turns.append(_Turn(where, role, text, has_text, thoughts, name=named, weight=weight, unread=unread))
             continue

@@ -23,7 +23,7 @@ from ossia.harmony import Channel, Role, Tokenizer, TokenSpan
 from ossia.train.data import DataConfig, PairSample, Sample, SampleReader, kind_of
 from ossia.train.formats import Dialogue, is_pair
 from ossia.train.packing import plan
-from ossia.train.rows import Line, RowStream, find_files, parse
+from ossia.train.rows import Line, RowStream, find_files, parse, random_order
 
 
 class Run(NamedTuple):
@@ -170,7 +170,7 @@ class _Counts:
                     self.undeclared[message.recipient] += 1
                 if (message.content_type or "").endswith("json") and not _is_object(message.text):
                     self.num_unclean_arguments += 1
-            elif message.channel == Channel.FINAL and "<think>" in message.text:
+            elif message.channel == Channel.FINAL and "</think>" in message.text:
                 self.num_think_tags += 1
         if dialogue.messages[-1].role is not Role.ASSISTANT:
             self.num_unanswered += 1
@@ -217,7 +217,7 @@ class _Counts:
             out.append(f"{self.num_unclean_arguments} calls whose arguments are no JSON object")
         if self.num_think_tags:
             out.append(
-                f"{self.num_think_tags} answers with <think>; the model would say it to users: give thoughts in the "
+                f"{self.num_think_tags} answers with </think>; the model would say it to users: give thoughts in the "
                 "field 'reasoning'"
             )
         if self.num_unanswered:
@@ -235,7 +235,7 @@ def _packed(units: Sequence[int], batch_tokens: int, config: DataConfig) -> Pack
     if not fitting:
         return None
     if config.shuffle:
-        fitting = [fitting[i] for i in np.random.default_rng(config.seed).permutation(len(fitting))]
+        fitting = [fitting[i] for i in random_order(len(fitting), config.seed)]
     step = config.buffer_rows
     num = sum(len(plan(fitting[i : i + step], batch_tokens, config.packing)) for i in range(0, len(fitting), step))
     return Packed(batch_tokens, num, sum(fitting) / (num * batch_tokens))

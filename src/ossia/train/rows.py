@@ -10,14 +10,13 @@ one after the other.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
-
-import numpy as np
 
 from ossia.errors import InputError, NotFoundError
 
@@ -56,17 +55,33 @@ def find_files(path: str | Path | Sequence[str | Path]) -> list[Path]:
     found: list[Path] = []
     for one in map(Path, paths):
         if one.is_dir():
-            inside = sorted(p for p in one.rglob("*") if p.name.endswith(SUFFIXES) and not p.name.startswith("."))
+            inside = sorted(p for p in one.rglob("*") if p.name.endswith(SUFFIXES) and not _is_hidden(p, one))
             if not inside:
                 raise InputError(f"{one}: no file in this folder ends in one of: {', '.join(SUFFIXES)}")
             found += inside
-        elif one.exists():
+        elif one.is_file():
             found.append(one)
+        elif one.exists():
+            raise InputError(f"{one}: no regular file; training reads its files more than once")
         else:
             raise NotFoundError(f"{one}: no such file or folder")
     if not found:
         raise InputError("no file of training data was named; expected at least one")
     return found
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def random_order(num: int, *seed: int) -> list[int]:
+    """The numbers below ``num`` in an order that depends on the seed alone, whatever the versions of libraries."""
+    begin = hashlib.blake2b(repr(seed).encode(), digest_size=16).digest()
+
+    def drawn(i: int) -> bytes:
+        return hashlib.blake2b(i.to_bytes(8, "little"), digest_size=16, key=begin).digest()
+
+    return sorted(range(num), key=drawn)
 
 
 def parse(line: Line) -> Any:
@@ -101,11 +116,11 @@ class RowStream:
     """
 
     def __init__(self, files: Sequence[Path], *, seed: Sequence[int] | None = None) -> None:
-        order = range(len(files)) if seed is None else np.random.default_rng(list(seed)).permutation(len(files))
+        order = range(len(files)) if seed is None else random_order(len(files), *seed)
         ordered = [files[i] for i in order]
         size = 1 if seed is None else _MAX_OPEN
         self._groups = [ordered[i : i + size] for i in range(0, len(ordered), size)]
-        self._sizes = {path: _kind(path).size for path in files}
+        self._sizes = [sum(_kind(path).size for path in group) for group in self._groups]
         self._group = 0
         self._open: list[_File] = []
         self._enter(0, None)
@@ -131,8 +146,8 @@ class RowStream:
     @property
     def fraction(self) -> float:
         """About how much of all lines is read, by bytes."""
-        before = sum(self._sizes[path] for group in self._groups[: self._group] for path in group)
-        return (before + sum(file.num_bytes for file in self._open)) / sum(self._sizes.values())
+        before = sum(self._sizes[: self._group])
+        return (before + sum(file.num_bytes for file in self._open)) / sum(self._sizes)
 
     def close(self) -> None:
         for file in self._open:

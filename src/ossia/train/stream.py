@@ -25,7 +25,7 @@ from ossia.errors import InputError
 from ossia.harmony import Tokenizer
 from ossia.train.data import DataConfig, PairSample, ReadReport, Sample, SampleReader
 from ossia.train.packing import plan
-from ossia.train.rows import Json, RowStream, find_files
+from ossia.train.rows import Json, RowStream, find_files, random_order
 
 Pack = list[Sample] | list[PairSample]
 
@@ -160,7 +160,9 @@ class PackStream(Iterator[Pack]):
         reader = SampleReader(self._config, self._tokenizer)
         while not self._epochs or epoch < self._epochs:
             num_packs, report = 0, ReadReport()
-            with closing(RowStream(self._files, seed=self._seed(epoch) if self._config.shuffle else None)) as rows:
+            with closing(
+                RowStream(self._files, seed=(self._config.seed, epoch) if self._config.shuffle else None)
+            ) as rows:
                 begins_midway = at is not None
                 if at is not None:
                     rows.seek(at)
@@ -190,15 +192,11 @@ class PackStream(Iterator[Pack]):
         if not report.rows:
             return None
         if self._config.shuffle:
-            chance = np.random.default_rng(self._seed(epoch, number))
-            samples = [samples[i] for i in chance.permutation(len(samples))]
+            samples = [samples[i] for i in random_order(len(samples), self._config.seed, epoch, number, 0)]
         packs = plan([len(one) for one in samples], self._max_tokens, self._config.packing)
         if self._config.shuffle:
-            packs = [packs[i] for i in chance.permutation(len(packs))]
+            packs = [packs[i] for i in random_order(len(packs), self._config.seed, epoch, number, 1)]
         return _Block(place, fraction, [[samples[i] for i in indices] for indices in packs], report)
-
-    def _seed(self, *numbers: int) -> list[int]:
-        return [self._config.seed, *numbers]
 
     def _nothing(self, report: ReadReport) -> str:
         names = ", ".join(str(file) for file in self._files[:3])
