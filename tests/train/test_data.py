@@ -615,14 +615,14 @@ def test_the_examples_of_the_documentation_are_rows(tmp_path, tokenizer):
         assert list(read_samples(path, DataConfig(), tokenizer))
 
 
-def test_a_schema_that_is_nested_too_deeply_is_a_bad_row(tmp_path, tokenizer):
-    deep = '{"properties":{"a":' * 400 + "{}" + "}}" * 400
-    row = {"messages": [{"role": "assistant", "content": "x"}], "tools": [{"name": "f", "parameters": "DEEP"}]}
+def test_a_row_that_is_nested_too_deeply_is_a_bad_row(tmp_path, tokenizer):
+    rows = ['{"messages": %s"\\ud83d\\ude00"%s}' % ("[" * depth, "]" * depth) for depth in range(400, 1000, 10)]  # noqa: UP031
     path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(row).replace('"DEEP"', deep))
+    path.write_text("\n".join(rows))
     report = ReadReport()
-    samples = list(read_samples(path, DataConfig(skip_bad_rows=True, max_tokens=0), tokenizer, report=report))
-    assert report.bad_rows + len(samples) == 1
+    assert not list(read_samples(path, DataConfig(format="openai", skip_bad_rows=True), tokenizer, report=report))
+    assert report.bad_rows == len(rows)
+    assert any("nested too deeply" in problem for problem in report.problems)
 
 
 def test_a_response_format_is_told_as_the_server_tells_it(read, tokenizer):

@@ -252,7 +252,7 @@ class SampleReader:
         except InputError as error:
             return self._bad(line, error)
         except RecursionError:
-            return self._bad(line, InputError("a row whose tools are nested too deeply"))
+            return self._bad(line, InputError("a row that is nested too deeply"))
         self.report.untrained_rows += not expanded
         made = []
         for one in expanded:
@@ -281,7 +281,7 @@ class SampleReader:
         except InputError as error:
             return self._bad(line, error)
         except RecursionError:
-            return self._bad(line, InputError("a row whose tools are nested too deeply"))
+            return self._bad(line, InputError("a row that is nested too deeply"))
         if longest := max(one.num_too_many for one, _ in sides):
             self._too_long(line, longest)
             return []

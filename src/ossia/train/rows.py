@@ -97,6 +97,7 @@ def parse(line: Line) -> Any:
         ) from None
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+        half = _half_character(value) if _HALF_CHARACTER.search(text) else ""
     except json.JSONDecodeError as error:
         raise InputError(f"no JSON: {error.msg} at character {error.pos + 1}{_hint(text)}") from None
     except RecursionError:
@@ -104,7 +105,7 @@ def parse(line: Line) -> Any:
     except ValueError as error:
         # What the hooks raise; and numbers of more digits than Python converts.
         raise InputError(f"no clean JSON: {error}") from None
-    if _HALF_CHARACTER.search(text) and (half := _half_character(value)):
+    if half:
         raise InputError(f"half a character ({half!r}) stands in a text; expected whole ones")
     return value
 
