@@ -15,7 +15,17 @@ from tests.train import scripts
 from tests.train.scripts import write_rows
 
 from ossia.errors import ConfigError, InputError
-from ossia.harmony import Channel, Conversation, Message, Role, StreamParser, Tokenizer, render_for_training
+from ossia.harmony import (
+    Channel,
+    Conversation,
+    Message,
+    Role,
+    StreamParser,
+    Tokenizer,
+    render_for_completion,
+    render_for_training,
+    render_message,
+)
 from ossia.responses.convert import History, TurnMemory
 from ossia.responses.loop import prepare
 from ossia.responses.seal import Seal
@@ -127,6 +137,44 @@ def test_in_any_order_of_messages_each_answer_is_trained_once_behind_the_servers
         trained_messages = sum(trained(sample, tokenizer).count("<|message|>") for sample in samples)
         assert trained_messages == sum(len(told_by(row["messages"][i])) for i in said)
     assert num > 400
+
+
+@pytest.mark.parametrize("drop", ["past_turns", "harmony", "never"])
+def test_under_every_rule_for_thoughts_each_step_is_trained_once_behind_its_prompt(read, tokenizer, drop):
+    num, num_samples = 0, 0
+    for seed in SEEDS:
+        row = scripts.harmony(scripts.script(seed), DATE)
+        messages = Conversation.from_dict(row).messages
+        samples = read([row], DataConfig(current_date=DATE, max_tokens=0, drop_analysis=drop))
+        num_samples += len(samples)
+        for i in range(1, len(messages)):
+            before = messages[i - 1]
+            if messages[i].role is Role.ASSISTANT and before.role is not Role.ASSISTANT:
+                prompt = render_for_completion(messages[:i], tokenizer, drop_analysis=drop)
+                found = [s for s in samples if s.token_ids_L.tolist()[: len(prompt)] == prompt]
+                assert [sample.weights_L[len(prompt)] for sample in found if sample.weights_L[len(prompt)] > 0] == [1]
+                num += 1
+        assert sum(sample.num_trained for sample in samples) == sum(
+            len(render_message(message, tokenizer)) - (2 if i and messages[i - 1].role is not Role.ASSISTANT else 0)
+            for i, message in enumerate(messages)
+            if message.role is Role.ASSISTANT
+        )
+    assert num > 100
+    # openai-harmony's rule shows thoughts of earlier turns again once a tool has answered: such a step begins anew.
+    assert (num_samples > sum(len(scripts.script(seed).turns) for seed in SEEDS)) == (drop == "harmony")
+
+
+def test_functions_that_are_declared_later_change_the_prompt_from_there_on(read, tokenizer):
+    tools = {"tools": [{"name": "functions", "tools": [{"name": "f"}]}]}
+    call = {"role": "assistant", "channel": "commentary", "recipient": "functions.f", "content": "{}"}
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "channel": "commentary", "content": "wait"},
+        {"role": "developer", "content": tools},
+        call,
+    ]
+    first, second = (whole(sample, tokenizer) for sample in read([{"messages": messages}]))
+    assert "commentary channel: 'functions'" not in first and "commentary channel: 'functions'" in second
 
 
 def next_stop(token_ids: list[int], start: int, tokenizer: Tokenizer) -> int:
