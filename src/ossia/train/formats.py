@@ -22,7 +22,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from ossia.errors import InputError
@@ -426,9 +426,7 @@ def _sharegpt(raw: list[Any], key: str) -> list[_Turn]:
         calls = _sharegpt_calls(value, f"{where}.value")
         last = turns[-1] if turns else None
         if last and last.role == "assistant" and not last.calls and not thoughts and last.weight == weight:
-            turns[-1] = _Turn(
-                last.where, "assistant", last.text, last.has_text, last.thoughts, calls, None, None, weight, unread
-            )
+            turns[-1] = replace(last, calls=calls, unread=last.unread + unread)
         else:
             turns.append(_Turn(where, "assistant", "", False, thoughts, calls, None, None, weight, unread))
     return turns
