@@ -10,7 +10,7 @@ from ossia.errors import InputError
 from ossia.ops import Mxfp4
 from ossia.ops.mxfp4 import dequantize, pack_codes, quantize
 from ossia.train import quantize as train_quantize
-from ossia.train.quantize import fake_quantize
+from ossia.train.quantize import fake_quant_mxfp4
 
 KINDS = ["normal", "heavy", "tiny", "huge", "coarse", "zeros", "subnormal", "one large"]
 
@@ -35,7 +35,7 @@ def numbers(kind: str) -> np.ndarray:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_the_forward_pass_sees_exactly_what_an_export_writes(dtype, rule, kind):
     weight = torch.from_numpy(numbers(kind)).to(dtype)
-    got = fake_quantize(weight, rule)
+    got = fake_quant_mxfp4(weight, rule)
     wide = weight.to(torch.float64 if dtype == torch.float64 else torch.float32).numpy()
     want = dequantize(quantize(wide, rule), wide.dtype)
     assert got.dtype == dtype
@@ -54,7 +54,7 @@ def test_both_rules_are_exercised_by_those_numbers():
 def test_the_gradient_passes_straight_through():
     weight = torch.from_numpy(numbers("normal")).requires_grad_()
     gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
-    fake_quantize(weight).backward(gradient)
+    fake_quant_mxfp4(weight).backward(gradient)
     assert torch.equal(weight.grad, gradient)
 
 
@@ -66,7 +66,7 @@ def test_a_weight_that_cannot_be_written_exactly_still_learns_towards_its_target
     losses = []
     for _ in range(1000):
         optimizer.zero_grad()
-        loss = ((fake_quantize(weight) - target) ** 2).sum()
+        loss = ((fake_quant_mxfp4(weight) - target) ** 2).sum()
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
@@ -79,24 +79,24 @@ def test_what_is_on_the_grid_stays_what_it_is():
         pack_codes(random.integers(0, 16, (4, 3, 32)).astype(np.uint8)), random.integers(1, 252, (4, 3), np.uint8)
     )
     weight = torch.from_numpy(dequantize(matrix))
-    assert torch.equal(fake_quantize(weight), weight)
+    assert torch.equal(fake_quant_mxfp4(weight), weight)
 
 
 def test_pieces_of_a_large_matrix_are_rounded_as_the_whole(monkeypatch):
     weight = torch.from_numpy(numbers("heavy"))
-    whole = fake_quantize(weight)
+    whole = fake_quant_mxfp4(weight)
     monkeypatch.setattr(train_quantize, "_CHUNK_VALUES", 64)
-    assert torch.equal(fake_quantize(weight), whole)
+    assert torch.equal(fake_quant_mxfp4(weight), whole)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_block_that_is_not_finite_becomes_nan_as_in_numpy(bad):
     weight = torch.ones(1, 64)
     weight[0, 3] = bad
-    got = fake_quantize(weight)
+    got = fake_quant_mxfp4(weight)
     assert got[0, :32].isnan().all() and torch.equal(got[0, 32:], weight[0, 32:])
 
 
 def test_a_row_that_is_no_multiple_of_the_block_is_refused_with_its_shape():
     with pytest.raises(InputError, match=r"multiple of 32.*\(2, 33\)"):
-        fake_quantize(torch.zeros(2, 33))
+        fake_quant_mxfp4(torch.zeros(2, 33))

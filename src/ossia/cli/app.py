@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ossia.cli import bench, chat, checkpoint, generate, mcp, prompts, pull, serve
+from ossia.cli import bench, chat, checkpoint, export, generate, mcp, prompts, pull, serve
 
 app = typer.Typer(
     name="ossia",
@@ -39,6 +39,7 @@ app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
 app.command("mcp")(mcp.mcp)
 app.command("bench")(bench.bench)
+app.command("export")(export.export)
 app.command("pull")(pull.pull)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.command("tokenize")(prompts.tokenize)

@@ -5,15 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from ossia.cli.progress import bytes_progress
 
 app = typer.Typer(help="Look at a checkpoint, check it, or make one with random weights.", no_args_is_help=True)
 
@@ -65,7 +62,7 @@ def verify(path: Checkpoint, as_json: AsJson = False) -> None:
     from ossia.model.hub import resolve_model
     from ossia.model.inspection import verify_checkpoint
 
-    with _progress("reading") as progress:
+    with bytes_progress("reading") as progress:
         problems = verify_checkpoint(resolve_model(path), progress=progress)
     if as_json:
         print(json.dumps({"problems": list(problems)}))
@@ -92,21 +89,9 @@ def new(
     """
     from ossia.model.random_checkpoint import write_random_checkpoint
 
-    with _progress("writing") as progress:
+    with bytes_progress("writing") as progress:
         folder = write_random_checkpoint(out, shape, num_layers=layers, seed=seed, layout=layout, progress=progress)
     print(folder)
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar over bytes on standard error, shown on a terminal alone."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _report(problems: tuple[str, ...], all_well: str) -> None:
