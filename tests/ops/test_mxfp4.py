@@ -194,7 +194,9 @@ def test_only_blocks_that_are_alike_get_the_bits_of_what_they_are_like():
     np.testing.assert_array_equal(dequantize(got), numbers)
     halves = reorder(matrix, "halves")
     np.testing.assert_array_equal(quantize(numbers, like=halves).blocks, got.blocks)
-    # A sum turns a negative zero into a positive one; that is no change of the number.
+    # What rounds to the same numbers is the same, and so is a zero of the other sign, which a sum makes of it.
+    nudged = dequantize(matrix) * np.linspace(0.98, 1.02, 64, dtype=np.float32)
+    np.testing.assert_array_equal(quantize(nudged, like=matrix).scales, matrix.scales)
     negative = Mxfp4(np.full((1, 1, 16), 0x88, np.uint8), np.full((1, 1), 77, np.uint8))
     again = quantize(dequantize(negative) + np.float32(0), like=negative)
     assert again.scales.tolist() == [[77]] and again.blocks.tolist() == negative.blocks.tolist()

@@ -75,9 +75,7 @@ _LITTLE_KEPT = 0.5
 
 def _as_json(done: Exported) -> str:
     found = None if done.divergence is None else done.divergence._asdict()
-    rounding = {
-        key: {"relative_error": each.relative_error, "kept": each.kept} for key, each in done.rounding.items()
-    }
+    rounding = {key: {"relative_error": each.relative_error, "kept": each.kept} for key, each in done.rounding.items()}
     changed = {"path": str(done.path), "divergence": found, "rounding": rounding}
     return json.dumps(dataclasses.asdict(done) | changed)
 
@@ -97,8 +95,8 @@ def _as_text(done: Exported) -> str:
     shares = [each.kept for each in done.rounding.values() if each.kept is not None]
     if shares and sum(shares) / len(shares) < _LITTLE_KEPT:
         lines.append(
-            "Most of what training changed in the experts is smaller than the steps of MXFP4 and is rounded away. Serve "
-            "the adapter un-merged (ossia serve --adapter), export it as bf16, or train with fake_quant."
+            "Most of what training changed in the experts is smaller than the steps of MXFP4 and is rounded away. "
+            "Serve the adapter un-merged (ossia serve --adapter), export it as bf16, or train with fake_quant."
         )
     if done.divergence is not None:
         found = done.divergence

@@ -28,6 +28,8 @@ PROMPTS = (
 )
 # Logits of a position are 0.8 MB for the published vocabulary; 64 of them say enough of a mean.
 _MAX_ROWS = 64
+# A prompt's last tokens, where it is longer; attention's scores grow with the square.
+_MAX_TOKENS = 128
 _RANDOM_TOKENS = 48
 
 
@@ -80,7 +82,9 @@ def _token_ids(checkpoint: Checkpoint, prompts: Sequence[str]) -> tuple[list[lis
     try:
         tokenizer = checkpoint.tokenizer()
         return [
-            render_for_completion([Message(Role.SYSTEM, SystemContent()), Message(Role.USER, prompt)], tokenizer)
+            render_for_completion([Message(Role.SYSTEM, SystemContent()), Message(Role.USER, prompt)], tokenizer)[
+                -_MAX_TOKENS:
+            ]
             for prompt in prompts
         ], "prompts"
     except CheckpointError:
