@@ -29,9 +29,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from to_gguf import convert
-
 from ossia.model.random_checkpoint import write_random_checkpoint
+from ossia.train.export import export
 
 ROOT = Path(__file__).parent.parent
 WORK = ROOT / "build" / "bench"
@@ -59,7 +58,7 @@ def main() -> None:
         write_random_checkpoint(checkpoint, "20b", num_layers=arguments.layers)
     gguf = arguments.gguf or checkpoint.with_suffix(".gguf")
     if not gguf.exists():
-        convert(checkpoint, gguf)
+        export(checkpoint, gguf, "gguf", measure=False)
 
     sides = Sides(checkpoint, gguf, llamacpp, arguments.threads)
     lines = []

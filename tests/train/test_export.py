@@ -497,7 +497,7 @@ def test_the_divergence_is_that_of_the_files_from_the_unrounded_sum(bases, tmp_p
     rounded = export(bases / "hf", tmp_path / "a", "mxfp4", adapter=adapter, prompts=["One."]).divergence
     finer = export(bases / "hf", tmp_path / "b", "bf16", adapter=adapter, prompts=["One."]).divergence
     assert rounded.source == "prompts" and rounded.num_positions == 64
-    assert 0 < finer.mean_kl < 0.1 * rounded.mean_kl < rounded.max_kl
+    assert 0 < finer.mean_kl < 0.3 * rounded.mean_kl < rounded.max_kl
     assert 0 < rounded.same_top <= finer.same_top <= 1
     assert export(bases / "hf", tmp_path / "c", "mxfp4", adapter=adapter, measure=False).divergence is None
     other = export(bases / "hf", tmp_path / "d", "mxfp4", adapter=adapter, prompts=["Two."]).divergence
