@@ -147,7 +147,10 @@ def test_training_under_mxfp4_computes_what_the_exported_model_computes(tmp_path
         for name, tensor in plain.state().items():
             tensor.copy_(model.state()[name])
         unrounded = plain(one_sequence(range(100, 140))).numpy()
-    save_file({name: tensor.detach().contiguous() for name, tensor in model.state().items()}, tmp_path / "trainable.safetensors")
+    save_file(
+        {name: tensor.detach().contiguous() for name, tensor in model.state().items()},
+        tmp_path / "trainable.safetensors",
+    )
     export(base, tmp_path / "out", "mxfp4", weights=tmp_path / "trainable.safetensors", measure=False)
     checkpoint, ops = Checkpoint.open(tmp_path / "out"), ReferenceOps()
     got = transformer.forward(ops, checkpoint.config, load_weights(checkpoint, ops), one_sequence(range(100, 140)))
