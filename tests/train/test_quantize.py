@@ -88,9 +88,9 @@ def test_a_weight_that_cannot_be_written_exactly_still_learns_towards_its_target
     # No step of the grid is as small as one of these updates, and yet they add up.
     weight = torch.full((1, 32), 0.1, requires_grad=True)
     target = torch.linspace(-1, 1, 32)
-    optimizer = torch.optim.SGD([weight], lr=0.002)
+    optimizer = torch.optim.SGD([weight], lr=0.005)
     losses = []
-    for _ in range(1000):
+    for _ in range(400):
         optimizer.zero_grad()
         loss = ((fake_quant_mxfp4(weight) - target) ** 2).sum()
         loss.backward()
@@ -147,11 +147,9 @@ def test_training_under_mxfp4_computes_what_the_exported_model_computes(tmp_path
         for name, tensor in plain.state().items():
             tensor.copy_(model.state()[name])
         unrounded = plain(one_sequence(range(100, 140))).numpy()
-    save_file(
-        {name: tensor.detach().contiguous() for name, tensor in model.state().items()},
-        tmp_path / "trainable.safetensors",
-    )
-    export(base, tmp_path / "out", "mxfp4", weights=tmp_path / "trainable.safetensors", measure=False)
+    trained = tmp_path / "trainable.safetensors"
+    save_file({name: tensor.detach().contiguous() for name, tensor in model.state().items()}, trained)
+    export(base, tmp_path / "out", "mxfp4", weights=trained, measure=False)
     checkpoint, ops = Checkpoint.open(tmp_path / "out"), ReferenceOps()
     got = transformer.forward(ops, checkpoint.config, load_weights(checkpoint, ops), one_sequence(range(100, 140)))
     assert np.abs(got - want).max() < 1e-5 * np.abs(want).max()

@@ -84,9 +84,9 @@ _CHUNK_BLOCKS = 4096
 def quantize(values: npt.NDArray[Any], rule: ScaleRule = "best", *, like: Mxfp4 | None = None) -> Mxfp4:
     """Round numbers [..., I] to MXFP4 blocks along the last axis, in the order "pairs".
 
-    Blocks whose rounded numbers equal those of ``like``, a matrix of the same shape, get its very bits: the same numbers
-    can often be written with two scales, and zeros with two signs. A block that holds a NaN or an infinity gets the NaN scale, a block of zeros scale
-    0. Raises InputError when I is not a multiple of 32.
+    Blocks whose rounded numbers equal those of ``like``, a matrix of the same shape, get its very bits: the same
+    numbers can often be written with two scales, and zeros with two signs. A block that holds a NaN or an infinity gets
+    the NaN scale, a block of zeros scale 0. Raises InputError when I is not a multiple of 32.
     """
     if values.shape[-1] % BLOCK:
         raise InputError(f"MXFP4 needs a last axis that is a multiple of {BLOCK}, got shape {tuple(values.shape)}")
