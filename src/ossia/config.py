@@ -116,6 +116,8 @@ class Config:
     """Calls of tools that one response may make, 0 for no limit; a request may ask for fewer."""
     max_tool_seconds: int = 1800
     """Seconds from the beginning of a response after which no tool is run for it; 0 for no limit."""
+    max_tool_tokens: int = 0
+    """Tokens that tools may answer in one response before no more are run for it; 0 for no limit."""
     patch_folder: str = ""
     """Folder that the tool apply_patch works in; empty leaves the tool out."""
     audit_log: str = ""
@@ -173,7 +175,7 @@ def load(
     environ = os.environ if environ is None else environ
     hints = get_type_hints(Config)
     values: dict[str, Any] = {}
-    path, is_named = (toml_path, True) if toml_path else _toml_path(environ)
+    path, is_named = (toml_path, True) if toml_path else settings_file(environ)
     for key, value in _read_toml(path, is_named).items():
         if key not in hints:
             raise ConfigError(f"{path}: unknown setting {key!r}; {_did_you_mean(key, hints)}")
@@ -238,7 +240,8 @@ def filled_in(server: McpServer, name: str, environ: Mapping[str, str] | None = 
     )
 
 
-def _toml_path(environ: Mapping[str, str]) -> tuple[Path, bool]:
+def settings_file(environ: Mapping[str, str]) -> tuple[Path, bool]:
+    """The settings file, there or not, and whether OSSIA_CONFIG names it."""
     if named := environ.get("OSSIA_CONFIG"):
         return Path(os.path.expanduser(named)), True
     home = environ.get("XDG_CONFIG_HOME") or "~/.config"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ossia.cli import bench, chat, checkpoint, export, generate, mcp, prompts, pull, serve
+from ossia.cli import bench, chat, checkpoint, doctor, export, generate, mcp, prompts, pull, serve
 
 app = typer.Typer(
     name="ossia",
@@ -38,6 +38,7 @@ app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
 app.command("mcp")(mcp.mcp)
+app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)
 app.command("export")(export.export)
 app.command("pull")(pull.pull)

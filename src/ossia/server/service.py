@@ -89,7 +89,10 @@ class Service:
         tracing: Tracing | None = None,
         tools: Toolboxes | None = None,
         created_at: int = 0,
+        refuses_pages: bool = False,
+        context: int = 0,
     ) -> None:
+        """``refuses_pages`` is for a server that is open to this machine: pages from elsewhere are not of it."""
         self.model, self.store = model, store
         self.names = {model.name, *aliases}
         self.keys = keys or Keys()
@@ -98,7 +101,11 @@ class Service:
         self.max_request_bytes = max_request_bytes
         self.tracing = tracing
         self.tools = tools or Toolboxes()
+        self.tools.files = self._file
         self.created_at = created_at
+        self.refuses_pages = refuses_pages
+        # Tokens that prompt and answer may have together; 0 where that is not known.
+        self.context = context
         self.metrics = Metrics()
         self.live: dict[str, Live] = {}
         self.is_stopping = False
@@ -168,6 +175,9 @@ class Service:
         toolbox = await self.toolbox(request, history) or self.model.toolbox()
         read = lambda: prepare(request, self.model, history, references, toolbox)  # noqa: E731
         return history, await self.beside_if_long(request, read)
+
+    async def _file(self, file_id: str) -> tuple[str, bytes]:
+        return await self.store.run(self.store.file_content, file_id)
 
     async def references(self, request: PromptRequest) -> Mapping[str, Entry]:
         """The stored items that a request refers to."""
