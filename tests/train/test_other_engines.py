@@ -136,6 +136,8 @@ def test_vllm_runs_the_folder_with_our_log_probabilities(format, base, adapter, 
         timeout=1500,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"},
     )
+    if "No MXFP4 MoE backend supports" in result.stdout + result.stderr:
+        pytest.skip("vLLM has kernels for MXFP4 experts on GPUs alone")
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
     line = next(line for line in result.stdout.splitlines() if line.startswith("LOGPROBS"))
     theirs = np.array(json.loads(line.removeprefix("LOGPROBS")))

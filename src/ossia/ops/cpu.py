@@ -122,7 +122,7 @@ class CpuOps:
 
     def experts(self, arrays: ExpertArrays) -> Experts:
         gate, up, down = (
-            _hold_mxfp4(each) if isinstance(each, Mxfp4) else _hold_floats(each)
+            hold_mxfp4(each) if isinstance(each, Mxfp4) else _hold_floats(each)
             for each in (arrays.gate, arrays.up, arrays.down)
         )
         biases = tuple(self.vector(each) for each in (arrays.gate_bias_EF, arrays.up_bias_EF, arrays.down_bias_ED))
@@ -269,7 +269,8 @@ def _address(array: npt.NDArray[Any]) -> int:
     return address
 
 
-def _hold_mxfp4(matrices: Mxfp4) -> Held:
+def hold_mxfp4(matrices: Mxfp4) -> Held:
+    """MXFP4 matrices [E, O, I] as the kernels know them."""
     blocks, scales = matrices.blocks, matrices.scales
     if blocks.strides[-1] != 1:
         blocks = np.ascontiguousarray(blocks)
