@@ -54,3 +54,17 @@ def test_export_explains_itself():
     assert result.returncode == 0 and "Usage: ossia export" in result.stdout
     for option in ("--base", "--adapter", "--weights", "--format", "--no-kl", "--force"):
         assert option in result.stdout
+
+
+def test_diff_lists_what_differs_between_two_layouts_of_a_model(folder):
+    bf16 = folder / "bf16"
+    assert ossia("export", bf16, "--base", folder / "base", "--format", "bf16").returncode == 0
+    same = ossia("checkpoint", "diff", folder / "base", bf16)
+    assert (same.returncode, same.stdout.strip()) == (0, "no number differs")
+    write_adapter(folder / "q", adapter_of(["layers.2.q"]), CONFIG)
+    assert (
+        ossia("export", folder / "new", "--base", folder / "base", "--adapter", folder / "q", "--no-kl").returncode == 0
+    )
+    other = ossia("checkpoint", "diff", bf16, folder / "new")
+    assert other.returncode == 1
+    assert [line.split()[0] for line in other.stdout.splitlines()] == ["layers.2.q.weight"]

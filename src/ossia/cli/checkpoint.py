@@ -1,4 +1,4 @@
-"""`ossia checkpoint`: look at a checkpoint, check it, make one with random weights."""
+"""`ossia checkpoint`: look at a checkpoint, check it, compare two, make one with random weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import typer
 
 from ossia.cli.progress import bytes_progress
 
-app = typer.Typer(help="Look at a checkpoint, check it, or make one with random weights.", no_args_is_help=True)
+app = typer.Typer(
+    help="Look at a checkpoint, check it, compare two, or make one with random weights.", no_args_is_help=True
+)
 
 Checkpoint = Annotated[str, typer.Argument(help="A checkpoint folder, a .gguf file, or a name such as gpt-oss-20b.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
@@ -68,6 +70,32 @@ def verify(path: Checkpoint, as_json: AsJson = False) -> None:
         print(json.dumps({"problems": list(problems)}))
         raise typer.Exit(int(bool(problems)))
     _report(problems, "no problems found")
+
+
+@app.command()
+def diff(
+    first: Checkpoint,
+    second: Annotated[str, typer.Argument(help="Another checkpoint of the same model, in any layout.")],
+    as_json: AsJson = False,
+) -> None:
+    """List the matrices of two checkpoints that differ, number by number, whatever their layouts.
+
+    Exit code 1 means that something differs.
+    """
+    from ossia.model.hub import resolve_model
+    from ossia.model.weights import Checkpoint
+    from ossia.train.differences import differences
+
+    found = list(differences(Checkpoint.open(resolve_model(first)), Checkpoint.open(resolve_model(second))))
+    if as_json:
+        print(json.dumps([each._asdict() for each in found]))
+    else:
+        width = max((len(each.key) for each in found), default=0)
+        for each in found:
+            print(f"{each.key:<{width}}  relative {each.relative:.2e}  {each.share:.2%} of the numbers")
+        if not found:
+            print("no number differs")
+    raise typer.Exit(int(bool(found)))
 
 
 @app.command()
