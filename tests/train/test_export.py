@@ -6,6 +6,8 @@ import hashlib
 import json
 import logging
 import shutil
+import subprocess
+import sys
 import tracemalloc
 from collections import namedtuple
 from dataclasses import replace
@@ -651,3 +653,18 @@ def test_what_llamacpp_cannot_compute_is_not_written_for_it(tmp_path):
         )
         with pytest.raises(UnavailableError, match=message):
             export(base, tmp_path / "out.gguf", "gguf")
+
+
+def test_an_export_needs_neither_torch_nor_peft_nor_gguf(bases, tmp_path, adapter_folder):
+    program = """
+import sys
+for name in ("torch", "peft", "gguf", "transformers", "safetensors"):
+    sys.modules[name] = None
+from ossia.train.export import export
+for format, name in (("mxfp4", "a"), ("bf16", "b"), ("gguf", "c.gguf")):
+    export(sys.argv[1], f"{sys.argv[2]}/{name}", format, adapter=sys.argv[3], prompts=["One."])
+"""
+    folder = adapter_folder(EXPERTS[:1])
+    arguments = [sys.executable, "-c", program, str(bases / "hf"), str(tmp_path), str(folder)]
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
