@@ -22,7 +22,7 @@ from ossia.train.export import export
 from ossia.train.lora import LoraConfig, places
 from ossia.train.merged import Merged
 from ossia.train.module import Model
-from ossia.train.quantize import fake_quant_mxfp4
+from ossia.train.quantize import fake_quantize
 
 SMALL = ModelConfig(
     num_layers=2,
@@ -61,7 +61,7 @@ def numbers(kind: str) -> np.ndarray:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_the_forward_pass_sees_exactly_what_an_export_writes(dtype, rule, kind):
     weight = torch.from_numpy(numbers(kind)).to(dtype)
-    got = fake_quant_mxfp4(weight, rule)
+    got = fake_quantize(weight, rule)
     wide = weight.to(torch.float64 if dtype == torch.float64 else torch.float32).numpy()
     want = dequantize(quantize(wide, rule), wide.dtype)
     assert got.dtype == dtype
@@ -80,7 +80,7 @@ def test_both_rules_are_exercised_by_those_numbers():
 def test_the_gradient_passes_straight_through():
     weight = torch.from_numpy(numbers("normal")).requires_grad_()
     gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
-    fake_quant_mxfp4(weight).backward(gradient)
+    fake_quantize(weight).backward(gradient)
     assert torch.equal(weight.grad, gradient)
 
 
@@ -92,7 +92,7 @@ def test_a_weight_that_cannot_be_written_exactly_still_learns_towards_its_target
     losses = []
     for _ in range(400):
         optimizer.zero_grad()
-        loss = ((fake_quant_mxfp4(weight) - target) ** 2).sum()
+        loss = ((fake_quantize(weight) - target) ** 2).sum()
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
@@ -105,27 +105,27 @@ def test_what_is_on_the_grid_stays_what_it_is():
         pack_codes(random.integers(0, 16, (4, 3, 32)).astype(np.uint8)), random.integers(1, 252, (4, 3), np.uint8)
     )
     weight = torch.from_numpy(dequantize(matrix))
-    assert torch.equal(fake_quant_mxfp4(weight), weight)
+    assert torch.equal(fake_quantize(weight), weight)
 
 
 def test_pieces_of_a_large_matrix_are_rounded_as_the_whole(monkeypatch):
     weight = torch.from_numpy(numbers("heavy"))
-    whole = fake_quant_mxfp4(weight)
+    whole = fake_quantize(weight)
     monkeypatch.setattr(train_quantize, "_CHUNK_VALUES", 64)
-    assert torch.equal(fake_quant_mxfp4(weight), whole)
+    assert torch.equal(fake_quantize(weight), whole)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_block_that_is_not_finite_becomes_nan_as_in_numpy(bad):
     weight = torch.ones(1, 64)
     weight[0, 3] = bad
-    got = fake_quant_mxfp4(weight)
+    got = fake_quantize(weight)
     assert got[0, :32].isnan().all() and torch.equal(got[0, 32:], weight[0, 32:])
 
 
 def test_a_row_that_is_no_multiple_of_the_block_is_refused_with_its_shape():
     with pytest.raises(InputError, match=r"multiple of 32.*\(2, 33\)"):
-        fake_quant_mxfp4(torch.zeros(2, 33))
+        fake_quantize(torch.zeros(2, 33))
 
 
 # With the model
@@ -158,7 +158,7 @@ def test_training_under_mxfp4_computes_what_the_exported_model_computes(tmp_path
     for key, exported in (("gate", layer.gate), ("up", layer.up)):
         rows = slice(0, 96) if key == "gate" else slice(96, None)
         weights = model.state()["layers.1.experts.gate_up"].detach()[:, rows]
-        np.testing.assert_array_equal(fake_quant_mxfp4(weights).numpy(), dequantize(exported))
+        np.testing.assert_array_equal(fake_quantize(weights).numpy(), dequantize(exported))
 
 
 @pytest.mark.parametrize("targets", [("q", "k", "v", "o"), ("experts",), ("router", "embedding", "unembedding")])

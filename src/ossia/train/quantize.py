@@ -23,7 +23,7 @@ from ossia.ops.mxfp4 import BLOCK, E2M1_MAX_EXPONENT, E2M1_VALUES, SCALE_BIAS, S
 _CHUNK_VALUES = 1 << 24
 
 
-def fake_quant_mxfp4(weight: Tensor, rule: ScaleRule = "best") -> Tensor:
+def fake_quantize(weight: Tensor, rule: ScaleRule = "best") -> Tensor:
     """Weights [..., I] as MXFP4 holds them along the last axis, in the same dtype; the gradient passes unchanged.
 
     ``rule`` chooses scales as in `ossia.ops.mxfp4`; `ossia export` writes by "best". A block with a NaN or an infinity
