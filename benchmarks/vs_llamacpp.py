@@ -30,9 +30,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from to_gguf import convert
-
 from ossia.model.random_checkpoint import write_random_checkpoint
+from ossia.train.export import export
 
 ROOT = Path(__file__).parent.parent
 WORK = ROOT / "build" / "bench"
@@ -60,7 +59,7 @@ def main() -> None:
         write_random_checkpoint(checkpoint, "20b", num_layers=arguments.layers)
     gguf = arguments.gguf or checkpoint.with_suffix(".gguf")
     if not gguf.exists():
-        convert(checkpoint, gguf)
+        export(checkpoint, gguf, "gguf", measure=False)
 
     sides = Sides(checkpoint, gguf, llamacpp, arguments.threads)
     asked = [entry for entry in plan(sides) if re.search(arguments.only, entry[0])]

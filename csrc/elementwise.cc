@@ -1,4 +1,4 @@
-// Rows at a time: embed, rms_norm, rope. Shapes: see kernels.h.
+// Rows at a time: embed, rms_norm, rope, dequantize. Shapes: see kernels.h.
 #include "elementwise.h"
 
 #include <cmath>
@@ -15,7 +15,117 @@ void widen_row(const uint8_t* row, int64_t cols, float* out) {
   for (int64_t i = 0; i < cols; ++i) out[i] = Numbers<kFormat>::one(row + i * Numbers<kFormat>::kBytes);
 }
 
+// The 16 numbers of E2M1.
+alignas(64) constexpr float kNumbers[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
+
+// 2^(scale - 127); 255 is NaN.
+OSSIA_INLINE float power_of_scale(uint8_t scale) {
+  if (scale == 255) return bits_as<float>(0x7fc00000u);
+  return bits_as<float>(scale ? static_cast<uint32_t>(scale) << 23 : 0x00400000u);
+}
+
+// The 32 numbers of a block. A number of MXFP4 has two significant bits, so that its float's upper half is its bfloat16.
+#if OSSIA_512
+
+struct LowHigh {
+  Vf low, high;  // of the low and of the high nibbles
+};
+OSSIA_INLINE LowHigh numbers_of_nibbles(const uint8_t* block, float scale) {
+  // The permutation looks at four bits of each index.
+  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block)));
+  const Vf table = _mm512_load_ps(kNumbers);
+  return {mul(_mm512_permutexvar_ps(bytes, table), set1(scale)),
+          mul(_mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), table), set1(scale))};
+}
+
+template <bool kPairs>
+OSSIA_INLINE void widen_block(const uint8_t* block, float scale, float* out) {
+  const LowHigh numbers = numbers_of_nibbles(block, scale);
+  if (kPairs) {
+    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i second = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    store(out, _mm512_permutex2var_ps(numbers.low, first, numbers.high));
+    store(out + 16, _mm512_permutex2var_ps(numbers.low, second, numbers.high));
+  } else {
+    store(out, numbers.low);
+    store(out + 16, numbers.high);
+  }
+}
+
+template <bool kPairs>
+OSSIA_INLINE void widen_block(const uint8_t* block, float scale, uint16_t* out) {
+  const LowHigh numbers = numbers_of_nibbles(block, scale);
+  const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(numbers.low), 16);
+  const __m512i high = _mm512_castps_si512(numbers.high);
+  if (kPairs) {
+    _mm512_storeu_si512(out, _mm512_or_si512(low, _mm512_and_si512(high, _mm512_set1_epi32(-0x10000))));
+  } else {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(low));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 16), _mm512_cvtepi32_epi16(_mm512_srli_epi32(high, 16)));
+  }
+}
+
+#else
+
+template <bool kPairs>
+OSSIA_INLINE void widen_block(const uint8_t* block, float scale, float* out) {
+  alignas(64) uint8_t codes[kBlock];
+  for (int i = 0; i < kBlock / 2; ++i) {
+    codes[kPairs ? 2 * i : i] = block[i] & 15;
+    codes[kPairs ? 2 * i + 1 : kBlock / 2 + i] = block[i] >> 4;
+  }
+#if OSSIA_256
+  for (int i = 0; i < kBlock; i += 8) {
+    const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + i)));
+    // The fourth bit is the sign, and the permutation looks at three.
+    const Vf sign = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_srli_epi32(index, 3), 31));
+    const Vf magnitude = _mm256_permutevar8x32_ps(_mm256_load_ps(kNumbers), index);
+    store(out + i, mul(_mm256_xor_ps(magnitude, sign), set1(scale)));
+  }
+#else
+  for (int i = 0; i < kBlock; ++i) out[i] = kNumbers[codes[i]] * scale;
+#endif
+}
+
+template <bool kPairs>
+OSSIA_INLINE void widen_block(const uint8_t* block, float scale, uint16_t* out) {
+  alignas(64) float numbers[kBlock];
+  widen_block<kPairs>(block, scale, numbers);
+  for (int i = 0; i < kBlock; ++i) out[i] = static_cast<uint16_t>(bits_as<uint32_t>(numbers[i]) >> 16);
+}
+
+#endif
+
+template <bool kPairs, class Number>
+void dequantize_rows(Workspace& work, const Matrix& source, Number* out) {
+  work.pool.for_each(source.rows, source.rows * source.cols >= kWorthSharing, [&](int64_t r, int) {
+    const uint8_t* blocks = source.data + r * source.row_stride;
+    const uint8_t* scales = source.scales + r * source.scale_row_stride;
+    for (int64_t b = 0; b < source.cols / kBlock; ++b) {
+      const float scale = power_of_scale(scales[b * source.scale_block_stride]);
+      widen_block<kPairs>(blocks + b * source.block_stride, scale, out + r * source.cols + b * kBlock);
+    }
+  });
+}
+
+template <class Number>
+void dequantize_to(Workspace& work, const Matrix& source, Number* out) {
+  if (source.format == Format::kMxfp4Pairs) {
+    dequantize_rows<true>(work, source, out);
+  } else {
+    dequantize_rows<false>(work, source, out);
+  }
+}
+
 }  // namespace
+
+void dequantize(Workspace& work, const Matrix& source, float* floats, uint16_t* bf16) {
+  if (floats) {
+    dequantize_to(work, source, floats);
+  } else {
+    dequantize_to(work, source, bf16);
+  }
+}
 
 void embed(Workspace& work, const Matrix& table, const int32_t* ids, int64_t num_tokens, float* out) {
   const int64_t dim = table.cols;

@@ -140,6 +140,21 @@ void test_moe(const Kernels& kernels, Format order) {
   const ossia::Experts e{matrix(gate, hidden, dim), matrix(up, hidden, dim), matrix(down, dim, hidden),
                          gate_bias.data(), up_bias.data(), down_bias.data(), experts};
 
+  std::vector<float> floats(hidden * dim);
+  std::vector<uint16_t> halves(hidden * dim);
+  Workspace both(2);
+  kernels.dequantize(both, e.up.at(1), floats.data(), nullptr);
+  kernels.dequantize(both, e.up.at(1), nullptr, halves.data());
+  bool exact = true;
+  for (int64_t f = 0; f < hidden; ++f)
+    for (int64_t i = 0; i < dim; ++i) {
+      const float wanted = static_cast<float>(number(e.up.at(1), f, i));
+      uint32_t bits;
+      std::memcpy(&bits, &wanted, 4);
+      exact &= std::memcmp(&floats[f * dim + i], &wanted, 4) == 0 && halves[f * dim + i] == bits >> 16;
+    }
+  check(exact, std::string(kernels.name) + " dequantize");
+
   std::vector<double> expected(tokens * dim);
   for (int64_t t = 0; t < tokens; ++t)
     for (int64_t a = 0; a < active; ++a) {

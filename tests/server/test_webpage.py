@@ -164,7 +164,7 @@ def test_calls_show_code_output_and_pictures_and_citations_open_their_lines(tab,
     assert "rivers.html" in page.inner_text("dialog")
     assert "kilometres long and flows slowly." in page.inner_text("dialog blockquote")
     page.keyboard.press("Escape")
-    assert page.locator("dialog").count() == 0
+    opened.until("!document.querySelector('dialog')")
 
 
 def test_files_are_put_where_python_finds_them(tab, tools):

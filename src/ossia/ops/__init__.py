@@ -2,6 +2,7 @@
 
     reference   numpy, the specification (`reference.py`)
     cpu         C++ kernels (`cpu.py`, `csrc/`)
+    autograd    torch, differentiable, for training (`autograd.py`)
 
 Legend for shapes, used in every file that touches tensors
     T  tokens of the batch, all sequences one after the other      N  sequences of the batch
