@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: help run test test-all sanitize aarch64 check bench clean
+.PHONY: help run test test-all sanitize aarch64 check bench web clean
 
 help:
 	@echo "make run       set up, then answer a prompt with a small model"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-all  also the long tests, the sanitizers and other processors"
 	@echo "make check     ruff and mypy --strict"
 	@echo "make bench     measure, and compare with peers"
+	@echo "make web       build the chat page from its sources"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -57,6 +58,10 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The chat page, from its sources; needs Node 20 or newer.
+web:
+	cd web && npm ci --no-audit --no-fund && npm run build
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/harmony.py

@@ -8,6 +8,7 @@
     │   └── ConfigError            a setting (flag, OSSIA_* variable, TOML) is not usable 400
     ├── NotFoundError              a model, response or file that was named is not there  404
     ├── AuthError                  no key, or one that is not known                       401
+    │   └── ForbiddenError         a web page asks that has no business here              403
     ├── LimitError                 too many requests now; later the same one may pass     429
     ├── CheckpointError            a checkpoint's files are damaged or not what they say  500
     └── UnavailableError           the network, a device or an extra is not there         503
@@ -84,6 +85,13 @@ class AuthError(OssiaError):
     status = 401
     type = "invalid_request_error"
     code = "invalid_api_key"
+
+
+class ForbiddenError(AuthError):
+    """The request comes by way of a web page from elsewhere, to a server that asks for no key."""
+
+    status = 403
+    code = "forbidden"
 
 
 class LimitError(OssiaError):

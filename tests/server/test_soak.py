@@ -145,7 +145,8 @@ def test_many_clients_that_come_and_leave_at_random_leave_nothing_behind(tmp_pat
     with capsys.disabled():
         print(json.dumps(told))
     if seconds >= 60:
-        # Caches have filled by half time; what still grows would be a leak.
+        # Caches have filled by half time; what still grows would be a leak. The lowest of some moments is compared: in
+        # the midst of a step the logits of many sequences come and go.
         memory = told["resident MiB"]
-        half, last = memory[len(memory) // 2 :][:5], memory[-5:]
-        assert sum(last) / 5 < sum(half) / 5 * 1.1 + 16, memory
+        half = len(memory) // 2
+        assert min(memory[-8:]) < min(memory[half - 4 : half + 4]) + 10, memory

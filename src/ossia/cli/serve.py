@@ -13,6 +13,7 @@ from ossia.cli import options
 
 if TYPE_CHECKING:
     from ossia.config import Config
+    from ossia.engine import AsyncEngine
     from ossia.responses.toolbox import Toolboxes
     from ossia.server.service import Service
 
@@ -122,7 +123,11 @@ def serve(
     wanted = _wanted(settings)
     offered = open_tools(settings, wanted, unsafe_python)
     required = wanted if settings.tools != "auto" else []
-    _run(_open(settings, keys, name, offered), settings, required)
+    service, engine = _open(settings, keys, name, offered)
+    try:
+        _run(service, settings, required)
+    finally:
+        engine.close()
 
 
 def _wanted(settings: Config) -> list[str]:
@@ -181,7 +186,7 @@ def open_tools(settings: Config, wanted: list[str], unsafe_python: bool) -> Tool
     )
 
 
-def _open(settings: Config, keys: object, name: str, tools: Toolboxes) -> Service:
+def _open(settings: Config, keys: object, name: str, tools: Toolboxes) -> tuple[Service, AsyncEngine]:
     """The model, its engine in a thread, and the store."""
     import datetime
     import socket
@@ -226,10 +231,12 @@ def _open(settings: Config, keys: object, name: str, tools: Toolboxes) -> Servic
         max_request_bytes=settings.max_request,
         tools=tools,
         tracing=Tracing.to_collector(settings.traces) if settings.traces else None,
+        refuses_pages=not keys and settings.open_to_all != "yes",
         created_at=int(datetime.datetime.now(datetime.UTC).timestamp()),
+        context=local.engine.max_context,
     )
     service.watch(engine.stats)
-    return service
+    return service, engine
 
 
 def _aliases(name: str) -> list[str]:
@@ -253,6 +260,7 @@ async def _serve(service: Service, settings: Config, required: list[str]) -> Non
     import uvicorn
 
     from ossia.server.app import create_app
+    from ossia.server.protocol import Protocol
 
     try:
         on, off = await service.tools.start(required)
@@ -265,6 +273,8 @@ async def _serve(service: Service, settings: Config, required: list[str]) -> Non
     print(f"ossia: serving {service.model.name} on http://{settings.host}:{settings.port}/v1", file=sys.stderr)
     config = uvicorn.Config(
         create_app(service),
+        http=Protocol,
+        ws="none",
         host=settings.host,
         port=settings.port,
         log_level="warning",

@@ -58,7 +58,7 @@ class Engine:
     def __init__(self, runner: Runner, *, token_bytes: Callable[[int], bytes] | None = None) -> None:
         self._runner = runner
         self._token_bytes = token_bytes
-        self._max_context = max_context(runner.config, runner.options)
+        self.max_context = max_context(runner.config, runner.options)
         self._num_requests = 0
         self._totals = Totals()
         self._mask_thread: ThreadPoolExecutor | None = None
@@ -85,7 +85,7 @@ class Engine:
             raise InputError("stop_strings need an engine that was given token_bytes", param="stop_strings")
         # The last token of an answer is never computed.
         in_memory = self._runner.num_blocks.full * self._runner.options.block_size + 1
-        limit, where = min((self._max_context, "the context window"), (in_memory, "the memory for keys and values"))
+        limit, where = min((self.max_context, "the context window"), (in_memory, "the memory for keys and values"))
         num_asked = 1 if params.max_tokens is None else params.max_tokens
         if len(token_ids) + num_asked > limit:
             raise ContextLengthError(

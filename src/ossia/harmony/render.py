@@ -10,7 +10,10 @@ Source   openai/harmony docs/format.md and its renderer, compared token for toke
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import threading
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -167,6 +170,33 @@ def _kept(conversation: Conversation | Sequence[Message], drop_analysis: DropAna
 # -- one message -----------------------------------------------------------------------------------
 
 
+class Memo:
+    """Token ids of the texts that were asked for last, of at most ``max_chars`` together. For any thread."""
+
+    def __init__(self, encode: Callable[[str], list[int]], max_chars: int = 4_000_000) -> None:
+        self._encode = encode
+        self._max_chars = max_chars
+        self._lock = threading.Lock()
+        self._known: OrderedDict[str, array[int]] = OrderedDict()
+        self.num_chars = 0
+
+    def __call__(self, text: str) -> array[int]:
+        with self._lock:
+            known = self._known.get(text)
+            if known is not None:
+                self._known.move_to_end(text)
+                return known
+        # Packed: as a tuple of numbers they would take ten times the room.
+        made = array("I", self._encode(text))
+        with self._lock:
+            if text not in self._known:
+                self._known[text] = made
+                self.num_chars += len(text)
+            while self.num_chars > self._max_chars:
+                self.num_chars -= len(self._known.popitem(last=False)[0])
+        return made
+
+
 @lru_cache(maxsize=8)
 def _renderer(tokenizer: Tokenizer) -> _Renderer:
     return _Renderer(tokenizer)
@@ -185,8 +215,8 @@ class _Renderer:
         self.end_id = tokenizer.special("<|end|>")
         self.return_id = tokenizer.special("<|return|>")
         self._header = lru_cache(maxsize=4096)(self._encode_header)
-        # Prompts of one service share these texts; some 100 of them are a few megabytes.
-        self._boilerplate = lru_cache(maxsize=128)(lambda text: tuple(self._encode(text)))
+        # Prompts of one service share these texts.
+        self._boilerplate = Memo(self._encode)
 
     def opening(self, role: Role) -> list[int]:
         """``<|start|>assistant``: what the prompt gives, and the model goes on from."""

@@ -89,7 +89,10 @@ class Service:
         tracing: Tracing | None = None,
         tools: Toolboxes | None = None,
         created_at: int = 0,
+        refuses_pages: bool = False,
+        context: int = 0,
     ) -> None:
+        """``refuses_pages`` is for a server that is open to this machine: pages from elsewhere are not of it."""
         self.model, self.store = model, store
         self.names = {model.name, *aliases}
         self.keys = keys or Keys()
@@ -100,6 +103,9 @@ class Service:
         self.tools = tools or Toolboxes()
         self.tools.files = self._file
         self.created_at = created_at
+        self.refuses_pages = refuses_pages
+        # Tokens that prompt and answer may have together; 0 where that is not known.
+        self.context = context
         self.metrics = Metrics()
         self.live: dict[str, Live] = {}
         self.is_stopping = False

@@ -64,6 +64,13 @@ _ITEMS = sa.Table(
     # The messages that the item stands for, with their tokens: JSON, zlib.
     sa.Column("spoken", sa.LargeBinary, nullable=False),
 )
+# Whose conversation it is: the name of the API key that created it, "" without keys. For lists, which are of one owner.
+_OWNERS = sa.Table(
+    "conversation_owners",
+    _META,
+    sa.Column("conversation_id", sa.String(128), primary_key=True),
+    sa.Column("owner", sa.String(256), nullable=False, index=True),
+)
 # What the tools of a response, or of a conversation, have left for the next one: pages, the container. JSON, zlib.
 _TOOL_STATES = sa.Table(
     "tool_states",
@@ -275,13 +282,53 @@ class Store:
 
     # Conversations ---------------------------------------------------------------------------------------------------
 
-    def create_conversation(self, metadata: Json, entries: Sequence[Entry]) -> Json:
-        conversation_id, now = new_id("conv"), time.time()
+    def create_conversation(self, metadata: Json, entries: Sequence[Entry], owner: str = "") -> Json:
         with self._db.begin() as db:
-            row = {"id": conversation_id, "created_at": now, "metadata": dumps(metadata)}
-            db.execute(sa.insert(_CONVERSATIONS).values(**row, expires_at=self._expiry(now)))
-            self._append(db, conversation_id, entries, None)
-        return _conversation(conversation_id, now, metadata)
+            return self._create(db, metadata, entries, None, owner)
+
+    def fork_conversation(self, conversation_id: str, item_id: str | None, metadata: Json, owner: str = "") -> Json:
+        """A new conversation with the items up to and with ``item_id``, or all, and what the tools had left there.
+
+        Tokens stay as they were sampled. Raises NotFoundError for an item that is not in it.
+        """
+        row = self._conversation_row(conversation_id)
+        with self._db.begin() as db:
+            entries = _entries(db, conversation_id)
+            if item_id is not None:
+                places = [i for i, entry in enumerate(entries) if entry.item["id"] == item_id]
+                if not places:
+                    raise _not_found("item", item_id)
+                entries = entries[: places[0] + 1]
+            fork = self._create(db, metadata, entries, row.current_date, owner)
+            state = db.execute(sa.select(_TOOL_STATES.c.body).where(_TOOL_STATES.c.owner_id == conversation_id))
+            _keep_tool_state(db, fork["id"], state.scalar())
+        return fork
+
+    def conversations(self, owner: str, query: str, limit: int, after: str | None) -> list[Json]:
+        """The first ``limit`` conversations of an owner behind ``after``, the one that was last used first.
+
+        With a ``query``, those whose title or messages have all of its words, in whatever case.
+        """
+        words = query.casefold().split()
+        columns = (_CONVERSATIONS.c.expires_at, _CONVERSATIONS.c.id)
+        asked = (
+            sa.select(_CONVERSATIONS)
+            .join(_OWNERS, _OWNERS.c.conversation_id == _CONVERSATIONS.c.id)
+            .where(_OWNERS.c.owner == owner)
+            .order_by(*(column.desc() for column in columns))
+        )
+        if after is not None:
+            row = self._conversation_row(after)
+            asked = asked.where(sa.tuple_(*columns) < sa.tuple_(sa.literal(row.expires_at), sa.literal(row.id)))
+        found: list[Json] = []
+        with self._db.connect() as db:
+            for row in db.execute(asked if words else asked.limit(limit)).all():
+                one = _conversation(row.id, row.created_at, _json(row.metadata))
+                if not words or self._has_words(db, one, words):
+                    found.append(one)
+                    if len(found) == limit:
+                        break
+        return found
 
     def conversation(self, conversation_id: str) -> Json:
         row = self._conversation_row(conversation_id)
@@ -298,6 +345,7 @@ class Store:
         self._conversation_row(conversation_id)
         with self._db.begin() as db:
             db.execute(sa.delete(_CONVERSATIONS).where(_CONVERSATIONS.c.id == conversation_id))
+            db.execute(sa.delete(_OWNERS).where(_OWNERS.c.conversation_id == conversation_id))
             db.execute(sa.delete(_ITEMS).where(_ITEMS.c.owner_id == conversation_id))
             db.execute(sa.delete(_TOOL_STATES).where(_TOOL_STATES.c.owner_id == conversation_id))
 
@@ -462,6 +510,7 @@ class Store:
                 db.execute(sa.delete(_TOOL_STATES).where(_TOOL_STATES.c.owner_id.in_(some)))
                 db.execute(sa.delete(_RESPONSES).where(_RESPONSES.c.id.in_(some)))
                 db.execute(sa.delete(_CONVERSATIONS).where(_CONVERSATIONS.c.id.in_(some)))
+                db.execute(sa.delete(_OWNERS).where(_OWNERS.c.conversation_id.in_(some)))
                 db.execute(sa.delete(_CHATS).where(_CHATS.c.id.in_(some)))
                 db.execute(sa.delete(_FILES).where(_FILES.c.id.in_(some)))
 
@@ -489,6 +538,25 @@ class Store:
         query = sa.select(_ITEMS).where(_ITEMS.c.owner_id == owner_id, _ITEMS.c.kind == kind)
         with self._db.connect() as db:
             return [_entry(row) for row in db.execute(query.order_by(_ITEMS.c.position))]
+
+    def _create(
+        self, db: Connection, metadata: Json, entries: Sequence[Entry], current_date: str | None, owner: str
+    ) -> Json:
+        conversation_id, now = new_id("conv"), time.time()
+        row = {"id": conversation_id, "created_at": now, "metadata": dumps(metadata)}
+        db.execute(sa.insert(_CONVERSATIONS).values(**row, expires_at=self._expiry(now)))
+        db.execute(sa.insert(_OWNERS).values(conversation_id=conversation_id, owner=owner))
+        self._append(db, conversation_id, entries, current_date)
+        return _conversation(conversation_id, now, metadata)
+
+    def _has_words(self, db: Connection, conversation: Json, words: Sequence[str]) -> bool:
+        text = " ".join(str(value) for value in conversation["metadata"].values()).casefold()
+        missing = [word for word in words if word not in text]
+        if missing:
+            bodies = db.execute(sa.select(_ITEMS.c.body).where(_ITEMS.c.owner_id == conversation["id"])).scalars()
+            text = "\n".join(_said(_json(body)) for body in bodies).casefold()
+            missing = [word for word in missing if word not in text]
+        return not missing
 
     def _conversation_row(self, conversation_id: str) -> Any:
         known = _known(conversation_id, "conversation")
@@ -562,6 +630,13 @@ def _entries(db: Connection, owner_id: str) -> list[Entry]:
 def _entry(row: Any) -> Entry:
     spoken = json.loads(zlib.decompress(row.spoken))
     return Entry(_json(row.body), tuple(Spoken.from_dict(one) for one in spoken))
+
+
+def _said(item: Json) -> str:
+    """The text of a message; nothing of other items."""
+    content = item.get("content") if item.get("type") == "message" else None
+    parts = content if isinstance(content, list) else []
+    return "\n".join(str(part["text"]) for part in parts if isinstance(part, dict) and "text" in part)
 
 
 def _json(data: bytes) -> Json:
