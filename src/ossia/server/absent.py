@@ -13,8 +13,8 @@ from typing import NamedTuple
 from starlette.routing import BaseRoute, Match
 
 _OFFERED = (
-    "it offers Responses, Conversations, Chat Completions, Completions, Containers, Models and Anthropic's Messages; "
-    "see /docs"
+    "it offers Responses, Conversations, Chat Completions, Completions, Containers, Files, Models and Anthropic's "
+    "Messages; see /docs"
 )
 # First part of a path below /v1 -> what it would be, and what there is instead.
 _ABSENT = {
@@ -25,7 +25,6 @@ _ABSENT = {
     "decisions": ("decisions", "use /v1/responses with text.format json_schema and an enum"),
     "embeddings": ("embeddings", "gpt-oss writes text and has no embedding of one"),
     "evals": ("evals", "`ossia --help` tells what runs here"),
-    "files": ("files", "put text into the input; files of the python tool are under /v1/containers"),
     "fine_tuning": ("fine-tuning over HTTP", "`ossia --help` tells what runs here"),
     "images": ("images", "gpt-oss reads and writes text alone"),
     "moderations": ("moderations", "ask the model under a policy of yours, with text.format json_schema"),
@@ -33,7 +32,7 @@ _ABSENT = {
     "realtime": ("realtime sessions", "use /v1/responses with stream: true"),
     "skills": ("skills", "use tools of /v1/responses"),
     "threads": ("Assistants", "use /v1/responses with previous_response_id or a conversation"),
-    "uploads": ("uploads", "files of the python tool are under /v1/containers"),
+    "uploads": ("uploads in parts", "send the whole file to /v1/files"),
     "vector_stores": ("vector stores", "the browser tool searches a folder: `ossia serve --browser-root FOLDER`"),
     "videos": ("videos", "gpt-oss reads and writes text alone"),
 }
