@@ -156,7 +156,8 @@ def look_at_packages() -> Iterator[Finding]:
     for one, words in faults:
         yield Finding("ossia", "bad", words, f"Run `{sys.executable} -m pip install --upgrade '{one}'`.")
     if not faults:
-        yield Finding("ossia", "ok", f"{len(found)} packages that it needs are there", details={"packages": found})
+        shown = ", ".join(f"{name} {version}" for name, version in found.items())
+        yield Finding("ossia", "ok", f"the packages that it needs are there: {shown}", details={"packages": found})
 
 
 # The machine ---------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ _ABSENT = {
     "realtime": ("realtime sessions", "use /v1/responses with stream: true"),
     "skills": ("skills", "use tools of /v1/responses"),
     "threads": ("Assistants", "use /v1/responses with previous_response_id or a conversation"),
-    "uploads": ("uploads in parts", "send the file whole to /v1/files"),
+    "uploads": ("uploads in parts", "send the whole file to /v1/files"),
     "vector_stores": ("vector stores", "the browser tool searches a folder: `ossia serve --browser-root FOLDER`"),
     "videos": ("videos", "gpt-oss reads and writes text alone"),
 }
