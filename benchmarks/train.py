@@ -3,14 +3,14 @@
     python benchmarks/train.py [--targets all|attention] [--precision float32|bfloat16] [--rounds 3] [--json FILE]
     python benchmarks/train.py --shape 20b [--model FOLDER]        ossia alone, one step of the true shape
 
-Small: four layers of gpt-oss's proportions, 4 documents of 256 tokens, every token trained, rank 8. Ossia reads the
-published MXFP4 layout; transformers reads the same numbers as floats, as its own dequantisation makes them. peft adapts
+Small: four layers of gpt-oss's proportions, 4 documents of 256 tokens, every token trained, rank 8 for all. Ossia reads
+the published MXFP4 layout; transformers reads the same numbers as floats, as its own dequantisation makes them. peft adapts
 the experts by `target_parameters`. Each side is a process of its own; each round gives it one warm-up step and some
 that are timed: forward, backward, AdamW. Told: tokens per second (median of all timed steps), the largest resident
 memory of the process, and their ratios. Tokens per second of CPU time, which other programs on the machine disturb
 less, mean something with `--threads 1`. `--experts` is transformers' way to compute experts.
 
-20b: 24 layers, 512 tokens, packed experts mapped from the checkpoint. Told apart: memory of the process's own
+20b: 24 layers, 512 tokens, rank 8 and 2 for each expert, packed experts mapped from the checkpoint. Told apart: memory of the process's own
 (anonymous) and pages of the mapped file, which the system can take back at any time.
 """
 
@@ -49,7 +49,7 @@ SMALL = ModelConfig(
     stop_token_ids=(32_767,),
     pad_token_id=0,
 )
-RANK, EXPERT_RANK, ALPHA = 8, 2, 16
+RANK, ALPHA = 8, 16
 ATTENTION = ("q", "k", "v", "o")
 
 
@@ -148,7 +148,7 @@ def run_ossia(arguments: argparse.Namespace) -> dict[str, Any]:
     model = Model.open(
         arguments.model,
         dtype=getattr(torch, arguments.precision),
-        lora=LoraConfig(rank=RANK, alpha=ALPHA, targets=targets, expert_rank=EXPERT_RANK),
+        lora=LoraConfig(rank=RANK, alpha=ALPHA, targets=targets, expert_rank=RANK),
         checkpoint_activations=arguments.recompute,
     )
     ids = token_ids(arguments.documents, arguments.tokens, model.config.vocab_size)
@@ -189,7 +189,6 @@ def run_peft(arguments: argparse.Namespace) -> dict[str, Any]:
             lora_alpha=ALPHA,
             target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
             target_parameters=of_experts or None,
-            rank_pattern=dict.fromkeys(of_experts, EXPERT_RANK),
         ),
     ).train()
     ids = token_ids(arguments.documents, arguments.tokens, model.config.vocab_size)
@@ -263,7 +262,7 @@ def step_20b(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
     model = Model.open(
         path,
         dtype=getattr(torch, arguments.precision),
-        lora=LoraConfig(rank=RANK, alpha=ALPHA, expert_rank=EXPERT_RANK),
+        lora=LoraConfig(rank=RANK, alpha=ALPHA),
     )
     opened_s = time.perf_counter() - start
     # As many tokens as asked for, in one document.

@@ -315,6 +315,9 @@ def test_swiglu_has_no_gradient_beyond_its_limits() -> None:
     assert [bool(g) for g in gate != 0] == [False, True, True, True]
     assert [bool(u) for u in up != 0] == [False, True, False, True]
     assert gradcheck(lambda x: torch_ops._swiglu(x, 7.0), [pre])
+    inner, slope_gate, slope_up = torch_ops._swiglu_slopes(pre.detach(), 7.0)
+    assert torch.equal(inner, out)
+    torch.testing.assert_close(torch.cat([slope_gate, slope_up], dim=1), gradient)
 
 
 @pytest.mark.parametrize("order", ["pairs", "halves"])

@@ -732,8 +732,9 @@ class _Moe(torch.autograd.Function):
         buffers = _Buffers(experts, dtype)
         out_TD = torch.zeros_like(x_TD)
         kept = x_TD.new_empty((len(sorted_S), experts.shape[1]), dtype=dtype) if keep else None
+        narrow_TD = x_TD.to(dtype)
         for group in _groups(counts, tokens_S):
-            x = x_TD[group.tokens].to(dtype)
+            x = narrow_TD[group.tokens]
             gate_up = _gate_up(x, group.expert, experts, buffers)
             if kept is not None:
                 kept[group.rows] = gate_up
@@ -758,14 +759,13 @@ class _Moe(torch.autograd.Function):
         dx_TD = torch.zeros_like(x_TD) if needs_x else None
         dweights_S = torch.zeros_like(weights_S1[:, 0])
         buffers = _Buffers(experts, dtype)
+        narrow_TD = x_TD.to(dtype)
         for expert, rows, tokens in _groups(ctx.counts, sorted_S // ctx.num_active):
-            x, g = x_TD[tokens].to(dtype), g_TD[tokens]
+            x, g = narrow_TD[tokens], g_TD[tokens]
             gate_up_OI = buffers.gate_up(expert)
             gate_up = _gate_up(x, expert, experts, buffers) if kept is None else kept[rows]
-            with torch.enable_grad():
-                pre = gate_up.to(_wide(gate_up)).detach().requires_grad_()
-                inner_wide = _swiglu(pre, ctx.limit)
-            inner = inner_wide.detach().to(dtype)
+            inner_wide, slope_gate, slope_up = _swiglu_slopes(gate_up, ctx.limit)
+            inner = inner_wide.to(dtype)
             # Through down, at first without the routing weight, whose own gradient is g . out.
             dinner = g.to(dtype) @ buffers.down(expert)
             g_weighted = (g * weights_S1[rows]).to(dtype)
@@ -781,8 +781,8 @@ class _Moe(torch.autograd.Function):
                 d_down[expert] = _weight_gradient(experts, experts.down_EDF, expert, g_weighted.T @ inner)
             if d_down_bias is not None:
                 d_down_bias[expert] = g_weighted.sum(dim=0)
-            (dpre,) = torch.autograd.grad(inner_wide, pre, dinner * weights_S1[rows])
-            dpre = dpre.to(dtype)
+            dinner = dinner.mul_(weights_S1[rows])
+            dpre = torch.cat([slope_gate.mul_(dinner), slope_up.mul_(dinner)], dim=1).to(dtype)
             if d_gate_up is not None:
                 d_gate_up[expert] = _weight_gradient(experts, experts.gate_up_EFD, expert, dpre.T @ x)
             if d_gate_up_bias is not None:
@@ -858,6 +858,18 @@ def _swiglu(gate_up: Tensor, limit: float) -> Tensor:
     gate, up = gate_up.to(_wide(gate_up)).chunk(2, dim=-1)
     gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return gate * torch.sigmoid(SWIGLU_ALPHA * gate) * (up + 1)
+
+
+def _swiglu_slopes(gate_up: Tensor, limit: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(`_swiglu`, its derivatives by gate and by up)."""
+    gate, up = gate_up.to(_wide(gate_up)).chunk(2, dim=-1)
+    gate_inside, up_inside = gate <= limit, up.abs() <= limit
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit).add_(1)
+    sigmoid = torch.sigmoid(SWIGLU_ALPHA * gate)
+    glu = gate * sigmoid
+    # d (g s(a g)) / dg = s + a g s (1 - s)
+    slope_gate = (1 - sigmoid).mul_(glu).mul_(SWIGLU_ALPHA).add_(sigmoid).mul_(up).mul_(gate_inside)
+    return glu * up, slope_gate, glu * up_inside
 
 
 def _lora_forward(lora: Lora, expert: int, x: Tensor) -> Tensor:
