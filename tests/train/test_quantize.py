@@ -10,7 +10,7 @@ from tests.model.conftest import one_sequence
 
 from ossia.errors import InputError
 from ossia.model import transformer
-from ossia.model.adapter import Adapter, LoraPair, read_adapter, write_adapter
+from ossia.model.adapter import read_adapter, write_adapter
 from ossia.model.config import ModelConfig
 from ossia.model.random_checkpoint import write_random_checkpoint
 from ossia.model.weights import Checkpoint, load_weights
@@ -19,7 +19,7 @@ from ossia.ops.mxfp4 import dequantize, pack_codes, quantize
 from ossia.ops.reference import ReferenceOps
 from ossia.train import quantize as train_quantize
 from ossia.train.export import export
-from ossia.train.lora import LoraConfig, places
+from ossia.train.lora import LoraConfig, to_adapter
 from ossia.train.merged import Merged
 from ossia.train.module import Model
 from ossia.train.quantize import fake_quantize
@@ -176,18 +176,9 @@ def test_a_trained_adapter_and_its_merged_export_compute_the_same(targets, tmp_p
     with torch.no_grad():
         want = model(batch).numpy()
     assert np.abs(want - before).max() > 0.05 * np.abs(want).max()
-    pairs = {}
-    for place in places(model.weights):
-        if place.lora is not None:
-            a, b = place.lora.a.detach().numpy(), place.lora.b.detach().numpy()
-            name, _, part = place.name.rpartition(".")
-            if part == "gate_up":
-                pairs[f"{name}.gate"] = LoraPair(a, b[:, :96], place.lora.scaling)
-                pairs[f"{name}.up"] = LoraPair(a, b[:, 96:], place.lora.scaling)
-            else:
-                pairs[place.name] = LoraPair(a, b, place.lora.scaling)
     config = Checkpoint.open(base).config
-    folder = write_adapter(tmp_path / "adapter", Adapter("trained", 4, 16.0, pairs), config)
+    adapter = to_adapter(model.weights, LoraConfig(rank=4, targets=targets), "trained")
+    folder = write_adapter(tmp_path / "adapter", adapter, config)
     merged, ops = Merged(Checkpoint.open(base), read_adapter(folder, config)), ReferenceOps()
     got = transformer.forward(ops, config, load_weights(merged, ops), batch)
     assert np.abs(got - want).max() < 1e-5 * np.abs(want).max()
