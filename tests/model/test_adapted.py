@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tests.model.conftest import int32, one_sequence
+from tests.model.conftest import one_sequence
 from tests.model.peft_adapters import CASES, save, trained
 
 from ossia.model.adapted import adapt, hold_adapter
@@ -43,8 +43,8 @@ def test_logits_are_those_of_peft(case, backend, base, tmp_path, hugging_face_lo
     save(wrapped, tmp_path / "adapter")
     ops, checkpoint = load(backend, **BACKENDS[backend]), Checkpoint.open(folder)
     held = hold_adapter(ops, read_adapter(tmp_path / "adapter", config))
-    batch = one_sequence(IDS)
-    weights = adapt(load_weights(checkpoint, ops), [held], np.zeros(len(IDS), np.int32), batch.logit_rows_R)
+    batch = replace(one_sequence(IDS), adapters=(held,))
+    weights = adapt(load_weights(checkpoint, ops), batch)
     assert_same_logits(forward(ops, config, weights, batch), hugging_face_logits(wrapped, IDS))
 
 
@@ -63,9 +63,8 @@ def test_each_sequence_of_a_batch_goes_through_its_own_adapter(
     sequences = [rng.integers(0, 300, int(n)).tolist() for n in rng.integers(1, 25, 9)]
     # -1: the model alone.
     own = [3, -1, 0, 0, 5, 1, 4, 2, -1]
-    batch = joined(sequences)
-    adapter_T = np.repeat(int32(*own), batch.key_lengths_N)
-    weights = adapt(load_weights(checkpoint, ops), held, adapter_T, batch.logit_rows_R)
+    batch = replace(joined(sequences), adapters=tuple(held[i] if i >= 0 else None for i in own))
+    weights = adapt(load_weights(checkpoint, ops), batch)
     logits_RV = forward(ops, config, weights, batch)
     for n, (ids, index) in enumerate(zip(sequences, own, strict=True)):
         got = logits_RV[batch.query_starts_N1[n] : batch.query_starts_N1[n + 1]]
@@ -78,9 +77,15 @@ def test_only_what_an_adapter_changes_is_replaced(base, tmp_path):
     ops = load("reference")
     held = hold_adapter(ops, read_adapter(tmp_path / "adapter", config))
     weights = load_weights(Checkpoint.open(folder), ops)
-    adapted = adapt(weights, [held], int32(0), int32(0))
+    adapted = adapt(weights, replace(one_sequence(IDS), adapters=(held,)))
     assert adapted.layers[0] == weights.layers[0] and adapted.unembedding is weights.unembedding
     assert adapted.layers[1].q.weights is weights.layers[1].q and adapted.layers[1].router is weights.layers[1].router
+
+
+def test_a_batch_without_adapters_takes_the_weights_as_they_are(base):
+    _, folder, _ = base
+    weights = load_weights(Checkpoint.open(folder), load("reference"))
+    assert adapt(weights, one_sequence(IDS)) is weights
 
 
 def test_the_size_of_an_adapter_is_that_of_its_numbers(base, tmp_path):
@@ -99,6 +104,6 @@ def test_a_held_adapter_does_not_need_its_files(base, tmp_path, hugging_face_log
     path = tmp_path / "adapter/adapter_model.safetensors"
     with open(path, "r+b") as file:
         file.write(bytes(path.stat().st_size))
-    batch = one_sequence(IDS)
-    weights = adapt(load_weights(Checkpoint.open(folder), ops), [held], np.zeros(40, np.int32), batch.logit_rows_R)
+    batch = replace(one_sequence(IDS), adapters=(held,))
+    weights = adapt(load_weights(Checkpoint.open(folder), ops), batch)
     assert_same_logits(forward(ops, config, weights, batch), hugging_face_logits(wrapped, IDS))

@@ -1,7 +1,7 @@
 """A model's weights for one batch in which some tokens go through adapters: what the forward pass then reads.
 
     held = hold_adapter(ops, read_adapter(path, config))        once
-    forward(ops, config, adapt(weights, [held], adapter_T, batch.logit_rows_R), batch, caches)
+    forward(ops, config, adapt(weights, batch), batch, caches)              for a batch whose `adapters` name it
 
 Only what an adapter changes is replaced, by `ossia.ops.Adapted`; a batch without adapters takes the weights as they
 are.
@@ -10,7 +10,7 @@ are.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from ossia.model.adapter import Adapter
 from ossia.model.transformer import Layer, Weights
-from ossia.ops import Adapted, ExpertLoras, LoraPair, Ops
+from ossia.ops import Adapted, Batch, ExpertLoras, LoraPair, Ops
 
 _DENSE = ("q", "k", "v", "o", "router")
 _EXPERTS = ("gate", "up", "down")
@@ -52,13 +52,13 @@ def hold_adapter(ops: Ops, adapter: Adapter) -> HeldAdapter:
     return HeldAdapter(adapter.name, loras, sum(arrays.values()), secrets.token_bytes(16))
 
 
-def adapt(
-    weights: Weights,
-    adapters: Sequence[HeldAdapter],
-    adapter_T: npt.NDArray[np.int32],
-    logit_rows_R: npt.NDArray[np.int32],
-) -> Weights:
-    """The weights for a batch whose token t goes through ``adapters[adapter_T[t]]``, none where that is -1."""
+def adapt(weights: Weights, batch: Batch) -> Weights:
+    """The weights for a batch whose sequences go through the adapters that it names."""
+    adapters = list(dict.fromkeys(one for one in batch.adapters if one is not None))
+    if not adapters:
+        return weights
+    index_N = np.array([-1 if one is None else adapters.index(one) for one in batch.adapters], np.int32)
+    adapter_T = np.repeat(index_N, np.diff(batch.query_starts_N1))
 
     def change(held: Any, key: str, lora_T: npt.NDArray[np.int32] = adapter_T) -> Any:
         loras = tuple(adapter.loras.get(key) for adapter in adapters)
@@ -72,7 +72,7 @@ def adapt(
     return weights._replace(
         embedding=change(weights.embedding, "embedding"),
         layers=tuple(layer(i, own) for i, own in enumerate(weights.layers)),
-        unembedding=change(weights.unembedding, "unembedding", adapter_T[logit_rows_R]),
+        unembedding=change(weights.unembedding, "unembedding", adapter_T[batch.logit_rows_R]),
     )
 
 

@@ -119,14 +119,15 @@ class Routing(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The flat arrays of one forward pass over N sequences; every array is int32.
+    """One forward pass over N sequences in flat arrays, all int32.
 
     Sequence n owns the tokens ``query_starts_N1[n] : query_starts_N1[n + 1]``; they are its *last* ones: after this
     pass it has ``key_lengths_N[n]`` keys. Position p of a sequence lives in block ``table[n, p // S]``, slot ``p % S``.
     Layers with full attention and sliding-window layers have pools and tables of their own. The window's table is
     valid from the block of the first key that any query of this pass may see; before that it may hold -1, and unused
     ends of both tables hold -1. A pass without a cache (training) needs no tables: each sequence attends to
-    its own tokens.
+    its own tokens. ``adapters`` holds, for each sequence, the adapter that its tokens go through, or None; empty means
+    that no sequence has one. Operations do not read it: see `ossia.model.adapted`.
     """
 
     token_ids_T: Array
@@ -136,6 +137,7 @@ class Batch:
     full_table_NB: Array
     window_table_NB: Array
     logit_rows_R: Array
+    adapters: tuple[Any, ...] = ()
 
 
 class Ops(Protocol):
