@@ -21,7 +21,7 @@ from ossia.errors import CheckpointError
 from ossia.model.adapter import Adapter
 from ossia.model.transformer import Layer, Weights
 from ossia.model.weights import Checkpoint
-from ossia.ops import Q8, Adapted, Batch, ExpertLoras, LoraPair, Ops
+from ossia.ops import Q8, Adapted, AdapterOps, Batch, ExpertLoras, LoraPair
 
 _DENSE = ("q", "k", "v", "o", "router")
 _COMPARED_ROWS = 16_384
@@ -40,7 +40,7 @@ class HeldAdapter:
     cache_key: bytes
 
 
-def hold_adapter(ops: Ops, adapter: Adapter) -> HeldAdapter:
+def hold_adapter(ops: AdapterOps, adapter: Adapter) -> HeldAdapter:
     """Copy an adapter into a backend's memory."""
     loras: dict[str, Any] = {}
     arrays: dict[int, int] = {}
