@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.model.peft_adapters import CASES, save, trained
+from tests.model.peft_adapters import CASES, EXPERTS, ROUTER, save, trained
 
 from ossia.errors import CheckpointError, NotFoundError
 from ossia.model.adapter import Adapter, LoraPair, matrix_shape, read_adapter, write_adapter
@@ -176,6 +176,61 @@ def test_experts_that_peft_took_the_other_way_round_are_read_the_right_way(base,
     assert got.pairs.keys() == want.pairs.keys()
     for key, pair in want.pairs.items():
         np.testing.assert_allclose(got.pairs[key].delta(), pair.delta(), rtol=1e-5, atol=1e-6)
+
+
+def cut_into_modules(folder, num_experts: int) -> None:
+    """The same adapter as if every expert, and the router, were a module of its own."""
+    path = folder / "adapter_model.safetensors"
+    cut = {}
+    for name, values in load_file(path).items():
+        if ".mlp.experts." not in name:
+            cut[name.replace("mlp.router.", "mlp.router.linear.")] = values
+            continue
+        parameter = "gate_up_projs" if ".base_layer." in name else "down_projs"
+        whole = name.replace(".base_layer", "")
+        for e in range(num_experts):
+            if "lora_A" in name:
+                own = values.reshape(num_experts, -1, values.shape[1])[e]
+            else:
+                own = values.reshape(len(values), -1, num_experts)[..., e]
+            cut[whole.replace("mlp.experts.", f"mlp.experts.{parameter}.{e}.")] = own.contiguous()
+    save_file(cut, path)
+
+
+def test_experts_that_were_cut_into_modules_are_read_as_one(base, tmp_path):
+    make, _, config = base
+    save(trained(make(), r=2, lora_alpha=6, target_modules=["q_proj"], target_parameters=[*EXPERTS, *ROUTER]),
+         tmp_path / "adapter")  # fmt: skip
+    want = read_adapter(tmp_path / "adapter", config)
+    cut_into_modules(tmp_path / "adapter", config.num_experts)
+    got = read_adapter(tmp_path / "adapter", config)
+    assert list(got.pairs) == list(want.pairs)
+    for key, pair in want.pairs.items():
+        assert np.array_equal(got.pairs[key].delta(), pair.delta())
+    # An expert that was not adapted stays as it is.
+    path = tmp_path / "adapter/adapter_model.safetensors"
+    save_file({name: values for name, values in load_file(path).items() if "projs.3." not in name}, path)
+    some = read_adapter(tmp_path / "adapter", config)
+    delta, whole = (one.pairs["layers.1.experts.up"].delta() for one in (some, want))
+    assert not delta[3].any() and np.array_equal(np.delete(delta, 3, 0), np.delete(whole, 3, 0))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("projs.7.", "projs.8.", r"adapts model\.layers\.0\.mlp\.experts.*and one of 3 layers and 8 experts"),
+        ("layers.2.", "layers.3.", r"adapts model\.layers\.3.*one of 3 layers"),
+        ("gate_up_projs.5.", "down_projs.9.", "and 8 experts"),
+        ("gate_up_projs", "up_projs", "which ossia does not adapt"),
+    ],
+)
+def test_modules_that_are_no_experts_of_this_model_are_refused(old, new, words, base, tmp_path):
+    make, _, config = base
+    save(trained(make(), r=2, lora_alpha=6, target_modules=[], target_parameters=EXPERTS), tmp_path / "adapter")
+    cut_into_modules(tmp_path / "adapter", config.num_experts)
+    rename(tmp_path / "adapter", old, new)
+    with pytest.raises(CheckpointError, match=words):
+        read_adapter(tmp_path / "adapter", config)
 
 
 def test_copies_of_the_embedding_are_kept_apart_from_the_pairs(base, tmp_path):
