@@ -18,6 +18,7 @@ from tests.model.peft_adapters import CASES, EXPERTS, ROUTER, save, trained
 from ossia.errors import CheckpointError, NotFoundError
 from ossia.model.adapter import Adapter, LoraPair, matrix_shape, read_adapter, write_adapter
 from ossia.model.config import ModelConfig
+from ossia.model.weights import Checkpoint
 
 
 def merged(model, adapter: Adapter):
@@ -154,13 +155,8 @@ def test_shards_are_read_as_one(base, tmp_path):
         read_adapter(folder, config)
 
 
-def test_experts_that_peft_took_the_other_way_round_are_read_the_right_way(base, tmp_path):
-    make, _, config = base
-    save(trained(make(), **CASES["experts"]), tmp_path / "adapter")
-    want = read_adapter(tmp_path / "adapter", config)
-    path = tmp_path / "adapter/adapter_model.safetensors"
+def exchange_inputs_and_outputs(path, num_experts: int) -> None:
     exchanged = {}
-    num_experts = config.num_experts
     tensors = load_file(path)
     for name in tensors:
         other = tensors[name.replace("lora_A", "lora_X").replace("lora_B", "lora_A").replace("lora_X", "lora_B")]
@@ -172,10 +168,40 @@ def test_experts_that_peft_took_the_other_way_round_are_read_the_right_way(base,
                 other.reshape(num_experts, -1, other.shape[1]).permute(2, 1, 0).reshape(other.shape[1], -1)
             )
     save_file({name: values.contiguous() for name, values in exchanged.items()}, path)
+
+
+@pytest.mark.parametrize(
+    ("intermediate_size", "targets"),
+    # 64 is as square as the published models: down_proj alone would not tell which way round it is.
+    [(96, EXPERTS), (96, EXPERTS[:1]), (96, EXPERTS[1:]), (64, EXPERTS), (64, EXPERTS[:1])],
+)
+def test_experts_that_peft_took_the_other_way_round_are_read_the_right_way(
+    intermediate_size, targets, hugging_face_model, tmp_path
+):
+    model = hugging_face_model(0, intermediate_size=intermediate_size)
+    model.save_pretrained(tmp_path / "base")
+    config = Checkpoint.open(tmp_path / "base").config
+    save(trained(model, r=2, lora_alpha=6, target_modules=[], target_parameters=targets), tmp_path / "adapter")
+    want = read_adapter(tmp_path / "adapter", config)
+    exchange_inputs_and_outputs(tmp_path / "adapter/adapter_model.safetensors", config.num_experts)
     got = read_adapter(tmp_path / "adapter", config)
     assert got.pairs.keys() == want.pairs.keys()
     for key, pair in want.pairs.items():
         np.testing.assert_allclose(got.pairs[key].delta(), pair.delta(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("intermediate_size", [32, 64, 128])
+def test_experts_of_every_shape_are_taken_as_they_are(
+    intermediate_size, hugging_face_model, tmp_path, hugging_face_logits, assert_same_logits
+):
+    def make():
+        return hugging_face_model(0, intermediate_size=intermediate_size)
+
+    make().save_pretrained(tmp_path / "base")
+    wrapped = trained(make(), r=2, lora_alpha=6, target_modules=[], target_parameters=EXPERTS)
+    save(wrapped, tmp_path / "adapter")
+    adapter = read_adapter(tmp_path / "adapter", Checkpoint.open(tmp_path / "base").config)
+    assert_same_logits(hugging_face_logits(merged(make(), adapter), IDS), hugging_face_logits(wrapped, IDS))
 
 
 def cut_into_modules(folder, num_experts: int) -> None:

@@ -331,6 +331,13 @@ def _read_pairs(
             modules.setdefault(module, {})[part] = values
     if not modules:
         raise CheckpointError(f"{folder} holds an adapter of no tensors.")
+    # The model's own down_proj has as many inputs as outputs: gate_up_proj tells for both.
+    exchanged = config.intermediate_size * 2, config.hidden_size
+    is_exchanged = exchanged[0] != exchanged[1] and any(
+        module.endswith(_EXPERTS) and (parts["a"].shape[-1:], parts["b"].shape[:1]) == (exchanged[:1], exchanged[1:])
+        for module, parts in modules.items()
+        if len(parts) == 2
+    )
     pairs: dict[str, LoraPair] = {}
     cut: dict[str, dict[int, tuple[str, Floats, Floats]]] = {}
     for module, parts in modules.items():
@@ -341,7 +348,8 @@ def _read_pairs(
         if match := re.fullmatch(r"(model\.layers\.[0-9]+\.mlp\.experts\.(?:gate_up|down)_proj)s\.([0-9]+)", module):
             cut.setdefault(match[1], {})[int(match[2])] = module, parts["a"], parts["b"]
             continue
-        _add(folder, pairs, _pairs_of_module(folder, settings, module, parts["a"], parts["b"], config))
+        made = _pairs_of_module(folder, settings, module, parts["a"], parts["b"], config, is_exchanged=is_exchanged)
+        _add(folder, pairs, made)
     for parameter, experts in cut.items():
         _add(folder, pairs, _pairs_of_cut_experts(folder, settings, parameter, experts, config))
     return dict(sorted(pairs.items(), key=_natural)), copies
@@ -376,7 +384,14 @@ def _module_and_part(file: Path, name: str) -> tuple[str, str]:
 
 
 def _pairs_of_module(
-    folder: Path, settings: _Settings, module: str, a: Floats, b: Floats, config: ModelConfig
+    folder: Path,
+    settings: _Settings,
+    module: str,
+    a: Floats,
+    b: Floats,
+    config: ModelConfig,
+    *,
+    is_exchanged: bool,
 ) -> Iterator[tuple[str, LoraPair]]:
     match = re.fullmatch(r"model\.layers\.([0-9]+)\.(.+)", module)
     layer, inner = (match[1], match[2]) if match else ("", "")
@@ -389,7 +404,8 @@ def _pairs_of_module(
             f"{folder} adapts {module}, and this model has {config.num_layers} layers. {_other_model(settings)}"
         )
     if match and inner in _EXPERTS:
-        yield from _pairs_of_experts(folder, settings, f"model.layers.{layer}.mlp.experts", layer, a, b, config)
+        name = f"model.layers.{layer}.mlp.experts"
+        yield from _pairs_of_experts(folder, settings, name, a, b, config, is_exchanged=is_exchanged)
         return
     key = f"layers.{layer}.{_LINEAR[inner]}" if inner in _LINEAR else _OUTER.get(module)
     if key is None:
@@ -406,15 +422,14 @@ def _pairs_of_module(
 
 
 def _pairs_of_experts(
-    folder: Path, settings: _Settings, module: str, layer: str, a: Floats, b: Floats, config: ModelConfig
+    folder: Path, settings: _Settings, module: str, a: Floats, b: Floats, config: ModelConfig, *, is_exchanged: bool
 ) -> Iterator[tuple[str, LoraPair]]:
     E, D, F = config.num_experts, config.hidden_size, config.intermediate_size
-    shape = (a.shape[1], b.shape[0])
-    # Inputs and outputs of the two parameters, then those as PEFT may have exchanged them. Only down_proj of a model
-    # with as many inputs as outputs looks the same both ways, and is then taken as it should be.
-    parameters = {(D, 2 * F): ("gate_up_proj", False), (F, D): ("down_proj", False)}
-    exchanged = {(2 * F, D): ("gate_up_proj", True), (D, F): ("down_proj", True)}
-    parameter, is_exchanged = (exchanged | parameters).get(shape, ("", False))
+    shape = (b.shape[0], a.shape[1]) if is_exchanged else (a.shape[1], b.shape[0])
+    parameter = {(D, 2 * F): "gate_up_proj", (F, D): "down_proj"}.get(shape, "")
+    if not parameter and shape == (D, F):
+        # Alone in its file, and exchanged.
+        parameter, is_exchanged = "down_proj", True
     name = f"{module}.{parameter}"
     rank = settings.rank_of(name)
     if not parameter or a.shape[0] != rank * E or b.shape[1] != rank * E:
