@@ -76,7 +76,7 @@ class TrainConfig:
     )
 
     seed: int = _course(0, "Order of the data, first values, dropout: the same seed gives the same run.", low=0)
-    epochs: float = _course(1.0, "Passes over the data; a part of one is possible.", low=0)
+    epochs: int = _course(1, "How often the data is gone through.", low=0)
     steps: int = _course(0, "Optimiser steps, in place of epochs; 0 goes by epochs.", low=0)
     step_tokens: int = _course(
         0, "Tokens that one optimiser step sees, gathered over passes; 0 makes each pass a step.", low=0

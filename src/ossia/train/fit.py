@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ossia.errors import ConfigError, UnavailableError
 from ossia.harmony import Tokenizer
@@ -23,6 +25,7 @@ from ossia.model.inspection import inspect_checkpoint
 from ossia.model.weights import Checkpoint
 from ossia.train.config import DataSettings, TrainConfig
 from ossia.train.data import DataConfig, TrainBatch, to_batch
+from ossia.train.losses import balance_sum
 from ossia.train.lora import LoraConfig
 from ossia.train.module import Model
 from ossia.train.optimizers import Optimizer
@@ -49,12 +52,12 @@ class Fitted(NamedTuple):
 def fit(
     settings: DataSettings,
     kind: Kind,
-    objective: Callable[[Model, Sequence[TrainBatch]], Objective[TrainBatch]],
+    objective: Callable[[Model], Objective[TrainBatch]],
     *,
     resume: bool,
     say: Say,
 ) -> Fitted:
-    """Train as the settings say. ``objective`` is called with the model as it begins and the held-out passes.
+    """Train as the settings say. ``objective`` is called with the model as the checkpoint has it.
 
     Raises the errors of the data, the model and the run, each saying what to do.
     """
@@ -62,8 +65,7 @@ def fit(
     path = resolve_model(settings.model)
     tokenizer = Checkpoint.open(path).tokenizer()
     with RunFolder(settings, resume=resume, inputs={"model": fingerprint(path)}) as folder:
-        feed = StepFeed(settings, kind, tokenizer)
-        with closing_feed(feed):
+        with closing(StepFeed(settings, kind, tokenizer)) as feed:
             if folder.resumed is not None:
                 num_steps = int(folder.resumed.state["num_steps"])
             else:
@@ -74,7 +76,7 @@ def fit(
             needed_bytes = num_trained(model) * _CHECKPOINT_BYTES_PER_NUMBER
             folder.check_space(needed_bytes * (settings.keep + 2))
             _check_memory(num_trained(model) * (_BYTES_PER_NUMBER - 4), device, settings)
-            aim = objective(model, held_out)
+            aim = objective(model)
             trainer = Trainer(
                 aim,
                 make_optimizer(settings, model),
@@ -95,7 +97,8 @@ def fit(
             )
             model.train()
             outcome = run.train()
-            run.load_best_if_early(outcome)
+            if outcome.reason == "early":
+                run.load_best()
     return Fitted(outcome, model, tokenizer, held_out)
 
 
@@ -221,7 +224,7 @@ def _check_memory(needed_bytes: int, device: torch.device, settings: TrainConfig
 # The data ---------------------------------------------------------------------------------------------------------------
 
 
-def data_config(settings: DataSettings, split: Literal["all", "train", "validation"]) -> DataConfig:
+def data_config(settings: DataSettings) -> DataConfig:
     """The settings in the words of the reader."""
     return DataConfig(
         format=settings.format,
@@ -233,9 +236,7 @@ def data_config(settings: DataSettings, split: Literal["all", "train", "validati
         overlong=settings.overlong,
         skip_bad_rows=settings.skip_bad_rows,
         validation_share=settings.validation_share,
-        split=split,
         buffer_rows=settings.buffer_rows,
-        shuffle=split != "validation",
         packing=settings.packing,
         seed=settings.seed,
     )
@@ -274,45 +275,73 @@ class StepFeed:
         self._stream.close()
 
     def _open(self, state: dict[str, Any] | None) -> PackStream:
-        settings = self._settings
-        return PackStream(
-            settings.data,
-            data_config(settings, "train" if settings.validation_share else "all"),
-            self._tokenizer,
-            _pass_tokens(settings, self._kind),
-            kind=self._kind,
-            # With a number of steps the data is gone through as often as these need.
-            epochs=0 if settings.steps else settings.epochs,
-            state=state,
-        )
-
-
-@contextmanager
-def closing_feed(feed: StepFeed) -> Iterator[None]:
-    """Stop the feed's reading ahead at the end."""
-    try:
-        yield
-    finally:
-        feed.close()
+        # With a number of steps, the data is gone through as often as they need.
+        epochs = 0 if self._settings.steps else self._settings.epochs
+        return open_stream(self._settings, self._kind, self._tokenizer, epochs=epochs, state=state)
 
 
 def count_steps(settings: DataSettings, kind: Kind, tokenizer: Tokenizer) -> int:
-    """Steps of all epochs, after the first one; reads every row, so that a bad one is told before the start."""
-    feed = StepFeed(settings, kind, tokenizer)
-    raise NotImplementedError
+    """Steps of all epochs, told by the first one; reads every row, so that a bad one is told before the start.
+
+    Efforts and dates are drawn for a row once, so that every epoch has the same samples; only how they are shuffled
+    differs, and with it a pass here and there.
+    """
+    stream = open_stream(settings, kind, tokenizer, epochs=1)
+    with closing(stream):
+        lengths = [sum(map(len, pack)) for pack in stream]
+    num_steps, num_tokens = 0, 0
+    for length in lengths * settings.epochs:
+        num_tokens += length
+        if num_tokens >= settings.step_tokens:
+            num_steps, num_tokens = num_steps + 1, 0
+    return num_steps + (num_tokens > 0)
 
 
 def held_out_passes(settings: DataSettings, kind: Kind, tokenizer: Tokenizer) -> list[TrainBatch]:
     """Held-out rows as passes, of at most ``eval_tokens`` tokens together; nothing where no rows are held out."""
     if not settings.has_validation or not settings.eval_every:
         return []
-    path, split = (settings.validation, "all") if settings.validation else (settings.data, "validation")
-    raise NotImplementedError
+    passes: list[TrainBatch] = []
+    num_tokens = 0
+    with closing(open_stream(settings, kind, tokenizer, epochs=1, is_held_out=True)) as stream:
+        for pack in stream:
+            one = to_batch(pack)
+            num_tokens += one.num_tokens
+            if passes and num_tokens > settings.eval_tokens:
+                break
+            passes.append(one)
+    return passes
 
 
-def _pass_tokens(settings: DataSettings, kind: Kind) -> int:
-    """A pair is two samples."""
-    return settings.tokens_of_pass * (2 if kind == "pairs" else 1)
+def open_stream(
+    settings: DataSettings,
+    kind: Kind,
+    tokenizer: Tokenizer,
+    *,
+    epochs: int,
+    is_held_out: bool = False,
+    state: dict[str, Any] | None = None,
+) -> PackStream:
+    """What is trained, or what is held out, as packs. A pair is two samples, and may have twice the tokens."""
+    paths = settings.validation if is_held_out and settings.validation else settings.data
+    split: Literal["all", "train", "validation"] = "all"
+    if settings.validation_share and not (is_held_out and settings.validation):
+        split = "validation" if is_held_out else "train"
+    config = replace(data_config(settings), split=split, shuffle=not is_held_out)
+    max_tokens = settings.tokens_of_pass * (2 if kind == "pairs" else 1)
+    return PackStream(paths, config, tokenizer, max_tokens, kind=kind, epochs=epochs, state=state)
+
+
+def reference_passes(settings: DataSettings) -> Iterator[TrainBatch]:
+    """Every pair that a run will see, once: one epoch, then what is held out."""
+    tokenizer = Checkpoint.open(resolve_model(settings.model)).tokenizer()
+    with closing(open_stream(settings, "pairs", tokenizer, epochs=1)) as stream:
+        for pack in stream:
+            yield to_batch(pack)
+    yield from held_out_passes(settings, "pairs", tokenizer)
+
+
+# The objective ----------------------------------------------------------------------------------------------------------
 
 
 def evaluate(
@@ -333,3 +362,21 @@ def evaluate(
     finally:
         model.train(was_training)
     return {"loss": loss / weight} | {name: value / weight for name, value in sums.items()}
+
+
+@contextmanager
+def watched_router(model: Model, *, is_wanted: bool) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Logits and choices of each layer's router, in the passes that are made meanwhile; nothing if not wanted."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    before = model.ops.on_route
+    model.ops.on_route = (lambda logits_TE, experts_TA: seen.append((logits_TE, experts_TA))) if is_wanted else None
+    try:
+        yield seen
+    finally:
+        model.ops.on_route = before
+
+
+def balance_of(seen: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """1 where every layer uses its experts alike, more where not."""
+    per_layer = [balance_sum(logits_TE, experts_TA) / len(logits_TE) for logits_TE, experts_TA in seen]
+    return torch.stack(per_layer).mean()

@@ -73,7 +73,7 @@ class Outcome:
 class RunFolder:
     """The folder of a run, held by one process at a time."""
 
-    def __init__(self, settings: TrainConfig, *, resume: bool, inputs: Mapping[str, str], needed_bytes: int = 0) -> None:
+    def __init__(self, settings: TrainConfig, *, resume: bool, inputs: Mapping[str, str]) -> None:
         """Open or begin. ``inputs`` name the model and the data by their content, so that a change is seen.
 
         Raises InputError for a folder that has a run which is not to be resumed, or that another process is using,
@@ -89,12 +89,16 @@ class RunFolder:
                 f"{self.path} has a run that got to step {steps[-1]}. Go on with it with --resume, or give another "
                 "folder as out"
             )
-        open_run_folder(self.path, needed_bytes=needed_bytes)
+        open_run_folder(self.path, needed_bytes=0)
         self._lock = self._locked()
         self.resumed: Snapshot | None = self.checkpoints.load(steps[-1]) if steps else None
         if self.resumed is not None:
             self._check_same(self.resumed.state)
         (self.path / "settings.json").write_text(json.dumps(as_dict(settings), indent=1) + "\n", encoding="utf-8")
+
+    def check_space(self, needed_bytes: int) -> None:
+        """Raise UnavailableError unless this much can still be written."""
+        open_run_folder(self.path, needed_bytes=needed_bytes)
 
     def close(self) -> None:
         """Let another process have it."""
@@ -183,13 +187,19 @@ class Run(Generic[B]):
         step = self.trainer.num_steps_done
         return Outcome(self.folder.path, step, self.loss, reason, self.best[1] if self.best else None)
 
+    def load_best(self) -> None:
+        """Put the parameters of the best checkpoint in place."""
+        assert self.best is not None
+        load_parameters(self.parameters, self.folder.checkpoints.load(self.best[1]).trainable)
+
     def _loop(
         self, metrics: Metrics, progress: Progress, interrupts: Interrupts
     ) -> Literal["done", "early", "interrupted"]:
         if self.trainer.num_steps_done == 0 and self.evaluate is not None:
             # What the model can do before: the curve's first point.
             self._evaluate(metrics, progress)
-        while self.trainer.num_steps_done < self.num_steps:
+        # Epochs end with the data, whatever was counted beforehand.
+        while not self.settings.steps or self.trainer.num_steps_done < self.num_steps:
             began_s = time.perf_counter()
             passes = self.feed.next_step()
             if not passes:
@@ -222,7 +232,7 @@ class Run(Generic[B]):
         is_due = bool(self.settings.save_every) and step % self.settings.save_every == 0
         if is_due or is_better or is_early or interrupts.is_wanted:
             self._save(metrics, progress)
-        if interrupts.is_wanted and step < self.num_steps:
+        if interrupts.is_wanted:
             self.say(f"stopped after step {step} of {self.num_steps}; the same command with --resume goes on")
             return "interrupted"
         if is_early:
@@ -344,11 +354,6 @@ def _line(report: StepReport, num_tokens: int, tokens_per_s: float) -> dict[str,
     }
     line |= report.shown
     return line | {"skipped": True} if report.is_skipped else line
-
-
-def write_error(path: Path, error: OSError) -> UnavailableError:
-    """What is raised where the disk refuses a file of the run."""
-    return UnavailableError(f"{path}: cannot be written: {error.strerror or error}; free some space and go on with --resume")
 
 
 def available_bytes(device: torch.device) -> int | None:

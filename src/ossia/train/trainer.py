@@ -42,10 +42,15 @@ B_contra = TypeVar("B_contra", bound=Pass, contravariant=True)
 
 
 class Terms(NamedTuple):
-    """What one pass adds to the step: the sum that is made small, and sums that are shown, divided by the weight."""
+    """What one pass adds to the step, each divided by the step's weight later.
+
+    ``loss_sum`` is the loss that is told, ``sums`` are shown beside it, ``penalty_sum`` is made small as well but is no
+    part of the loss that is told.
+    """
 
     loss_sum: Tensor
     sums: Mapping[str, float] = {}
+    penalty_sum: Tensor | None = None
 
 
 class Objective(Protocol[B_contra]):
@@ -114,7 +119,8 @@ class Trainer(Generic[B]):
         with memory_errors():
             for one in passes:
                 terms = self.objective.terms(to_device(one, self.device))
-                (terms.loss_sum / weight).backward()  # type: ignore[no-untyped-call]
+                total = terms.loss_sum if terms.penalty_sum is None else terms.loss_sum + terms.penalty_sum
+                (total / weight).backward()  # type: ignore[no-untyped-call]
                 loss += terms.loss_sum.item() / weight
                 for name, value in terms.sums.items():
                     sums[name] = sums.get(name, 0.0) + value
