@@ -14,7 +14,14 @@ from ossia.tools.web.fetch import FetchLimits
 KNOBS = {
     BrowserRules: ["domains", "seen_links_only", "obeys_robots", "max_requests", "max_state_bytes"],
     FetchLimits: ["total_s", "max_bytes", "max_redirects"],
-    EngineConfig: ["kv_memory_bytes", "block_size", "max_batch_tokens", "max_num_seqs", "max_context"],
+    EngineConfig: [
+        "kv_memory_bytes",
+        "block_size",
+        "max_batch_tokens",
+        "max_num_seqs",
+        "max_context",
+        "adapter_memory_bytes",
+    ],
     SamplingParams: [
         "temperature",
         "top_p",
@@ -34,6 +41,7 @@ KNOBS = {
         "stop_sequences",
         "stop_strings",
         "ignore_eos",
+        "adapter",
         "constraint",
     ],
 }

@@ -15,6 +15,8 @@ import numpy.typing as npt
 from ossia.engine.block_manager import blocks_in_window
 from ossia.engine.config import EngineConfig
 from ossia.errors import ConfigError
+from ossia.model.adapted import HeldAdapter, adapt, hold_adapter
+from ossia.model.adapter import Adapter
 from ossia.model.config import ModelConfig
 from ossia.model.transformer import Weights, forward, new_caches
 from ossia.ops import Batch, Ops
@@ -50,8 +52,13 @@ class Runner:
 
     def run(self, batch: Batch) -> npt.NDArray[np.float32]:
         """logits_RV of the rows that the batch asks for; the keys and values of all its tokens are kept."""
-        logits_RV: Any = forward(self._ops, self.config, self._weights, batch, self._caches)
+        weights = adapt(self._weights, batch)
+        logits_RV: Any = forward(self._ops, self.config, weights, batch, self._caches)
         return np.asarray(logits_RV, np.float32)
+
+    def hold(self, adapter: Adapter) -> HeldAdapter:
+        """An adapter as a batch names it. May be called from any thread."""
+        return hold_adapter(self._ops, adapter)
 
 
 def divide_memory(config: ModelConfig, options: EngineConfig, layer_bytes: int) -> NumBlocks:
