@@ -17,7 +17,7 @@ from starlette.responses import Response as HttpResponse
 from ossia.engine.request import NO_TOKEN, SamplingParams, TokenOutput
 from ossia.errors import InputError, OssiaError, UnsupportedError
 from ossia.responses.events import DONE
-from ossia.responses.loop import Phase, engine_phases
+from ossia.responses.loop import Model, Phase, engine_phases
 from ossia.responses.schema import Json, dumps, error_object, new_id
 from ossia.server.sampled import Sampled
 from ossia.server.service import Service
@@ -39,10 +39,10 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/completions", responses={200: {"model": Completion}}, summary="Complete a raw prompt")
     async def complete(body: CompletionRequest, request: Request) -> HttpResponse:
-        service.check_model(body.model)
+        model = service.model_of(body.model)
         name, num = new_id("cmpl"), body.n or 1
-        made = [_Raw(service, body, prompt, i, name) for prompt in _prompts(service, body) for i in range(num)]
-        frame: Json = {"id": name, "created": int(time.time()), "model": service.model.name}
+        made = [_Raw(service, model, body, prompt, i, name) for prompt in _prompts(service, body) for i in range(num)]
+        frame: Json = {"id": name, "created": int(time.time()), "model": model.name}
         frame["object"] = "text_completion"
         if body.stream:
             return EventStream(await opened(request, _raw_chunks(made, frame, body)))
@@ -75,9 +75,21 @@ class _Raw:
     """One prompt being completed."""
 
     def __init__(
-        self, service: Service, body: CompletionRequest, prompt: list[int], choice: int, completion_id: str
+        self,
+        service: Service,
+        model: Model,
+        body: CompletionRequest,
+        prompt: list[int],
+        choice: int,
+        completion_id: str,
     ) -> None:
-        self._service, self._body, self.prompt, self._completion_id = service, body, prompt, completion_id
+        self._service, self._model, self._body, self.prompt, self._completion_id = (
+            service,
+            model,
+            body,
+            prompt,
+            completion_id,
+        )
         self.num_output, self.num_cached = 0, 0
         self.finish_reason: str | None = None
         self.text = ""
@@ -96,11 +108,11 @@ class _Raw:
         )
         if body.max_tokens != 0:
             # Fails before anything is sent.
-            service.model.engine.check(prompt, self._params)
+            model.engine.check(prompt, self._params)
 
     async def pieces(self) -> AsyncGenerator[str, None]:
         """The text as it comes; the text of a stop is not part of it."""
-        tokenizer = self._service.model.tokenizer
+        tokenizer = self._model.tokenizer
         if self._body.echo:
             self.text = tokenizer.decode(self.prompt)
             yield self.text
@@ -136,7 +148,7 @@ class _Raw:
         async with self._service.admission.slot():
             begin_ns, first_ns = time.time_ns(), 0
             try:
-                async with aclosing(self._service.model.engine.generate(self.prompt, self._params)) as outputs:
+                async with aclosing(self._model.engine.generate(self.prompt, self._params)) as outputs:
                     async for output in outputs:
                         first_ns = first_ns or time.time_ns()
                         yield output
@@ -154,7 +166,7 @@ class _Raw:
         return {"index": index, "text": self.text, "logprobs": logprobs, "finish_reason": self.finish_reason}
 
     def _note(self, token_id: int, logprob: float, top: tuple[tuple[int, float], ...]) -> None:
-        decode = self._service.model.tokenizer.decode
+        decode = self._model.tokenizer.decode
         self.logprobs["tokens"].append(decode([token_id]))
         self.logprobs["token_logprobs"].append(logprob)
         self.logprobs["top_logprobs"].append({decode([one]): value for one, value in top})
