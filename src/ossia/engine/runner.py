@@ -19,7 +19,7 @@ from ossia.model.adapted import HeldAdapter, adapt, hold_adapter
 from ossia.model.adapter import Adapter
 from ossia.model.config import ModelConfig
 from ossia.model.transformer import Weights, forward, new_caches
-from ossia.ops import Batch, Ops
+from ossia.ops import AdapterOps, Batch
 
 
 class NumBlocks(NamedTuple):
@@ -32,7 +32,7 @@ class NumBlocks(NamedTuple):
 class Runner:
     """One model with its weights and its paged caches."""
 
-    def __init__(self, ops: Ops, config: ModelConfig, weights: Weights, options: EngineConfig) -> None:
+    def __init__(self, ops: AdapterOps, config: ModelConfig, weights: Weights, options: EngineConfig) -> None:
         self.config = config
         self.options = options
         layer_bytes = ops.kv_block_bytes(options.block_size, config.num_kv_heads, config.head_dim)
