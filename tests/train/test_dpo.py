@@ -45,9 +45,7 @@ def _logprob_of_answers(model, batch):
     """By the whole logits of the model, one row after the other."""
     logprobs_RV = model(batch.batch).log_softmax(-1)
     sums = [0.0] * batch.num_samples
-    for row, (target, sample, weight) in enumerate(
-        zip(batch.targets_R, batch.samples_R, batch.weights_R, strict=True)
-    ):
+    for row, (target, sample, weight) in enumerate(zip(batch.targets_R, batch.samples_R, batch.weights_R, strict=True)):
         sums[sample] += weight * logprobs_RV[row, target].item()
     return sums
 

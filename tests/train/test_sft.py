@@ -119,7 +119,9 @@ def test_the_balance_of_the_experts_is_never_read_from_the_checkpoint(model_path
         (folder / "config.json").write_text(json.dumps(config | {"router_aux_loss_coef": coefficient}))
         settings = _settings(folder, tmp_path / f"out-{coefficient}", ROWS, steps=2, targets="q,router")
         sft(settings, say=lambda text: None)
-        curves.append([(line["loss"], line["balance"]) for line in read_metrics(tmp_path / settings.out / "metrics.jsonl")])
+        curves.append(
+            [(line["loss"], line["balance"]) for line in read_metrics(tmp_path / settings.out / "metrics.jsonl")]
+        )
     assert curves[0] == curves[1] and len(curves[0]) == 2
     # Four experts, two of them used: 1 where all are used alike.
     assert all(1 <= balance < 2 for _, balance in curves[0])
