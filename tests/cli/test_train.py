@@ -8,11 +8,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from tests.train.tiny import stations, write_model, write_rows
 
 from ossia.cli import main
 from ossia.train.config import DpoConfig, SftConfig, read_settings
 from ossia.train.sft import Likelihood
-from tests.train.tiny import stations, write_model, write_rows
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

@@ -7,6 +7,7 @@ from contextlib import closing
 
 import pytest
 import torch
+from tests.train.tiny import TOKENIZER, preferences, write_model, write_rows
 
 from ossia.train import fit
 from ossia.train.config import DpoConfig, read_settings
@@ -14,7 +15,6 @@ from ossia.train.data import to_batch
 from ossia.train.dpo import Preference, dpo
 from ossia.train.metrics import read_metrics
 from ossia.train.trainer import Trainer, to_device
-from tests.train.tiny import TOKENIZER, preferences, write_model, write_rows
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 import torch
+from tests.train.tiny import TOKENIZER, asked, stations, write_model, write_rows
 
 import ossia
 from ossia import ops as backends
@@ -22,7 +23,6 @@ from ossia.train.metrics import read_metrics
 from ossia.train.module import Model
 from ossia.train.sft import Likelihood, sft
 from ossia.train.trainer import Trainer
-from tests.train.tiny import TOKENIZER, asked, stations, write_model, write_rows
 
 
 @pytest.fixture(scope="module")
