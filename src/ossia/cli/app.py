@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ossia.cli import bench, chat, checkpoint, data, doctor, export, generate, mcp, prompts, pull, serve
+from ossia.cli import bench, chat, checkpoint, data, doctor, export, generate, mcp, prompts, pull, serve, train
 
 app = typer.Typer(
     name="ossia",
@@ -42,6 +42,7 @@ app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)
 app.command("export")(export.export)
 app.command("pull")(pull.pull)
+app.add_typer(train.app, name="train")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(data.app, name="data")
 app.command("tokenize")(prompts.tokenize)
