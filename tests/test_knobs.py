@@ -14,7 +14,14 @@ from ossia.tools.web.fetch import FetchLimits
 KNOBS = {
     BrowserRules: ["domains", "seen_links_only", "obeys_robots", "max_requests", "max_state_bytes"],
     FetchLimits: ["total_s", "max_bytes", "max_redirects"],
-    EngineConfig: ["kv_memory_bytes", "block_size", "max_batch_tokens", "max_num_seqs", "max_context"],
+    EngineConfig: [
+        "kv_memory_bytes",
+        "block_size",
+        "max_batch_tokens",
+        "max_num_seqs",
+        "max_context",
+        "record_routing",
+    ],
     SamplingParams: [
         "temperature",
         "top_p",
@@ -28,6 +35,8 @@ KNOBS = {
         "seed",
         "logprobs",
         "top_logprobs",
+        "drawn_logprobs",
+        "routing",
         "max_tokens",
         "min_tokens",
         "stop_token_ids",

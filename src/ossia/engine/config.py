@@ -21,6 +21,8 @@ class EngineConfig:
     max_num_seqs: int = 64
     # Tokens of prompt and answer together that a request may have; None: what the model was made for.
     max_context: int | None = None
+    # Whether the experts that each token goes to are kept beside its keys and values, for requests that ask for them.
+    record_routing: bool = False
 
     def __post_init__(self) -> None:
         for name in ("kv_memory_bytes", "block_size", "max_batch_tokens", "max_num_seqs", "max_context"):

@@ -29,6 +29,7 @@ from ossia.engine.runner import Runner, max_context
 from ossia.engine.sampler import sample
 from ossia.engine.scheduler import Scheduler, Totals
 from ossia.errors import ContextLengthError, InputError, OssiaError, UnavailableError
+from ossia.model.transformer import Weights
 
 _log = logging.getLogger(__name__)
 
@@ -83,6 +84,8 @@ class Engine:
         params.check_token_ids(vocab_size)
         if params.stop_strings and self._token_bytes is None:
             raise InputError("stop_strings need an engine that was given token_bytes", param="stop_strings")
+        if params.routing and not self._runner.options.record_routing:
+            raise InputError("routing needs an engine that was set up with record_routing", param="routing")
         # The last token of an answer is never computed.
         in_memory = self._runner.num_blocks.full * self._runner.options.block_size + 1
         limit, where = min((self._max_context, "the context window"), (in_memory, "the memory for keys and values"))
@@ -137,6 +140,12 @@ class Engine:
         self._sequences: dict[int, Sequence] = {}
         # Requests that ended between steps.
         self._ended: list[TokenOutput] = []
+
+    def replace_weights(self, weights: Weights) -> None:
+        """Go on with other weights of the same shape; what was cached is forgotten. No request may be under way."""
+        assert not self.has_work, "requests are under way"
+        self._runner.replace_weights(weights)
+        self.reset()
 
     def stats(self) -> EngineStats:
         """May be called from any thread."""
@@ -194,7 +203,10 @@ class Engine:
         except Exception as error:
             return self._end(sequence, "error", error if isinstance(error, OssiaError) else _failure(error))
         self._totals.num_sampled_tokens += 1
+        routing = None
         if finish_reason is not None:
+            if sequence.params.routing:
+                routing = self._runner.routing(sequence.blocks.full.blocks, sequence.blocks.num_tokens)
             self._forget(sequence)
         return TokenOutput(
             sequence.request_id,
@@ -205,6 +217,8 @@ class Engine:
             stop,
             0 if finish_reason else sequence.stops.held_bytes,
             sequence.num_cached_tokens or 0,
+            drawn_logprob=token.drawn_logprob,
+            routing=routing,
         )
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: OssiaError | None = None) -> TokenOutput:

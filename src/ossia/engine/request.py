@@ -73,6 +73,10 @@ class SamplingParams:
     logprobs: bool = False
     # Report this many of the likeliest tokens at each place, with their log-probabilities.
     top_logprobs: int = 0
+    # Report the log-probability of each sampled token in the distribution that it was drawn from.
+    drawn_logprobs: bool = False
+    # Report the experts that the tokens of prompt and answer went to; the engine must be set up to record them.
+    routing: bool = False
     # Tokens after which the answer ends; None: as many as context and memory hold.
     max_tokens: int | None = None
     # No stop token is sampled and no stop looked for before the answer has this many tokens.
@@ -132,7 +136,8 @@ class SamplingParams:
 class TokenOutput:
     """One sampled token, or the end of a request that has none.
 
-    Log-probabilities are those of the model itself: the log-softmax of its logits before any parameter changed them.
+    Log-probabilities are those of the model itself: the log-softmax of its logits before any parameter changed them;
+    ``drawn_logprob`` alone is that after penalties, bias, bans, mask, temperature, top_k, top_p and min_p.
     """
 
     request_id: int
@@ -150,6 +155,11 @@ class TokenOutput:
     num_cached_tokens: int = 0
     # With finish_reason "error".
     error: OssiaError | None = None
+    # In the distribution that the token was drawn from, if asked for.
+    drawn_logprob: float | None = None
+    # With the last token, if asked for: the experts [tokens, layers, A] of every token of prompt and answer but the
+    # last, which is not computed. Best expert first.
+    routing: npt.NDArray[np.uint16] | None = None
 
 
 class Sequence:

@@ -37,6 +37,8 @@ class Sampled(NamedTuple):
     token_id: int
     logprob: float | None
     top_logprobs: tuple[tuple[int, float], ...]
+    # The log-probability in the distribution that it was drawn from, if asked for.
+    drawn_logprob: float | None = None
 
 
 def sample(logits_V: Floats, sequence: Sequence, mask: npt.NDArray[np.uint32] | None = None) -> Sampled:
@@ -50,19 +52,23 @@ def sample(logits_V: Floats, sequence: Sequence, mask: npt.NDArray[np.uint32] | 
     peak = float(adjusted_V[likeliest])
     if not math.isfinite(peak):
         raise _no_peak(logits_V)
+    drawn_logprob = None
     if params.temperature < _GREEDY_BELOW:
         token_id = likeliest
+        drawn_logprob = 0.0 if params.drawn_logprobs else None
     else:
         kept = keep(adjusted_V, peak, params.temperature, params.top_k, params.top_p, params.min_p)
         token_id = kept.draw(uniform(sequence.seed, len(sequence.token_ids)))
+        drawn_logprob = kept.logprob(token_id) if params.drawn_logprobs else None
     if not params.logprobs and not params.top_logprobs:
-        return Sampled(token_id, None, ())
+        return Sampled(token_id, None, (), drawn_logprob)
     log_total = log_sum_exp(logits_V)
     top = top_ids(logits_V, params.top_logprobs) if params.top_logprobs else ()
     return Sampled(
         token_id,
         float(logits_V[token_id]) - log_total,
         tuple((int(i), float(logits_V[i]) - log_total) for i in top),
+        drawn_logprob,
     )
 
 
@@ -113,6 +119,11 @@ class Kept(NamedTuple):
         """The token under the part ``u`` of the weights' sum, counted from the lowest id."""
         index = _index_at(self.weights, u)
         return index if self.ids is None else int(self.ids[index])
+
+    def logprob(self, token_id: int) -> float:
+        """The log-probability of drawing a token that is among them."""
+        index = token_id if self.ids is None else int(np.searchsorted(self.ids, token_id))
+        return math.log(float(self.weights[index])) - math.log(float(self.weights.sum(dtype=np.float64)))
 
 
 def keep(logits_V: Floats, peak: float, temperature: float, top_k: int, top_p: float, min_p: float) -> Kept:
