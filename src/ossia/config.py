@@ -25,7 +25,7 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -176,7 +176,7 @@ def load(
     path, is_named = (toml_path, True) if toml_path else _toml_path(environ)
     for key, value in _read_toml(path, is_named).items():
         if key not in hints:
-            raise ConfigError(f"{path}: unknown setting {key!r}; {_did_you_mean(key, hints)}")
+            raise ConfigError(f"{path}: unknown setting {key!r}; {did_you_mean(key, hints)}")
         values[key] = _convert(f"{path}: {key}", value, hints[key])
     for key, hint in hints.items():
         variable = f"OSSIA_{key.upper()}"
@@ -197,7 +197,7 @@ def from_arguments(arguments: Mapping[str, Any]) -> Config:
     values = {}
     for name, value in arguments.items():
         if name not in hints:
-            raise ConfigError(f"unknown setting {name!r}; {_did_you_mean(name, hints)}", param=name)
+            raise ConfigError(f"unknown setting {name!r}; {did_you_mean(name, hints)}", param=name)
         values[name] = _convert(name, value, hints[name])
     return dataclasses.replace(Config(), **values)
 
@@ -259,7 +259,8 @@ def _read_toml(path: Path, is_named: bool) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
 
 
-def _did_you_mean(key: str, known: Mapping[str, Any]) -> str:
+def did_you_mean(key: str, known: Collection[str]) -> str:
+    """The end of an error's message about an unknown name: the known one that looks like it, or all of them."""
     close = difflib.get_close_matches(key, known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"expected one of: {', '.join(known)}"
 
@@ -314,7 +315,7 @@ def _read_server(where: str, table: Mapping[str, Any]) -> McpServer:
     for key, value in table.items():
         here = f"{where}.{key}"
         if key not in hints:
-            raise ConfigError(f"{where}: unknown setting {key!r}; {_did_you_mean(key, hints)}")
+            raise ConfigError(f"{where}: unknown setting {key!r}; {did_you_mean(key, hints)}")
         if hints[key] == Mapping[str, str]:
             if not isinstance(value, dict) or not all(isinstance(one, str) for one in value.values()):
                 # What stands there may be a secret, and is not repeated.
