@@ -93,7 +93,7 @@ def test_a_call_is_answered_and_only_the_models_own_tokens_are_marked_as_sampled
     sampled = [tokens(THOUGHT + CALL), tokens(FINAL)]
     prompt = engine.prompts[0]
     answer = tool_message("functions.add", "commentary", "5")
-    between = render_message(answer, O200K) + [O200K.special("<|start|>"), *O200K.encode("assistant")]
+    between = [*render_message(answer, O200K), O200K.special("<|start|>"), *O200K.encode("assistant")]
     assert rollout.token_ids_L.tolist() == prompt + sampled[0] + between + sampled[1]
     marks = [False] * len(prompt) + [True] * len(sampled[0]) + [False] * len(between) + [True] * len(sampled[1])
     assert rollout.sampled_L.tolist() == marks
