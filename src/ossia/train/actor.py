@@ -1,6 +1,6 @@
 """The engine that samples for training, and how it gets the weights that were trained.
 
-    LoRA   the checkpoint as it lies on the disk, and the pairs beside it as one adapter that is replaced after each step
+    LoRA   the checkpoint as it lies on the disk, and the pairs beside it as an adapter that is replaced after each step
     full   weights of the engine over the very memory of the trained parameters, or packed from it anew
 
 Both take milliseconds for a small model. What was cached belongs to the old weights and is forgotten.
@@ -63,7 +63,7 @@ def engine_options(settings: RolloutSettings, *, record_routing: bool) -> Engine
 
 
 def engine_weights(model: Model, ops: Ops) -> Weights:
-    """The weights of a fully trained model as an engine's backend holds them; matrices stay where they are if they can."""
+    """The weights of a fully trained model for an engine's backend; matrices stay where they are if they can."""
     trained = model.weights
 
     def vector(one: Any) -> Any:

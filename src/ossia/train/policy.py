@@ -157,7 +157,7 @@ def _experts(rollouts: Sequence[Rollout]) -> tuple[npt.NDArray[np.int64], ...]:
     return tuple(np.ascontiguousarray(experts_TLA[:, layer]) for layer in range(experts_TLA.shape[1]))
 
 
-# What is made small ---------------------------------------------------------------------------------------------------
+# What is made small --------------------------------------------------------------------------------------------------
 
 
 class Noted(NamedTuple):
@@ -238,7 +238,7 @@ def without_pairs(model: Model) -> Iterator[None]:
             setattr(place.owner, place.attribute, pair)
 
 
-# A step -----------------------------------------------------------------------------------------------------------------
+# A step --------------------------------------------------------------------------------------------------------------
 
 
 class PolicyTrainer(Trainer[PolicyPass]):
@@ -359,7 +359,14 @@ _NONE_R = np.empty(0, np.float32)
 _NONE_I = np.empty(0, np.int32)
 EMPTY = PolicyPass(
     Batch(_NONE_I, _NONE_I, _NONE_I, _NONE_I, _NONE_I, _NONE_I, _NONE_I),
-    *[_NONE_R] * 8,
+    targets_R=_NONE_R,
+    advantages_R=_NONE_R,
+    weights_R=_NONE_R,
+    sequence_R=_NONE_R,
+    drawn_R=_NONE_R,
+    model_R=_NONE_R,
+    old_R=_NONE_R,
+    reference_R=_NONE_R,
     experts=(),
     top_ids_RK=_NONE_R,
     top_logprobs_RK=_NONE_R,

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ossia.harmony import Effort
 from ossia.model.hub import resolve_model
 from ossia.train.actor import Actor
 from ossia.train.advantage import Objective, group_advantages, overlong_penalty
@@ -136,7 +135,7 @@ def reference_logprobs(
     return lambda batch: reference.logprobs(batch, device)
 
 
-# Rollouts to lessons ---------------------------------------------------------------------------------------------------
+# Rollouts to lessons -------------------------------------------------------------------------------------------------
 
 
 class GroupJudge:
@@ -153,8 +152,8 @@ class GroupJudge:
         settings = self._settings
         groups: list[list[Lesson]] = []
         seen: list[Rollout] = []
-        num_equal = num_drawn = 0
-        for redraw in range(1 + settings.redraws):
+        num_equal = num_drawn = num_rounds = 0
+        while len(groups) < settings.prompts and num_rounds <= settings.redraws:
             missing = settings.prompts - len(groups)
             for group in self._draw(step, num_drawn, missing):
                 seen += [lesson.rollout for lesson in group]
@@ -163,17 +162,14 @@ class GroupJudge:
                 if not (is_equal and settings.redraws):
                     groups.append(group)
             num_drawn += missing
-            if len(groups) == settings.prompts:
-                break
+            num_rounds += 1
         lessons = [lesson for group in groups for lesson in group]
-        write_rollouts(
-            self._folder, step + 1, lessons, self._rollouts.tokenizer, settings.show_rollouts
-        )
+        write_rollouts(self._folder, step + 1, lessons, self._rollouts.tokenizer, settings.show_rollouts)
         numbers = describe(seen) | {
             "reward_shaped": float(np.mean([self.shaped(one) for one in seen])),
             "groups_equal": num_equal / num_drawn,
             "groups_drawn": float(num_drawn),
-            "redraws": float(redraw),
+            "redraws": float(num_rounds - 1),
         }
         return Batched(_divided(groups, settings.updates), numbers)
 
@@ -230,6 +226,3 @@ def held_out(
         return {"loss": 1 - numbers["reward"], **numbers}
 
     return evaluate
-
-
-__all__ = ["Effort", "GroupJudge", "held_out", "objective_of", "rl"]

@@ -136,7 +136,7 @@ class Rollouts:
     ) -> None:
         """``routing`` asks the engine for the experts of each token; it must have been set up with record_routing."""
         self._source = (lambda: AsyncEngine(source)) if isinstance(source, Engine) else source
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._config = config
         self._routing = routing
         self._top_logprobs = top_logprobs
@@ -235,7 +235,7 @@ class _Exercise:
         self._rollouts, self._source, self._key, self._turns = rollouts, source, key, turns
         self._draw, self._seed = exercise
         self._config = rollouts._config
-        self._tokenizer = rollouts._tokenizer
+        self._tokenizer = rollouts.tokenizer
         self._messages: list[Message] = []
         self._defects: list[str] = []
         self._is_truncated = False

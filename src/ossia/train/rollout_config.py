@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -157,9 +156,7 @@ class DistillConfig(RolloutSettings):
     estimate: Literal["top", "sampled"] = _objective(
         "top", "On policy, the reverse KL over the teacher's likeliest tokens, or of the sampled one alone."
     )
-    distill_temperature: float = _objective(
-        1.0, "Temperature of both distributions where they are compared.", low=1e-3
-    )
+    distill_temperature: float = _objective(1.0, "Temperature of both distributions where they are compared.", low=1e-3)
 
     @property
     def highest_rate(self) -> float:
@@ -204,8 +201,3 @@ def _value(text: str) -> object:
         except ValueError:
             continue
     return text
-
-
-def flat(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Means of what was gathered under each name."""
-    return {name: sum(numbers) / len(numbers) for name, numbers in values.items() if numbers}
