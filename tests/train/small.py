@@ -6,6 +6,8 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from ossia.engine import Engine, EngineConfig, Runner
 from ossia.harmony import Effort, SystemContent, Tokenizer
 from ossia.model.config import ModelConfig, RopeConfig
@@ -13,6 +15,9 @@ from ossia.model.random_checkpoint import write_random_checkpoint
 from ossia.model.weights import Checkpoint, load_weights
 from ossia.ops import Ops
 from ossia.train.tasks import Instance, Reward, Task, Transcript
+
+# On matrices as small as these, threads wait for each other longer than they compute.
+torch.set_num_threads(1)
 
 _SPECIAL = ("return", "constrain", "channel", "start", "end", "message", "call", "endoftext")
 TOKENIZER = Tokenizer(
