@@ -35,6 +35,7 @@ KNOBS = {
         "seed",
         "logprobs",
         "top_logprobs",
+        "score_from",
         "drawn_logprobs",
         "routing",
         "max_tokens",
