@@ -14,7 +14,6 @@ the number of threads; the exact rules stand in `csrc/kernels.h`. Instruction se
 
 from __future__ import annotations
 
-import mmap
 import os
 from typing import Any, Literal, NamedTuple
 
@@ -25,6 +24,7 @@ import numpy.typing as npt
 from ossia import _kernels
 from ossia.errors import ConfigError
 from ossia.ops import Q8, Batch, ExpertArrays, Mxfp4, Routing
+from ossia.ops.mapped import give_back
 
 Floats = npt.NDArray[np.float32]
 Isa = Literal["portable", "avx2", "avxvnni", "avx512vnni"]
@@ -242,11 +242,11 @@ class CpuOps:
             if isinstance(weight_OI, Q8):
                 piece = Q8(weight_OI.values[rows], weight_OI.scales[rows])
                 self._context.pack_q8(_hold_q8_0(piece).matrix, start, values, scales)
-                _give_back(piece.values)
+                give_back(piece.values)
             else:
                 held = _hold_floats(weight_OI[rows])
                 self._context.pack_q8(held.matrix, start, values, scales)
-                _give_back(weight_OI[rows])
+                give_back(weight_OI[rows])
         matrix = _kernels.Matrix(_Q8, num_rows, num_inputs, _address(values), _address(scales))
         return Held(matrix, (values, scales))
 
@@ -315,19 +315,3 @@ def _hold_floats(array: npt.NDArray[Any]) -> Held:
         _FLOATS[array.dtype], num_rows, num_inputs, _address(array), 0, stack_stride, array.strides[-2]
     )
     return Held(matrix, (array,))
-
-
-def _give_back(array: npt.NDArray[Any]) -> None:
-    """Let go of the resident pages under a view of a read-only file mapping; they stay in the system's page cache."""
-    if array.flags.writeable or not array.flags.c_contiguous:
-        return
-    owner: Any = array
-    while isinstance(owner, np.ndarray | memoryview):
-        owner = owner.base if isinstance(owner, np.ndarray) else owner.obj
-    if not isinstance(owner, mmap.mmap):
-        return
-    offset = _address(array) - _address(np.frombuffer(owner, np.uint8))
-    first = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = (offset + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
-    if length > 0:
-        owner.madvise(mmap.MADV_DONTNEED, first, length)
