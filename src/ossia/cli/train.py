@@ -10,6 +10,7 @@ import inspect
 import sys
 import types
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin, get_type_hints
 
@@ -74,11 +75,48 @@ def _shown(default: Any) -> str:
 
 
 def _require_torch() -> None:
-    try:
-        import torch  # noqa: F401
-    except ImportError:
-        raise UnavailableError("training needs PyTorch, which is not installed: pip install 'ossia[train]'") from None
+    if find_spec("torch") is None:
+        raise UnavailableError("training needs PyTorch, which is not installed: pip install 'ossia[train]'")
 
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def _sft(settings: SftConfig, **options: Any) -> Outcome:
+    from ossia.train.sft import sft
+
+    return sft(settings, **options)
+
+
+def _dpo(settings: DpoConfig, **options: Any) -> Outcome:
+    from ossia.train.dpo import dpo
+
+    return dpo(settings, **options)
+
+
+app.command("sft")(
+    command(
+        SftConfig,
+        _sft,
+        """Fine-tune on conversations: answers become likely.
+
+        Give a recipe, flags, or both. The result is in --out: of LoRA the folder adapter/, which `ossia serve` and PEFT
+        load. Ctrl-C ends in good order, and --resume goes on exactly.
+
+        Example: ossia train sft --model gpt-oss-20b --data conversations.jsonl --out runs/mine
+        """,
+    )
+)
+app.command("dpo")(
+    command(
+        DpoConfig,
+        _dpo,
+        """Fine-tune on pairs of answers: the better one becomes the likelier one.
+
+        A row of the data has a chosen and a rejected answer to one prompt; the rest is as for `ossia train sft`.
+
+        Example: ossia train dpo --model gpt-oss-20b --data pairs.jsonl --out runs/mine
+        """,
+    )
+)

@@ -156,6 +156,8 @@ class AutogradOps:
         # Whether the experts' activations are kept for the backward pass, or computed again in it.
         self.keep_experts = keep_experts
         self.fake_quant = fake_quant
+        # Called with the logits_TE and the chosen experts_TA of each router, for losses that look at them.
+        self.on_route: Callable[[Tensor, Tensor], None] | None = None
         # Of all that is not in ``dtype``.
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -245,6 +247,8 @@ class AutogradOps:
 
     def replay(self, logits_TE: Tensor, experts_TA: Tensor) -> Routing:
         """The routing to experts that were chosen before, weighted after these logits."""
+        if self.on_route is not None:
+            self.on_route(logits_TE, experts_TA)
         weights_TA = logits_TE.gather(1, experts_TA).to(self.wide).softmax(dim=-1)
         return Routing(experts_TA, weights_TA)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -129,6 +130,19 @@ def set_pair(place: Place, a: torch.Tensor, b: torch.Tensor, scaling: float, dro
     """Put a pair beside a matrix, on the matrix's device."""
     device = next(place.owner.buffers()).device
     setattr(place.owner, place.attribute, Lora(a.to(device), b.to(device), scaling, dropout))
+
+
+@contextmanager
+def pairs_off(weights: Weights) -> Iterator[None]:
+    """The model without its pairs, as it was before they were added."""
+    held = [(place, place.lora) for place in places(weights) if place.lora is not None]
+    try:
+        for place, _ in held:
+            setattr(place.owner, place.attribute, None)
+        yield
+    finally:
+        for place, lora in held:
+            setattr(place.owner, place.attribute, lora)
 
 
 def _is_chosen(place: Place, config: LoraConfig) -> bool:
