@@ -20,6 +20,7 @@ KNOBS = {
         "max_batch_tokens",
         "max_num_seqs",
         "max_context",
+        "adapter_memory_bytes",
         "record_routing",
     ],
     SamplingParams: [
@@ -44,6 +45,7 @@ KNOBS = {
         "stop_sequences",
         "stop_strings",
         "ignore_eos",
+        "adapter",
         "constraint",
     ],
 }

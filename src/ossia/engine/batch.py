@@ -44,6 +44,7 @@ def make_batch(scheduled: SequenceOf[Scheduled]) -> Batch:
         start = sequence.blocks.num_tokens
         token_ids += sequence.token_ids[start : start + num_tokens]
         positions.append(np.arange(start, start + num_tokens, dtype=np.int32))
+    adapters = tuple(one.sequence.adapter for one in scheduled)
     starts = [0, *accumulate(one.num_tokens for one in scheduled)]
     return Batch(
         token_ids_T=np.array(token_ids, np.int32),
@@ -63,6 +64,7 @@ def make_batch(scheduled: SequenceOf[Scheduled]) -> Batch:
             ],
             np.int32,
         ),
+        adapters=adapters if any(one is not None for one in adapters) else (),
     )
 
 

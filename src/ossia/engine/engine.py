@@ -28,7 +28,9 @@ from ossia.engine.request import NO_TOKEN, Constraint, FinishReason, SamplingPar
 from ossia.engine.runner import Runner, max_context
 from ossia.engine.sampler import sample, score
 from ossia.engine.scheduler import Scheduler, Totals
-from ossia.errors import ContextLengthError, InputError, OssiaError, UnavailableError
+from ossia.errors import ConfigError, ContextLengthError, InputError, NotFoundError, OssiaError, UnavailableError
+from ossia.model.adapted import HeldAdapter
+from ossia.model.adapter import Adapter
 from ossia.model.transformer import Weights
 
 _log = logging.getLogger(__name__)
@@ -46,6 +48,9 @@ class EngineStats:
     num_free_full_blocks: int
     num_window_blocks: int
     num_free_window_blocks: int
+    num_adapters: int
+    # Those that were let go but still answer included.
+    adapter_bytes: int
     # They only grow: a rate is a difference over time.
     totals: Totals
 
@@ -63,6 +68,8 @@ class Engine:
         self._num_requests = 0
         self._totals = Totals()
         self._mask_thread: ThreadPoolExecutor | None = None
+        self._adapters: dict[str, HeldAdapter] = {}
+        self._adapters_lock = threading.Lock()
         self.reset()
 
     # Requests --------------------------------------------------------------------------------------------------------
@@ -82,6 +89,7 @@ class Engine:
                 f"the prompt holds token {wrong}; this model has tokens 0 to {vocab_size - 1}", param="token_ids"
             )
         params.check_token_ids(vocab_size)
+        self._adapter(params)
         if params.stop_strings and self._token_bytes is None:
             raise InputError("stop_strings need an engine that was given token_bytes", param="stop_strings")
         if params.score_from is not None and params.score_from >= len(token_ids):
@@ -109,7 +117,13 @@ class Engine:
         request_id = self._num_requests
         self._num_requests += 1
         sequence = Sequence(
-            request_id, token_ids, params, max_tokens, self._runner.config.stop_token_ids, self._token_bytes
+            request_id,
+            token_ids,
+            params,
+            max_tokens,
+            self._runner.config.stop_token_ids,
+            self._token_bytes,
+            self._adapter(params),
         )
         self._sequences[request_id] = sequence
         self._scheduler.add(sequence)
@@ -123,6 +137,56 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return bool(self._sequences or self._ended)
+
+    # Adapters --------------------------------------------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names that requests may give. May be asked from any thread, as may all that concerns adapters."""
+        return tuple(self._adapters)
+
+    def load_adapter(self, adapter: Adapter) -> None:
+        """Take in an adapter, in place of another of its name; sequences under way stay with the one they began with.
+
+        Raises ConfigError where the memory for adapters does not hold it.
+        """
+        held = self._runner.hold(adapter)
+        with self._adapters_lock:
+            others = sum(one.size_bytes for one in self._held() if one is not self._adapters.get(adapter.name))
+            limit = self._runner.options.adapter_memory_bytes
+            if others + held.size_bytes > limit:
+                raise ConfigError(
+                    f"adapter {adapter.name!r} takes {held.size_bytes / 2**20:.1f} MiB beside {others / 2**20:.1f} MiB "
+                    f"of others; adapter_memory is {limit / 2**20:.1f} MiB. Unload another, or give more.",
+                    param="adapter_memory",
+                )
+            self._adapters[adapter.name] = held
+
+    def unload_adapter(self, name: str) -> None:
+        """Let go of an adapter: sequences under way finish with it, new requests may not name it.
+
+        Raises NotFoundError if there is none of that name.
+        """
+        with self._adapters_lock:
+            if self._adapters.pop(name, None) is None:
+                raise self._no_adapter(name)
+
+    def _adapter(self, params: SamplingParams) -> HeldAdapter | None:
+        if params.adapter is None:
+            return None
+        held = self._adapters.get(params.adapter)
+        if held is None:
+            raise self._no_adapter(params.adapter)
+        return held
+
+    def _no_adapter(self, name: str) -> NotFoundError:
+        known = ", ".join(self._adapters) or "none"
+        return NotFoundError(f"there is no adapter {name[:200]!r}; loaded are: {known}", param="adapter")
+
+    def _held(self) -> set[HeldAdapter]:
+        """All adapters that take memory."""
+        answering = {sequence.adapter for sequence in list(self._sequences.values())}
+        return {one for one in (*self._adapters.values(), *answering) if one is not None}
 
     # Steps -----------------------------------------------------------------------------------------------------------
 
@@ -161,6 +225,8 @@ class Engine:
             num_free_full_blocks=self._blocks.full_pool.num_free,
             num_window_blocks=self._blocks.window_pool.num_blocks,
             num_free_window_blocks=self._blocks.window_pool.num_free,
+            num_adapters=len(self._adapters),
+            adapter_bytes=sum(one.size_bytes for one in self._held()),
             totals=replace(self._totals),
         )
 
@@ -323,6 +389,22 @@ class AsyncEngine:
     def stats(self) -> EngineStats:
         return self._engine.stats()
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        return self._engine.adapters
+
+    def load_adapter(self, adapter: Adapter) -> None:
+        """What `Engine.load_adapter` does, in any thread and while requests are under way."""
+        self._engine.load_adapter(adapter)
+
+    def unload_adapter(self, name: str) -> None:
+        """What `Engine.unload_adapter` does, likewise."""
+        self._engine.unload_adapter(name)
+
+    def through(self, adapter: str) -> AdapterEngine:
+        """The same engine for callers all of whose requests go through one adapter."""
+        return AdapterEngine(self, adapter)
+
     def close(self) -> None:
         """End the thread after the step it is in; whoever still waits for tokens gets UnavailableError."""
         with self._lock:
@@ -412,6 +494,20 @@ class AsyncEngine:
                 for reader, _ in deliveries:
                     readers.pop(reader.request_id, None)
                     self._engine.abort(reader.request_id)
+
+
+class AdapterEngine:
+    """An `AsyncEngine` as those see it whose requests all go through one adapter."""
+
+    def __init__(self, engine: AsyncEngine, adapter: str) -> None:
+        self._engine = engine
+        self._adapter = adapter
+
+    def check(self, token_ids: SequenceOf[int], params: SamplingParams) -> int:
+        return self._engine.check(token_ids, replace(params, adapter=self._adapter))
+
+    def generate(self, token_ids: SequenceOf[int], params: SamplingParams) -> AsyncGenerator[TokenOutput, None]:
+        return self._engine.generate(token_ids, replace(params, adapter=self._adapter))
 
 
 def _is_last(item: TokenOutput | OssiaError) -> bool:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from ossia.engine.block_manager import SequenceBlocks
 from ossia.engine.stops import Stop, StopMatcher
 from ossia.errors import InputError, OssiaError
+from ossia.model.adapted import HeldAdapter
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 NO_TOKEN = -1
@@ -91,6 +92,8 @@ class SamplingParams:
     stop_strings: tuple[str, ...] = ()
     # Let the answer go on after the model's own stop tokens.
     ignore_eos: bool = False
+    # The adapter that all tokens of prompt and answer go through, by its name in the engine; None: the model alone.
+    adapter: str | None = None
     # What the next token may be, for this request alone: a constraint has a state and serves one sequence.
     constraint: Constraint | None = None
 
@@ -178,6 +181,7 @@ class Sequence:
     """A request under way: the tokens of its prompt and answer and all that belongs to them alone."""
 
     __slots__ = (
+        "adapter",
         "banned_token_ids",
         "blocks",
         "constraint",
@@ -202,6 +206,7 @@ class Sequence:
         max_tokens: int,
         model_stop_token_ids: SequenceOf[int],
         token_bytes: Callable[[int], bytes] | None,
+        adapter: HeldAdapter | None = None,
     ) -> None:
         self.request_id = request_id
         self.token_ids = list(map(int, token_ids))
@@ -209,7 +214,9 @@ class Sequence:
         self.params = params
         self.max_tokens = max_tokens
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
-        self.blocks = SequenceBlocks()
+        # Held until the sequence ends, also where the engine has let go of it meanwhile.
+        self.adapter = adapter
+        self.blocks = SequenceBlocks(adapter.cache_key if adapter is not None else b"")
         # None until the request is first admitted: later hits are of its own tokens, after a preemption.
         self.num_cached_tokens: int | None = None
         self.constraint = params.constraint

@@ -6,6 +6,7 @@
                 products. Q8_0 matrices of GGUF files are taken as they are in both
     routers     every matrix of at most 256 rows is kept as with "bf16": a router's choice of experts must not depend on
                 rounding, and no other matrix of a published model is as small
+    adapters    bfloat16 stays, float16 becomes float32; multiplied in float32 with the activations as they are
     cache       keys and values in bfloat16, or in 8 bits with a scale per key and head ("q8")
 
 A token's results are the same bits whatever else is in the batch, however a prompt is split into passes, and whatever
@@ -23,7 +24,7 @@ import numpy.typing as npt
 
 from ossia import _kernels
 from ossia.errors import ConfigError
-from ossia.ops import Q8, Batch, ExpertArrays, Mxfp4, Routing
+from ossia.ops import Q8, Adapted, Batch, ExpertArrays, ExpertLoras, LoraPair, Mxfp4, Routing
 from ossia.ops.mapped import give_back
 
 Floats = npt.NDArray[np.float32]
@@ -59,6 +60,18 @@ class Linear(NamedTuple):
 
 class Experts(NamedTuple):
     experts: _kernels.Experts
+    arrays: tuple[Any, ...]
+
+
+class Lora(NamedTuple):
+    lora: _kernels.Lora
+    # As it was given, but in memory of its own; the kernels know another order of b.
+    pair: LoraPair
+    arrays: tuple[Any, ...]
+
+
+class ExpertLora(NamedTuple):
+    lora: _kernels.ExpertLora
     arrays: tuple[Any, ...]
 
 
@@ -131,6 +144,27 @@ class CpuOps:
         )
         return Experts(held, (gate, up, down, *biases))
 
+    def lora(self, pair: LoraPair) -> Lora:
+        a, b = _one_dtype(pair)
+        lora, arrays = _hold_lora(a, b, pair.scaling)
+        return Lora(lora, LoraPair(a, b, pair.scaling), arrays)
+
+    def expert_loras(self, loras: ExpertLoras) -> ExpertLora:
+        held: list[_kernels.Lora | None] = []
+        arrays: list[Any] = []
+        a_of: dict[int, Any] = {}
+        for pair in loras:
+            if pair is None:
+                held.append(None)
+                continue
+            a, b = _one_dtype(pair)
+            # Gate and up of one file share their a, and its product with a token.
+            a = a_of.setdefault(id(pair.a), a)
+            lora, own = _hold_lora(a, b, pair.scaling)
+            held.append(lora)
+            arrays.append(own)
+        return ExpertLora(_kernels.ExpertLora(*held), tuple(arrays))
+
     def kv_block_bytes(self, block_size: int, num_kv_heads: int, head_dim: int) -> int:
         per_head = 2 * head_dim if self.kv == "bf16" else head_dim + 4
         return 2 * block_size * num_kv_heads * per_head
@@ -154,7 +188,9 @@ class CpuOps:
 
     # Arithmetic -----------------------------------------------------------------------------------------------------
 
-    def embed(self, embedding: Held, token_ids_T: npt.NDArray[np.int32]) -> Floats:
+    def embed(self, embedding: Held | Adapted, token_ids_T: npt.NDArray[np.int32]) -> Floats:
+        if isinstance(embedding, Adapted):
+            return self._embed_adapted(embedding, token_ids_T)
         out_TD = np.empty((len(token_ids_T), embedding.matrix.cols), np.float32)
         self._context.embed(embedding.matrix, token_ids_T, out_TD)
         return out_TD
@@ -164,10 +200,10 @@ class CpuOps:
         self._context.rms_norm(x_TD, scale_D, eps, out_TD)
         return out_TD
 
-    def linear(self, x_TI: Floats, weights: Linear) -> Floats:
-        matrix = weights.weight.matrix
-        out_TO = np.empty((x_TI.shape[0], matrix.rows), np.float32)
-        self._context.linear(x_TI, matrix, weights.bias_O, out_TO)
+    def linear(self, x_TI: Floats, weights: Linear | Adapted) -> Floats:
+        held: Linear = weights.weights if isinstance(weights, Adapted) else weights
+        out_TO = np.empty((x_TI.shape[0], held.weight.matrix.rows), np.float32)
+        self._context.linear(x_TI, held.weight.matrix, held.bias_O, out_TO, *_loras(weights))
         return out_TO
 
     def rope_angles(
@@ -215,9 +251,11 @@ class CpuOps:
         self._context.route(logits_TE, experts_TA, weights_TA)
         return Routing(experts_TA, weights_TA)
 
-    def moe(self, x_TD: Floats, routing: Routing, experts: Experts, limit: float) -> Floats:
+    def moe(self, x_TD: Floats, routing: Routing, experts: Experts | Adapted, limit: float) -> Floats:
+        held: Experts = experts.weights if isinstance(experts, Adapted) else experts
         out_TD = np.empty(x_TD.shape, np.float32)
-        self._context.moe(x_TD, routing.experts_TA, routing.weights_TA, experts.experts, limit, out_TD)
+        routed = routing.experts_TA, routing.weights_TA
+        self._context.moe(x_TD, *routed, held.experts, limit, out_TD, *_loras(experts))
         return out_TD
 
     # What this machine can do at most -------------------------------------------------------------------------------
@@ -229,6 +267,17 @@ class CpuOps:
     def integer_peak(self, num_rounds: int = 20_000_000) -> float:
         """Multiply-accumulates of bytes per second, in G, that the threads do in registers."""
         return self._context.integer_peak(num_rounds)
+
+    def _embed_adapted(self, embedding: Adapted, token_ids_T: npt.NDArray[np.int32]) -> Floats:
+        x_TD = self.embed(embedding.weights, token_ids_T)
+        for index, lora in enumerate(embedding.loras):
+            rows = np.flatnonzero(embedding.lora_T == index)
+            if lora is None or not len(rows):
+                continue
+            # A token's column of a is what the matrix gives for it; the kernel adds up its ranks in order.
+            h_Tr = np.ascontiguousarray(lora.pair.a[:, token_ids_T[rows]].T, np.float32)
+            x_TD[rows] += np.float32(lora.pair.scaling) * self.linear(h_Tr, Linear(_hold_floats(lora.pair.b), None))
+        return x_TD
 
     def _pack_q8(self, weight_OI: npt.NDArray[Any] | Q8) -> Held:
         num_rows, num_inputs = weight_OI.shape
@@ -267,6 +316,31 @@ def available_cores() -> int:
 def _address(array: npt.NDArray[Any]) -> int:
     address: int = array.__array_interface__["data"][0]
     return address
+
+
+def _loras(weights: Any) -> tuple[Any, ...]:
+    """The last arguments of a kernel: the low-rank changes as it knows them, and each row's."""
+    if not isinstance(weights, Adapted):
+        return ()
+    return tuple(one and one.lora for one in weights.loras), weights.lora_T
+
+
+def _one_dtype(pair: LoraPair) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Copies of both matrices in the one dtype that their kernel reads."""
+    exact = all(array.dtype == ml_dtypes.bfloat16 for array in pair[:2])
+    dtype = ml_dtypes.bfloat16 if exact else np.float32
+    return np.array(pair.a, dtype, order="C"), np.array(pair.b, dtype, order="C")
+
+
+def _hold_lora(a: npt.NDArray[Any], b: npt.NDArray[Any], scaling: float) -> tuple[_kernels.Lora, tuple[Any, ...]]:
+    """The kernel's form: b in pieces of 32 rows, in each the numbers of one rank side by side."""
+    *stack, num_rows, rank = b.shape
+    num_pieces = -(-num_rows // BLOCK)
+    padded = np.zeros((*stack, num_pieces * BLOCK, rank), b.dtype)
+    padded[..., :num_rows, :] = b
+    pieces = np.ascontiguousarray(padded.reshape(*stack, num_pieces, BLOCK, rank).swapaxes(-1, -2))
+    stack_stride = pieces.strides[0] if stack else 0
+    return _kernels.Lora(_hold_floats(a).matrix, num_rows, _address(pieces), stack_stride, scaling), (a, pieces)
 
 
 def _hold_mxfp4(matrices: Mxfp4) -> Held:
