@@ -49,6 +49,8 @@ def tiny(tmp_path_factory):
         "checkpoint",
         "checkpoint inspect",
         "checkpoint new",
+        "data",
+        "data inspect",
     ],
 )
 def test_every_command_explains_itself(command):

@@ -75,20 +75,27 @@ class Pair(NamedTuple):
     num_prompt: int
 
 
+# Where the messages of a row may stand, in the order in which they are looked for.
+_PLACES = ("messages", "conversations", "conversation", "prompt", "chosen", "input")
+
+
 def detect(row: object) -> Format:
     """The format that a row is written in. Raises InputError for none of them."""
     fields = _fields(row)
-    messages = _first_list(fields, "messages", "conversations", "conversation", "prompt", "chosen", "input")
+    messages = _first_list(fields, *_PLACES)
     if messages is None:
         if isinstance(fields.get("prompt"), str) and ("completion" in fields or "chosen" in fields):
             return "openai"
+        for key in ("messages", "conversations"):
+            if key in fields:
+                raise InputError(f"{key} is {_shown(fields[key])}; expected a list of messages")
         raise InputError(
             f"a row with {_some(fields)}; expected 'messages' (harmony or OpenAI's chat format), 'conversations' "
             "(ShareGPT), or 'prompt' and 'completion'"
         )
     given = [one for one in messages if isinstance(one, dict)]
     for key in ("completion", "chosen", "rejected"):
-        given += [one for one in fields.get(key) or () if isinstance(one, dict)]
+        given += [one for one in _spoken(fields.get(key), Role.ASSISTANT) if isinstance(one, dict)]
     if any("from" in one and "role" not in one for one in given):
         return "sharegpt"
     if any("channel" in one or "recipient" in one or isinstance(one.get("content"), dict) for one in given):
@@ -187,8 +194,9 @@ def _harmony(raw: list[Any], key: str, effort: Effort | None, told: Defaults) ->
         if not isinstance(one, dict):
             raise InputError(f"{where} is {_shown(one)}; expected an object")
         plain = {k: v for k, v in one.items() if k not in ("weight", "train") and v is not None}
-        weights.append(_weight(one, where))
         message = Message.from_dict(plain, where)
+        weight = _weight(one, where)
+        weights.append(weight if message.role is Role.ASSISTANT else 0.0)
         if message.role is Role.SYSTEM:
             message = _with_effort(message, one.get("content"), effort, where)
         if message.role is Role.ASSISTANT:
