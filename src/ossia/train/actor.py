@@ -22,8 +22,14 @@ from ossia.model.transformer import Layer, Weights
 from ossia.model.weights import Checkpoint, load_weights
 from ossia.ops import ExpertArrays, Ops
 from ossia.train.checkpoint import to_numpy
+from ossia.train.fit import lora_config
+from ossia.train.lora import to_adapter
 from ossia.train.module import Model
 from ossia.train.rollout_config import RolloutSettings
+
+
+# The engine's name of the pairs that are trained.
+_ADAPTER = "trained"
 
 
 class Actor:
@@ -34,15 +40,19 @@ class Actor:
         self.tokenizer: Tokenizer = checkpoint.tokenizer()
         self._model = model
         self._ops = make_ops(settings)
-        self._is_lora = settings.trainable == "lora"
-        weights = load_weights(checkpoint, self._ops) if self._is_lora else engine_weights(model, self._ops)
+        self._lora = lora_config(settings) if settings.trainable == "lora" else None
+        self.adapter = None if self._lora is None else _ADAPTER
+        weights = engine_weights(model, self._ops) if self._lora is None else load_weights(checkpoint, self._ops)
         options = engine_options(settings, record_routing=settings.replay)
         runner = Runner(self._ops, checkpoint.config, weights, options)
         self.engine = Engine(runner, token_bytes=self.tokenizer.token_bytes)
 
     def update(self) -> None:
         """Take over the model's weights."""
-        self.engine.replace_weights(engine_weights(self._model, self._ops))
+        if self._lora is None:
+            self.engine.replace_weights(engine_weights(self._model, self._ops))
+        else:
+            self.engine.load_adapter(to_adapter(self._model.weights, self._lora, _ADAPTER))
 
 
 def make_ops(settings: RolloutSettings) -> Ops:

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -29,7 +28,6 @@ from ossia.ops import Batch, Routing
 from ossia.train.actor import Actor
 from ossia.train.advantage import Mismatch, Objective, mismatch, policy_loss, row_weights
 from ossia.train.data import to_batch
-from ossia.train.lora import places
 from ossia.train.module import Model
 from ossia.train.packing import plan
 from ossia.train.rollout import Rollout, RolloutConfig
@@ -223,19 +221,6 @@ class PolicyObjective:
         with torch.no_grad(), memory_errors():
             moved = to_device(batch, device)
             return self.model.logprobs(moved.batch, moved.targets_R, moved.routing, self.temperature).cpu().numpy()
-
-
-@contextmanager
-def without_pairs(model: Model) -> Iterator[None]:
-    """The model as it was before LoRA, as long as this lasts."""
-    pairs = [(place, place.lora) for place in places(model.weights)]
-    for place, _ in pairs:
-        setattr(place.owner, place.attribute, None)
-    try:
-        yield
-    finally:
-        for place, pair in pairs:
-            setattr(place.owner, place.attribute, pair)
 
 
 # A step --------------------------------------------------------------------------------------------------------------

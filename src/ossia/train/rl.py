@@ -23,6 +23,7 @@ from ossia.train.actor import Actor
 from ossia.train.advantage import Objective, group_advantages, overlong_penalty
 from ossia.train.curves import draw_curves
 from ossia.train.fit import fingerprint, make_optimizer, make_schedule, open_model, set_up_torch, table
+from ossia.train.lora import pairs_off
 from ossia.train.module import Model
 from ossia.train.policy import (
     Batched,
@@ -34,7 +35,6 @@ from ossia.train.policy import (
     PolicyTrainer,
     describe,
     rollout_config,
-    without_pairs,
     write_rollouts,
 )
 from ossia.train.result import write_result
@@ -58,7 +58,13 @@ def rl(settings: RlConfig, *, resume: bool, say: Say) -> Outcome:
         table(model, say)
         actor = Actor(path, settings, model)
         rollouts = stack.enter_context(
-            Rollouts(actor.engine, actor.tokenizer, rollout_config(settings), routing=settings.replay)
+            Rollouts(
+                actor.engine,
+                actor.tokenizer,
+                rollout_config(settings),
+                routing=settings.replay,
+                adapter=actor.adapter,
+            )
         )
         objective = PolicyObjective(model, objective_of(settings), temperature=settings.temperature)
         feed = PolicyFeed(
@@ -126,7 +132,7 @@ def reference_logprobs(
     if settings.trainable == "lora":
 
         def without(batch: PolicyPass) -> Floats:
-            with without_pairs(model):
+            with pairs_off(model.weights):
                 return objective.logprobs(batch, device)
 
         return without

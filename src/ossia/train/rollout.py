@@ -133,13 +133,15 @@ class Rollouts:
         *,
         routing: bool = False,
         top_logprobs: int = 0,
+        adapter: str | None = None,
     ) -> None:
-        """``routing`` asks the engine for the experts of each token; it must have been set up with record_routing."""
+        """``adapter`` is the engine's name of the one that all rollouts go through. ``routing`` asks the engine for the experts of each token; it must have been set up with record_routing."""
         self._source = (lambda: AsyncEngine(source)) if isinstance(source, Engine) else source
         self.tokenizer = tokenizer
         self._config = config
         self._routing = routing
         self._top_logprobs = top_logprobs
+        self._adapter = adapter
         self._opening = render_for_completion([], tokenizer)
         self._compiler = GrammarCompiler(tokenizer) if config.grammar else None
         self._runner = asyncio.Runner()
@@ -289,6 +291,7 @@ class _Exercise:
             top_logprobs=self._rollouts._top_logprobs,
             routing=self._rollouts._routing,
             constraint=self._constraint(grammar),
+            adapter=self._rollouts._adapter,
         )
         parser = StreamParser(self._tokenizer)
         finish_reason: FinishReason | None = None
