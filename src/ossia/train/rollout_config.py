@@ -26,7 +26,7 @@ class RolloutSettings(TrainConfig):
     )
     task_option: tuple[str, ...] = _rollout((), "Arguments of a single task, each name=value.")
     efforts: str = _rollout("", "How often each effort is asked for, such as low=1,high=2; empty is up to the tasks.")
-    prompts: int = _rollout(32, "Prompts of one step.", low=1)
+    prompts: int = _rollout(32, "Prompts of one step; offline, answers of the teacher.", low=1)
     group: int = _rollout(8, "Rollouts of each prompt.", low=1)
     rollout_tokens: int = _rollout(512, "Tokens that one rollout may sample, all turns together.", low=1)
     max_calls: int = _rollout(8, "Calls of tools in one rollout.", low=0)
@@ -146,7 +146,7 @@ class DistillConfig(RolloutSettings):
         "offline", "Learn from the teacher's own answers, or from the student's as the teacher sees them."
     )
     teachings: str = _teacher("", "Folder of the teacher's answers; empty is OUT/teachings.")
-    samples: int = _teacher(1000, "Answers of the teacher to collect, each to another prompt.", low=1)
+    samples: int = _teacher(1000, "Answers of the teacher to collect, each to a prompt drawn for it.", low=1)
     shard: int = _teacher(256, "Answers in one file of the teachings.", low=1)
     top: int = _teacher(20, "Likeliest tokens of the teacher that are learned at each place; the rest is one.", low=1)
     collect_only: bool = _teacher(False, "Collect the teacher's answers, and train nothing.", is_free=True)
@@ -156,7 +156,6 @@ class DistillConfig(RolloutSettings):
     estimate: Literal["top", "sampled"] = _objective(
         "top", "On policy, the reverse KL over the teacher's likeliest tokens, or of the sampled one alone."
     )
-    distill_temperature: float = _objective(1.0, "Temperature of both distributions where they are compared.", low=1e-3)
 
     @property
     def highest_rate(self) -> float:
@@ -168,8 +167,10 @@ class DistillConfig(RolloutSettings):
         RolloutSettings.check(self)
         if not self.teacher and not (self.method == "offline" and self.teachings):
             raise ConfigError("teacher is not set; give a checkpoint or a server's address, or a folder of teachings")
-        if self.method == "on_policy" and self.estimate == "sampled" and self.distill_temperature != 1:
-            raise ConfigError("distill_temperature must be 1 with estimate = sampled")
+        if self.method == "on_policy" and self.temperature != 1:
+            raise ConfigError(
+                f"temperature is {self.temperature}; on policy the teacher is compared at 1, so expected 1"
+            )
         if self.dropout and self.method == "on_policy":
             raise ConfigError(f"dropout is {self.dropout}; expected 0: the policy that sampled has none")
 
