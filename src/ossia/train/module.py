@@ -24,6 +24,7 @@ from ossia.model.weights import Checkpoint, load_weights
 from ossia.ops import Batch, Routing
 from ossia.ops.autograd import AutogradOps
 from ossia.train.lora import LoraConfig, add_pairs, places
+from ossia.train.quantize import fake_quantize
 
 Trainable = Literal["lora", "full"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -96,7 +97,7 @@ class Model(nn.Module):
             device,
             trained=trainable == "full",
             keep_experts=not checkpoint_activations,
-            fake_quant=_fake_quant() if fake_quant else None,
+            fake_quant=fake_quantize if fake_quant else None,
         )
         model = cls(source.config, ops, load_weights(source, ops), checkpoint_activations=checkpoint_activations)
         if trainable == "lora":
@@ -281,9 +282,3 @@ def _named_modules(weights: Weights) -> Iterator[tuple[str, nn.Module]]:
 
 def _pattern(name: str) -> str:
     return ".".join("*" if part.isdecimal() else part for part in name.split("."))
-
-
-def _fake_quant() -> Callable[[Tensor], Tensor]:
-    from ossia.train.quantize import fake_quant_mxfp4
-
-    return fake_quant_mxfp4
