@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin, g
 import typer
 
 from ossia.errors import UnavailableError
-from ossia.train.config import DpoConfig, Settings, SftConfig, TrainConfig, read_settings
+from ossia.train.config import DpoConfig, Settings, SftConfig, read_settings
 
 if TYPE_CHECKING:
     from ossia.train.run import Outcome
