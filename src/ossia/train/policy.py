@@ -247,11 +247,10 @@ class PolicyTrainer(Trainer[PolicyPass]):
         for report in reports:
             for name, value in report.shown.items():
                 shown[name] = shown.get(name, 0.0) + value / len(reports)
-        objective = self.objective
-        if isinstance(objective, PolicyObjective):
-            apart, entropy = objective.take_notes()
-            shown |= {"entropy": entropy, "mismatch": apart.mean, "mismatch_max": apart.largest}
-            shown |= {"mismatch_kl": apart.kl, "mismatch_tenth": apart.share_over_tenth}
+        assert isinstance(self.objective, PolicyObjective)
+        apart, entropy = self.objective.take_notes()
+        shown |= {"entropy": entropy, "mismatch": apart.mean, "mismatch_max": apart.largest}
+        shown |= {"mismatch_kl": apart.kl, "mismatch_tenth": apart.share_over_tenth}
         shown |= dict(self.numbers())
         shown["train_s"] = round(time.perf_counter() - began_s, 4)
         count = max(1, len(reports))

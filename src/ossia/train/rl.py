@@ -95,7 +95,7 @@ def rl(settings: RlConfig, *, resume: bool, say: Say) -> Outcome:
             run.load_best()
         draw_curves(folder.path, say)
         if not outcome.is_interrupted:
-            write_result(settings, model, folder.path, say)
+            write_result(model, settings, say)
     return outcome
 
 

@@ -9,7 +9,6 @@ Teacher and student must have one vocabulary: probabilities are compared token b
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ossia.engine import LLM, Engine, Runner, SamplingParams, TokenOutput
-from ossia.errors import CheckpointError, ConfigError, ContextLengthError, InputError, OssiaError, UnavailableError
+from ossia.errors import ConfigError, ContextLengthError, InputError, OssiaError, UnavailableError
 from ossia.harmony import Tokenizer
 from ossia.model.hub import resolve_model
 from ossia.model.weights import Checkpoint, load_weights
@@ -261,8 +260,8 @@ def _token_id(name: str) -> int:
     number = name.removeprefix("token_id:")
     if number == name or not number.isdecimal():
         raise UnavailableError(
-            f"the teacher's server names a token {name[:40]!r}, not by its id (return_tokens_as_token_ids); `ossia serve` "
-            "and vLLM can"
+            f"the teacher's server names a token {name[:40]!r}, not by its id (return_tokens_as_token_ids); "
+            "`ossia serve` and vLLM can"
         )
     return int(number)
 
@@ -311,8 +310,8 @@ def _tells_no_ids(url: str) -> UnavailableError:
 
 def _other_vocabulary(teacher: str, difference: str) -> ConfigError:
     return ConfigError(
-        f"the teacher {teacher} has another vocabulary than the student: {difference}. Probabilities are compared token "
-        "by token; take a teacher with the student's vocabulary",
+        f"the teacher {teacher} has another vocabulary than the student: {difference}. Probabilities are compared "
+        "token by token; take a teacher with the student's vocabulary",
         param="teacher",
     )
 
@@ -325,14 +324,3 @@ def _difference(teacher: Tokenizer, student: Tokenizer) -> str:
             theirs, ours = teacher.token_bytes(token_id), student.token_bytes(token_id)
             return f"token {token_id} is {theirs!r} there and {ours!r} here"
     return "its special tokens are others"
-
-
-def tail_logprob(top_logprobs_RK: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """The log-probability of all other tokens together, at least that of one in ten million."""
-    rest = 1 - np.exp(np.minimum(top_logprobs_RK.astype(np.float64), 0)).sum(axis=1)
-    return np.log(np.maximum(rest, math.exp(_LEAST_TAIL))).astype(np.float32)
-
-
-_LEAST_TAIL = math.log(1e-7)
-
-__all__ = ["CheckpointError", "LocalTeacher", "Scores", "ServerTeacher", "Teacher", "open_teacher", "tail_logprob"]
