@@ -244,7 +244,7 @@ def test_a_server_that_cannot_be_reached_or_asked_for_so_much_is_told(student, s
 # The student ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("trainable", ["full", "lora"])
+@pytest.mark.parametrize("trainable", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_a_student_comes_nearer_to_its_teacher_offline(student, teacher, tmp_path, trainable):
     asked = settings(
         student, teacher, tmp_path / "run", samples=48, steps=12, prompts=16, eval_every=12, trainable=trainable,
@@ -257,7 +257,7 @@ def test_a_student_comes_nearer_to_its_teacher_offline(student, teacher, tmp_pat
     assert (outcome.folder / ("adapter" if trainable == "lora" else "weights.safetensors")).exists()
 
 
-@pytest.mark.parametrize("estimate", ["top", "sampled"])
+@pytest.mark.parametrize("estimate", ["top", pytest.param("sampled", marks=pytest.mark.slow)])
 def test_a_student_comes_nearer_to_its_teacher_on_policy(student, teacher, tmp_path, estimate):
     asked = settings(
         student, teacher, tmp_path / "run", method="on_policy", estimate=estimate, steps=12, prompts=16, group=2,
@@ -271,6 +271,7 @@ def test_a_student_comes_nearer_to_its_teacher_on_policy(student, teacher, tmp_p
     assert all(step["mismatch"] < 0.02 for step in steps)
 
 
+@pytest.mark.slow
 def test_a_server_teaches_a_student_on_policy(student, server, tmp_path):
     asked = settings(student, f"{server.url}/v1", tmp_path / "run", method="on_policy", steps=2, eval_every=0)
     outcome = distill(asked, resume=False, say=quiet)

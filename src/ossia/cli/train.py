@@ -18,6 +18,7 @@ import typer
 
 from ossia.errors import UnavailableError
 from ossia.train.config import DpoConfig, Settings, SftConfig, read_settings
+from ossia.train.rollout_config import DistillConfig, RlConfig
 
 if TYPE_CHECKING:
     from ossia.train.run import Outcome
@@ -95,6 +96,18 @@ def _dpo(settings: DpoConfig, **options: Any) -> Outcome:
     return dpo(settings, **options)
 
 
+def _rl(settings: RlConfig, **options: Any) -> Outcome:
+    from ossia.train.rl import rl
+
+    return rl(settings, **options)
+
+
+def _distill(settings: DistillConfig, **options: Any) -> Outcome:
+    from ossia.train.distill import distill
+
+    return distill(settings, **options)
+
+
 app.command("sft")(
     command(
         SftConfig,
@@ -117,6 +130,31 @@ app.command("dpo")(
         A row of the data has a chosen and a rejected answer to one prompt; the rest is as for `ossia train sft`.
 
         Example: ossia train dpo --model gpt-oss-20b --data pairs.jsonl --out runs/mine
+        """,
+    )
+)
+app.command("rl")(
+    command(
+        RlConfig,
+        _rl,
+        """Reinforce: the model does exercises, with tools, and what is rewarded more than its group becomes likelier.
+
+        A task makes exercises and judges answers: arithmetic, calculator, or a class of your own as module:Class. Rewards,
+        lengths and how far engine and trainer are apart go to OUT/metrics.jsonl, and as curves to OUT/curves.png.
+
+        Example: ossia train rl --model gpt-oss-20b --task arithmetic --out runs/sums
+        """,
+    )
+)
+app.command("distill")(
+    command(
+        DistillConfig,
+        _distill,
+        """Distil: a student learns a teacher's probabilities, from the teacher's answers or on its own.
+
+        The teacher is a checkpoint or a server (`ossia serve`, vLLM) with the student's vocabulary.
+
+        Example: ossia train distill --model small --teacher http://127.0.0.1:8000/v1 --task arithmetic --out runs/small
         """,
     )
 )
