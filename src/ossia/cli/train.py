@@ -139,8 +139,9 @@ app.command("rl")(
         _rl,
         """Reinforce: the model does exercises, with tools, and what is rewarded more than its group becomes likelier.
 
-        A task makes exercises and judges answers: arithmetic, calculator, or a class of your own as module:Class. Rewards,
-        lengths and how far engine and trainer are apart go to OUT/metrics.jsonl, and as curves to OUT/curves.png.
+        A task makes exercises and judges answers: arithmetic, calculator, or a class of your own as module:Class.
+        Rewards, lengths and how far engine and trainer are apart go to OUT/metrics.jsonl, and as curves to
+        OUT/curves.png.
 
         Example: ossia train rl --model gpt-oss-20b --task arithmetic --out runs/sums
         """,

@@ -343,7 +343,7 @@ class ReverseKl(PolicyObjective):
         kl_R = partial_kl(logprobs[:, :-1], batch.top_logprobs_RK)
         self.note(batch, logprobs[:, -1].detach())
         loss = (batch.weights_R * kl_R).sum()
-        return Terms(loss, {"reverse_kl": float(loss.detach())})
+        return Terms(loss, {"trained_share": float(batch.weights_R.sum()), "reverse_kl": float(loss.detach())})
 
 
 class TeacherJudge:

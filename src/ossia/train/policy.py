@@ -36,6 +36,9 @@ from ossia.train.trainer import StepReport, Terms, Trainer, memory_errors, to_de
 
 Floats = npt.NDArray[np.float32]
 
+# Among the numbers of a step: the share of all rows, by weight, that went through the model.
+_SHARE = "trained_share"
+
 
 @dataclass(frozen=True, eq=False)
 class Lesson:
@@ -194,6 +197,7 @@ class PolicyObjective:
             batch.reference_R if len(batch.reference_R) else None,
         )
         sums = {
+            _SHARE: float(batch.weights_R.sum()),
             "clipped_low": terms.num_clipped_low,
             "clipped_high": terms.num_clipped_high,
             "kl_old": terms.old_kl_sum,
@@ -247,6 +251,9 @@ class PolicyTrainer(Trainer[PolicyPass]):
         for report in reports:
             for name, value in report.shown.items():
                 shown[name] = shown.get(name, 0.0) + value / len(reports)
+        # Rows that have no gradient were left out; what is shown is of those that were not.
+        share = shown.get(_SHARE, 1.0)
+        shown = {name: value if name == _SHARE else value / share for name, value in shown.items()}
         assert isinstance(self.objective, PolicyObjective)
         apart, entropy = self.objective.take_notes()
         shown |= {"entropy": entropy, "mismatch": apart.mean, "mismatch_max": apart.largest}
