@@ -162,3 +162,27 @@ def _said(thoughts: str, preamble: str) -> list[Message]:
 def write_rows(path: Any, rows: list[Json]) -> Any:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def jumble(seed: int) -> list[Json]:
+    """Messages of the chat format in an order that no application would choose: answers without questions, calls that
+    nobody answers, instructions in the middle."""
+    chance = random.Random(seed)
+    messages: list[Json] = [{"role": "user", "content": "go"}]
+    open_call = ""
+    for i in range(chance.randint(1, 9)):
+        kind = chance.choice(["user", "developer", "answer", "answer", "call", "call", "result", "result"])
+        thoughts = {"reasoning": f"thought {i}"} if chance.random() < 0.6 else {}
+        if kind == "answer":
+            messages.append({"role": "assistant", "content": f"answer {i}", **thoughts})
+        elif kind == "call":
+            open_call = f"call_{i}"
+            call = {"id": open_call, "type": "function", "function": {"name": "f", "arguments": f'{{"n": {i}}}'}}
+            preamble = f"wait {i}" if chance.random() < 0.3 else None
+            messages.append({"role": "assistant", "content": preamble, "tool_calls": [call], **thoughts})
+        elif kind == "result" and open_call:
+            messages.append({"role": "tool", "tool_call_id": open_call, "content": f"result {i}"})
+            open_call = ""
+        elif kind != "result":
+            messages.append({"role": kind, "content": f"{kind} {i}"})
+    return [*messages, {"role": "assistant", "content": "end", "reasoning": "last thought"}]

@@ -6,15 +6,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from ossia.harmony import Tokenizer
 from ossia.harmony.tokenizer import O200K_PATTERN
 from ossia.model.config import ModelConfig, RopeConfig
 from ossia.model.random_checkpoint import write_random_checkpoint
-
-# On matrices as small as these, threads wait for each other longer than they compute.
-torch.set_num_threads(1)
 
 _NAMES = ("return", "constrain", "channel", "start", "end", "message", "call", "endoftext")
 _WHOLE = Tokenizer.o200k_harmony()

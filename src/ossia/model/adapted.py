@@ -17,11 +17,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ossia.errors import CheckpointError
 from ossia.model.adapter import Adapter
 from ossia.model.transformer import Layer, Weights
-from ossia.ops import Adapted, Batch, ExpertLoras, LoraPair, Ops
+from ossia.model.weights import Checkpoint
+from ossia.ops import Q8, Adapted, Batch, ExpertLoras, LoraPair, Ops
 
 _DENSE = ("q", "k", "v", "o", "router")
+_COMPARED_ROWS = 16_384
 _EXPERTS = ("gate", "up", "down")
 
 
@@ -74,6 +77,30 @@ def adapt(weights: Weights, batch: Batch) -> Weights:
         layers=tuple(layer(i, own) for i, own in enumerate(weights.layers)),
         unembedding=change(weights.unembedding, "unembedding", adapter_T[batch.logit_rows_R]),
     )
+
+
+def check_base_copies(adapter: Adapter, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError where an adapter brings an embedding or unembedding other than its model's own.
+
+    PEFT writes these into the adapter's file whenever they are among its targets.
+    """
+    if not adapter.base_copies:
+        return
+    outer = checkpoint.layout.outer(checkpoint.array)
+    for key, copy in adapter.base_copies.items():
+        own = outer.embedding_VD if key == "embedding" else outer.unembedding_VD
+        if isinstance(own, Q8):
+            raise CheckpointError(
+                f"adapter {adapter.name!r} brings a copy of the model's {key}, which cannot be compared with this "
+                "model's 8 bits. Save it with PEFT's save_embedding_layers=False."
+            )
+        for start in range(0, len(copy), _COMPARED_ROWS):
+            rows = slice(start, start + _COMPARED_ROWS)
+            if not np.allclose(copy[rows].astype(np.float32), own[rows].astype(np.float32), rtol=1e-2, atol=1e-5):
+                raise CheckpointError(
+                    f"adapter {adapter.name!r} brings another {key} than the model's own (rows from {start}): it was "
+                    "made for another model, or trained the whole matrix. Merge it into its model with PEFT."
+                )
 
 
 def _held_bytes(array: npt.NDArray[Any]) -> int:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ossia.ops import Q8, SWIGLU_ALPHA, Batch, ExpertArrays, Mxfp4, Routing
+from ossia.ops import Q8, SWIGLU_ALPHA, Batch, ExpertArrays, ExpertLoras, LoraPair, Mxfp4, Routing
 from ossia.ops.mxfp4 import BLOCK, E2M1_VALUES, SCALE_BIAS
 
 Floats = npt.NDArray[Any]
@@ -189,6 +189,12 @@ class AutogradOps:
             self.trained,
             self.fake_quant if self.trained else None,
         )
+
+    def lora(self, pair: LoraPair) -> Any:
+        raise NotImplementedError("training has pairs of its own beside each matrix: see `ossia.train.lora`")
+
+    def expert_loras(self, loras: ExpertLoras) -> Any:
+        raise NotImplementedError("training has pairs of its own beside each matrix: see `ossia.train.lora`")
 
     def kv_cache(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> Any:
         raise NotImplementedError("training attends to the tokens of its batch and keeps no cache")

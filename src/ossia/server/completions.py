@@ -17,7 +17,7 @@ from starlette.responses import Response as HttpResponse
 from ossia.engine.request import NO_TOKEN, SamplingParams, Scored, TokenOutput
 from ossia.errors import InputError, OssiaError, UnsupportedError
 from ossia.responses.events import DONE
-from ossia.responses.loop import Phase, engine_phases
+from ossia.responses.loop import Model, Phase, engine_phases
 from ossia.responses.schema import Json, dumps, error_object, new_id
 from ossia.server.sampled import Sampled
 from ossia.server.service import Service
@@ -47,10 +47,10 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/completions", responses={200: {"model": Completion}}, summary="Complete a raw prompt")
     async def complete(body: CompletionRequest, request: Request) -> HttpResponse:
-        service.check_model(body.model)
+        model = service.model_of(body.model)
         name, num = new_id("cmpl"), body.n or 1
-        made = [_Raw(service, body, prompt, i, name) for prompt in _prompts(service, body) for i in range(num)]
-        frame: Json = {"id": name, "created": int(time.time()), "model": service.model.name}
+        made = [_Raw(service, model, body, prompt, i, name) for prompt in _prompts(service, body) for i in range(num)]
+        frame: Json = {"id": name, "created": int(time.time()), "model": model.name}
         frame["object"] = "text_completion"
         if body.stream:
             return EventStream(await opened(request, _raw_chunks(made, frame, body)))
@@ -83,9 +83,21 @@ class _Raw:
     """One prompt being completed."""
 
     def __init__(
-        self, service: Service, body: CompletionRequest, prompt: list[int], choice: int, completion_id: str
+        self,
+        service: Service,
+        model: Model,
+        body: CompletionRequest,
+        prompt: list[int],
+        choice: int,
+        completion_id: str,
     ) -> None:
-        self._service, self._body, self.prompt, self._completion_id = service, body, prompt, completion_id
+        self._service, self._model, self._body, self.prompt, self._completion_id = (
+            service,
+            model,
+            body,
+            prompt,
+            completion_id,
+        )
         self.num_output, self.num_cached = 0, 0
         self.finish_reason: str | None = None
         self.text = ""
@@ -107,7 +119,7 @@ class _Raw:
         )
         if self._runs:
             # Fails before anything is sent.
-            service.model.engine.check(prompt, self._params)
+            model.engine.check(prompt, self._params)
 
     @property
     def _runs(self) -> bool:
@@ -115,7 +127,7 @@ class _Raw:
 
     async def pieces(self) -> AsyncGenerator[str, None]:
         """The text as it comes; the text of a stop is not part of it."""
-        tokenizer = self._service.model.tokenizer
+        tokenizer = self._model.tokenizer
         if self._body.echo:
             self.text = tokenizer.decode(self.prompt)
             yield self.text
@@ -160,7 +172,7 @@ class _Raw:
         async with self._service.admission.slot():
             begin_ns, first_ns = time.time_ns(), 0
             try:
-                async with aclosing(self._service.model.engine.generate(self.prompt, self._params)) as outputs:
+                async with aclosing(self._model.engine.generate(self.prompt, self._params)) as outputs:
                     async for output in outputs:
                         first_ns = first_ns or time.time_ns()
                         yield output
@@ -191,7 +203,7 @@ class _Raw:
         self.logprobs["text_offset"].append(len(self.text))
 
     def _note_prompt(self, scores: Sequence[Scored]) -> None:
-        decode = self._service.model.tokenizer.decode
+        decode = self._model.tokenizer.decode
         for token_id, scored in zip(self.prompt[1:], scores, strict=True):
             if self._body.echo and self._body.logprobs is not None:
                 self._note(token_id, scored.logprob, scored.top_logprobs[: self._body.logprobs])
@@ -212,7 +224,7 @@ class _Raw:
     def _name(self, token_id: int) -> str:
         if self._body.return_tokens_as_token_ids:
             return f"token_id:{token_id}"
-        return self._service.model.tokenizer.decode([token_id])
+        return self._model.tokenizer.decode([token_id])
 
 
 def _raw_usage(made: list[_Raw]) -> Json:

@@ -93,7 +93,9 @@ def detect(row: object) -> Format:
             f"a row with {_some(fields)}; expected 'messages' (harmony or OpenAI's chat format), 'conversations' "
             "(ShareGPT), or 'prompt' and 'completion'"
         )
-    given = [one for one in messages if isinstance(one, dict)]
+    given = [one for one in messages if isinstance(one, dict) and one.keys() & {"role", "from"}]
+    if not given:
+        raise InputError(f"messages are {_shown(messages)}; expected objects with a 'role', or 'from'")
     for key in ("completion", "chosen", "rejected"):
         given += [one for one in _spoken(fields.get(key), Role.ASSISTANT) if isinstance(one, dict)]
     if any("from" in one and "role" not in one for one in given):
@@ -649,7 +651,7 @@ def _response_formats(fields: Json) -> tuple[ResponseFormat, ...]:
     return (ResponseFormat(inner.get("name") or "answer", inner["schema"], inner.get("description")),)
 
 
-_TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
+_TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 
 
 def _text(content: object, where: str) -> str:
@@ -663,7 +665,7 @@ def _text(content: object, where: str) -> str:
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
         text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else part
-        if not isinstance(text, str) or not (kind in _TEXT_PARTS or kind == "refusal" or isinstance(part, str)):
+        if not isinstance(text, str) or not (kind in _TEXT_PARTS or isinstance(part, str)):
             met = f"a part of type {kind!r}" if kind else _shown(part)
             raise InputError(f"{where}[{i}] is {met}; this model reads text only")
         texts.append(text)

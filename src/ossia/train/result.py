@@ -22,6 +22,7 @@ import torch
 
 from ossia.errors import TrainingError, UnavailableError
 from ossia.harmony import Message, Role, SystemContent, Tokenizer, render_for_completion
+from ossia.local import load
 from ossia.model.adapter import read_adapter, write_adapter
 from ossia.model.hub import resolve_model
 from ossia.ops import Batch
@@ -41,6 +42,8 @@ ADAPTER, WEIGHTS = "adapter", "weights.safetensors"
 _NUM_QUESTIONS = 4
 # Logits of a row are 0.8 MB for the published vocabulary.
 _MAX_ROWS = 64
+# Keys and values of a few short answers.
+_ENGINE_BYTES = 256 << 20
 # The same numbers from the same weights, but for the order of additions of a GPU.
 _TOLERANCE = 1e-3
 
@@ -98,13 +101,35 @@ def try_result(fitted: Fitted, settings: DataSettings, say: Say) -> Trial:
             kl = (kl_sum(read_RV, before(batch)) / len(read_RV)).item()
         where = "held-out rows" if fitted.held_out else "rows of the data"
         say(f"read again, it is the same; KL to the model before, on {where}: {kl:.4f} nats a token")
-        answers = []
-        for prompt in _prompts(settings, tokenizer, samples[0].batch) if settings.prompt_tokens else []:
-            token_ids = greedy(model, prompt, settings.prompt_tokens, tokenizer.stop_ids)
-            answers.append((_shown(tokenizer.decode(prompt)), tokenizer.decode(token_ids)))
-            say(f"asked   ...{answers[-1][0]}")
-            say(f"answers {answers[-1][1]!r}")
-    return Trial(difference, kl, tuple(answers))
+        prompts = _prompts(settings, tokenizer, samples[0].batch) if settings.prompt_tokens else []
+        if settings.trainable == "lora":
+            answers = ask_engine(settings, prompts)
+        else:
+            answers = [greedy(model, prompt, settings.prompt_tokens, tokenizer.stop_ids) for prompt in prompts]
+    shown = [(_shown(tokenizer.decode(p)), tokenizer.decode(a)) for p, a in zip(prompts, answers, strict=True)]
+    for question, answer in shown:
+        say(f"asked   ...{question}")
+        say(f"answers {answer!r}")
+    return Trial(difference, kl, tuple(shown))
+
+
+def ask_engine(settings: DataSettings, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The likeliest answers of the engine that serves, with the adapter from the disk beside the packed weights."""
+    if not prompts:
+        return []
+    # The engine's own matrices are kept as published: what is tried is the adapter, and not how they are rounded.
+    local = load(
+        resolve_model(settings.model), threads=settings.threads, dense="bf16", kv_memory=_ENGINE_BYTES
+    )
+    adapter = read_adapter(Path(settings.out) / ADAPTER, local.checkpoint.config)
+    local.engine.load_adapter(adapter)
+    answers = []
+    for prompt in prompts:
+        answer = local.complete(prompt, max_tokens=settings.prompt_tokens, temperature=0.0, adapter=adapter.name)
+        for _ in answer:
+            pass
+        answers.append(answer.token_ids)
+    return answers
 
 
 def greedy(model: Model, prompt: Sequence[int], max_tokens: int, stop_ids: Sequence[int]) -> list[int]:
