@@ -81,6 +81,7 @@ class FakeRunner:
         return np.array(rows, np.float32).reshape(len(rows), self.config.vocab_size)
 
     def hold(self, adapter: Adapter) -> HeldAdapter:
+        # A size of whole thousands tells the adapters of these tests apart.
         return HeldAdapter(adapter.name, {}, size_bytes=1000 * adapter.rank, cache_key=adapter.name.encode())
 
     def _place(self, table_B: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -284,6 +284,8 @@ async def _serve(service: Service, settings: Config, required: list[str]) -> Non
     print(f"ossia: tools: {', '.join(on) or 'none'}", file=sys.stderr)
     for name, reason in off.items():
         print(f"ossia: {name} is off: {reason}", file=sys.stderr)
+    if service.adapters is not None and service.adapters.offered:
+        print(f"ossia: adapters: {', '.join(service.adapters.offered)}", file=sys.stderr)
     print(f"ossia: serving {service.model.name} on http://{settings.host}:{settings.port}/v1", file=sys.stderr)
     config = uvicorn.Config(
         create_app(service),

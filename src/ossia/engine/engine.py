@@ -29,7 +29,7 @@ from ossia.engine.runner import Runner, max_context
 from ossia.engine.sampler import sample, score
 from ossia.engine.scheduler import Scheduler, Totals
 from ossia.errors import ConfigError, ContextLengthError, InputError, NotFoundError, OssiaError, UnavailableError
-from ossia.model.adapted import HeldAdapter
+from ossia.model.adapted import HeldAdapter, held_bytes
 from ossia.model.adapter import Adapter
 from ossia.model.transformer import Weights
 
@@ -150,17 +150,16 @@ class Engine:
 
         Raises ConfigError where the memory for adapters does not hold it.
         """
-        held = self._runner.hold(adapter)
         with self._adapters_lock:
-            others = sum(one.size_bytes for one in self._held() if one is not self._adapters.get(adapter.name))
-            limit = self._runner.options.adapter_memory_bytes
-            if others + held.size_bytes > limit:
+            others = sum(one.size_bytes for one in self._held(without=adapter.name))
+            size, limit = held_bytes(adapter), self._runner.options.adapter_memory_bytes
+            if others + size > limit:
                 raise ConfigError(
-                    f"adapter {adapter.name!r} takes {held.size_bytes / 2**20:.1f} MiB beside {others / 2**20:.1f} MiB "
-                    f"of others; adapter_memory is {limit / 2**20:.1f} MiB. Unload another, or give more.",
+                    f"adapter {adapter.name!r} takes {size / 2**20:.1f} MiB beside {others / 2**20:.1f} MiB of others; "
+                    f"adapter_memory is {limit / 2**20:.1f} MiB. Unload another, or give more.",
                     param="adapter_memory",
                 )
-            self._adapters[adapter.name] = held
+            self._adapters[adapter.name] = self._runner.hold(adapter)
 
     def unload_adapter(self, name: str) -> None:
         """Let go of an adapter: sequences under way finish with it, new requests may not name it.
@@ -180,13 +179,14 @@ class Engine:
         return held
 
     def _no_adapter(self, name: str) -> NotFoundError:
-        known = ", ".join(self._adapters) or "none"
+        known = ", ".join(self.adapters) or "none"
         return NotFoundError(f"there is no adapter {name[:200]!r}; loaded are: {known}", param="adapter")
 
-    def _held(self) -> set[HeldAdapter]:
-        """All adapters that take memory."""
-        answering = {sequence.adapter for sequence in list(self._sequences.values())}
-        return {one for one in (*self._adapters.values(), *answering) if one is not None}
+    def _held(self, *, without: str | None = None) -> set[HeldAdapter]:
+        """All adapters that take memory, but for the one that is about to be replaced."""
+        loaded = [one for name, one in list(self._adapters.items()) if name != without]
+        answering = [sequence.adapter for sequence in list(self._sequences.values())]
+        return {one for one in (*loaded, *answering) if one is not None}
 
     # Steps -----------------------------------------------------------------------------------------------------------
 
@@ -388,10 +388,6 @@ class AsyncEngine:
 
     def stats(self) -> EngineStats:
         return self._engine.stats()
-
-    @property
-    def adapters(self) -> tuple[str, ...]:
-        return self._engine.adapters
 
     def load_adapter(self, adapter: Adapter) -> None:
         """What `Engine.load_adapter` does, in any thread and while requests are under way."""

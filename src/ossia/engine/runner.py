@@ -19,7 +19,7 @@ from ossia.model.adapted import HeldAdapter, adapt, hold_adapter
 from ossia.model.adapter import Adapter
 from ossia.model.config import ModelConfig
 from ossia.model.transformer import Weights, forward, new_caches
-from ossia.ops import Array, Batch, Ops, Routing
+from ossia.ops import AdapterOps, Array, Batch, Routing
 
 
 class NumBlocks(NamedTuple):
@@ -32,7 +32,7 @@ class NumBlocks(NamedTuple):
 class Runner:
     """One model with its weights and its paged caches."""
 
-    def __init__(self, ops: Ops, config: ModelConfig, weights: Weights, options: EngineConfig) -> None:
+    def __init__(self, ops: AdapterOps, config: ModelConfig, weights: Weights, options: EngineConfig) -> None:
         self.config = config
         self.options = options
         layer_bytes = ops.kv_block_bytes(options.block_size, config.num_kv_heads, config.head_dim)
@@ -87,7 +87,7 @@ class Runner:
 class _RoutingRecorder:
     """A backend that keeps a note of the experts that `route` chose, layer by layer; else the backend itself."""
 
-    def __init__(self, ops: Ops) -> None:
+    def __init__(self, ops: AdapterOps) -> None:
         self._ops = ops
         self.experts_LTA: list[Array] = []
 

@@ -21,7 +21,7 @@ from ossia.errors import CheckpointError
 from ossia.model.adapter import Adapter
 from ossia.model.transformer import Layer, Weights
 from ossia.model.weights import Checkpoint
-from ossia.ops import Q8, Adapted, Batch, ExpertLoras, LoraPair, Ops
+from ossia.ops import Q8, Adapted, AdapterOps, Batch, ExpertLoras, LoraPair
 
 _DENSE = ("q", "k", "v", "o", "router")
 _COMPARED_ROWS = 16_384
@@ -40,19 +40,27 @@ class HeldAdapter:
     cache_key: bytes
 
 
-def hold_adapter(ops: Ops, adapter: Adapter) -> HeldAdapter:
+def hold_adapter(ops: AdapterOps, adapter: Adapter) -> HeldAdapter:
     """Copy an adapter into a backend's memory."""
     loras: dict[str, Any] = {}
-    arrays: dict[int, int] = {}
     for key, pair in adapter.pairs.items():
         layer, _, part = key.rpartition(".experts.")
-        arrays |= {id(array): _held_bytes(array) for array in (pair.a, pair.b)}
         if part not in _EXPERTS:
             loras[key] = ops.lora(pair)
         elif f"{layer}.experts" not in loras:
             of_layer: list[LoraPair | None] = [adapter.pairs.get(f"{layer}.experts.{name}") for name in _EXPERTS]
             loras[f"{layer}.experts"] = ops.expert_loras(ExpertLoras(*of_layer))
-    return HeldAdapter(adapter.name, loras, sum(arrays.values()), secrets.token_bytes(16))
+    return HeldAdapter(adapter.name, loras, held_bytes(adapter), secrets.token_bytes(16))
+
+
+def held_bytes(adapter: Adapter) -> int:
+    """The memory that an adapter takes when it is held: 2 bytes a number where a pair is bfloat16, else 4."""
+    arrays: dict[int, int] = {}
+    for pair in adapter.pairs.values():
+        width = 2 if all(array.dtype.name == "bfloat16" for array in (pair.a, pair.b)) else 4
+        # Gate and up of one file share their a.
+        arrays |= {id(array): array.size * width for array in (pair.a, pair.b)}
+    return sum(arrays.values())
 
 
 def adapt(weights: Weights, batch: Batch) -> Weights:
@@ -101,8 +109,3 @@ def check_base_copies(adapter: Adapter, checkpoint: Checkpoint) -> None:
                     f"adapter {adapter.name!r} brings another {key} than the model's own (rows from {start}): it was "
                     "made for another model, or trained the whole matrix. Merge it into its model with PEFT."
                 )
-
-
-def _held_bytes(array: npt.NDArray[Any]) -> int:
-    # No backend holds less than 16 bits of a number, and float16 takes 32.
-    return array.size * (2 if array.dtype.name == "bfloat16" else 4)

@@ -143,9 +143,8 @@ class Batch:
 class Ops(Protocol):
     """What a backend must offer. The model file calls nothing else.
 
-    `linear_weights`, `embedding`, `vector`, `experts`, `lora`, `expert_loras` and `kv_cache` turn arrays of a
-    checkpoint or an adapter into whatever the backend wants to hold and are called once; their results are opaque to
-    everyone else.
+    `linear_weights`, `embedding`, `vector`, `experts` and `kv_cache` turn arrays of a checkpoint into whatever the
+    backend wants to hold and are called once; their results are opaque to everyone else.
     """
 
     name: str
@@ -162,12 +161,6 @@ class Ops(Protocol):
     def experts(self, arrays: ExpertArrays) -> Any:
         """Hold the experts of a layer; MXFP4 stays MXFP4 and is not copied."""
 
-    def lora(self, pair: LoraPair) -> Any:
-        """Hold a low-rank change of a dense matrix or an embedding table, in memory of its own."""
-
-    def expert_loras(self, loras: ExpertLoras) -> Any:
-        """Hold the low-rank changes of the experts of a layer, in memory of its own."""
-
     def kv_cache(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> Any:
         """The paged key/value memory of one layer."""
 
@@ -175,7 +168,7 @@ class Ops(Protocol):
         """Bytes that one block of such a cache takes."""
 
     def embed(self, embedding: Any, token_ids_T: Array) -> Array:
-        """x_TD = table[token_ids]; here and below, plus what the rows of `Adapted` weights go through."""
+        """x_TD = table[token_ids]."""
 
     def rms_norm(self, x_TD: Array, scale_D: Array, eps: float) -> Array:
         """x / sqrt(mean(x^2) + eps) * scale over the last axis."""
@@ -216,10 +209,20 @@ class Ops(Protocol):
         """
 
 
+class AdapterOps(Ops, Protocol):
+    """A backend that also computes adapters beside the weights: `embed`, `linear` and `moe` take `Adapted` ones."""
+
+    def lora(self, pair: LoraPair) -> Any:
+        """Hold a low-rank change of a dense matrix or an embedding table, in memory of its own."""
+
+    def expert_loras(self, loras: ExpertLoras) -> Any:
+        """Hold the low-rank changes of the experts of a layer, in memory of its own."""
+
+
 SWIGLU_ALPHA = 1.702
 
 
-def load(name: str, **options: Any) -> Ops:
+def load(name: str, **options: Any) -> AdapterOps:
     """Make a backend: "reference" (option ``dtype``) or "cpu" (options of `ossia.ops.cpu.CpuOps`).
 
     Raises ConfigError for another name.

@@ -64,15 +64,18 @@ class Experts(NamedTuple):
 
 
 class Lora(NamedTuple):
+    """As the kernels know it: a [.., r, I], and b in pieces of 32 rows [.., O / 32, r, 32]."""
+
     lora: _kernels.Lora
-    # As it was given, but in memory of its own; the kernels know another order of b.
-    pair: LoraPair
-    arrays: tuple[Any, ...]
+    a: npt.NDArray[Any]
+    b_pieces: npt.NDArray[Any]
+    num_rows: int
+    scaling: float
 
 
 class ExpertLora(NamedTuple):
     lora: _kernels.ExpertLora
-    arrays: tuple[Any, ...]
+    loras: tuple[Lora | None, ...]
 
 
 class LayerCache(NamedTuple):
@@ -145,25 +148,15 @@ class CpuOps:
         return Experts(held, (gate, up, down, *biases))
 
     def lora(self, pair: LoraPair) -> Lora:
-        a, b = _one_dtype(pair)
-        lora, arrays = _hold_lora(a, b, pair.scaling)
-        return Lora(lora, LoraPair(a, b, pair.scaling), arrays)
+        return _hold_lora(_one_dtype(pair))
 
     def expert_loras(self, loras: ExpertLoras) -> ExpertLora:
-        held: list[_kernels.Lora | None] = []
-        arrays: list[Any] = []
-        a_of: dict[int, Any] = {}
-        for pair in loras:
-            if pair is None:
-                held.append(None)
-                continue
-            a, b = _one_dtype(pair)
+        gate, up, down = (None if pair is None else _one_dtype(pair) for pair in loras)
+        if gate and up and loras.gate and loras.up and loras.gate.a is loras.up.a and gate.a.dtype == up.a.dtype:
             # Gate and up of one file share their a, and its product with a token.
-            a = a_of.setdefault(id(pair.a), a)
-            lora, own = _hold_lora(a, b, pair.scaling)
-            held.append(lora)
-            arrays.append(own)
-        return ExpertLora(_kernels.ExpertLora(*held), tuple(arrays))
+            up = up._replace(a=gate.a)
+        held = tuple(None if pair is None else _hold_lora(pair) for pair in (gate, up, down))
+        return ExpertLora(_kernels.ExpertLora(*(one and one.lora for one in held)), held)
 
     def kv_block_bytes(self, block_size: int, num_kv_heads: int, head_dim: int) -> int:
         per_head = 2 * head_dim if self.kv == "bf16" else head_dim + 4
@@ -275,8 +268,9 @@ class CpuOps:
             if lora is None or not len(rows):
                 continue
             # A token's column of a is what the matrix gives for it; the kernel adds up its ranks in order.
-            h_Tr = np.ascontiguousarray(lora.pair.a[:, token_ids_T[rows]].T, np.float32)
-            x_TD[rows] += np.float32(lora.pair.scaling) * self.linear(h_Tr, Linear(_hold_floats(lora.pair.b), None))
+            h_Tr = np.ascontiguousarray(lora.a[:, token_ids_T[rows]].T, np.float32)
+            b_Dr = lora.b_pieces.swapaxes(-1, -2).reshape(-1, h_Tr.shape[1])[: lora.num_rows]
+            x_TD[rows] += np.float32(lora.scaling) * self.linear(h_Tr, Linear(_hold_floats(b_Dr), None))
         return x_TD
 
     def _pack_q8(self, weight_OI: npt.NDArray[Any] | Q8) -> Held:
@@ -325,22 +319,23 @@ def _loras(weights: Any) -> tuple[Any, ...]:
     return tuple(one and one.lora for one in weights.loras), weights.lora_T
 
 
-def _one_dtype(pair: LoraPair) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Copies of both matrices in the one dtype that their kernel reads."""
-    exact = all(array.dtype == ml_dtypes.bfloat16 for array in pair[:2])
+def _one_dtype(pair: LoraPair) -> LoraPair:
+    """A copy whose matrices are of the one dtype that their kernel reads."""
+    exact = all(array.dtype == ml_dtypes.bfloat16 for array in (pair.a, pair.b))
     dtype = ml_dtypes.bfloat16 if exact else np.float32
-    return np.array(pair.a, dtype, order="C"), np.array(pair.b, dtype, order="C")
+    return pair._replace(a=np.array(pair.a, dtype, order="C"), b=np.array(pair.b, dtype, order="C"))
 
 
-def _hold_lora(a: npt.NDArray[Any], b: npt.NDArray[Any], scaling: float) -> tuple[_kernels.Lora, tuple[Any, ...]]:
-    """The kernel's form: b in pieces of 32 rows, in each the numbers of one rank side by side."""
+def _hold_lora(pair: LoraPair) -> Lora:
+    a, b, scaling = pair
     *stack, num_rows, rank = b.shape
     num_pieces = -(-num_rows // BLOCK)
     padded = np.zeros((*stack, num_pieces * BLOCK, rank), b.dtype)
     padded[..., :num_rows, :] = b
     pieces = np.ascontiguousarray(padded.reshape(*stack, num_pieces, BLOCK, rank).swapaxes(-1, -2))
     stack_stride = pieces.strides[0] if stack else 0
-    return _kernels.Lora(_hold_floats(a).matrix, num_rows, _address(pieces), stack_stride, scaling), (a, pieces)
+    lora = _kernels.Lora(_hold_floats(a).matrix, num_rows, _address(pieces), stack_stride, scaling)
+    return Lora(lora, a, pieces, num_rows, scaling)
 
 
 def _hold_mxfp4(matrices: Mxfp4) -> Held:

@@ -20,13 +20,12 @@ from ossia.engine import Engine, EngineConfig, Runner
 from ossia.harmony import Tokenizer
 from ossia.model.transformer import Layer, Weights
 from ossia.model.weights import Checkpoint, load_weights
-from ossia.ops import ExpertArrays, Ops
+from ossia.ops import AdapterOps, ExpertArrays, Ops
 from ossia.train.checkpoint import to_numpy
 from ossia.train.fit import lora_config
 from ossia.train.lora import to_adapter
 from ossia.train.module import Model
 from ossia.train.rollout_config import RolloutSettings
-
 
 # The engine's name of the pairs that are trained.
 _ADAPTER = "trained"
@@ -55,7 +54,7 @@ class Actor:
             self.engine.load_adapter(to_adapter(self._model.weights, self._lora, _ADAPTER))
 
 
-def make_ops(settings: RolloutSettings) -> Ops:
+def make_ops(settings: RolloutSettings) -> AdapterOps:
     """The backend that samples."""
     if settings.backend == "reference":
         return backends.load("reference")

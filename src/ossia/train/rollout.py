@@ -135,7 +135,10 @@ class Rollouts:
         top_logprobs: int = 0,
         adapter: str | None = None,
     ) -> None:
-        """``adapter`` is the engine's name of the one that all rollouts go through. ``routing`` asks the engine for the experts of each token; it must have been set up with record_routing."""
+        """``adapter`` is the engine's name of the one that all rollouts go through.
+
+        ``routing`` asks the engine for the experts of each token; it must have been set up with record_routing.
+        """
         self._source = (lambda: AsyncEngine(source)) if isinstance(source, Engine) else source
         self.tokenizer = tokenizer
         self._config = config
