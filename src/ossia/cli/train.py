@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin, g
 
 import typer
 
-from ossia.errors import UnavailableError
+from ossia.errors import ConfigError, UnavailableError
 from ossia.train.config import DpoConfig, Settings, SftConfig, read_settings
-from ossia.train.rollout_config import DistillConfig, RlConfig
+from ossia.train.rollout_config import DistillConfig, RlConfig, by_effort, read_options
 
 if TYPE_CHECKING:
     from ossia.train.run import Outcome
@@ -159,3 +159,33 @@ app.command("distill")(
         """,
     )
 )
+
+
+@app.command("gold")
+def gold(
+    out: Annotated[Path, typer.Argument(help="JSONL file to write; it must not be there yet.")],
+    task: Annotated[str, typer.Option(help="Tasks: names, or module:Class, each with =WEIGHT; commas between.")],
+    count: Annotated[int, typer.Option(min=1, help="Conversations to write.")] = 1000,
+    task_option: Annotated[str, typer.Option(help="Arguments of a single task, name=value; commas between.")] = "",
+    efforts: Annotated[str, typer.Option(help="How often each effort is asked for, such as low=1,high=2.")] = "",
+    split: Annotated[str, typer.Option(help="Which instances: train, or held_out.")] = "train",
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same conversations.")] = 0,
+) -> None:
+    """Write gold transcripts of tasks as conversations for `ossia train sft`.
+
+    Example: ossia train gold sums.jsonl --task arithmetic --count 5000
+    """
+    from ossia.train.tasks import SPLITS, gold_conversations, make_mix
+
+    sides = [one for one in SPLITS if one == split]
+    if not sides:
+        raise ConfigError(f"--split is {split!r}; expected one of: {', '.join(SPLITS)}")
+    if out.exists():
+        raise ConfigError(f"{out} is there already; give another name")
+    names = [one.strip() for one in task.split(",") if one.strip()]
+    options = tuple(one.strip() for one in task_option.split(",") if one.strip())
+    mix = make_mix(names, read_options(options), by_effort("efforts", efforts) or None)
+    with open(out, "x", encoding="utf-8") as file:
+        for row in gold_conversations(mix, sides[0], seed, count):
+            file.write(row.to_json() + "\n")
+    _say(f"{count} conversations are in {out}")

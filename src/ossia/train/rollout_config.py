@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -61,14 +62,8 @@ class RolloutSettings(TrainConfig):
 
     @property
     def options_of_task(self) -> dict[str, object]:
-        """Arguments of a task: numbers and true or false where they look like it."""
-        options: dict[str, object] = {}
-        for text in self.task_option:
-            name, equals, value = text.partition("=")
-            if not equals or not name.isidentifier():
-                raise ConfigError(f"task_option holds {text!r}; expected name=value", param="task_option")
-            options[name] = _value(value)
-        return options
+        """Arguments of a single task."""
+        return read_options(self.task_option)
 
     def check(self) -> None:
         TrainConfig.check(self)
@@ -191,6 +186,17 @@ def by_effort(name: str, text: str) -> dict[Effort, float]:
             )
         numbers[known] = value
     return numbers
+
+
+def read_options(texts: Sequence[str]) -> dict[str, object]:
+    """Arguments of a task from "name=value": numbers and true or false where they look like it. Raises ConfigError."""
+    options: dict[str, object] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise ConfigError(f"task_option holds {text!r}; expected name=value", param="task_option")
+        options[name] = _value(value)
+    return options
 
 
 def _value(text: str) -> object:
