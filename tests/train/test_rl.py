@@ -66,6 +66,7 @@ def lines(out: Path, event: str = "step") -> list[dict]:
 # A run ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_reward_rises(model, tmp_path):
     asked = settings(
         model, tmp_path / "run", steps=14, prompts=8, group=8, learning_rate=1e-2, eval_every=14, eval_prompts=32
@@ -105,6 +106,7 @@ def test_with_the_readable_backend_engine_and_trainer_have_the_same_probabilitie
 # Options -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_on_policy_no_ratio_is_clipped_and_with_several_updates_the_policy_moves(model, tmp_path):
     once = lines(rl(settings(model, tmp_path / "once"), resume=False, say=quiet).folder)
     assert all(step["kl_old"] == 0 and step["clipped_low"] == step["clipped_high"] == 0 for step in once)
@@ -112,9 +114,12 @@ def test_on_policy_no_ratio_is_clipped_and_with_several_updates_the_policy_moves
     assert all(step["kl_old"] > 0 for step in lines(rl(several, resume=False, say=quiet).folder))
 
 
+@pytest.mark.slow
 def test_the_divergence_from_the_beginning_is_nothing_at_first(model, tmp_path):
     for trainable in ("lora", "full"):
-        asked = settings(model, tmp_path / trainable, kl=0.1, learning_rate=2e-2, trainable=trainable)
+        asked = settings(
+            model, tmp_path / trainable, kl=0.1, learning_rate=2e-2, trainable=trainable, prompts=6, group=8
+        )
         first, second = lines(rl(asked, resume=False, say=quiet).folder)
         assert first["kl_reference"] == pytest.approx(0, abs=1e-9)
         assert second["kl_reference"] > 1e-6
@@ -150,6 +155,7 @@ def test_equal_rewards_move_nothing(model, tmp_path):
         assert np.array_equal(tensor.numpy(), ended.trainable[name].numpy())
 
 
+@pytest.mark.slow
 def test_groups_of_equal_reward_give_way_to_others(model, tmp_path):
     task = ("tests.train.test_rl:Rare",)
     plain = lines(rl(settings(model, tmp_path / "plain", task=task), resume=False, say=quiet).folder)
