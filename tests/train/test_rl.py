@@ -19,10 +19,11 @@ from ossia.errors import ConfigError, InputError
 from ossia.harmony import Effort
 from ossia.model.adapter import read_adapter
 from ossia.train.checkpoint import read_snapshot
+from ossia.train.config import read_settings
 from ossia.train.metrics import read_metrics
 from ossia.train.rl import GroupJudge, rl
 from ossia.train.rollout import Rollout
-from ossia.train.rollout_config import RlConfig
+from ossia.train.rollout_config import DistillConfig, RlConfig
 from ossia.train.tasks import Draw, Instance, Reward, TaskMix, Transcript
 from ossia.train.trainer import Trainer
 
@@ -185,10 +186,12 @@ def test_length_costs_by_effort_and_a_late_end_costs_more(tmp_path):
     assert judge.shaped(rollout(100, Effort.HIGH, 0.1)) == pytest.approx(-0.9)
 
 
-def test_what_limits_have_ended_may_be_left_out(model, tmp_path):
-    asked = settings(model, tmp_path / "run", drop_truncated=True, rollout_tokens=4, steps=1)
-    [step] = lines(rl(asked, resume=False, say=quiet).folder)
-    assert step["truncated"] == 1 and step["gradient_norm"] == 0
+def test_what_limits_have_ended_may_be_left_out(tmp_path):
+    cut = Transcript((), is_truncated=True)
+    done = [rollout(4, Effort.LOW, 1.0), replace(rollout(4, Effort.LOW, 0.0), transcript=cut)]
+    for drops, expected in ((False, [0.5, -0.5]), (True, [0.5, 0.0])):
+        judge = GroupJudge(settings(Path("m"), tmp_path, drop_truncated=drops), TaskMix({Vowels(): 1}), None, tmp_path)
+        assert [float(lesson.advantages_R[0]) for lesson in judge._group(done)] == expected
 
 
 @pytest.mark.parametrize(
@@ -218,15 +221,16 @@ def curve(out: Path) -> list[dict]:
 
 
 def test_a_run_that_is_resumed_writes_the_same_curve_and_the_same_weights(model, tmp_path, monkeypatch):
-    fields = {"steps": 4, "updates": 2, "save_every": 1, "eval_every": 2, "eval_prompts": 4, "learning_rate": 1e-2}
+    fields = {"steps": 4, "prompts": 6, "group": 6, "updates": 2, "learning_rate": 1e-2}
+    fields |= {"save_every": 1, "eval_every": 2, "eval_prompts": 4}
     whole = rl(settings(model, tmp_path / "whole", **fields), resume=False, say=quiet)
     move = Trainer._move
     moves = []
 
     def stopping(self, loss, rate):
         moves.append(loss)
-        # In the middle of the third step, between its two updates.
-        if len(moves) == 6:
+        # In the middle of a step that shares its rollouts between two updates.
+        if len(moves) == 4:
             raise KeyboardInterrupt
         return move(self, loss, rate)
 
@@ -266,3 +270,13 @@ def test_a_run_that_is_killed_and_resumed_by_the_command_writes_the_same_curve(m
     assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
     whole, parts = (tmp_path / out / "weights.safetensors" for out in ("whole", "parts"))
     assert parts.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize(("name", "kind"), [("rl-sums", RlConfig), ("distill-sums", DistillConfig)])
+def test_the_recipes_are_settings(name, kind):
+    recipe = Path(__file__).parents[2] / "recipes" / f"{name}.toml"
+    read = read_settings(
+        kind, recipe, {"model": "a", "out": "b", **({"teacher": "c"} if kind is DistillConfig else {})}
+    )
+    assert read.task == ("arithmetic",)
+    assert f"recipes/{name}.toml" in recipe.read_text()
