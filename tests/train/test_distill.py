@@ -280,9 +280,23 @@ def test_a_server_teaches_a_student_on_policy(student, server, tmp_path):
 
 
 def test_samples_below_the_least_reward_are_not_learned_from(student, teacher, collected, tmp_path):
-    asked = settings(student, "", tmp_path / "run", teachings=str(collected), min_reward=1.0)
+    asked = settings(student, "", tmp_path / "run", teachings=str(collected), min_reward=1.0, task=())
     with pytest.raises(TrainingError, match="no sample with a reward of at least"):
         distill(asked, resume=False, say=quiet)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"teacher": ""}, "teacher is not set"),
+        ({"task": ()}, "task is not set"),
+        ({"method": "on_policy", "temperature": 0.5}, "temperature is 0.5"),
+        ({"method": "on_policy", "dropout": 0.1}, "dropout is 0.1"),
+    ],
+)
+def test_settings_of_distillation_that_cannot_be_are_named(tmp_path, fields, message):
+    with pytest.raises(ConfigError, match=message):
+        settings(tmp_path, **({"teacher": "t", "out": tmp_path} | fields))
 
 
 def test_a_run_that_is_resumed_writes_the_same_curve(student, teacher, collected, tmp_path):

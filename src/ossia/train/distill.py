@@ -74,13 +74,14 @@ _EVALUATION = -1
 def distill(settings: DistillConfig, *, resume: bool, say: Say) -> Outcome:
     """Collect and train as the settings say. Raises the errors of the teacher, the tasks, the model and the run."""
     device = set_up_torch(settings)
-    mix = make_mix(settings.task, settings.options_of_task, settings.effort_weights)
     path = resolve_model(settings.model)
     if settings.method == "on_policy":
+        mix = make_mix(settings.task, settings.options_of_task, settings.effort_weights)
         return _on_policy(settings, mix, path, device, resume=resume, say=say)
     tokenizer = Checkpoint.open(path).tokenizer()
     folder = Path(settings.teachings) if settings.teachings else Path(settings.out) / "teachings"
     if settings.teacher:
+        mix = make_mix(settings.task, settings.options_of_task, settings.effort_weights)
         collect(settings, mix, tokenizer, folder, say=say)
     if settings.collect_only:
         return Outcome(folder, 0, None, "done")

@@ -133,6 +133,9 @@ class RlConfig(RolloutSettings):
 class DistillConfig(RolloutSettings):
     """Distillation: a student learns a teacher's probabilities."""
 
+    task: tuple[str, ...] = _rollout(
+        (), "Tasks that prompts are drawn from: names, or module:Class of your own, each with =WEIGHT."
+    )
     steps: int = setting(100, "Optimiser steps.", group="Course", low=1)
     teacher: str = _teacher("", "The teacher: a checkpoint, a name, or http://HOST:PORT/v1 of a server.")
     teacher_model: str = _teacher("", "The server's name for the teacher; empty takes the only one it has.")
@@ -162,6 +165,8 @@ class DistillConfig(RolloutSettings):
         RolloutSettings.check(self)
         if not self.teacher and not (self.method == "offline" and self.teachings):
             raise ConfigError("teacher is not set; give a checkpoint or a server's address, or a folder of teachings")
+        if not self.task and (self.teacher or self.method == "on_policy"):
+            raise ConfigError("task is not set; give it in the recipe, or as --task: prompts are drawn from tasks")
         if self.method == "on_policy" and self.temperature != 1:
             raise ConfigError(
                 f"temperature is {self.temperature}; on policy the teacher is compared at 1, so expected 1"
