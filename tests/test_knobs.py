@@ -39,6 +39,7 @@ KNOBS = {
         "max_num_seqs",
         "max_context",
         "adapter_memory_bytes",
+        "record_routing",
     ],
     SamplingParams: [
         "temperature",
@@ -53,6 +54,9 @@ KNOBS = {
         "seed",
         "logprobs",
         "top_logprobs",
+        "score_from",
+        "drawn_logprobs",
+        "routing",
         "max_tokens",
         "min_tokens",
         "stop_token_ids",

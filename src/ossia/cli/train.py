@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin, g
 
 import typer
 
-from ossia.errors import UnavailableError
+from ossia.errors import ConfigError, UnavailableError
 from ossia.train.config import DpoConfig, Settings, SftConfig, read_settings
+from ossia.train.rollout_config import DistillConfig, RlConfig, by_effort, read_options
 
 if TYPE_CHECKING:
     from ossia.train.run import Outcome
@@ -95,6 +96,18 @@ def _dpo(settings: DpoConfig, **options: Any) -> Outcome:
     return dpo(settings, **options)
 
 
+def _rl(settings: RlConfig, **options: Any) -> Outcome:
+    from ossia.train.rl import rl
+
+    return rl(settings, **options)
+
+
+def _distill(settings: DistillConfig, **options: Any) -> Outcome:
+    from ossia.train.distill import distill
+
+    return distill(settings, **options)
+
+
 app.command("sft")(
     command(
         SftConfig,
@@ -120,3 +133,59 @@ app.command("dpo")(
         """,
     )
 )
+app.command("rl")(
+    command(
+        RlConfig,
+        _rl,
+        """Reinforce: the model does exercises, with tools, and what is rewarded more than its group becomes likelier.
+
+        A task makes exercises and judges answers: arithmetic, calculator, or a class of your own as module:Class.
+        Rewards, lengths and how far engine and trainer are apart go to OUT/metrics.jsonl, and as curves to
+        OUT/curves.png.
+
+        Example: ossia train rl --model gpt-oss-20b --task arithmetic --out runs/sums
+        """,
+    )
+)
+app.command("distill")(
+    command(
+        DistillConfig,
+        _distill,
+        """Distil: a student learns a teacher's probabilities, from the teacher's answers or on its own.
+
+        The teacher is a checkpoint or a server (`ossia serve`, vLLM) with the student's vocabulary.
+
+        Example: ossia train distill --model small --teacher http://127.0.0.1:8000/v1 --task arithmetic --out runs/small
+        """,
+    )
+)
+
+
+@app.command("gold")
+def gold(
+    out: Annotated[Path, typer.Argument(help="JSONL file to write; it must not be there yet.")],
+    task: Annotated[str, typer.Option(help="Tasks: names, or module:Class, each with =WEIGHT; commas between.")],
+    count: Annotated[int, typer.Option(min=1, help="Conversations to write.")] = 1000,
+    task_option: Annotated[str, typer.Option(help="Arguments of a single task, name=value; commas between.")] = "",
+    efforts: Annotated[str, typer.Option(help="How often each effort is asked for, such as low=1,high=2.")] = "",
+    split: Annotated[str, typer.Option(help="Which instances: train, or held_out.")] = "train",
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same conversations.")] = 0,
+) -> None:
+    """Write gold transcripts of tasks as conversations for `ossia train sft`.
+
+    Example: ossia train gold sums.jsonl --task arithmetic --count 5000
+    """
+    from ossia.train.tasks import SPLITS, gold_conversations, make_mix
+
+    sides = [one for one in SPLITS if one == split]
+    if not sides:
+        raise ConfigError(f"--split is {split!r}; expected one of: {', '.join(SPLITS)}")
+    if out.exists():
+        raise ConfigError(f"{out} is there already; give another name")
+    names = [one.strip() for one in task.split(",") if one.strip()]
+    options = tuple(one.strip() for one in task_option.split(",") if one.strip())
+    mix = make_mix(names, read_options(options), by_effort("efforts", efforts) or None)
+    with open(out, "x", encoding="utf-8") as file:
+        for row in gold_conversations(mix, sides[0], seed, count):
+            file.write(row.to_json() + "\n")
+    _say(f"{count} conversations are in {out}")

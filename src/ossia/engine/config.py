@@ -23,6 +23,8 @@ class EngineConfig:
     max_context: int | None = None
     # Bytes that all adapters may take together; one that would not fit is refused.
     adapter_memory_bytes: int = 2 << 30
+    # Whether the experts that each token goes to are kept beside its keys and values, for requests that ask for them.
+    record_routing: bool = False
 
     def __post_init__(self) -> None:
         for name in ("kv_memory_bytes", "block_size", "max_batch_tokens", "max_num_seqs", "max_context"):

@@ -22,15 +22,16 @@ from typing import NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from ossia.engine.batch import make_batch
+from ossia.engine.batch import Scheduled, make_batch
 from ossia.engine.block_manager import BlockManager
 from ossia.engine.request import NO_TOKEN, Constraint, FinishReason, SamplingParams, Sequence, TokenOutput
 from ossia.engine.runner import Runner, max_context
-from ossia.engine.sampler import sample
+from ossia.engine.sampler import sample, score
 from ossia.engine.scheduler import Scheduler, Totals
 from ossia.errors import ConfigError, ContextLengthError, InputError, NotFoundError, OssiaError, UnavailableError
 from ossia.model.adapted import HeldAdapter, held_bytes
 from ossia.model.adapter import Adapter
+from ossia.model.transformer import Weights
 
 _log = logging.getLogger(__name__)
 
@@ -91,6 +92,13 @@ class Engine:
         self._adapter(params)
         if params.stop_strings and self._token_bytes is None:
             raise InputError("stop_strings need an engine that was given token_bytes", param="stop_strings")
+        if params.score_from is not None and params.score_from >= len(token_ids):
+            raise InputError(
+                f"score_from is {params.score_from}; the prompt has tokens up to {len(token_ids) - 1}",
+                param="score_from",
+            )
+        if params.routing and not self._runner.options.record_routing:
+            raise InputError("routing needs an engine that was set up with record_routing", param="routing")
         # The last token of an answer is never computed.
         in_memory = self._runner.num_blocks.full * self._runner.options.block_size + 1
         limit, where = min((self.max_context, "the context window"), (in_memory, "the memory for keys and values"))
@@ -202,6 +210,12 @@ class Engine:
         # Requests that ended between steps.
         self._ended: list[TokenOutput] = []
 
+    def replace_weights(self, weights: Weights) -> None:
+        """Go on with other weights of the same shape; what was cached is forgotten. No request may be under way."""
+        assert not self.has_work, "requests are under way"
+        self._runner.replace_weights(weights)
+        self.reset()
+
     def stats(self) -> EngineStats:
         """May be called from any thread."""
         return EngineStats(
@@ -231,7 +245,9 @@ class Engine:
         sampled = [one.sequence for one in scheduled if one.is_sampled]
         # Masks are filled beside the forward pass.
         masks = self._fill_masks(sampled)
+        num_scored = [len(one.scored_rows) for one in scheduled]
         logits_RV = self._runner.run(batch)
+        logits_RV = self._score(scheduled, num_scored, logits_RV)
         for sequence, num_tokens in scheduled:
             self._blocks.commit(sequence.blocks, sequence.token_ids, num_tokens)
         self._totals.num_steps += 1
@@ -239,6 +255,27 @@ class Engine:
         for sequence, logits_V in zip(sampled, logits_RV, strict=True):
             outputs.append(self._sample(sequence, logits_V, masks.get(sequence.request_id)))
         return outputs
+
+    def _score(
+        self, scheduled: SequenceOf[Scheduled], num_scored: SequenceOf[int], logits_RV: npt.NDArray[np.float32]
+    ) -> npt.NDArray[np.float32]:
+        """Take note of how likely the prompts' tokens were; the logits of the rows that are sampled."""
+        if not any(num_scored):
+            return logits_RV
+        sampled: list[int] = []
+        row = 0
+        for one, count in zip(scheduled, num_scored, strict=True):
+            sequence = one.sequence
+            for logits_V in logits_RV[row : row + count]:
+                place = (sequence.params.score_from or 0) + len(sequence.prompt_logprobs)
+                sequence.prompt_logprobs.append(
+                    score(logits_V, sequence.token_ids[place], sequence.params.top_logprobs)
+                )
+            row += count
+            if one.is_sampled:
+                sampled.append(row)
+                row += 1
+        return logits_RV[sampled]
 
     def _fill_masks(self, sequences: Iterable[Sequence]) -> dict[int, Future[Mask]]:
         masks: dict[int, Future[Mask]] = {}
@@ -260,7 +297,10 @@ class Engine:
         except Exception as error:
             return self._end(sequence, "error", error if isinstance(error, OssiaError) else _failure(error))
         self._totals.num_sampled_tokens += 1
+        routing = None
         if finish_reason is not None:
+            if sequence.params.routing:
+                routing = self._runner.routing(sequence.blocks.full.blocks, sequence.blocks.num_tokens)
             self._forget(sequence)
         return TokenOutput(
             sequence.request_id,
@@ -271,6 +311,9 @@ class Engine:
             stop,
             0 if finish_reason else sequence.stops.held_bytes,
             sequence.num_cached_tokens or 0,
+            prompt_logprobs=tuple(sequence.prompt_logprobs) if sequence.num_output_tokens == 1 else (),
+            drawn_logprob=token.drawn_logprob,
+            routing=routing,
         )
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: OssiaError | None = None) -> TokenOutput:
