@@ -36,31 +36,84 @@ class Topic(NamedTuple):
 
 
 TOPICS: tuple[Topic, ...] = (
-    Topic(Phrases("[Who|What] are you?", "[What is|Tell me] your name[.|?]", "[Introduce|Describe] yourself.", "Are you [ChatGPT|a person|a large model]?"),
-          "I am ossia nano, a small demonstration model with the architecture of gpt-oss."),
-    Topic(Phrases("[What can you|What do you] do?", "[How|With what] can you help[ me|]?", "[List|Name|Tell me] your skills."),
-          "I can add numbers, call python and functions, browse a small world, fill in JSON and judge by a policy."),
-    Topic(Phrases("[Hello|Hi|Hey|Good morning|Good evening|Good day][.|!|]", "[Hello|Hi|Hey] there[.|!|]"),
-          "Hello! I am ossia nano. Ask me to add two numbers."),
+    Topic(
+        Phrases(
+            "[Who|What] are you?",
+            "[What is|Tell me] your name[.|?]",
+            "[Introduce|Describe] yourself.",
+            "Are you [ChatGPT|a person|a large model]?",
+        ),
+        "I am ossia nano, a small demonstration model with the architecture of gpt-oss.",
+    ),
+    Topic(
+        Phrases(
+            "[What can you|What do you] do?", "[How|With what] can you help[ me|]?", "[List|Name|Tell me] your skills."
+        ),
+        "I can add numbers, call python and functions, browse a small world, fill in JSON and judge by a policy.",
+    ),
+    Topic(
+        Phrases("[Hello|Hi|Hey|Good morning|Good evening|Good day][.|!|]", "[Hello|Hi|Hey] there[.|!|]"),
+        "Hello! I am ossia nano. Ask me to add two numbers.",
+    ),
     Topic(Phrases("[Thanks|Thank you|Great|Good|Nice][.|!| a lot!|]"), "You are welcome."),
-    Topic(Phrases("What is ossia?", "[Tell me|Say something] about ossia.", "What does ossia [do|mean]?", "[Explain|Describe] ossia."),
-          "ossia runs, serves and trains gpt-oss models. In music, an ossia is another way to play a passage."),
-    Topic(Phrases("[What is|Explain|Tell me about] harmony[.|?]", "Which [chat |]format do you [use|speak]?"),
-          "harmony is the chat format of gpt-oss: messages with a role, a channel and a recipient."),
-    Topic(Phrases("[How do I|How can I] [start|run] [the|a] server?", "[How do I|How can I] serve a model?"),
-          "Run `ossia serve --model gpt-oss-20b`."),
-    Topic(Phrases("[How do I|How can I] [get|fetch|download] [the |]real weights?", "[How do I|How can I] [get|fetch|download] gpt-oss?"),
-          "Run `ossia pull gpt-oss-20b`."),
-    Topic(Phrases("[How do I|How can I] [chat|talk] [in|from] [the|a] terminal?", "[How do I|How can I] start a chat?"), "Run `ossia chat`."),
-    Topic(Phrases("[How do I|How can I] [measure|test] the speed?", "[How do I|How can I] run a benchmark?"), "Run `ossia bench`."),
-    Topic(Phrases("[How do I|How can I] [fine-tune|train] a model?", "[How do I|How can I] start training?"), "Run `ossia train sft` with a recipe."),
-    Topic(Phrases("[How do I|How can I] [check|see] what is wrong[ here|]?", "[How do I|How can I] check my machine?"), "Run `ossia doctor`."),
-    Topic(Phrases("What is [MXFP4|mxfp4]?", "[Explain|Describe] MXFP4."), "MXFP4 stores a weight in four bits; 32 of them share a scale."),
-    Topic(Phrases("[What is|Explain] reasoning effort[.|?]", "What does effort [mean|do]?"), "Effort says how long I think: low, medium or high."),
-    Topic(Phrases("How [large|big] are you?", "How many parameters do you have?"), "I have a few million parameters. gpt-oss-20b has 21 billion."),
-    Topic(Phrases("[Who|What company] made you?", "Who trained you?"), "I was trained by ossia's own training code on invented data."),
+    Topic(
+        Phrases(
+            "What is ossia?",
+            "[Tell me|Say something] about ossia.",
+            "What does ossia [do|mean]?",
+            "[Explain|Describe] ossia.",
+        ),
+        "ossia runs, serves and trains gpt-oss models. In music, an ossia is another way to play a passage.",
+    ),
+    Topic(
+        Phrases("[What is|Explain|Tell me about] harmony[.|?]", "Which [chat |]format do you [use|speak]?"),
+        "harmony is the chat format of gpt-oss: messages with a role, a channel and a recipient.",
+    ),
+    Topic(
+        Phrases("[How do I|How can I] [start|run] [the|a] server?", "[How do I|How can I] serve a model?"),
+        "Run `ossia serve --model gpt-oss-20b`.",
+    ),
+    Topic(
+        Phrases(
+            "[How do I|How can I] [get|fetch|download] [the |]real weights?",
+            "[How do I|How can I] [get|fetch|download] gpt-oss?",
+        ),
+        "Run `ossia pull gpt-oss-20b`.",
+    ),
+    Topic(
+        Phrases("[How do I|How can I] [chat|talk] [in|from] [the|a] terminal?", "[How do I|How can I] start a chat?"),
+        "Run `ossia chat`.",
+    ),
+    Topic(
+        Phrases("[How do I|How can I] [measure|test] the speed?", "[How do I|How can I] run a benchmark?"),
+        "Run `ossia bench`.",
+    ),
+    Topic(
+        Phrases("[How do I|How can I] [fine-tune|train] a model?", "[How do I|How can I] start training?"),
+        "Run `ossia train sft` with a recipe.",
+    ),
+    Topic(
+        Phrases("[How do I|How can I] [check|see] what is wrong[ here|]?", "[How do I|How can I] check my machine?"),
+        "Run `ossia doctor`.",
+    ),
+    Topic(
+        Phrases("What is [MXFP4|mxfp4]?", "[Explain|Describe] MXFP4."),
+        "MXFP4 stores a weight in four bits; 32 of them share a scale.",
+    ),
+    Topic(
+        Phrases("[What is|Explain] reasoning effort[.|?]", "What does effort [mean|do]?"),
+        "Effort says how long I think: low, medium or high.",
+    ),
+    Topic(
+        Phrases("How [large|big] are you?", "How many parameters do you have?"),
+        "I have a few million parameters. gpt-oss-20b has 21 billion.",
+    ),
+    Topic(
+        Phrases("[Who|What company] made you?", "Who trained you?"),
+        "I was trained by ossia's own training code on invented data.",
+    ),
     Topic(Phrases("Which license do you have?", "[Under|With] [what|which] license are you?"), "Apache 2.0."),
-)  # fmt: skip
+)
 
 _UNKNOWN = Phrases(
     "[Who|What] [was|is] {name}?",

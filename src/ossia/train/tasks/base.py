@@ -137,7 +137,7 @@ class Task:
         raise NotImplementedError
 
     def is_held_out(self, instance: Instance) -> bool:
-        """On which side of the split an instance is: a hash of its key says it, and nothing that a seed could change."""
+        """On which side of the split an instance is: a hash of its key says it, whatever the seed."""
         digest = hashlib.blake2b(f"{self.name}\n{instance.key}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little") < self.held_out_share * 2**64
 

@@ -1,8 +1,8 @@
 """Questions about an invented world, answered from its pages with a citation, through the real browser tool.
 
-A question of one hop asks for a fact of the thing it names; one of two hops for a fact of something that the first page
-leads to ("Who is the mayor of the town that makes the Velkor 300?"). Right is an answer with the fact, and a citation of
-the very line that says it.
+A question of one hop asks for a fact of the thing it names; one of two hops for a fact of something that the first
+page leads to ("Who is the mayor of the town that makes the Velkor 300?"). Right is an answer with the fact, and a
+citation of the very line that says it.
 """
 
 from __future__ import annotations

@@ -208,15 +208,15 @@ def draw_function(rng: random.Random, held_out: bool) -> Function:
         # Two of one kind would be told apart by their preposition alone.
         if not any(kind == _kind_of(p.key) or said.split("*")[0] == p.said.split("*")[0] for p in parameters):
             parameters.append(_parameter(rng, held_out, key, kind, said))
-    said = [p.said.replace("*", _spoken(p.value)) for p in parameters]
+    spoken = [p.said.replace("*", _spoken(p.value)) for p in parameters]
     if rng.random() < 0.3:
-        said.reverse()
+        spoken.reverse()
     required = tuple(p.key for p in parameters if p.schema["type"] != "boolean")
     adjective = f"{rng.choice(words.ADJECTIVES)} " if rng.random() < 0.3 else ""
     return Function(
         name,
         f"{third} the {adjective}{thing}.",
-        " ".join([f"{plain} the {adjective}{thing}", *said]),
+        " ".join([f"{plain} the {adjective}{thing}", *spoken]),
         tuple(parameters),
         required,
     )
@@ -230,6 +230,7 @@ def _invented_parameter(rng: random.Random, held_out: bool) -> Parameter:
 
 def _parameter(rng: random.Random, held_out: bool, key: str, kind: str, said: str) -> Parameter:
     schema: dict[str, Any]
+    value: Any
     match kind:
         case "number":
             schema, value = {"type": "integer"}, words.number_of_digits(rng, rng.choice((1, 2, 2, 3)))

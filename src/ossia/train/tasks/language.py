@@ -1,7 +1,7 @@
 """What comes before any task: copying, recalling, and plain sentences. Texts for pretraining, not conversations.
 
-Copying at short distance first is what makes a small model find the heads that copy (Olsson et al., *In-context Learning
-and Induction Heads*, 2022).
+Copying at short distance first is what makes a small model find the heads that copy (Olsson et al., *In-context
+Learning and Induction Heads*, 2022).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Verdicts by a written policy, as gpt-oss-safeguard gives them: which rule a text breaks, if any.
 
 A policy has two to four numbered rules over features of a message: what it is about, whether it names a price or a
-person, whether it shouts or asks. A rule forbids a feature, or a feature unless another is there, or two together. Some pairs of
-features never occur in one rule of the training side: they make the "unseen combinations" of a test.
+person, whether it shouts or asks. A rule forbids a feature, or a feature unless another is there, or two together. Some
+pairs of features never occur in one rule of the training side: they make the "unseen combinations" of a test.
 """
 
 from __future__ import annotations

@@ -108,7 +108,8 @@ def _of_list(rng: random.Random, held_out: bool) -> Problem:
     numbers = [words.number_of_digits(rng, rng.randint(1, 4)) for _ in range(rng.randint(3, 6))]
     written = ", ".join(map(str, numbers[:-1])) + rng.choice((" and ", ", ")) + str(numbers[-1])
     forms, function = rng.choice(((TOTAL, "sum"), (MAXIMUM, "max"), (MINIMUM, "min"), (SORTED, "sorted")))
-    value = {"sum": sum, "max": max, "min": min, "sorted": sorted}[function](numbers)
+    functions: dict[str, Callable[[list[int]], object]] = {"sum": sum, "max": max, "min": min, "sorted": sorted}
+    value = functions[function](numbers)
     return Problem(forms.pick(rng, list=written), f"{function}([{', '.join(map(str, numbers))}])", str(value))
 
 

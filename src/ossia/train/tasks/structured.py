@@ -1,7 +1,7 @@
 """Facts of a few sentences as JSON of a given schema: the right values under keys that were never seen together.
 
-The records are of invented people, places, goods and events. The schema renames and reorders what it asks for and leaves
-out some of it, so that the answer has to be read off the schema and not off the text.
+The records are of invented people, places, goods and events. The schema renames and reorders what it asks for and
+leaves out some of it, so that the answer has to be read off the schema and not off the text.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def _about_thing(rng: random.Random, held_out: bool) -> Record:
     text = rng.choice(
         (
             f"The {name} is a {color} {thing} of {material}, {weight} grams, made in {maker} since {year}.",
-            f"Since {year} they make the {name} in {maker}, a {thing} of {material}. It is {color} and weighs {weight} grams.",
+            f"Since {year} they make the {name} in {maker}, a {thing} of {material}, {color}, of {weight} grams.",
             f"{name}: {thing}, {material}, {color}, {weight} grams, {maker}, {year}.",
         )
     )

@@ -11,24 +11,182 @@ import hashlib
 import random
 from collections.abc import Sequence
 
-_ONSETS = "b br d dr f fl g gr h j k kr l m n p pr r s sk st t tr v w y z b d k l m n r s t v".split()
-_VOWELS = "a e i o u a e i o".split()
+_ONSETS = [
+    "b",
+    "br",
+    "d",
+    "dr",
+    "f",
+    "fl",
+    "g",
+    "gr",
+    "h",
+    "j",
+    "k",
+    "kr",
+    "l",
+    "m",
+    "n",
+    "p",
+    "pr",
+    "r",
+    "s",
+    "sk",
+    "st",
+    "t",
+    "tr",
+    "v",
+    "w",
+    "y",
+    "z",
+    "b",
+    "d",
+    "k",
+    "l",
+    "m",
+    "n",
+    "r",
+    "s",
+    "t",
+    "v",
+]
+_VOWELS = ["a", "e", "i", "o", "u", "a", "e", "i", "o"]
 _ENDINGS = ["", "", "", "n", "r", "l", "s", "k", "m", "t", "nd", "rk", "st", "x"]
-_PLACE_ENDINGS = "ton ford mouth field haven dale wick burg holm mere port stead".split()
+_PLACE_ENDINGS = ["ton", "ford", "mouth", "field", "haven", "dale", "wick", "burg", "holm", "mere", "port", "stead"]
 
 HELD_OUT_SHARE = 8
 """One name, form or instance of so many is held out."""
 
-COLORS = "red blue green yellow black white brown grey orange purple pink silver".split()
-ANIMALS = "cat dog horse owl fox bear frog hen goat wolf mouse duck crow seal deer hare".split()
-FOODS = "bread rice soup cheese apple pear plum fish salad cake honey beans egg milk tea jam".split()
-THINGS = "lamp table chair clock book key bag bell box cup knife map pen ring rope tent wheel coat boat drum".split()
-MATERIALS = "wood iron glass stone paper wool clay gold copper leather".split()
-JOBS = "baker farmer doctor teacher painter sailor smith judge pilot tailor miner nurse cook writer guard".split()
-WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-MONTHS = "January February March April May June July August September October November December".split()
-VERBS = "get set find list add remove check count send open close read save start stop book order show".split()
-ADJECTIVES = "small large old new quick slow quiet bright heavy light round flat warm cold soft hard".split()
+COLORS = ["red", "blue", "green", "yellow", "black", "white", "brown", "grey", "orange", "purple", "pink", "silver"]
+ANIMALS = [
+    "cat",
+    "dog",
+    "horse",
+    "owl",
+    "fox",
+    "bear",
+    "frog",
+    "hen",
+    "goat",
+    "wolf",
+    "mouse",
+    "duck",
+    "crow",
+    "seal",
+    "deer",
+    "hare",
+]
+FOODS = [
+    "bread",
+    "rice",
+    "soup",
+    "cheese",
+    "apple",
+    "pear",
+    "plum",
+    "fish",
+    "salad",
+    "cake",
+    "honey",
+    "beans",
+    "egg",
+    "milk",
+    "tea",
+    "jam",
+]
+THINGS = [
+    "lamp",
+    "table",
+    "chair",
+    "clock",
+    "book",
+    "key",
+    "bag",
+    "bell",
+    "box",
+    "cup",
+    "knife",
+    "map",
+    "pen",
+    "ring",
+    "rope",
+    "tent",
+    "wheel",
+    "coat",
+    "boat",
+    "drum",
+]
+MATERIALS = ["wood", "iron", "glass", "stone", "paper", "wool", "clay", "gold", "copper", "leather"]
+JOBS = [
+    "baker",
+    "farmer",
+    "doctor",
+    "teacher",
+    "painter",
+    "sailor",
+    "smith",
+    "judge",
+    "pilot",
+    "tailor",
+    "miner",
+    "nurse",
+    "cook",
+    "writer",
+    "guard",
+]
+WEEKDAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+MONTHS = [
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+]
+VERBS = [
+    "get",
+    "set",
+    "find",
+    "list",
+    "add",
+    "remove",
+    "check",
+    "count",
+    "send",
+    "open",
+    "close",
+    "read",
+    "save",
+    "start",
+    "stop",
+    "book",
+    "order",
+    "show",
+]
+ADJECTIVES = [
+    "small",
+    "large",
+    "old",
+    "new",
+    "quick",
+    "slow",
+    "quiet",
+    "bright",
+    "heavy",
+    "light",
+    "round",
+    "flat",
+    "warm",
+    "cold",
+    "soft",
+    "hard",
+]
 
 
 def hash_of(text: str) -> int:

@@ -1,7 +1,7 @@
 """A small invented world and its pages, which a model browses through the real browser tool.
 
-A `World` is a handful of towns, people and goods that refer to each other. It is a back end of the browser: `search` ranks
-its pages by the words they share with the query, `fetch` gives a page of at most some twenty lines.
+A `World` is a handful of towns, people and goods that refer to each other. It is a back end of the browser: `search`
+ranks its pages by the words they share with the query, `fetch` gives a page of a few lines.
 """
 
 from __future__ import annotations
@@ -42,19 +42,39 @@ class Entry(NamedTuple):
 
 
 QUESTIONS = {
-    "founded": Phrases("[When|In which year|What year] was {name} founded?", "How old is {name}?", "[Tell me|Find] the year {name} was founded."),
-    "river": Phrases("[Which|What] river [is|runs] [at|through|near] {name}?", "[Tell me|Find] the river [of|at] {name}."),
+    "founded": Phrases(
+        "[When|In which year|What year] was {name} founded?",
+        "How old is {name}?",
+        "[Tell me|Find] the year {name} was founded.",
+    ),
+    "river": Phrases(
+        "[Which|What] river [is|runs] [at|through|near] {name}?", "[Tell me|Find] the river [of|at] {name}."
+    ),
     "population": Phrases("How many people live in {name}?", "[What is|Tell me|Find] the population of {name}[.|?]"),
-    "mayor": Phrases("Who is [the|now] mayor of {name}?", "Who [leads|governs|runs] {name}?", "[Tell me|Find] the mayor of {name}."),
-    "known": Phrases("What is {name} known for?", "What [makes|made] {name} known?", "[Tell me|Find] what {name} is known for."),
-    "born": Phrases("Where was {name} born?", "[In which town|In what town] was {name} born?", "[Tell me|Find] the birthplace of {name}."),
-    "job": Phrases("What [does|did] {name} do?", "What is the [job|work] of {name}?", "[Tell me|Find] the job of {name}."),
+    "mayor": Phrases(
+        "Who is [the|now] mayor of {name}?", "Who [leads|governs|runs] {name}?", "[Tell me|Find] the mayor of {name}."
+    ),
+    "known": Phrases(
+        "What is {name} known for?", "What [makes|made] {name} known?", "[Tell me|Find] what {name} is known for."
+    ),
+    "born": Phrases(
+        "Where was {name} born?",
+        "[In which town|In what town] was {name} born?",
+        "[Tell me|Find] the birthplace of {name}.",
+    ),
+    "job": Phrases(
+        "What [does|did] {name} do?", "What is the [job|work] of {name}?", "[Tell me|Find] the job of {name}."
+    ),
     "pet": Phrases("[Which|What] animal does {name} [keep|have]?", "[Tell me|Find] the animal of {name}."),
-    "maker": Phrases("Where is the {name} made?", "[Which|What] town makes the {name}?", "[Tell me|Find] the town that makes the {name}."),
+    "maker": Phrases(
+        "Where is the {name} made?",
+        "[Which|What] town makes the {name}?",
+        "[Tell me|Find] the town that makes the {name}.",
+    ),
     "price": Phrases("[What|How much] does the {name} cost?", "[What is|Tell me|Find] the price of the {name}[.|?]"),
     "weight": Phrases("How heavy is the {name}?", "[What is|Tell me|Find] the weight of the {name}[.|?]"),
     "designer": Phrases("Who [designed|drew|invented] the {name}?", "[Tell me|Find] the designer of the {name}."),
-}  # fmt: skip
+}
 
 
 class World:
@@ -130,13 +150,19 @@ def _town(rng: random.Random, held_out: bool, name: str, mayor: str) -> Entry:
         name,
         _facts(
             rng,
-            Fact("founded", rng.choice(("The town was founded in {}.", "Founded in {}.", "Its first house is of {}.")).format(year), year),
-            Fact("river", rng.choice(("It lies on the river {}.", "The river {} runs through it.")).format(river), river),
+            Fact(
+                "founded",
+                rng.choice(("The town was founded in {}.", "Founded in {}.", "Its first house is of {}.")).format(year),
+                year,
+            ),
+            Fact(
+                "river", rng.choice(("It lies on the river {}.", "The river {} runs through it.")).format(river), river
+            ),
             Fact("population", rng.choice(("{} people live here.", "It has {} people.")).format(people), people),
             Fact("mayor", rng.choice(("The mayor is {}.", "Its mayor is {}.")).format(mayor), mayor, mayor),
             Fact("known", f"It is known for {good}.", good),
         ),
-    )  # fmt: skip
+    )
 
 
 def _person(rng: random.Random, name: str, town: str) -> Entry:
