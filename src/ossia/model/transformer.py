@@ -9,7 +9,7 @@ Source: the gpt-oss model card, arXiv:2508.10925, section 2.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ossia.model.config import ModelConfig
@@ -59,17 +59,37 @@ def forward(
 
     ``caches`` None: every sequence attends to its own tokens of the batch.
     """
+    return ops.linear(hidden(ops, config, weights, batch, caches), weights.unembedding)
+
+
+def hidden(
+    ops: Ops,
+    config: ModelConfig,
+    weights: Weights,
+    batch: Batch,
+    caches: Sequence[Any] | None = None,
+    run: Callable[..., Array] | None = None,
+) -> Array:
+    """x_RD of the rows that the batch asks for, as the unembedding takes them; the rest as in `forward`.
+
+    Training gives ``run``: called with the number of the layer, the function of a sublayer and its arguments, it returns
+    what the function would, and decides what is kept for the way back.
+    """
+    run = run or _run
     x_TD = ops.embed(weights.embedding, batch.token_ids_T)
     rope = ops.rope_angles(batch.positions_T, config.rope.inv_freq(config.head_dim), config.rope.concentration)
     for i, layer in enumerate(weights.layers):
         cache = None if caches is None else caches[i]
-        x_TD = x_TD + _attention(ops, config, layer, x_TD, rope, cache, batch, config.window(i))
-        x_TD = x_TD + _mixture_of_experts(ops, config, layer, x_TD)
-    x_RD = ops.rms_norm(x_TD[batch.logit_rows_R], weights.final_norm_D, config.rms_norm_eps)
-    return ops.linear(x_RD, weights.unembedding)
+        x_TD = x_TD + run(i, attention, ops, config, layer, x_TD, rope, cache, batch, config.window(i))
+        x_TD = x_TD + run(i, mixture_of_experts, ops, config, layer, x_TD)
+    return ops.rms_norm(x_TD[batch.logit_rows_R], weights.final_norm_D, config.rms_norm_eps)
 
 
-def _attention(
+def _run(layer: int, sublayer: Callable[..., Array], *arguments: Any) -> Array:
+    return sublayer(*arguments)
+
+
+def attention(
     ops: Ops,
     config: ModelConfig,
     layer: Layer,
@@ -79,6 +99,7 @@ def _attention(
     batch: Batch,
     window: int | None,
 ) -> Array:
+    """What the first sublayer adds to x_TD."""
     num_tokens, head_dim = x_TD.shape[0], config.head_dim
     normed_TD = ops.rms_norm(x_TD, layer.attention_norm_D, config.rms_norm_eps)
     q_TQH = ops.linear(normed_TD, layer.q).reshape(num_tokens, config.num_heads, head_dim)
@@ -89,7 +110,8 @@ def _attention(
     return ops.linear(o_TQH.reshape(num_tokens, config.num_heads * head_dim), layer.o)
 
 
-def _mixture_of_experts(ops: Ops, config: ModelConfig, layer: Layer, x_TD: Array) -> Array:
+def mixture_of_experts(ops: Ops, config: ModelConfig, layer: Layer, x_TD: Array) -> Array:
+    """What the second sublayer adds to x_TD."""
     normed_TD = ops.rms_norm(x_TD, layer.moe_norm_D, config.rms_norm_eps)
     routing = ops.route(ops.linear(normed_TD, layer.router), config.num_active_experts)
     return ops.moe(normed_TD, routing, layer.experts, config.swiglu_limit)

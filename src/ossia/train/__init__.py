@@ -1,1 +1,1 @@
-"""Training: from data and a published checkpoint to weights that the server serves. Needs the extra `ossia[train]`."""
+"""Training: data, losses, optimizers, and what is written back."""

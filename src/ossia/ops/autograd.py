@@ -1,0 +1,952 @@
+"""The operations over torch, differentiable: what training computes with. Shapes: see `ossia.ops`.
+
+    experts     MXFP4 stays packed, in a mapped checkpoint or anywhere: one expert at a time becomes numbers, in a buffer
+                that the next one uses again, in the forward pass and again in the backward pass
+    dense       frozen matrices stay in the checkpoint's dtype and are widened where they are multiplied
+    LoRA        every matrix may have a pair beside it: y = W x + scaling * b (a x); only the pair gets a gradient
+    attention   exact sinks; memory grows with the number of tokens, not with its square
+    precision   matrix products and attention in ``dtype``; residual stream, norms, softmax, router, SwiGLU and the
+                log-probabilities in float32
+
+There is no cache: each sequence of a batch attends to its own tokens. Weights are modules, so that their parameters have
+owners: `Vector`, `Embedding`, `Linear`, `Experts`, each with frozen tensors as buffers and trained ones as parameters.
+
+Sources: LoRA, arXiv:2106.09685; FlashAttention-2, arXiv:2307.08691, whose log-sum-exp the sinks join afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from ossia.ops import Q8, SWIGLU_ALPHA, Batch, ExpertArrays, Mxfp4, Routing
+from ossia.ops.mxfp4 import BLOCK, E2M1_VALUES, SCALE_BIAS
+
+Floats = npt.NDArray[Any]
+FakeQuant = Callable[[Tensor], Tensor]
+"""From a matrix [..., O, I] to the numbers that MXFP4 would keep of it, with a straight-through gradient."""
+
+# Rows of the vocabulary, and of the batch, whose logits exist at one time: 4,096 x 512 float32 are 8 MiB.
+_VOCAB_ROWS = 4_096
+_LOGIT_ROWS = 512
+# Queries that see their keys at one time where torch has no kernel that needs less.
+_QUERY_BLOCK = 256
+
+
+class Lora(nn.Module):
+    """A pair beside a matrix [.., O, I], or beside each of a stack of experts."""
+
+    def __init__(self, a: Tensor, b: Tensor, scaling: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.a = nn.Parameter(a)  # [.., r, I]
+        self.b = nn.Parameter(b)  # [.., O, r]
+        self.scaling = scaling
+        self.dropout = dropout
+
+
+class Vector(nn.Module):
+    """A norm's scale, a bias or the sinks, of any shape."""
+
+    value: Tensor
+
+    def __init__(self, value: Tensor, trained: bool) -> None:
+        super().__init__()
+        _hold(self, "value", value, trained)
+
+
+class Embedding(nn.Module):
+    table_VD: Tensor
+
+    def __init__(self, table_VD: Tensor, trained: bool) -> None:
+        super().__init__()
+        _hold(self, "table_VD", table_VD, trained)
+        # a [r, V], b [D, r], as for a matrix that a one-hot token is multiplied with.
+        self.lora: Lora | None = None
+
+
+class Linear(nn.Module):
+    weight_OI: Tensor
+    bias_O: Tensor | None
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, trained: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        _hold(self, "weight_OI", weight_OI, trained)
+        _hold(self, "bias_O", bias_O, trained)
+        # What its products are computed in; a router's stay in float32.
+        self.dtype = dtype
+        self.lora: Lora | None = None
+
+
+class Packed(NamedTuple):
+    """MXFP4 matrices [E, O, I] as torch tensors; both may be strided views of a mapped file."""
+
+    blocks: Tensor
+    scales: Tensor
+    order: Literal["pairs", "halves"]
+
+
+class Experts(nn.Module):
+    """The experts of a layer. The rows of gate come before those of up, whatever their order in the checkpoint."""
+
+    gate_up_bias_EF: Tensor
+    down_bias_ED: Tensor
+
+    def __init__(
+        self,
+        gate_up: tuple[Packed, Packed] | Tensor,
+        down: Packed | Tensor,
+        gate_up_bias_EF: Tensor,
+        down_bias_ED: Tensor,
+        trained: bool,
+        fake_quant: FakeQuant | None = None,
+    ) -> None:
+        super().__init__()
+        self.packed_gate_up = gate_up if isinstance(gate_up, tuple) else None
+        self.packed_down = down if isinstance(down, tuple) else None
+        _hold(self, "gate_up_EFD", None if isinstance(gate_up, tuple) else gate_up, trained)  # [E, 2F, D]
+        _hold(self, "down_EDF", None if isinstance(down, tuple) else down, trained)
+        _hold(self, "gate_up_bias_EF", gate_up_bias_EF, trained)  # [E, 2F]
+        _hold(self, "down_bias_ED", down_bias_ED, trained)
+        self.fake_quant = fake_quant
+        self.gate_up_lora: Lora | None = None  # one a for both
+        self.down_lora: Lora | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(experts, 2F, D)."""
+        return (*self.gate_up_bias_EF.shape, self.down_bias_ED.shape[1])
+
+
+class AutogradOps:
+    """`ossia.ops.Ops` over torch.
+
+    ``dtype`` is that of matrix products and attention, ``trained`` whether the weights themselves are parameters (in
+    float32, or in float64 with that dtype) rather than frozen. ``fake_quant`` is applied to every expert matrix that is
+    trained. float64 is for tests.
+    """
+
+    name = "autograd"
+
+    def __init__(
+        self,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        *,
+        trained: bool = False,
+        keep_experts: bool = True,
+        fake_quant: FakeQuant | None = None,
+    ) -> None:
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.trained = trained
+        # Whether the experts' activations are kept for the backward pass, or computed again in it.
+        self.keep_experts = keep_experts
+        self.fake_quant = fake_quant
+        # Of all that is not in ``dtype``.
+        self.wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    # Holding weights ------------------------------------------------------------------------------------------------
+
+    def vector(self, values: Floats) -> Vector:
+        return Vector(self._tensor(values, self.wide), self.trained)
+
+    def embedding(self, table_VD: Floats | Q8) -> Embedding:
+        return Embedding(self._matrix(table_VD), self.trained)
+
+    def linear_weights(self, weight_OI: Floats | Q8, bias_O: Floats | None = None) -> Linear:
+        bias = None if bias_O is None else self._tensor(bias_O, self.wide)
+        return Linear(self._matrix(weight_OI), bias, self.trained, self.dtype)
+
+    def experts(self, arrays: ExpertArrays) -> Experts:
+        gate, up, down = arrays.gate, arrays.up, arrays.down
+        if isinstance(gate, Mxfp4) and isinstance(up, Mxfp4) and not self.trained:
+            gate_up: tuple[Packed, Packed] | Tensor = (self._packed(gate), self._packed(up))
+        else:
+            gate_up = torch.cat([self._expert_matrices(gate), self._expert_matrices(up)], dim=1)
+        packed_down = isinstance(down, Mxfp4) and not self.trained
+        biases = [self._tensor(bias, self.wide) for bias in (arrays.gate_bias_EF, arrays.up_bias_EF)]
+        return Experts(
+            gate_up,
+            self._packed(down) if packed_down else self._expert_matrices(down),
+            torch.cat(biases, dim=1),
+            self._tensor(arrays.down_bias_ED, self.wide),
+            self.trained,
+            self.fake_quant if self.trained else None,
+        )
+
+    def kv_cache(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> Any:
+        raise NotImplementedError("training attends to the tokens of its batch and keeps no cache")
+
+    def kv_block_bytes(self, block_size: int, num_kv_heads: int, head_dim: int) -> int:
+        raise NotImplementedError("training attends to the tokens of its batch and keeps no cache")
+
+    # Arithmetic -----------------------------------------------------------------------------------------------------
+
+    def embed(self, embedding: Embedding, token_ids_T: Tensor) -> Tensor:
+        x_TD = F.embedding(token_ids_T, embedding.table_VD).to(self.wide)
+        lora = embedding.lora
+        return x_TD if lora is None else x_TD + lora.scaling * (F.embedding(token_ids_T, lora.a.T) @ lora.b.T)
+
+    def rms_norm(self, x_TD: Tensor, scale_D: Vector, eps: float) -> Tensor:
+        out_TD: Tensor = _RmsNorm.apply(x_TD, scale_D.value, eps)
+        return out_TD
+
+    def linear(self, x_TI: Tensor, weights: Linear) -> Tensor:
+        x_TI = x_TI.to(weights.dtype)
+        out_TO: Tensor = _Linear.apply(x_TI, weights.weight_OI, weights.bias_O)
+        lora = weights.lora
+        if lora is None:
+            return out_TO
+        if lora.dropout:
+            x_TI = F.dropout(x_TI, lora.dropout, lora.training)
+        inner_Tr = F.linear(x_TI, lora.a.to(weights.dtype)) * lora.scaling
+        return out_TO + F.linear(inner_Tr, lora.b.to(weights.dtype))
+
+    def rope_angles(self, positions_T: Tensor, inv_freq_P: Floats, concentration: float) -> tuple[Tensor, Tensor]:
+        # The models were trained with this product rounded to float32; the cosine is then taken exactly.
+        inv_freq = torch.from_numpy(np.array(inv_freq_P, np.float32)).to(positions_T.device)
+        angles_TP = (positions_T.to(torch.float32)[:, None] * inv_freq).to(torch.float64)
+        return (angles_TP.cos() * concentration).to(self.wide), (angles_TP.sin() * concentration).to(self.wide)
+
+    def rope(self, x_TQH: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
+        out_TQH: Tensor = _Rope.apply(x_TQH, cos_TP[:, None], sin_TP[:, None])
+        return out_TQH
+
+    def attention(
+        self,
+        q_TQH: Tensor,
+        k_TKH: Tensor,
+        v_TKH: Tensor,
+        sinks_Q: Vector,
+        cache: None,
+        batch: Batch,
+        window: int | None,
+    ) -> Tensor:
+        assert cache is None, "training keeps no cache"
+        starts = [int(start) for start in batch.query_starts_N1]
+        out_TQH: Tensor = _Attention.apply(q_TQH, k_TKH, v_TKH, sinks_Q.value, starts, window)
+        return out_TQH
+
+    def route(self, logits_TE: Tensor, num_active: int) -> Routing:
+        # A stable sort gives equal logits to the lower index.
+        experts_TA = logits_TE.detach().sort(dim=-1, descending=True, stable=True).indices[:, :num_active]
+        return self.replay(logits_TE, experts_TA)
+
+    def replay(self, logits_TE: Tensor, experts_TA: Tensor) -> Routing:
+        """The routing to experts that were chosen before, weighted after these logits."""
+        weights_TA = logits_TE.gather(1, experts_TA).to(self.wide).softmax(dim=-1)
+        return Routing(experts_TA, weights_TA)
+
+    def moe(self, x_TD: Tensor, routing: Routing, experts: Experts, limit: float) -> Tensor:
+        loras = [experts.gate_up_lora, experts.down_lora]
+        pairs = [tensor for lora in loras for tensor in ((None, None) if lora is None else (lora.a, lora.b))]
+        weights = [experts.gate_up_EFD, experts.down_EDF, experts.gate_up_bias_EF, experts.down_bias_ED]
+        keep = self.keep_experts and torch.is_grad_enabled()
+        out_TD: Tensor = _Moe.apply(
+            x_TD, routing.weights_TA, routing.experts_TA, experts, limit, self.dtype, keep, *weights, *pairs
+        )
+        return out_TD
+
+    def logprobs(self, x_RD: Tensor, weights: Linear, targets_R: Tensor, temperature: float = 1.0) -> Tensor:
+        """log softmax(unembed(x) / temperature)[target] of each row, float32 [R]. Logits exist a piece at a time."""
+        lora = weights.lora
+        pair = (None, None, 0.0) if lora is None else (lora.a, lora.b, lora.scaling)
+        logprobs_R: Tensor = _Logprobs.apply(
+            x_RD, targets_R, weights.weight_OI, *pair, 1.0 / temperature, weights.dtype, torch.is_grad_enabled()
+        )
+        return logprobs_R
+
+    # Arrays of a checkpoint to tensors --------------------------------------------------------------------------------
+
+    def _matrix(self, values: Floats | Q8) -> Tensor:
+        if isinstance(values, Q8):
+            numbers = values.values.astype(np.float32) * values.scales.astype(np.float32)[..., None]
+            values = numbers.reshape(values.shape)
+        return self._tensor(values, self.wide if self.trained or self.dtype == torch.float64 else None)
+
+    def _tensor(self, values: Floats, dtype: torch.dtype | None = None) -> Tensor:
+        tensor = _as_tensor(values).to(self.device, dtype)
+        # A parameter must not lie in the read-only file.
+        return tensor.clone() if self.trained and _shares_memory(tensor, values) else tensor
+
+    def _packed(self, matrices: Mxfp4) -> Packed:
+        blocks, scales = (_as_tensor(part).to(self.device) for part in (matrices.blocks, matrices.scales))
+        return Packed(blocks, scales, matrices.order)
+
+    def _expert_matrices(self, matrices: Mxfp4 | Floats) -> Tensor:
+        dtype = self.wide if self.trained or self.dtype == torch.float64 else None
+        if not isinstance(matrices, Mxfp4):
+            return self._tensor(matrices, dtype)
+        packed = self._packed(matrices)
+        numbers = torch.empty(matrices.shape, dtype=dtype or torch.bfloat16, device=self.device)
+        for expert in range(len(numbers)):
+            dequantize(packed, expert, numbers[expert])
+        return numbers
+
+
+def dequantize(packed: Packed, expert: int, out_OI: Tensor) -> Tensor:
+    """The numbers of one matrix, exact in float32, float64 and bfloat16; a NaN scale makes its block NaN."""
+    blocks, scales = packed.blocks[expert], packed.scales[expert]
+    values, powers = _tables(out_OI.device, out_OI.dtype)
+    out = out_OI.view(*scales.shape, BLOCK)
+    low, high = values[(blocks & 15).int()], values[(blocks >> 4).int()]
+    scale = powers[scales.int()][..., None]
+    if packed.order == "pairs":
+        torch.mul(low, scale, out=out[..., 0::2])
+        torch.mul(high, scale, out=out[..., 1::2])
+    else:
+        torch.mul(low, scale, out=out[..., :16])
+        torch.mul(high, scale, out=out[..., 16:])
+    return out_OI
+
+
+def _tables(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    powers = torch.from_numpy(np.append(np.ldexp(1.0, np.arange(255) - SCALE_BIAS), np.nan))
+    return torch.from_numpy(E2M1_VALUES).to(device, dtype), powers.to(device, dtype)
+
+
+def _hold(module: nn.Module, name: str, tensor: Tensor | None, trained: bool) -> None:
+    if trained and tensor is not None:
+        setattr(module, name, nn.Parameter(tensor))
+    else:
+        module.register_buffer(name, tensor, persistent=False)
+
+
+def _as_tensor(values: Floats) -> Tensor:
+    """A tensor over the memory of an array, a read-only mapped file too: frozen weights are never written."""
+    is_bfloat16 = values.dtype == ml_dtypes.bfloat16
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        tensor = torch.from_numpy(values.view(np.int16) if is_bfloat16 else values)
+    return tensor.view(torch.bfloat16) if is_bfloat16 else tensor
+
+
+def _shares_memory(tensor: Tensor, values: Floats) -> bool:
+    return tensor.device.type == "cpu" and tensor.data_ptr() == values.__array_interface__["data"][0]
+
+
+# Norm, linear, rope ---------------------------------------------------------------------------------------------------
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, scale_D: Tensor, eps: float) -> Tensor:
+        inverse_T1 = (x_TD.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+        ctx.save_for_backward(x_TD, scale_D, inverse_T1)
+        return x_TD * inverse_T1 * scale_D
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_TD: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, scale_D, inverse_T1 = ctx.saved_tensors
+        normed_TD = x_TD * inverse_T1
+        dscale_D = (g_TD * normed_TD).sum(dim=0) if ctx.needs_input_grad[1] else None
+        scaled_TD = g_TD * scale_D
+        dx_TD = (scaled_TD - normed_TD * (scaled_TD * normed_TD).mean(dim=-1, keepdim=True)) * inverse_T1
+        return dx_TD, dscale_D, None
+
+
+class _Linear(torch.autograd.Function):
+    """x W^T + b in the dtype of x, whatever that of W; a widened W is not kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x_TI if ctx.needs_input_grad[1] else None, weight_OI)
+        ctx.dtype = x_TI.dtype
+        return F.linear(x_TI, weight_OI.to(x_TI.dtype), None if bias_O is None else bias_O.to(x_TI.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_TO: Tensor) -> tuple[Tensor | None, ...]:
+        x_TI, weight_OI = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        dx_TI = g_TO @ weight_OI.to(ctx.dtype) if needs_x else None
+        dweight_OI = (g_TO.T @ x_TI).to(weight_OI.dtype) if needs_weight else None
+        dbias_O = g_TO.sum(dim=0, dtype=weight_OI.dtype) if needs_bias else None
+        return dx_TI, dweight_OI, dbias_O
+
+
+class _Rope(torch.autograd.Function):
+    """The first half of each head against the second half; the way back turns the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TQH: Tensor, cos_T1P: Tensor, sin_T1P: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_T1P, sin_T1P)
+        return _rotate(x_TQH, cos_T1P, sin_T1P)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_TQH: Tensor) -> tuple[Tensor | None, ...]:
+        cos_T1P, sin_T1P = ctx.saved_tensors
+        return _rotate(g_TQH, cos_T1P, -sin_T1P), None, None
+
+
+def _rotate(x_TQH: Tensor, cos_T1P: Tensor, sin_T1P: Tensor) -> Tensor:
+    first_TQP, second_TQP = x_TQH.chunk(2, dim=-1)
+    out_TQH = torch.empty_like(x_TQH, memory_format=torch.contiguous_format)
+    half = first_TQP.shape[-1]
+    out_TQH[..., :half] = first_TQP * cos_T1P - second_TQP * sin_T1P
+    out_TQH[..., half:] = second_TQP * cos_T1P + first_TQP * sin_T1P
+    return out_TQH
+
+
+# Attention ------------------------------------------------------------------------------------------------------------
+
+
+class _Attention(torch.autograd.Function):
+    """Causal attention of each sequence over its own tokens, with sinks.
+
+    A kernel that knows no sinks gives its output O and the log-sum-exp L of its scores. With the sink s the output is
+    O sigmoid(L - s) and the log-sum-exp L' = log(e^L + e^s); the kernel's own backward pass, given these two, then yields
+    the gradients of q, k and v, and that of the sink is -sum e^(s - L') (dO' . O').
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_TQH: Tensor,
+        k_TKH: Tensor,
+        v_TKH: Tensor,
+        sinks_Q: Tensor,
+        starts: Sequence[int],
+        window: int | None,
+    ) -> Tensor:
+        out_TQH = torch.empty_like(q_TQH, memory_format=torch.contiguous_format)
+        lse_TQ = torch.empty(q_TQH.shape[:2], dtype=sinks_Q.dtype, device=q_TQH.device)
+        for own in _sequences(starts):
+            kernel = _kernel(own, window)
+            out, lse = kernel.forward(q_TQH[own], k_TKH[own], v_TKH[own])
+            torch.mul(out, torch.sigmoid(lse - sinks_Q)[..., None], out=out_TQH[own])
+            lse_TQ[own] = torch.logaddexp(lse, sinks_Q)
+        ctx.save_for_backward(q_TQH, k_TKH, v_TKH, sinks_Q, out_TQH, lse_TQ)
+        ctx.starts, ctx.window = starts, window
+        return out_TQH
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_TQH: Tensor) -> tuple[Tensor | None, ...]:
+        q_TQH, k_TKH, v_TKH, sinks_Q, out_TQH, lse_TQ = ctx.saved_tensors
+        dq_TQH, dk_TKH, dv_TKH = (
+            torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_TQH, k_TKH, v_TKH)
+        )
+        for own in _sequences(ctx.starts):
+            kernel = _kernel(own, ctx.window)
+            dq_TQH[own], dk_TKH[own], dv_TKH[own] = kernel.backward(
+                g_TQH[own], q_TQH[own], k_TKH[own], v_TKH[own], out_TQH[own], lse_TQ[own]
+            )
+        dsinks_Q = None
+        if ctx.needs_input_grad[3]:
+            per_row_TQ = (g_TQH.to(lse_TQ.dtype) * out_TQH).sum(dim=-1)
+            dsinks_Q = -(torch.exp(sinks_Q - lse_TQ) * per_row_TQ).sum(dim=0)
+        return dq_TQH, dk_TKH, dv_TKH, dsinks_Q, None, None
+
+
+def _sequences(starts: Sequence[int]) -> Iterator[slice]:
+    return (slice(start, end) for start, end in zip(starts, starts[1:], strict=False) if end > start)
+
+
+def _kernel(own: slice, window: int | None) -> _Causal | _Banded:
+    return _Causal() if window is None or own.stop - own.start <= window else _Banded(window)
+
+
+class _Causal:
+    """One sequence, every key up to the query's own. Without sinks: (o_TQH, lse_TQ)."""
+
+    def forward(self, q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> tuple[Tensor, Tensor]:
+        num_kv_heads = k_TKH.shape[1]
+        q_KGTH = _grouped(q_TQH, num_kv_heads)
+        k_KGTH, v_KGTH = (_repeated(x, q_KGTH.shape[1]) for x in (k_TKH, v_TKH))
+        out_KGTH, lse_KGT = _scores_forward(q_KGTH, k_KGTH, v_KGTH, None)
+        return out_KGTH.permute(2, 0, 1, 3).reshape(q_TQH.shape), lse_KGT.permute(2, 0, 1).reshape(q_TQH.shape[:2])
+
+    def backward(
+        self, g_TQH: Tensor, q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, out_TQH: Tensor, lse_TQ: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        num_kv_heads = k_TKH.shape[1]
+        g_KGTH, q_KGTH, out_KGTH = (_grouped(x, num_kv_heads) for x in (g_TQH, q_TQH, out_TQH))
+        k_KGTH, v_KGTH = (_repeated(x, q_KGTH.shape[1]) for x in (k_TKH, v_TKH))
+        lse_KGT = _grouped(lse_TQ[..., None], num_kv_heads)[..., 0]
+        dq, dk, dv = _scores_backward(g_KGTH, q_KGTH, k_KGTH, v_KGTH, out_KGTH, lse_KGT, None)
+        return (
+            dq.permute(2, 0, 1, 3).reshape(q_TQH.shape),
+            dk.sum(dim=1).permute(1, 0, 2),
+            dv.sum(dim=1).permute(1, 0, 2),
+        )
+
+
+class _Banded:
+    """One sequence longer than its window: block i of ``window`` queries sees the keys of blocks i - 1 and i."""
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+
+    def forward(self, q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> tuple[Tensor, Tensor]:
+        num_kv_heads = k_TKH.shape[1]
+        q_XGWH = self._query_blocks(q_TQH, num_kv_heads)
+        k_XGJH, v_XGJH = (self._key_blocks(x, q_XGWH.shape[1]) for x in (k_TKH, v_TKH))
+        out_XGWH, lse_XGW = _scores_forward(q_XGWH, k_XGJH, v_XGJH, self._mask(q_XGWH, num_kv_heads))
+        return self._from_blocks(out_XGWH, q_TQH.shape), self._from_blocks(lse_XGW[..., None], (*q_TQH.shape[:2], 1))[
+            ..., 0
+        ]
+
+    def backward(
+        self, g_TQH: Tensor, q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, out_TQH: Tensor, lse_TQ: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        num_kv_heads = k_TKH.shape[1]
+        g, q, out, lse = (self._query_blocks(x, num_kv_heads) for x in (g_TQH, q_TQH, out_TQH, lse_TQ[..., None]))
+        k, v = (self._key_blocks(x, q.shape[1]) for x in (k_TKH, v_TKH))
+        dq, dk, dv = _scores_backward(g, q, k, v, out, lse[..., 0], self._mask(q, num_kv_heads))
+        return self._from_blocks(dq, q_TQH.shape), self._from_key_blocks(dk, k_TKH), self._from_key_blocks(dv, v_TKH)
+
+    def _query_blocks(self, x_TQH: Tensor, num_kv_heads: int) -> Tensor:
+        """[blocks x K, G, window, H], with zeros behind the last query."""
+        num_tokens, num_heads, head_dim = x_TQH.shape
+        padded = F.pad(x_TQH, (0, 0, 0, 0, 0, -num_tokens % self.window))
+        blocks = padded.view(-1, self.window, num_kv_heads, num_heads // num_kv_heads, head_dim)
+        return blocks.permute(0, 2, 3, 1, 4).reshape(-1, num_heads // num_kv_heads, self.window, head_dim)
+
+    def _from_blocks(self, x_XGWH: Tensor, shape: Sequence[int]) -> Tensor:
+        num_tokens, num_heads, head_dim = shape
+        group = x_XGWH.shape[1]
+        blocks = x_XGWH.view(-1, num_heads // group, group, self.window, head_dim).permute(0, 3, 1, 2, 4)
+        return blocks.reshape(-1, num_heads, head_dim)[:num_tokens]
+
+    def _key_blocks(self, x_TKH: Tensor, group: int) -> Tensor:
+        """[blocks x K, G, 2 window, H]: a block's own keys behind those of the block before."""
+        padded = F.pad(x_TKH, (0, 0, 0, 0, self.window, -x_TKH.shape[0] % self.window))
+        pairs = padded.unfold(0, 2 * self.window, self.window)  # [blocks, K, H, 2 window]
+        return pairs.permute(0, 1, 3, 2).flatten(0, 1)[:, None].expand(-1, group, -1, -1)
+
+    def _from_key_blocks(self, dx_XGJH: Tensor, like_TKH: Tensor) -> Tensor:
+        num_tokens, num_kv_heads, head_dim = like_TKH.shape
+        pairs = dx_XGJH.sum(dim=1).view(-1, num_kv_heads, 2, self.window, head_dim)
+        blocks = pairs[:, :, 1].clone()
+        blocks[:-1] += pairs[1:, :, 0]
+        return blocks.permute(0, 2, 1, 3).reshape(-1, num_kv_heads, head_dim)[:num_tokens]
+
+    def _mask(self, q_XGWH: Tensor, num_kv_heads: int) -> Tensor:
+        """0 where a query sees a key, else -inf: [blocks x K, 1, window, 2 window]."""
+        window, device = self.window, q_XGWH.device
+        distance = torch.arange(window, 2 * window, device=device)[:, None] - torch.arange(2 * window, device=device)
+        is_seen = ((distance >= 0) & (distance < window)).repeat(len(q_XGWH), 1, 1)
+        # Nothing is before the first block.
+        is_seen[:num_kv_heads, :, :window] = False
+        mask = torch.zeros(is_seen.shape, dtype=q_XGWH.dtype, device=device).masked_fill_(~is_seen, -math.inf)
+        return mask[:, None]
+
+
+def _grouped(x_TQH: Tensor, num_kv_heads: int) -> Tensor:
+    num_tokens, num_heads, head_dim = x_TQH.shape
+    return x_TQH.view(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim).permute(1, 2, 0, 3)
+
+
+def _repeated(x_TKH: Tensor, group: int) -> Tensor:
+    return x_TKH.permute(1, 0, 2)[:, None].expand(-1, group, -1, -1)
+
+
+def _scores_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T / sqrt(H)) v and its log-sum-exp, [X, G, T, H] and [X, G, T]; causal where there is no mask."""
+    if q.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, mask is None, attn_mask=mask
+        )
+        return out, lse
+    return blocked_forward(q, k, v, mask)
+
+
+def _scores_backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv), those of the keys still with the axis of the group."""
+    if q.device.type == "cpu":
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            g, q, k, v, out, lse, 0.0, mask is None, attn_mask=mask
+        )
+        return dq, dk, dv
+    return blocked_backward(g, q, k, v, out, lse, mask)
+
+
+def blocked_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`_scores_forward` by matrix products on any device, some queries at a time."""
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:-1], dtype=_wide(q), device=q.device)
+    for start in range(0, q.shape[2], _QUERY_BLOCK):
+        rows = slice(start, start + _QUERY_BLOCK)
+        scores, keys = _scores(q, k, mask, rows)
+        lse[:, :, rows] = scores.logsumexp(dim=-1)
+        out[:, :, rows] = (scores - lse[:, :, rows, None]).exp().to(q.dtype) @ v[:, :, keys]
+    return out, lse
+
+
+def blocked_backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_scores_backward` by matrix products on any device; the weights of some queries at a time are computed again."""
+    dq = torch.empty_like(q)
+    dk, dv = (torch.zeros(x.shape, dtype=_wide(q), device=q.device) for x in (k, v))
+    scale = 1 / math.sqrt(q.shape[-1])
+    for start in range(0, q.shape[2], _QUERY_BLOCK):
+        rows = slice(start, start + _QUERY_BLOCK)
+        scores, keys = _scores(q, k, mask, rows)
+        weights = (scores - lse[:, :, rows, None]).exp()
+        dv[:, :, keys] += weights.to(q.dtype).transpose(2, 3) @ g[:, :, rows]
+        per_row = (g[:, :, rows].to(dk.dtype) * out[:, :, rows]).sum(dim=-1, keepdim=True)
+        dscores = (weights * (g[:, :, rows] @ v[:, :, keys].transpose(2, 3) - per_row) * scale).to(q.dtype)
+        dq[:, :, rows] = dscores @ k[:, :, keys]
+        dk[:, :, keys] += dscores.transpose(2, 3) @ q[:, :, rows]
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None, rows: slice) -> tuple[Tensor, slice]:
+    """The scores of some queries, and which keys they are for."""
+    last = min(rows.stop, q.shape[2])
+    keys = slice(0, last if mask is None else k.shape[2])
+    scores = (q[:, :, rows] @ k[:, :, keys].transpose(2, 3)).to(_wide(q)) / math.sqrt(q.shape[-1])
+    if mask is not None:
+        return scores + mask[:, :, rows], keys
+    is_hidden = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).triu(rows.start + 1)
+    return scores.masked_fill(is_hidden, -math.inf), keys
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+# Experts --------------------------------------------------------------------------------------------------------------
+
+
+class _Group(NamedTuple):
+    """The tokens of one expert, and where they stand among all that are sorted by expert."""
+
+    expert: int
+    rows: slice
+    tokens: Tensor
+
+
+class _Moe(torch.autograd.Function):
+    """Tokens sorted by expert; an expert's matrices are numbers while its tokens are computed and no longer."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        weights_TA: Tensor,
+        experts_TA: Tensor,
+        experts: Experts,
+        limit: float,
+        dtype: torch.dtype,
+        keep: bool,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        num_active = experts_TA.shape[1]
+        sorted_S = experts_TA.reshape(-1).argsort(stable=True)
+        counts = torch.bincount(experts_TA.reshape(-1), minlength=experts.shape[0]).tolist()
+        tokens_S = sorted_S // num_active
+        weights_S1 = weights_TA.reshape(-1)[sorted_S][:, None]
+        buffers = _Buffers(experts, dtype)
+        out_TD = torch.zeros_like(x_TD)
+        kept = x_TD.new_empty((len(sorted_S), experts.shape[1]), dtype=dtype) if keep else None
+        for group in _groups(counts, tokens_S):
+            x = x_TD[group.tokens].to(dtype)
+            gate_up = _gate_up(x, group.expert, experts, buffers)
+            if kept is not None:
+                kept[group.rows] = gate_up
+            inner = _swiglu(gate_up, limit).to(dtype)
+            out = _down(inner, group.expert, experts, buffers)
+            out_TD.index_add_(0, group.tokens, out.to(out_TD.dtype) * weights_S1[group.rows])
+        ctx.save_for_backward(x_TD, weights_S1, sorted_S, kept, *tensors)
+        ctx.experts, ctx.limit, ctx.dtype, ctx.counts, ctx.num_active = experts, limit, dtype, counts, num_active
+        return out_TD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_TD: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, weights_S1, sorted_S, kept, *tensors = ctx.saved_tensors
+        experts, dtype = ctx.experts, ctx.dtype
+        needs_x, needs_weights = ctx.needs_input_grad[:2]
+        gradients = [
+            torch.zeros_like(tensor) if needed and tensor is not None else None
+            for tensor, needed in zip(tensors, ctx.needs_input_grad[7:], strict=True)
+        ]
+        d_gate_up, d_down, d_gate_up_bias, d_down_bias, *d_pairs = gradients
+        dx_TD = torch.zeros_like(x_TD) if needs_x else None
+        dweights_S = torch.zeros_like(weights_S1[:, 0])
+        buffers = _Buffers(experts, dtype)
+        for expert, rows, tokens in _groups(ctx.counts, sorted_S // ctx.num_active):
+            x, g = x_TD[tokens].to(dtype), g_TD[tokens]
+            gate_up_OI = buffers.gate_up(expert)
+            gate_up = _gate_up(x, expert, experts, buffers) if kept is None else kept[rows]
+            with torch.enable_grad():
+                pre = gate_up.to(_wide(gate_up)).detach().requires_grad_()
+                inner_wide = _swiglu(pre, ctx.limit)
+            inner = inner_wide.detach().to(dtype)
+            # Through down, at first without the routing weight, whose own gradient is g . out.
+            dinner = g.to(dtype) @ buffers.down(expert)
+            g_weighted = (g * weights_S1[rows]).to(dtype)
+            if experts.down_lora is not None:
+                dinner = dinner + _lora_backward(
+                    experts.down_lora, expert, inner, g.to(dtype), g_weighted, weights_S1[rows].to(dtype), d_pairs[2:]
+                )
+            dinner = dinner.to(inner_wide.dtype)
+            if needs_weights:
+                bias = experts.down_bias_ED[expert]
+                dweights_S[rows] = (inner * dinner).sum(dim=-1) + g @ bias
+            if d_down is not None:
+                d_down[expert] = _weight_gradient(experts, experts.down_EDF, expert, g_weighted.T @ inner)
+            if d_down_bias is not None:
+                d_down_bias[expert] = g_weighted.sum(dim=0)
+            (dpre,) = torch.autograd.grad(inner_wide, pre, dinner * weights_S1[rows])
+            dpre = dpre.to(dtype)
+            if d_gate_up is not None:
+                d_gate_up[expert] = _weight_gradient(experts, experts.gate_up_EFD, expert, dpre.T @ x)
+            if d_gate_up_bias is not None:
+                d_gate_up_bias[expert] = dpre.sum(dim=0)
+            dx = dpre @ gate_up_OI if needs_x else None
+            if experts.gate_up_lora is not None:
+                through = _lora_backward(experts.gate_up_lora, expert, x, dpre, dpre, None, d_pairs[:2])
+                dx = None if dx is None else dx + through
+            if dx_TD is not None and dx is not None:
+                dx_TD.index_add_(0, tokens, dx.to(dx_TD.dtype))
+        dweights_TA = torch.empty_like(dweights_S)
+        dweights_TA[sorted_S] = dweights_S
+        return dx_TD, dweights_TA.view(-1, ctx.num_active), None, None, None, None, None, *gradients
+
+
+class _Buffers:
+    """Room for the matrices of one expert as numbers, used again by the next one."""
+
+    def __init__(self, experts: Experts, dtype: torch.dtype) -> None:
+        _, rows, columns = experts.shape
+        device = experts.down_bias_ED.device
+        self.experts, self.dtype = experts, dtype
+        self._gate_up = torch.empty((rows, columns), dtype=dtype, device=device) if experts.packed_gate_up else None
+        self._down = torch.empty((columns, rows // 2), dtype=dtype, device=device) if experts.packed_down else None
+        self._holds: dict[str, int] = {}
+
+    def gate_up(self, expert: int) -> Tensor:
+        """[2F, D]."""
+        packed = self.experts.packed_gate_up
+        if packed is None or self._gate_up is None:
+            return self._float(self.experts.gate_up_EFD, expert)
+        if self._holds.get("gate_up") != expert:
+            for half, out in zip(packed, self._gate_up.chunk(2), strict=True):
+                dequantize(half, expert, out)
+            self._holds["gate_up"] = expert
+        return self._gate_up
+
+    def down(self, expert: int) -> Tensor:
+        """[D, F]."""
+        packed = self.experts.packed_down
+        if packed is None or self._down is None:
+            return self._float(self.experts.down_EDF, expert)
+        if self._holds.get("down") != expert:
+            dequantize(packed, expert, self._down)
+            self._holds["down"] = expert
+        return self._down
+
+    def _float(self, matrices: Tensor, expert: int) -> Tensor:
+        matrix = matrices[expert]
+        return (matrix if self.experts.fake_quant is None else self.experts.fake_quant(matrix)).to(self.dtype)
+
+
+def _groups(counts: Sequence[int], tokens_S: Tensor) -> Iterator[_Group]:
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            rows = slice(start, start + count)
+            yield _Group(expert, rows, tokens_S[rows])
+        start += count
+
+
+def _gate_up(x: Tensor, expert: int, experts: Experts, buffers: _Buffers) -> Tensor:
+    out = F.linear(x, buffers.gate_up(expert), experts.gate_up_bias_EF[expert].to(x.dtype))
+    return out if experts.gate_up_lora is None else out + _lora_forward(experts.gate_up_lora, expert, x)
+
+
+def _down(x: Tensor, expert: int, experts: Experts, buffers: _Buffers) -> Tensor:
+    out = F.linear(x, buffers.down(expert), experts.down_bias_ED[expert].to(x.dtype))
+    return out if experts.down_lora is None else out + _lora_forward(experts.down_lora, expert, x)
+
+
+def _swiglu(gate_up: Tensor, limit: float) -> Tensor:
+    gate, up = gate_up.to(_wide(gate_up)).chunk(2, dim=-1)
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * torch.sigmoid(SWIGLU_ALPHA * gate) * (up + 1)
+
+
+def _lora_forward(lora: Lora, expert: int, x: Tensor) -> Tensor:
+    inner = F.linear(x, lora.a[expert].to(x.dtype)) * lora.scaling
+    return F.linear(inner, lora.b[expert].to(x.dtype))
+
+
+def _lora_backward(
+    lora: Lora,
+    expert: int,
+    x: Tensor,
+    g: Tensor,
+    g_weighted: Tensor,
+    weights: Tensor | None,
+    gradients: Sequence[Tensor | None],
+) -> Tensor:
+    """What ``g`` gives x through the pair; the pair's own gradients are those of ``g_weighted``."""
+    a, b = lora.a[expert].to(x.dtype), lora.b[expert].to(x.dtype)
+    dinner = g @ b * lora.scaling
+    da, db = gradients
+    if da is not None:
+        da[expert] = (dinner if weights is None else dinner * weights).T @ x
+    if db is not None:
+        db[expert] = g_weighted.T @ (F.linear(x, a) * lora.scaling)
+    return dinner @ a
+
+
+def _weight_gradient(experts: Experts, matrices: Tensor, expert: int, gradient: Tensor) -> Tensor:
+    """The gradient of a trained matrix from that of the numbers that were multiplied with."""
+    if experts.fake_quant is None:
+        return gradient
+    with torch.enable_grad():
+        matrix = matrices[expert].detach().requires_grad_()
+        (through,) = torch.autograd.grad(experts.fake_quant(matrix), matrix, gradient.to(matrix.dtype))
+    return through
+
+
+# Log-probabilities ----------------------------------------------------------------------------------------------------
+
+
+class _Logprobs(torch.autograd.Function):
+    """Some rows of x against some rows of the vocabulary at a time.
+
+    d log p(target) / dx = W[target] - sum_v p(v) W[v]: where the unembedding is frozen, the sum is taken beside the
+    log-sum-exp, as attention does it over keys, and the way back costs no matrix product.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_RD: Tensor,
+        targets_R: Tensor,
+        weight_VD: Tensor,
+        a: Tensor | None,
+        b: Tensor | None,
+        scaling: float,
+        sharpness: float,
+        dtype: torch.dtype,
+        has_backward: bool,
+    ) -> Tensor:
+        wide = _wide(x_RD)
+        head = _Head(weight_VD, a, b, scaling, sharpness, dtype)
+        needs_x, _, *needs_weights = ctx.needs_input_grad[:5]
+        lse_R, logprobs_R = (torch.empty(len(x_RD), dtype=wide, device=x_RD.device) for _ in range(2))
+        slope_RD = torch.empty_like(x_RD) if has_backward and needs_x and not any(needs_weights) else None
+        for rows in _pieces(len(x_RD), _LOGIT_ROWS):
+            x, targets = x_RD[rows].to(dtype), targets_R[rows]
+            inner = head.inner(x)
+            top = torch.full((len(x), 1), -math.inf, dtype=wide, device=x.device)
+            total, picked = torch.zeros_like(top), torch.zeros_like(top[:, 0])
+            mean = None if slope_RD is None else torch.zeros(x.shape, dtype=wide, device=x.device)
+            for piece in _pieces(len(weight_VD), _VOCAB_ROWS):
+                weight, logits = head.logits(x, inner, piece)
+                new_top = torch.maximum(top, logits.amax(dim=-1, keepdim=True))
+                picked = _pick(logits, targets, piece, picked)
+                powers, shrink = logits.sub_(new_top).exp_(), (top - new_top).exp()
+                total, top = total * shrink + powers.sum(dim=-1, keepdim=True), new_top
+                if mean is not None:
+                    mean = mean.mul_(shrink).add_(head.back(powers.to(dtype), weight, piece))
+            top, log_total = top[:, 0], total.log()[:, 0]
+            # The top is subtracted first: the difference of two large numbers is then exact.
+            logprobs_R[rows], lse_R[rows] = (picked - top) - log_total, top + log_total
+            if slope_RD is not None and mean is not None:
+                slope_RD[rows] = (head.rows(targets) - mean / total) * sharpness
+        ctx.save_for_backward(x_RD, targets_R, weight_VD, a, b, lse_R, slope_RD)
+        ctx.scaling, ctx.sharpness, ctx.dtype = scaling, sharpness, dtype
+        return logprobs_R
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_R: Tensor) -> tuple[Tensor | None, ...]:
+        x_RD, targets_R, weight_VD, a, b, lse_R, slope_RD = ctx.saved_tensors
+        if slope_RD is not None:
+            return g_R[:, None] * slope_RD, *[None] * 8
+        head = _Head(weight_VD, a, b, ctx.scaling, ctx.sharpness, ctx.dtype)
+        needs_x, _, needs_weight, needs_a, needs_b = ctx.needs_input_grad[:5]
+        dx_RD = torch.zeros_like(x_RD)
+        dweight, da, db = (
+            torch.zeros_like(tensor) if needed else None
+            for tensor, needed in ((weight_VD, needs_weight), (a, needs_a), (b, needs_b))
+        )
+        for rows in _pieces(len(x_RD), _LOGIT_ROWS):
+            x, targets, g = x_RD[rows].to(ctx.dtype), targets_R[rows], g_R[rows, None]
+            inner = head.inner(x)
+            dinner = None if inner is None else torch.zeros_like(inner)
+            for piece in _pieces(len(weight_VD), _VOCAB_ROWS):
+                weight, logits = head.logits(x, inner, piece)
+                dlogits = logits.sub_(lse_R[rows, None]).exp_().mul_(-g)
+                is_here = (targets >= piece.start) & (targets < piece.stop)
+                dlogits[is_here, targets[is_here] - piece.start] += g[is_here, 0]
+                dlogits = dlogits.mul_(ctx.sharpness).to(ctx.dtype)
+                dx_RD[rows] += dlogits @ weight
+                if dweight is not None:
+                    dweight[piece] += dlogits.T @ x
+                if b is not None and dinner is not None and inner is not None:
+                    dinner += dlogits @ b[piece].to(ctx.dtype)
+                    if db is not None:
+                        db[piece] += dlogits.T @ inner
+            if a is not None and dinner is not None:
+                dinner *= ctx.scaling
+                dx_RD[rows] += dinner @ a.to(ctx.dtype)
+                if da is not None:
+                    da += dinner.T @ x
+        return dx_RD if needs_x else None, None, dweight, da, db, None, None, None, None
+
+
+class _Head(NamedTuple):
+    """An unembedding with its pair, and what its logits are multiplied with."""
+
+    weight_VD: Tensor
+    a: Tensor | None
+    b: Tensor | None
+    scaling: float
+    sharpness: float
+    dtype: torch.dtype
+
+    def inner(self, x: Tensor) -> Tensor | None:
+        return None if self.a is None else F.linear(x, self.a.to(self.dtype)) * self.scaling
+
+    def logits(self, x: Tensor, inner: Tensor | None, piece: slice) -> tuple[Tensor, Tensor]:
+        """(the piece of the matrix, its logits)."""
+        weight = self.weight_VD[piece].to(self.dtype)
+        logits = F.linear(x, weight)
+        if inner is not None and self.b is not None:
+            logits = logits + F.linear(inner, self.b[piece].to(self.dtype))
+        return weight, logits.to(_wide(logits)) * self.sharpness
+
+    def back(self, dlogits: Tensor, weight: Tensor, piece: slice) -> Tensor:
+        dx = dlogits @ weight
+        if self.a is not None and self.b is not None:
+            dx = dx + dlogits @ self.b[piece].to(self.dtype) @ self.a.to(self.dtype) * self.scaling
+        return dx
+
+    def rows(self, targets: Tensor) -> Tensor:
+        rows = self.weight_VD[targets].to(self.dtype)
+        if self.a is not None and self.b is not None:
+            rows = rows + self.b[targets].to(self.dtype) @ self.a.to(self.dtype) * self.scaling
+        return rows
+
+
+def _pieces(length: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, length)) for start in range(0, length, size))
+
+
+def _pick(logits: Tensor, targets: Tensor, piece: slice, before: Tensor) -> Tensor:
+    """The logits of the targets that are in this piece; others stay as they were."""
+    is_here = (targets >= piece.start) & (targets < piece.stop)
+    place = (targets - piece.start).clamp(0, logits.shape[1] - 1)
+    return torch.where(is_here, logits.gather(1, place[:, None])[:, 0], before)

@@ -1,0 +1,136 @@
+"""LoRA: which matrices get a pair, how pairs begin, and how they come and go as an adapter's folder.
+
+    y = W x + scaling * b (a x)     a [.., r, I] random, b [.., O, r] zero: training begins at the model as it is
+
+    target        matrices                                            pair's rank
+    q k v o       of every attention                                  rank
+    experts       gate and up (one a for both) and down, per expert   expert_rank
+    router        the choice of experts                               rank
+    embedding     tokens in                                           rank
+    unembedding   tokens out                                          rank
+
+Source: LoRA, arXiv:2106.09685.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ossia.errors import InputError
+from ossia.model.transformer import Weights
+from ossia.ops.autograd import Embedding, Experts, Linear, Lora
+
+TARGETS = ("q", "k", "v", "o", "experts", "router", "embedding", "unembedding")
+
+
+@dataclass(frozen=True, slots=True)
+class LoraConfig:
+    """Which matrices get a pair, and of what size."""
+
+    # Columns of a pair of a dense matrix.
+    rank: int = 8
+    # A pair's product is multiplied by alpha / rank, its own rank.
+    alpha: float = 16.0
+    # Some of q, k, v, o, experts, router, embedding, unembedding.
+    targets: tuple[str, ...] = ("q", "k", "v", "o", "experts")
+    # Columns of the pair of each expert, of which there are many; None: rank / experts per token, at least 1.
+    expert_rank: int | None = None
+    # The share of a dense pair's inputs that is dropped at each step; experts have none.
+    dropout: float = 0.0
+    # The layers whose matrices get one; None: all.
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or (self.expert_rank is not None and self.expert_rank < 1):
+            raise InputError(
+                f"rank is {self.rank} and expert_rank {self.expert_rank}; expected at least 1", param="rank"
+            )
+        if not self.alpha > 0 or not math.isfinite(self.alpha):
+            raise InputError(f"alpha is {self.alpha}; expected a number above 0", param="alpha")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout is {self.dropout}; expected 0 up to below 1", param="dropout")
+        if not self.targets:
+            raise InputError(f"targets is empty; expected some of: {', '.join(TARGETS)}", param="targets")
+        if unknown := [target for target in self.targets if target not in TARGETS]:
+            raise InputError(
+                f"target {', '.join(map(repr, unknown))} matches nothing; expected some of: {', '.join(TARGETS)}",
+                param="targets",
+            )
+
+    def rank_of_experts(self, num_active: int) -> int:
+        return max(1, self.rank // num_active) if self.expert_rank is None else self.expert_rank
+
+
+class Place(NamedTuple):
+    """Where a pair may stand: its name, the target that it belongs to, and the shape (.., O, I) of the matrix."""
+
+    name: str
+    target: str
+    layer: int | None
+    owner: nn.Module
+    attribute: str
+    shape: tuple[int, ...]
+
+    @property
+    def lora(self) -> Lora | None:
+        return getattr(self.owner, self.attribute)
+
+
+def places(weights: Weights) -> Iterator[Place]:
+    """Every matrix that may have a pair, in the order of the forward pass."""
+    embedding: Embedding = weights.embedding
+    num_rows, width = embedding.table_VD.shape
+    yield Place("embedding", "embedding", None, embedding, "lora", (width, num_rows))
+    for i, layer in enumerate(weights.layers):
+        for target in ("q", "k", "v", "o", "router"):
+            linear: Linear = getattr(layer, target)
+            yield Place(f"layers.{i}.{target}", target, i, linear, "lora", tuple(linear.weight_OI.shape))
+        experts: Experts = layer.experts
+        num_experts, rows, width = experts.shape
+        name = f"layers.{i}.experts"
+        yield Place(f"{name}.gate_up", "experts", i, experts, "gate_up_lora", (num_experts, rows, width))
+        yield Place(f"{name}.down", "experts", i, experts, "down_lora", (num_experts, width, rows // 2))
+    unembedding: Linear = weights.unembedding
+    yield Place("unembedding", "unembedding", None, unembedding, "lora", tuple(unembedding.weight_OI.shape))
+
+
+def add_pairs(weights: Weights, config: LoraConfig, num_active_experts: int, seed: int = 0) -> None:
+    """Put new pairs beside the matrices that ``config`` names; the model computes what it did before.
+
+    Raises InputError when a target or a layer matches nothing.
+    """
+    num_layers = len(weights.layers)
+    if config.layers is not None and (wrong := [i for i in config.layers if not 0 <= i < num_layers]):
+        raise InputError(f"layers names {wrong}; expected numbers from 0 to {num_layers - 1}", param="layers")
+    chosen = [place for place in places(weights) if _is_chosen(place, config)]
+    found = {place.target for place in chosen}
+    if missing := [target for target in config.targets if target not in found]:
+        raise InputError(f"target {', '.join(missing)} matches no matrix in layers {config.layers}", param="targets")
+    generator = torch.Generator().manual_seed(seed)
+    for place in chosen:
+        is_experts = place.target == "experts"
+        rank = config.rank_of_experts(num_active_experts) if is_experts else config.rank
+        *stack, num_outputs, num_inputs = place.shape
+        # As a linear layer of the field begins: uniform with variance 1 / (3 inputs). A token picks one column of an
+        # embedding's a, which has no inputs to add up.
+        bound = 1.0 if place.target == "embedding" else 1 / math.sqrt(num_inputs)
+        a = torch.empty(*stack, rank, num_inputs).uniform_(-bound, bound, generator=generator)
+        b = torch.zeros(*stack, num_outputs, rank)
+        set_pair(place, a, b, config.alpha / rank, 0.0 if is_experts else config.dropout)
+
+
+def set_pair(place: Place, a: torch.Tensor, b: torch.Tensor, scaling: float, dropout: float = 0.0) -> None:
+    """Put a pair beside a matrix, on the matrix's device."""
+    device = next(place.owner.buffers()).device
+    setattr(place.owner, place.attribute, Lora(a.to(device), b.to(device), scaling, dropout))
+
+
+def _is_chosen(place: Place, config: LoraConfig) -> bool:
+    in_layers = place.layer is None or config.layers is None or place.layer in config.layers
+    return place.target in config.targets and in_layers
