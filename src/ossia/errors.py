@@ -10,6 +10,7 @@
     ├── AuthError                  no key, or one that is not known                       401
     ├── LimitError                 too many requests now; later the same one may pass     429
     ├── CheckpointError            a checkpoint's files are damaged or not what they say  500
+    ├── TrainingError              a training run cannot go on with these numbers         500
     └── UnavailableError           the network, a device or an extra is not there         503
 
 Every message says what was met, what was expected and what to do. The class carries what the HTTP layer needs, so
@@ -102,6 +103,12 @@ class CheckpointError(OssiaError):
     """A checkpoint's files are missing, damaged, or of another model."""
 
     code = "checkpoint_error"
+
+
+class TrainingError(OssiaError):
+    """A training run cannot go on: its loss or its gradients are not finite, or there is nothing to train."""
+
+    code = "training_error"
 
 
 class UnavailableError(OssiaError):

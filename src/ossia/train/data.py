@@ -8,18 +8,35 @@ Legend for shapes: see `ossia.ops`; L tokens of one sample.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+import datetime
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from ossia.harmony import DropAnalysis, Effort, TokenSpan
+from ossia.errors import ConfigError, InputError
+from ossia.harmony import DropAnalysis, Effort, Tokenizer, TokenSpan
 from ossia.ops import Batch
+from ossia.train.expansion import Expanded, TrainRules, expand
+from ossia.train.formats import (
+    FORMATS,
+    Defaults,
+    Dialogue,
+    Format,
+    checked_date,
+    detect,
+    read_dialogue,
+    read_pair,
+)
+from ossia.train.rows import Line, RowStream, find_files, parse
 
 KINDS = ("other", "analysis", "commentary", "final", "call")
-"""What a trained token belongs to: thoughts, words on the way, the answer, a call of a tool; by `TrainBatch.kinds_R`."""
+"""What a trained token belongs to, as `TrainBatch.kinds_R` counts: thoughts, words on the way, the answer, a call."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +73,9 @@ class DataConfig:
     packing: Literal["best_fit", "buckets", "none"] = "best_fit"
     # Seed of the order, of efforts and of dates.
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,3 +180,313 @@ def _kinds(sample: Sample) -> npt.NDArray[np.uint8]:
     for span in sample.spans:
         kinds_L[span.start : span.end] = KINDS.index(kind_of(span))
     return kinds_L
+
+
+# -- reading -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ReadReport:
+    """What was read so far, and what was passed by."""
+
+    rows: int = 0
+    # Rows of the other side of the split.
+    held_back: int = 0
+    bad_rows: int = 0
+    # Rows under whose rules nothing is trained.
+    untrained_rows: int = 0
+    samples: int = 0
+    too_long: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    # The first bad rows and samples that were too long: place, and what is wrong.
+    problems: list[str] = field(default_factory=list)
+
+    def add(self, other: ReadReport) -> None:
+        for name, value in asdict(other).items():
+            if name != "problems":
+                setattr(self, name, getattr(self, name) + value)
+        self.problems += other.problems[: MAX_PROBLEMS - len(self.problems)]
+
+    def note(self, problem: str) -> None:
+        if len(self.problems) < MAX_PROBLEMS:
+            self.problems.append(problem)
+
+
+MAX_PROBLEMS = 100
+
+
+class SampleReader:
+    """Lines to samples, under one configuration; ``report`` counts, and may be replaced at any time.
+
+    Raises InputError, with file and line, for a row or a sample that cannot be used, unless the configuration says to
+    pass it by; and ConfigError for a setting that is no setting.
+    """
+
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer) -> None:
+        self.config = config
+        self.report = ReadReport()
+        self._tokenizer = tokenizer
+        self._rules = TrainRules(config.train)
+        self._efforts = _read_efforts(config.effort)
+        self._dates = _read_dates(config.current_date)
+        self._formats: dict[str, Format] = {}
+
+    def samples(self, line: Line) -> list[Sample]:
+        """The samples of one row."""
+        if not self._is_wanted(line):
+            return []
+        try:
+            row, form = self._row(line)
+            dialogue = read_dialogue(row, form, self._defaults(line.data))
+            if not any(dialogue.weights):
+                raise InputError("a row with nothing of the assistant's to train on")
+        except InputError as error:
+            return self._bad(line, error)
+        made = []
+        is_untrained = True
+        for one in self._expand(dialogue):
+            is_untrained = False
+            if not one.num_too_many:
+                made.append(self._sample(one, dialogue, line))
+            else:
+                self._too_long(line, one.num_too_many)
+        self.report.untrained_rows += is_untrained
+        return made
+
+    def pairs(self, line: Line) -> list[PairSample]:
+        """The pair of one row, if any."""
+        if not self._is_wanted(line):
+            return []
+        try:
+            row, form = self._row(line)
+            pair = read_pair(row, form, self._defaults(line.data))
+            sides = []
+            for name, dialogue in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+                expanded = list(self._expand(dialogue))
+                if len(expanded) != 1:
+                    met = "nothing that is trained" if not expanded else f"{len(expanded)} turns"
+                    raise InputError(f"{name} has {met}; expected one turn of the assistant")
+                sides.append((expanded[0], dialogue))
+        except InputError as error:
+            return self._bad(line, error)
+        if longest := max(one.num_too_many for one, _ in sides):
+            self._too_long(line, longest)
+            return []
+        chosen, rejected = (self._sample(one, dialogue, line) for one, dialogue in sides)
+        return [PairSample(chosen, rejected, line.number, line.file)]
+
+    def dialogue(self, line: Line) -> Dialogue:
+        """What a row says, before it becomes samples. Raises InputError."""
+        row, form = self._row(line)
+        return read_dialogue(row, form, self._defaults(line.data))
+
+    def format_of(self, file: str) -> Format:
+        """The format of a file: the configured one, or that of its first row that has one. Raises InputError."""
+        if self.config.format != "auto":
+            return self.config.format
+        if file not in self._formats:
+            self._formats[file] = _detect_file(file)
+        return self._formats[file]
+
+    def _is_wanted(self, line: Line) -> bool:
+        self.report.rows += 1
+        if self.config.split == "all" or line.fault:
+            return True
+        is_validation = _unit(line.data, b"split") < self.config.validation_share
+        is_wanted = is_validation == (self.config.split == "validation")
+        self.report.held_back += not is_wanted
+        return is_wanted
+
+    def _row(self, line: Line) -> tuple[Any, Format]:
+        row = parse(line)
+        form = self.format_of(line.file)
+        found = detect(row) if self.config.format == "auto" else form
+        # A row without an answer has no channel that would tell.
+        if found != form and (found, form) != ("openai", "harmony"):
+            raise InputError(
+                f"a row of the format {found} in a file whose first row is of the format {form}; name the format of the "
+                "file, or part it"
+            )
+        return row, form
+
+    def _expand(self, dialogue: Dialogue) -> Iterator[Expanded]:
+        return expand(
+            dialogue,
+            self._tokenizer,
+            self._rules,
+            drop_analysis=self.config.drop_analysis,
+            turns=self.config.turns,
+            max_tokens=self.config.max_tokens,
+            cut=self.config.overlong == "cut",
+        )
+
+    def _sample(self, one: Expanded, dialogue: Dialogue, line: Line) -> Sample:
+        sample = Sample(one.token_ids_L, one.weights_L, dialogue.effort, line.number, line.file, one.spans)
+        self.report.samples += 1
+        self.report.tokens += len(sample)
+        self.report.trained_tokens += sample.num_trained
+        return sample
+
+    def _defaults(self, data: bytes) -> Defaults:
+        seed = self.config.seed.to_bytes(8, "little")
+        effort = self._efforts[0][1]
+        if len(self._efforts) > 1:
+            drawn = _unit(data, b"effort", seed)
+            effort = next(effort for bound, effort in self._efforts if drawn < bound)
+        if self._dates is None:
+            return Defaults(effort, None)
+        first, num = self._dates
+        day = first + datetime.timedelta(days=int(_unit(data, b"date", seed) * num)) if num > 1 else first
+        return Defaults(effort, day.isoformat())
+
+    def _bad(self, line: Line, error: InputError) -> list[Any]:
+        problem = f"{line.where}: {error.message}"
+        if not self.config.skip_bad_rows:
+            raise InputError(f"{problem} (skip_bad_rows passes such rows by)", param=error.param) from error
+        self.report.bad_rows += 1
+        self.report.note(problem)
+        return []
+
+    def _too_long(self, line: Line, num_tokens: int) -> None:
+        problem = f"{line.where}: a sample of {num_tokens} tokens; at most {self.config.max_tokens} are allowed"
+        if self.config.overlong == "refuse":
+            raise InputError(f"{problem} (max_tokens allows more; overlong = skip or cut says what else to do)")
+        self.report.too_long += 1
+        self.report.note(problem)
+
+
+def read_samples(
+    path: str | Path | Sequence[str | Path],
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    report: ReadReport | None = None,
+) -> Iterator[Sample]:
+    """The samples of a file or folder, in its order, once; of ``world`` readers each gets rows that no other gets.
+
+    ``report`` is filled as reading goes on. Raises as `SampleReader` does.
+    """
+    reader = SampleReader(config, tokenizer)
+    reader.report = reader.report if report is None else report
+    for line in _lines(path, rank, world):
+        yield from reader.samples(line)
+
+
+def read_pairs(
+    path: str | Path | Sequence[str | Path],
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    report: ReadReport | None = None,
+) -> Iterator[PairSample]:
+    """The same for rows with a chosen and a rejected answer."""
+    reader = SampleReader(config, tokenizer)
+    reader.report = reader.report if report is None else report
+    for line in _lines(path, rank, world):
+        yield from reader.pairs(line)
+
+
+def _lines(path: str | Path | Sequence[str | Path], rank: int, world: int) -> Iterator[Line]:
+    assert 0 <= rank < world
+    stream = RowStream(find_files(path))
+    try:
+        for i, line in enumerate(stream):
+            if i % world == rank:
+                yield line
+    finally:
+        stream.close()
+
+
+def _detect_file(file: str) -> Format:
+    """The format of the first row that can be read, within the first hundred."""
+    fault = f"{file}: no row"
+    stream = RowStream([Path(file)])
+    try:
+        for _ in range(100):
+            line = stream.next()
+            if line is None:
+                break
+            try:
+                return detect(parse(line))
+            except InputError as error:
+                fault = error.message
+    finally:
+        stream.close()
+    raise InputError(fault)
+
+
+# -- settings ------------------------------------------------------------------------------------------------------
+
+
+def _check(config: DataConfig) -> None:
+    choices = {
+        "format": ("auto", *FORMATS),
+        "turns": ("all", "last"),
+        "drop_analysis": ("harmony", "past_turns", "never"),
+        "overlong": ("refuse", "skip", "cut"),
+        "split": ("all", "train", "validation"),
+        "packing": ("best_fit", "buckets", "none"),
+    }
+    for name, known in choices.items():
+        if getattr(config, name) not in known:
+            raise ConfigError(f"{name} is {getattr(config, name)!r}; expected one of: {', '.join(known)}", param=name)
+    if not 0 <= config.validation_share < 1:
+        raise ConfigError(f"validation_share is {config.validation_share}; expected 0 or more, and less than 1")
+    if config.split == "validation" and not config.validation_share:
+        raise ConfigError("split is validation and validation_share is 0; expected a share")
+    for name, least in (("max_tokens", 0), ("buffer_rows", 1), ("seed", 0)):
+        if getattr(config, name) < least:
+            raise ConfigError(f"{name} is {getattr(config, name)}; expected {least} or more", param=name)
+    TrainRules(config.train)
+    _read_efforts(config.effort)
+    _read_dates(config.current_date)
+
+
+def _read_efforts(text: str) -> list[tuple[float, Effort]]:
+    """Efforts with the upper bounds of their shares of [0, 1)."""
+    efforts, shares = [], []
+    for part in text.split(","):
+        name, has_share, share = part.strip().partition("=")
+        try:
+            efforts.append(Effort(name))
+            shares.append(float(share) if has_share else 1.0)
+            is_usable = 0 <= shares[-1] < np.inf
+        except ValueError:
+            is_usable = False
+        if not is_usable:
+            raise ConfigError(
+                f"effort is {text!r}; expected one of {', '.join(Effort)}, or shares such as low=1,medium=2,high=1",
+                param="effort",
+            )
+    if not sum(shares):
+        raise ConfigError(f"effort is {text!r}, whose shares are all 0; expected one that is not", param="effort")
+    bounds = list(accumulate(share / sum(shares) for share in shares))
+    bounds[-1] = 1.0
+    found = [(bound, effort) for bound, effort, share in zip(bounds, efforts, shares, strict=True) if share]
+    return [*found[:-1], (1.0, found[-1][1])]
+
+
+def _read_dates(text: str) -> tuple[datetime.date, int] | None:
+    """The first date and the number of days; None for no date."""
+    if not text:
+        return None
+    first, is_range, last = text.partition("..")
+    try:
+        begin = datetime.date.fromisoformat(checked_date(first, "current_date"))
+        end = datetime.date.fromisoformat(checked_date(last, "current_date")) if is_range else begin
+    except InputError as error:
+        raise ConfigError(f"{error.message}, or two of them with .. between", param="current_date") from None
+    if end < begin:
+        raise ConfigError(f"current_date is {text!r}, which ends before it begins", param="current_date")
+    return begin, (end - begin).days + 1
+
+
+def _unit(data: bytes, purpose: bytes, seed: bytes = b"") -> float:
+    """A number of [0, 1) that a row has for ever, another one for each purpose."""
+    digest = hashlib.blake2b(data, digest_size=8, person=purpose, salt=seed).digest()
+    return (int.from_bytes(digest, "little") >> 11) / (1 << 53)

@@ -45,8 +45,13 @@ class Metrics:
     def write(self, event: str, step: int, values: Mapping[str, Any]) -> None:
         """Add a line. Numbers keep every digit; those that are not finite become null."""
         line = {"event": event, "step": step} | {key: _plain(value) for key, value in values.items()}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UnavailableError(
+                f"{self.path}: cannot be written: {error.strerror}; free some space and go on with --resume"
+            ) from error
         numbers = {
             f"{event}/{key}": number for key, value in line.items() if (number := _number(key, value)) is not None
         }

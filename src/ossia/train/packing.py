@@ -1,9 +1,8 @@
 """Which samples share a batch: no padding, documents that do not see each other, and few tokens of room to spare.
 
-Samples are packed a buffer at a time. Best fit takes the longest sample that is left and fills the rest of its pack with
-the longest that still fits, which wastes about one pack in each buffer. Buckets put samples of like length together, so
-that ranks that wait for each other have as much attention to compute; what they share of a pack is as good a fit as the
-lengths allow.
+Samples are packed a buffer at a time. Best fit puts each sample, longest first, into the fullest pack that still has
+room for it, which wastes about one pack in each buffer. Buckets put samples of like length together, so that ranks that
+wait for each other have about as much attention to compute.
 """
 
 from __future__ import annotations
