@@ -12,14 +12,17 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from torch import Tensor
 
-from ossia.errors import ConfigError, TrainingError
+from ossia.errors import ConfigError, NotFoundError, TrainingError
 from ossia.harmony import Tokenizer
 from ossia.model.hub import resolve_model
 from ossia.model.weights import Checkpoint
+from ossia.train.checkpoint import Checkpoints
 from ossia.train.config import TrainConfig, setting
 from ossia.train.data import Sample, TrainBatch, to_batch
 from ossia.train.expansion import TrainRules, expand
@@ -27,7 +30,7 @@ from ossia.train.fit import evaluate, fingerprint, make_optimizer, make_schedule
 from ossia.train.formats import Dialogue
 from ossia.train.module import Model
 from ossia.train.packing import pack
-from ossia.train.run import Outcome, Run, RunFolder, Say
+from ossia.train.run import Outcome, Run, RunFolder, Say, load_parameters
 from ossia.train.sft import Likelihood
 from ossia.train.tasks import Split, TaskMix, gold_conversation, make_mix
 from ossia.train.tasks.language import draw_copy, draw_recall
@@ -40,6 +43,7 @@ _HELD_OUT_SEED = 1_000_003
 class PretrainConfig(TrainConfig):
     """Training on generated tasks."""
 
+    begin_with: str = setting("", "Folder of a run with whose last weights to begin, in place of the model's.")
     tasks: tuple[str, ...] = setting((), "Tasks by name, each with =WEIGHT where it is not 1.", is_required=True)
     learn: Literal["all", "answers"] = setting("answers", "Every token of a transcript, or the model's own alone.")
     language: float = setting(0.0, "Share of samples that are copying and recall, as plain texts.", low=0, high=1)
@@ -71,6 +75,8 @@ def pretrain(settings: PretrainConfig, *, resume: bool = False, say: Say) -> tup
             fake_quant=settings.fake_quant,
             seed=settings.seed,
         )
+        if settings.begin_with:
+            load_parameters(model.state(), _last_weights(Path(settings.begin_with)))
         table(model, say)
         objective = Likelihood(model, settings.balance_weight)
         held_out = _held_out(settings, mix, tokenizer)
@@ -141,7 +147,7 @@ def draw_sample(
         sample = Sample(np.array(ids, np.int32), _all_but_first(len(ids)))
     else:
         conversation = gold_conversation(mix.draw(split, settings.seed, number))
-        dialogue = Dialogue(conversation.messages, (1.0,) * len(conversation.messages))
+        dialogue = Dialogue(conversation.messages, (1.0,) * len(conversation.messages), None)
         # One turn with its tools is one sample, since no thought of it is left out.
         expanded = next(expand(dialogue, tokenizer, TrainRules("all"), drop_analysis="never"))
         weights_L = expanded.weights_L
@@ -155,6 +161,14 @@ def _all_but_first(length: int) -> np.ndarray[Any, np.dtype[np.float32]]:
     weights_L = np.ones(length, np.float32)
     weights_L[0] = 0
     return weights_L
+
+
+def _last_weights(folder: Path) -> Mapping[str, Tensor]:
+    checkpoints = Checkpoints(folder / "checkpoints", keep=1)
+    steps = checkpoints.steps()
+    if not steps:
+        raise NotFoundError(f"{folder} has no checkpoint of a run to begin with")
+    return checkpoints.load(steps[-1]).trainable
 
 
 def _held_out(settings: PretrainConfig, mix: TaskMix, tokenizer: Tokenizer) -> list[TrainBatch]:
