@@ -15,6 +15,9 @@ The only file that reads `os.environ`. The TOML file is the one named by OSSIA_C
     url = "https://tracker.example.com/mcp"
     headers = { Authorization = "Bearer ${TRACKER_TOKEN}" }
 
+    [adapters]                                  # LoRA adapters, by the names that clients choose them by
+    polite = "/srv/adapters/polite"
+
 `${NAME}` in a server's texts is the environment variable NAME, so that the file holds no secret.
 """
 
@@ -62,6 +65,7 @@ class McpServer:
 
 
 _GIB = Size(1 << 30)
+_2_GIB = Size(2 << 30)
 _4_GIB = Size(4 << 30)
 _32_MIB = Size(32 << 20)
 
@@ -84,6 +88,12 @@ class Config:
     """Most memory that keys and values may take, such as 2GiB; never exceeded."""
     max_context: int = 0
     """Longest prompt and answer together, in tokens; 0 takes what the model allows and kv_memory holds."""
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    """LoRA adapters by name, each the path of a folder that PEFT or ossia wrote."""
+    adapter_dir: str = ""
+    """Folder that clients of the server may load more adapters from while it runs; empty allows none."""
+    adapter_memory: Size = _2_GIB
+    """Most memory that all adapters may take together; one that does not fit is refused."""
     host: str = "127.0.0.1"
     """Address that the server listens on; one that others reach needs key_file, or open_to_all."""
     port: int = 8000
@@ -269,6 +279,8 @@ def _convert(source: str, value: Any, hint: Any) -> Any:
     """A value of the setting's type, from TOML's types or from text; ``source`` opens the error's message."""
     if hint == Mapping[str, McpServer]:
         return _read_servers(source, value)
+    if hint == Mapping[str, str]:
+        return _read_adapters(source, value)
     if get_origin(hint) is Literal:
         if value in get_args(hint):
             return value
@@ -286,6 +298,39 @@ def _convert(source: str, value: Any, hint: Any) -> Any:
         pass
     expected = {Size: "a size such as 2GiB", int: "a whole number, 0 or more", str: "text"}[hint]
     raise ConfigError(f"{source} is {value!r}; expected {expected}")
+
+
+_ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}")
+
+
+def _read_adapters(source: str, value: Any) -> dict[str, str]:
+    """Names and paths from a table, or from texts "name=path", with commas between them in one text."""
+    pairs: list[tuple[str, Any]]
+    if isinstance(value, Mapping):
+        pairs = list(value.items())
+    elif isinstance(value, str | list | tuple):
+        texts = [one.strip() for one in value.split(",")] if isinstance(value, str) else list(value)
+        pairs = []
+        for text in texts:
+            name, equals, path = str(text).partition("=")
+            if not equals:
+                raise ConfigError(f"{source} is {text!r}; expected NAME=PATH")
+            pairs.append((name, path))
+    else:
+        raise ConfigError(f"{source} is {value!r}; expected a table of names and paths")
+    adapters: dict[str, str] = {}
+    for name, path in pairs:
+        if not isinstance(name, str) or not _ADAPTER_NAME.fullmatch(name):
+            raise ConfigError(
+                f"{source}: an adapter is named {name!r}; expected a letter or digit and up to 127 more, or any of . _ "
+                ": / @ -"
+            )
+        if not isinstance(path, str | Path) or not str(path):
+            raise ConfigError(f"{source}: the path of adapter {name!r} is {path!r}; expected a folder")
+        if name in adapters:
+            raise ConfigError(f"{source}: two adapters are named {name!r}; give each a name of its own")
+        adapters[name] = str(path)
+    return adapters
 
 
 _SERVER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")

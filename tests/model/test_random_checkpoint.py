@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from ossia.errors import InputError, UnavailableError
 from ossia.harmony.tokenizer import Tokenizer
 from ossia.model import random_checkpoint
+from ossia.model.checkpoint_writer import plan_shards, tensor_bytes
 from ossia.model.config import ModelConfig
 from ossia.model.inspection import count_parameters, verify_checkpoint
 from ossia.model.layouts import SAFETENSORS
@@ -111,14 +112,14 @@ def test_weights_have_the_deviation_that_keeps_outputs_of_order_one(tmp_path):
 )
 def test_the_published_shapes_have_the_published_number_of_bytes_and_shards(shape, num_bytes, num_shards):
     # 20b: metadata.total_size of the published model.safetensors.index.json. 120b: the card's 60.8 GiB.
-    plan = random_checkpoint._plan(SHAPES[shape], SAFETENSORS["hf"])
-    assert sum(random_checkpoint._size_bytes(tensor) for file in plan.values() for tensor in file.values()) == num_bytes
-    assert len(plan) == num_shards
+    tensors = random_checkpoint._tensors(SHAPES[shape], SAFETENSORS["hf"])
+    assert sum(map(tensor_bytes, tensors.values())) == num_bytes
+    assert len(plan_shards(tensors)) == num_shards
 
 
 def test_a_large_checkpoint_is_spread_over_shards_and_read_back(tmp_path, monkeypatch, logits_of):
     whole = write_random_checkpoint(tmp_path / "whole", SMALL)
-    monkeypatch.setattr(random_checkpoint, "_SHARD_BYTES", 50_000)
+    monkeypatch.setattr(random_checkpoint, "SHARD_BYTES", 50_000)
     shards = write_random_checkpoint(tmp_path / "shards", SMALL)
     index = json.loads((shards / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == Checkpoint.open(whole).tensors.keys()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import gguf
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -15,10 +16,11 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from ossia.errors import InputError
 from ossia.ops import Mxfp4
-from ossia.ops.mxfp4 import dequantize, pack_codes, quantize, unpack_codes
+from ossia.ops.mxfp4 import dequantize, pack_codes, quantize, reorder, unpack_codes
 
 MAGNITUDES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 ORDERS = ["pairs", "halves"]
+RULES = ["floor", "best"]
 
 
 def value_of(code: int, scale: int) -> float:
@@ -108,7 +110,7 @@ def scale_of(values: list[float]) -> int:
 
 
 def assert_nearest(block: list[float]) -> None:
-    quantized = quantize(np.array(block))
+    quantized = quantize(np.array(block), "floor")
     scale = scale_of(block)
     assert quantized.scales.tolist() == [scale]
     got = dequantize(quantized, np.float64)
@@ -145,9 +147,104 @@ def test_magnitudes_beyond_the_largest_become_the_largest():
     assert got[:2].tolist() == [6 * 2.0**127, -6 * 2.0**127]
 
 
-def test_quantising_what_was_quantised_changes_nothing():
-    numbers = dequantize(quantize(np.random.default_rng(0).standard_normal((4, 64))))
-    np.testing.assert_array_equal(dequantize(quantize(numbers)), numbers)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_quantising_what_was_quantised_changes_no_bit(dtype, rule):
+    for deviation in (1e-40, 0.02, 1.0, 1e30):
+        values = (np.random.default_rng(0).standard_normal((400, 64)) * deviation).astype(dtype)
+        once = quantize(values, rule)
+        again = quantize(dequantize(once, dtype), rule)
+        np.testing.assert_array_equal(again.scales, once.scales)
+        np.testing.assert_array_equal(again.blocks, once.blocks)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("scale", [0, 1, 2, 3, 126, 127, 128, 251, 252, 253, 254])
+def test_every_code_of_every_scale_comes_back_with_the_same_bits(scale, rule):
+    codes = np.random.default_rng(scale).permuted(np.tile(np.arange(16, dtype=np.uint8), (50, 2)), axis=1)
+    matrix = Mxfp4(pack_codes(codes)[:, None], np.full((50, 1), scale, np.uint8))
+    back = quantize(dequantize(matrix, np.float64), rule)
+    np.testing.assert_array_equal(back.scales, matrix.scales)
+    np.testing.assert_array_equal(back.blocks, matrix.blocks)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("scale", [0, 1, 5, 127, 254])
+def test_numbers_on_the_grid_stay_the_same_also_where_another_scale_could_write_them(scale, rule):
+    random = np.random.default_rng(0)
+    for largest in range(1, 8):
+        codes = (random.integers(0, largest + 1, (50, 32)) | random.integers(0, 2, (50, 32)) << 3).astype(np.uint8)
+        matrix = Mxfp4(pack_codes(codes)[:, None], np.full((50, 1), scale, np.uint8))
+        numbers = dequantize(matrix, np.float64)
+        back = dequantize(quantize(numbers, rule), np.float64)
+        np.testing.assert_array_equal(back, numbers)
+        np.testing.assert_array_equal(np.signbit(back), np.signbit(numbers))
+        same = quantize(numbers, rule, like=matrix)
+        np.testing.assert_array_equal(same.scales, matrix.scales)
+        np.testing.assert_array_equal(same.blocks, matrix.blocks)
+
+
+def test_only_blocks_that_are_alike_get_the_bits_of_what_they_are_like():
+    matrix = Mxfp4(np.full((2, 2, 16), 0x11, np.uint8), np.full((2, 2), 100, np.uint8))
+    numbers = dequantize(matrix)
+    numbers[1, 40] *= 2
+    got = quantize(numbers, like=matrix)
+    assert got.scales.tolist() == [[100, 100], [100, 98]]
+    np.testing.assert_array_equal(got.blocks[:, 0], matrix.blocks[:, 0])
+    np.testing.assert_array_equal(dequantize(got), numbers)
+    halves = reorder(matrix, "halves")
+    np.testing.assert_array_equal(quantize(numbers, like=halves).blocks, got.blocks)
+    # A sum turns a negative zero into a positive one; that is no change of the number.
+    negative = Mxfp4(np.full((1, 1, 16), 0x88, np.uint8), np.full((1, 1), 77, np.uint8))
+    again = quantize(dequantize(negative) + np.float32(0), like=negative)
+    assert again.scales.tolist() == [[77]] and again.blocks.tolist() == negative.blocks.tolist()
+    with pytest.raises(InputError, match=r"\(2, 64\) cannot be like MXFP4 of shape \(1, 32\)"):
+        quantize(numbers, like=negative)
+
+
+def squared_error(block: np.ndarray, scale: int) -> float:
+    return sum((value - nearest(value, scale)) ** 2 for value in block.tolist())
+
+
+@pytest.mark.parametrize("kind", ["normal", "uniform", "heavy", "small beside one large", "coarse"])
+def test_the_best_scale_has_the_least_error_of_all(kind):
+    random = np.random.default_rng(0)
+    num_changed = 0
+    for _ in range(30):
+        block = {
+            "normal": lambda: random.standard_normal(32),
+            "uniform": lambda: random.uniform(-1, 1, 32) * random.uniform(1, 2),
+            "heavy": lambda: random.standard_t(2, 32),
+            "small beside one large": lambda: np.append(np.full(31, 0.25), random.uniform(4, 5)),
+            "coarse": lambda: random.integers(-16, 17, 32) / 8,
+        }[kind]()
+        got, floor = quantize(block, "best"), quantize(block, "floor")
+        scale = int(got.scales[0])
+        errors = [squared_error(block, other) for other in range(100, 150)]
+        assert squared_error(block, scale) <= min(errors) * (1 + 1e-12)
+        assert dequantize(got, np.float64).tolist() == [nearest(value, scale) for value in block.tolist()]
+        assert scale == floor.scales[0] or squared_error(block, scale) < squared_error(block, int(floor.scales[0]))
+        num_changed += scale != floor.scales[0]
+    assert num_changed > 0
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32])
+def test_narrower_floats_become_the_same_bits_as_in_float64(dtype, rule):
+    values = np.random.default_rng(0).standard_normal((300, 64)).astype(dtype)
+    got, want = quantize(values, rule), quantize(values.astype(np.float64), rule)
+    np.testing.assert_array_equal(got.scales, want.scales)
+    np.testing.assert_array_equal(got.blocks, want.blocks)
+
+
+def test_reordering_nibbles_there_and_back_keeps_every_number():
+    for order, other in (ORDERS, reversed(ORDERS)):
+        matrix = random_matrix(order=order)
+        turned = reorder(matrix, other)
+        np.testing.assert_array_equal(turned.blocks, pack_codes(unpack_codes(matrix.blocks, order), other))
+        np.testing.assert_array_equal(dequantize(turned), dequantize(matrix))
+        np.testing.assert_array_equal(reorder(turned, order).blocks, matrix.blocks)
+        assert reorder(matrix, order) is matrix
 
 
 def test_a_block_of_zeros_has_scale_zero_and_stays_zero():

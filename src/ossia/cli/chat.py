@@ -49,6 +49,7 @@ def chat(
     seed: Annotated[
         int | None, typer.Option(min=-(2**62), max=2**62, help="The same seed gives the same conversation.")
     ] = None,
+    adapter: options.Adapter = None,
     date: options.Date = None,
     backend: options.Backend = None,
     threads: options.Threads = None,
@@ -87,6 +88,7 @@ def chat(
             "max_context": max_context,
         }
     )
+    settings, adapter_name = options.with_adapter(settings, adapter)
     current_date = checked_date(date) if date is not None else None
     names = list(dict.fromkeys(name.strip() for name in tools.split(",") if name.strip()))
     for one in names:
@@ -97,12 +99,12 @@ def chat(
     local = LocalModel.open(settings)
     if local.checkpoint.has_random_weights:
         print("ossia: the weights of this checkpoint are random: answers will be noise", file=sys.stderr)
-    name = Path(settings.model).name.removesuffix(".gguf")
+    name = adapter_name or Path(settings.model).name.removesuffix(".gguf")
     engine = AsyncEngine(local.engine)
     try:
         constrain = Grammars(GrammarCompiler(local.tokenizer))
         code = converse(
-            Model(name, engine, local.tokenizer, constrain=constrain),
+            Model(name, engine.through(adapter_name) if adapter_name else engine, local.tokenizer, constrain=constrain),
             data_folder=config.data_folder(),
             shows_reasoning=show_reasoning,
             when_full=when_full,

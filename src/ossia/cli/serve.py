@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,6 +27,14 @@ def serve(
         int | None, typer.Option(min=0, help="Port to listen on; 0 for a free one. [default: 8000]")
     ] = None,
     name: Annotated[str, typer.Option(help="What clients call the model; the checkpoint's name by default.")] = "",
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help="Offer a LoRA adapter, which clients choose as a model; repeatable."),
+    ] = None,
+    adapter_dir: Annotated[
+        str | None, typer.Option(help="Let clients load adapters from this folder, and unload any. [default: none]")
+    ] = None,
+    adapter_memory: options.AdapterMemory = None,
     store: Annotated[
         str | None, typer.Option(help="Keep responses at this SQLAlchemy URL. [default: a file in the data folder]")
     ] = None,
@@ -88,6 +97,9 @@ def serve(
     settings = config.load(
         {
             "model": model or None,
+            "adapters": adapter or None,
+            "adapter_dir": adapter_dir,
+            "adapter_memory": adapter_memory,
             "host": host,
             "port": port,
             "store": store,
@@ -189,10 +201,12 @@ def _open(settings: Config, keys: object, name: str, tools: Toolboxes) -> Servic
     from ossia.config import data_folder
     from ossia.engine import AsyncEngine
     from ossia.engine.masks import GrammarCompiler
+    from ossia.errors import ConfigError
     from ossia.local import LocalModel
     from ossia.responses.constrain import Grammars
     from ossia.responses.loop import Budget, Model
     from ossia.responses.seal import Seal
+    from ossia.server.adapters import Adapters
     from ossia.server.limits import Admission, Keys, Rates
     from ossia.server.service import Service
     from ossia.server.store import Store
@@ -207,7 +221,10 @@ def _open(settings: Config, keys: object, name: str, tools: Toolboxes) -> Servic
         max_bytes=settings.store_size,
         server=f"{socket.gethostname()}:{settings.port}",
     )
-    local = LocalModel.open(settings)
+    adapter_dir = Path(settings.adapter_dir).expanduser() if settings.adapter_dir else None
+    if adapter_dir is not None and not adapter_dir.is_dir():
+        raise ConfigError(f"adapter_dir is {settings.adapter_dir!r}, which is no folder", param="adapter_dir")
+    local = LocalModel.open(dataclasses.replace(settings, adapters={}))
     if local.checkpoint.has_random_weights:
         print("ossia: the weights of this checkpoint are random: answers will be noise", file=sys.stderr)
     called = name or Path(settings.model).name.removesuffix(".gguf")
@@ -216,10 +233,15 @@ def _open(settings: Config, keys: object, name: str, tools: Toolboxes) -> Servic
     budget = Budget(settings.max_tool_calls, settings.max_tool_seconds)
     seal = Seal.at(folder / "seal.key")
     model = Model(called, engine, local.tokenizer, seal, constrain=constrain, budget=budget)
+    aliases = _aliases(called)
+    adapters = Adapters(engine, local.read_adapter, taken=(called, *aliases), folder=adapter_dir)
+    for adapter_name, path in settings.adapters.items():
+        adapters.load(adapter_name, Path(path), model)
     service = Service(
         model,
         store,
-        aliases=_aliases(called),
+        aliases=aliases,
+        adapters=adapters,
         keys=keys,
         rates=Rates(settings.max_per_minute),
         admission=Admission(settings.max_running, settings.max_queued),
@@ -262,6 +284,8 @@ async def _serve(service: Service, settings: Config, required: list[str]) -> Non
     print(f"ossia: tools: {', '.join(on) or 'none'}", file=sys.stderr)
     for name, reason in off.items():
         print(f"ossia: {name} is off: {reason}", file=sys.stderr)
+    if service.adapters is not None and service.adapters.offered:
+        print(f"ossia: adapters: {', '.join(service.adapters.offered)}", file=sys.stderr)
     print(f"ossia: serving {service.model.name} on http://{settings.host}:{settings.port}/v1", file=sys.stderr)
     config = uvicorn.Config(
         create_app(service),

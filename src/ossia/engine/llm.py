@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ossia.engine.engine import Engine
-from ossia.engine.request import FinishReason, SamplingParams, TokenOutput
+from ossia.engine.request import FinishReason, SamplingParams, Scored, TokenOutput
 from ossia.engine.stops import Stop
 from ossia.errors import InputError
 
@@ -33,6 +33,7 @@ class Completion:
     # As the others, empty if they were not asked for.
     drawn_logprobs: tuple[float, ...] = ()
     routing: npt.NDArray[np.uint16] | None = None
+    prompt_logprobs: tuple[Scored, ...] = ()
 
 
 class LLM:
@@ -110,4 +111,5 @@ def _completion(outputs: list[TokenOutput]) -> Completion:
         num_cached_tokens=last.num_cached_tokens,
         drawn_logprobs=tuple(output.drawn_logprob for output in outputs if output.drawn_logprob is not None),
         routing=last.routing,
+        prompt_logprobs=outputs[0].prompt_logprobs,
     )

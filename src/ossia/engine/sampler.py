@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ossia.engine.request import Sequence
+from ossia.engine.request import Scored, Sequence
 from ossia.errors import OssiaError
 
 Floats = npt.NDArray[Any]
@@ -62,14 +62,14 @@ def sample(logits_V: Floats, sequence: Sequence, mask: npt.NDArray[np.uint32] | 
         drawn_logprob = kept.logprob(token_id) if params.drawn_logprobs else None
     if not params.logprobs and not params.top_logprobs:
         return Sampled(token_id, None, (), drawn_logprob)
+    return Sampled(token_id, *score(logits_V, token_id, params.top_logprobs), drawn_logprob)
+
+
+def score(logits_V: Floats, token_id: int, num_top: int) -> Scored:
+    """The log-probability of a token by the model itself, and the likeliest tokens in its place."""
     log_total = log_sum_exp(logits_V)
-    top = top_ids(logits_V, params.top_logprobs) if params.top_logprobs else ()
-    return Sampled(
-        token_id,
-        float(logits_V[token_id]) - log_total,
-        tuple((int(i), float(logits_V[i]) - log_total) for i in top),
-        drawn_logprob,
-    )
+    top = top_ids(logits_V, num_top) if num_top else ()
+    return Scored(float(logits_V[token_id]) - log_total, tuple((int(i), float(logits_V[i]) - log_total) for i in top))
 
 
 def uniform(seed: int, position: int) -> float:

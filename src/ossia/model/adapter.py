@@ -38,26 +38,11 @@ from ossia.errors import CheckpointError, NotFoundError
 from ossia.model.config import ModelConfig
 from ossia.model.config_file import read_json
 from ossia.model.safetensors_file import DTYPES, TensorEntry, header_bytes, map_file, read_header
+from ossia.ops import LoraPair
 
 Floats = npt.NDArray[Any]
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
-
-
-class LoraPair(NamedTuple):
-    """What is added to one matrix, or to each of a stack of experts: scaling * b a."""
-
-    a: Floats  # [.., r, I]
-    b: Floats  # [.., O, r]
-    scaling: float
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[-2]
-
-    def delta(self) -> npt.NDArray[np.float32]:
-        """What merging adds, float32 [.., O, I]."""
-        return np.float32(self.scaling) * (self.b.astype(np.float32) @ self.a.astype(np.float32))
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,12 +19,9 @@ sqrt(1 + L / 2): 3.6 for 24 layers. Logits have standard deviation 1, so a sampl
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -35,19 +32,27 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from ossia.errors import InputError, UnavailableError
+from ossia.errors import InputError
 from ossia.harmony.tokenizer import Tokenizer
+from ossia.model.adapter import Adapter, matrix_shape
+from ossia.model.checkpoint_writer import (
+    SHARD_BYTES,
+    Progress,
+    Tensors,
+    new_path,
+    plan_shards,
+    tensor_bytes,
+    write_index,
+    write_json,
+    write_safetensors,
+)
 from ossia.model.config import ModelConfig
 from ossia.model.config_file import RANDOM_WEIGHTS, generation_config, hugging_face_config, original_config
 from ossia.model.layouts import BYTES, HF, SAFETENSORS, Layout, LayoutName
-from ossia.model.safetensors_file import DTYPES, header_bytes
-from ossia.ops import Mxfp4
+from ossia.ops import LoraPair, Mxfp4
 from ossia.ops.mxfp4 import E2M1_VALUES, SCALE_BIAS, dequantize
 
 ShapeName = Literal["tiny", "20b", "120b"]
-Progress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all)."""
-
 SHAPES: dict[ShapeName, ModelConfig] = {
     # The true vocabulary; embedding and unembedding are nearly all of its 25 MB.
     "tiny": ModelConfig(
@@ -59,7 +64,6 @@ SHAPES: dict[ShapeName, ModelConfig] = {
 
 # Beyond every published model; the plan of files is made before the disk is looked at, and takes memory.
 _MAX_LAYERS = 1000
-_SHARD_BYTES = 5_000_000_000
 _CHUNK_BYTES = 16 << 20
 # config.json, index, headers and tokenizer.json together stay below this.
 _SIDE_FILES_BYTES = 64 << 20
@@ -86,35 +90,56 @@ def write_random_checkpoint(
     config = _config(shape, num_layers)
     if layout not in SAFETENSORS:
         raise InputError(f"unknown layout {layout!r}; expected one of: {', '.join(SAFETENSORS)}")
-    if out.name in ("", ".."):
-        raise InputError(f"{out} names no new folder. Give the name of one, such as {out / 'random'}.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} is there already and not empty. Give a new folder.")
-    shards = _plan(config, SAFETENSORS[layout])
-    total_bytes = sum(size for shard in shards.values() for size in map(_size_bytes, shard.values()))
-    _check_disk(out, total_bytes + _SIDE_FILES_BYTES)
-
-    partial = out.parent / f".{out.name}.{os.getpid()}.partial"
-    folder = partial / "original" if layout == "original" else partial
-    folder.mkdir(parents=True)
-    try:
+    tensors = _tensors(config, SAFETENSORS[layout])
+    total_bytes = sum(map(tensor_bytes, tensors.values()))
+    # original/ is one file in the published repositories.
+    shards = plan_shards(tensors, total_bytes if layout == "original" else SHARD_BYTES)
+    with new_path(out, total_bytes + _SIDE_FILES_BYTES) as partial:
+        folder = partial / "original" if layout == "original" else partial
+        folder.mkdir(parents=True)
         source = _Source(config, seed)
         done_bytes = 0
-        for file_name, tensors in shards.items():
-            with open(folder / file_name, "wb") as file:
-                file.write(header_bytes(tensors))
-                for name in tensors:
-                    for piece in source.pieces(name, layout):
-                        file.write(piece.tobytes())
-                        done_bytes += piece.nbytes
-                        if progress is not None:
-                            progress(done_bytes, total_bytes)
-        _write_side_files(partial, folder, config, layout, shards, total_bytes, tokenizer_json)
-        partial.replace(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+
+        def written(size_bytes: int) -> None:
+            nonlocal done_bytes
+            done_bytes += size_bytes
+            if progress is not None:
+                progress(done_bytes, total_bytes)
+
+        for file_name, shard in shards.items():
+            write_safetensors(folder / file_name, shard, lambda name: source.pieces(name, layout), written)
+        write_index(folder, shards)
+        _write_side_files(partial, folder, config, layout, tokenizer_json)
     return out
+
+
+def random_adapter(
+    config: ModelConfig,
+    *,
+    rank: int = 8,
+    expert_rank: int = 0,
+    outer: bool = False,
+    name: str = "random",
+    seed: int = 0,
+) -> Adapter:
+    """An adapter of all attention matrices and routers, of the experts with ``expert_rank`` above 0, and with ``outer``
+    of embedding and unembedding. What it adds is about a tenth of what it is added to.
+    """
+    parts = ["q", "k", "v", "o", "router", *(["experts.gate", "experts.up", "experts.down"] if expert_rank else [])]
+    keys = [f"layers.{i}.{part}" for i in range(config.num_layers) for part in parts]
+    pairs: dict[str, LoraPair] = {}
+    for key in [*keys, *(["embedding", "unembedding"] if outer else [])]:
+        *stack, num_outputs, num_inputs = matrix_shape(key, config) or ()
+        of_key = np.random.default_rng([seed, zlib.crc32(key.encode())])
+        r = expert_rank if ".experts." in key else rank
+        deviation = 1.0 if key == "embedding" else 1 / math.sqrt(num_inputs)
+        a = of_key.standard_normal((*stack, r, num_inputs), np.float32) * np.float32(deviation)
+        if key.endswith(".up"):
+            # One matrix for both, as in every adapter of PEFT's.
+            a = pairs[key.removesuffix("up") + "gate"].a
+        b = of_key.standard_normal((*stack, num_outputs, r), np.float32) * np.float32(0.1 / math.sqrt(r))
+        pairs[key] = LoraPair(a, b, 1.0)
+    return Adapter(name, rank, rank, pairs)
 
 
 def _config(shape: ShapeName | ModelConfig, num_layers: int | None) -> ModelConfig:
@@ -133,42 +158,11 @@ def _config(shape: ShapeName | ModelConfig, num_layers: int | None) -> ModelConf
     return config
 
 
-Tensors = dict[str, tuple[str, tuple[int, ...]]]
-"""Names to dtype and shape, in the order of a file."""
-
-
-def _plan(config: ModelConfig, layout: Layout) -> dict[str, Tensors]:
-    """Which tensors go to which file: shards of about 5 GB, but for original/, which is one file."""
-    shards: list[Tensors] = [{}]
-    shard_bytes = 0
-    for name, expected in layout.expected(config).items():
-        tensor = ("U8" if expected.dtypes == BYTES else "BF16", expected.shape)
-        size = _size_bytes(tensor)
-        if shards[-1] and shard_bytes + size > _SHARD_BYTES and layout.name != "original":
-            shards.append({})
-            shard_bytes = 0
-        shards[-1][name] = tensor
-        shard_bytes += size
-    # Wider dtypes first: every tensor is then aligned.
-    aligned = [dict(sorted(shard.items(), key=lambda item: -DTYPES[item[1][0]].itemsize)) for shard in shards]
-    if len(aligned) == 1:
-        return {"model.safetensors": aligned[0]}
-    return {f"model-{i:05}-of-{len(aligned):05}.safetensors": shard for i, shard in enumerate(aligned, 1)}
-
-
-def _size_bytes(tensor: tuple[str, tuple[int, ...]]) -> int:
-    dtype, shape = tensor
-    return math.prod(shape) * DTYPES[dtype].itemsize
-
-
-def _check_disk(out: Path, needed_bytes: int) -> None:
-    parent = next(folder for folder in out.absolute().parents if folder.is_dir())
-    free_bytes = shutil.disk_usage(parent).free
-    if free_bytes < needed_bytes:
-        raise UnavailableError(
-            f"{out} needs {needed_bytes / 2**30:.1f} GiB, {parent} has {free_bytes / 2**30:.1f} GiB free. Free some "
-            "space or choose another disk."
-        )
+def _tensors(config: ModelConfig, layout: Layout) -> Tensors:
+    return {
+        name: ("U8" if expected.dtypes == BYTES else "BF16", expected.shape)
+        for name, expected in layout.expected(config).items()
+    }
 
 
 def _write_side_files(
@@ -176,29 +170,19 @@ def _write_side_files(
     folder: Path,
     config: ModelConfig,
     layout: LayoutName,
-    shards: dict[str, Tensors],
-    total_bytes: int,
     tokenizer_json: str | None,
 ) -> None:
     if layout == "original":
-        _write_json(folder / "config.json", original_config(config) | {RANDOM_WEIGHTS: True})
+        write_json(folder / "config.json", original_config(config) | {RANDOM_WEIGHTS: True})
     else:
         fields = hugging_face_config(config, mxfp4=layout == "hf")
-        _write_json(folder / "config.json", fields | {RANDOM_WEIGHTS: True})
-        _write_json(folder / "generation_config.json", generation_config(config))
-    if len(shards) > 1:
-        weight_map = {name: file_name for file_name, tensors in shards.items() for name in tensors}
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        _write_json(folder / "model.safetensors.index.json", index)
+        write_json(folder / "config.json", fields | {RANDOM_WEIGHTS: True})
+        write_json(folder / "generation_config.json", generation_config(config))
     tokenizer = Tokenizer.o200k_harmony()
     if tokenizer_json is None and config.vocab_size == tokenizer.vocab_size:
         tokenizer_json = tokenizer.to_tokenizer_json()
     if tokenizer_json is not None:
         (root / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 class _Source:

@@ -72,8 +72,8 @@ def hidden(
 ) -> Array:
     """x_RD of the rows that the batch asks for, as the unembedding takes them; the rest as in `forward`.
 
-    Training gives ``run``: called with the number of the layer, the function of a sublayer and its arguments, it returns
-    what the function would, and decides what is kept for the way back.
+    Training gives ``run``: called with the number of the layer, the function of a sublayer and its arguments, it
+    returns what the function would, and decides what is kept for the way back.
     """
     run = run or _run
     x_TD = ops.embed(weights.embedding, batch.token_ids_T)

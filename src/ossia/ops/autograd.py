@@ -1,15 +1,16 @@
 """The operations over torch, differentiable: what training computes with. Shapes: see `ossia.ops`.
 
-    experts     MXFP4 stays packed, in a mapped checkpoint or anywhere: one expert at a time becomes numbers, in a buffer
-                that the next one uses again, in the forward pass and again in the backward pass
+    experts     MXFP4 stays packed, in a mapped checkpoint or anywhere: one expert at a time becomes numbers, in a
+                buffer that the next one uses again, in the forward pass and again in the backward pass
     dense       frozen matrices stay in the checkpoint's dtype and are widened where they are multiplied
     LoRA        every matrix may have a pair beside it: y = W x + scaling * b (a x); only the pair gets a gradient
     attention   exact sinks; memory grows with the number of tokens, not with its square
     precision   matrix products and attention in ``dtype``; residual stream, norms, softmax, router, SwiGLU and the
                 log-probabilities in float32
 
-There is no cache: each sequence of a batch attends to its own tokens. Weights are modules, so that their parameters have
-owners: `Vector`, `Embedding`, `Linear`, `Experts`, each with frozen tensors as buffers and trained ones as parameters.
+There is no cache: each sequence of a batch attends to its own tokens. Weights are modules, so that their parameters
+have owners: `Vector`, `Embedding`, `Linear`, `Experts`, each with frozen tensors as buffers and trained ones as
+parameters.
 
 Sources: LoRA, arXiv:2106.09685; FlashAttention-2, arXiv:2307.08691, whose log-sum-exp the sinks join afterwards.
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import ml_dtypes
@@ -29,7 +31,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ossia.ops import Q8, SWIGLU_ALPHA, Batch, ExpertArrays, Mxfp4, Routing
+from ossia.ops import Q8, SWIGLU_ALPHA, Batch, ExpertArrays, ExpertLoras, LoraPair, Mxfp4, Routing
 from ossia.ops.mxfp4 import BLOCK, E2M1_VALUES, SCALE_BIAS
 
 Floats = npt.NDArray[Any]
@@ -98,6 +100,8 @@ class Packed(NamedTuple):
 class Experts(nn.Module):
     """The experts of a layer. The rows of gate come before those of up, whatever their order in the checkpoint."""
 
+    gate_up_EFD: Tensor
+    down_EDF: Tensor
     gate_up_bias_EF: Tensor
     down_bias_ED: Tensor
 
@@ -152,6 +156,8 @@ class AutogradOps:
         # Whether the experts' activations are kept for the backward pass, or computed again in it.
         self.keep_experts = keep_experts
         self.fake_quant = fake_quant
+        # Called with the logits_TE and the chosen experts_TA of each router, for losses that look at them.
+        self.on_route: Callable[[Tensor, Tensor], None] | None = None
         # Of all that is not in ``dtype``.
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -184,6 +190,12 @@ class AutogradOps:
             self.fake_quant if self.trained else None,
         )
 
+    def lora(self, pair: LoraPair) -> Any:
+        raise NotImplementedError("training has pairs of its own beside each matrix: see `ossia.train.lora`")
+
+    def expert_loras(self, loras: ExpertLoras) -> Any:
+        raise NotImplementedError("training has pairs of its own beside each matrix: see `ossia.train.lora`")
+
     def kv_cache(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> Any:
         raise NotImplementedError("training attends to the tokens of its batch and keeps no cache")
 
@@ -198,12 +210,11 @@ class AutogradOps:
         return x_TD if lora is None else x_TD + lora.scaling * (F.embedding(token_ids_T, lora.a.T) @ lora.b.T)
 
     def rms_norm(self, x_TD: Tensor, scale_D: Vector, eps: float) -> Tensor:
-        out_TD: Tensor = _RmsNorm.apply(x_TD, scale_D.value, eps)
-        return out_TD
+        return _apply(_RmsNorm, x_TD, scale_D.value, eps)
 
     def linear(self, x_TI: Tensor, weights: Linear) -> Tensor:
         x_TI = x_TI.to(weights.dtype)
-        out_TO: Tensor = _Linear.apply(x_TI, weights.weight_OI, weights.bias_O)
+        out_TO: Tensor = _apply(_Linear, x_TI, weights.weight_OI, weights.bias_O)
         lora = weights.lora
         if lora is None:
             return out_TO
@@ -219,8 +230,7 @@ class AutogradOps:
         return (angles_TP.cos() * concentration).to(self.wide), (angles_TP.sin() * concentration).to(self.wide)
 
     def rope(self, x_TQH: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
-        out_TQH: Tensor = _Rope.apply(x_TQH, cos_TP[:, None], sin_TP[:, None])
-        return out_TQH
+        return _apply(_Rope, x_TQH, cos_TP[:, None], sin_TP[:, None])
 
     def attention(
         self,
@@ -234,8 +244,7 @@ class AutogradOps:
     ) -> Tensor:
         assert cache is None, "training keeps no cache"
         starts = [int(start) for start in batch.query_starts_N1]
-        out_TQH: Tensor = _Attention.apply(q_TQH, k_TKH, v_TKH, sinks_Q.value, starts, window)
-        return out_TQH
+        return _apply(_Attention, q_TQH, k_TKH, v_TKH, sinks_Q.value, starts, window)
 
     def route(self, logits_TE: Tensor, num_active: int) -> Routing:
         # A stable sort gives equal logits to the lower index.
@@ -244,6 +253,8 @@ class AutogradOps:
 
     def replay(self, logits_TE: Tensor, experts_TA: Tensor) -> Routing:
         """The routing to experts that were chosen before, weighted after these logits."""
+        if self.on_route is not None:
+            self.on_route(logits_TE, experts_TA)
         weights_TA = logits_TE.gather(1, experts_TA).to(self.wide).softmax(dim=-1)
         return Routing(experts_TA, weights_TA)
 
@@ -252,8 +263,8 @@ class AutogradOps:
         pairs = [tensor for lora in loras for tensor in ((None, None) if lora is None else (lora.a, lora.b))]
         weights = [experts.gate_up_EFD, experts.down_EDF, experts.gate_up_bias_EF, experts.down_bias_ED]
         keep = self.keep_experts and torch.is_grad_enabled()
-        out_TD: Tensor = _Moe.apply(
-            x_TD, routing.weights_TA, routing.experts_TA, experts, limit, self.dtype, keep, *weights, *pairs
+        out_TD: Tensor = _apply(
+            _Moe, x_TD, routing.weights_TA, routing.experts_TA, experts, limit, self.dtype, keep, *weights, *pairs
         )
         return out_TD
 
@@ -261,18 +272,26 @@ class AutogradOps:
         """log softmax(unembed(x) / temperature)[target] of each row, float32 [R]. Logits exist a piece at a time."""
         lora = weights.lora
         pair = (None, None, 0.0) if lora is None else (lora.a, lora.b, lora.scaling)
-        logprobs_R: Tensor = _Logprobs.apply(
-            x_RD, targets_R, weights.weight_OI, *pair, 1.0 / temperature, weights.dtype, torch.is_grad_enabled()
+        logprobs_R: Tensor = _apply(
+            _Logprobs,
+            x_RD,
+            targets_R,
+            weights.weight_OI,
+            *pair,
+            1.0 / temperature,
+            weights.dtype,
+            torch.is_grad_enabled(),
         )
         return logprobs_R
 
     # Arrays of a checkpoint to tensors --------------------------------------------------------------------------------
 
     def _matrix(self, values: Floats | Q8) -> Tensor:
-        if isinstance(values, Q8):
-            numbers = values.values.astype(np.float32) * values.scales.astype(np.float32)[..., None]
-            values = numbers.reshape(values.shape)
-        return self._tensor(values, self.wide if self.trained or self.dtype == torch.float64 else None)
+        dtype = self.wide if self.trained or self.dtype == torch.float64 else None
+        if not isinstance(values, Q8):
+            return self._tensor(values, dtype)
+        numbers = values.values.astype(np.float32) * values.scales.astype(np.float32)[..., None]
+        return self._tensor(numbers.reshape(values.shape), dtype)
 
     def _tensor(self, values: Floats, dtype: torch.dtype | None = None) -> Tensor:
         tensor = _as_tensor(values).to(self.device, dtype)
@@ -292,6 +311,11 @@ class AutogradOps:
         for expert in range(len(numbers)):
             dequantize(packed, expert, numbers[expert])
         return numbers
+
+
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+    out: Tensor = function.apply(*arguments)  # type: ignore[no-untyped-call]
+    return out
 
 
 def dequantize(packed: Packed, expert: int, out_OI: Tensor) -> Tensor:
@@ -407,8 +431,8 @@ class _Attention(torch.autograd.Function):
     """Causal attention of each sequence over its own tokens, with sinks.
 
     A kernel that knows no sinks gives its output O and the log-sum-exp L of its scores. With the sink s the output is
-    O sigmoid(L - s) and the log-sum-exp L' = log(e^L + e^s); the kernel's own backward pass, given these two, then yields
-    the gradients of q, k and v, and that of the sink is -sum e^(s - L') (dO' . O').
+    O' = O sigmoid(L - s) and the log-sum-exp L' = log(e^L + e^s); the kernel's own backward pass, given these two, then
+    yields the gradients of q, k and v, and that of the sink is -sum e^(s - L') (dO' . O').
     """
 
     @staticmethod
@@ -452,7 +476,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _sequences(starts: Sequence[int]) -> Iterator[slice]:
-    return (slice(start, end) for start, end in zip(starts, starts[1:], strict=False) if end > start)
+    return (slice(start, end) for start, end in pairwise(starts) if end > start)
 
 
 def _kernel(own: slice, window: int | None) -> _Causal | _Banded:

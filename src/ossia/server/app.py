@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ossia.errors import LimitError, OssiaError, TooLargeError
 from ossia.responses.schema import Json
-from ossia.server import chat, completions, containers, messages, ollama, responses
+from ossia.server import adapters, chat, completions, containers, messages, ollama, responses
 from ossia.server.document import openapi, page
 from ossia.server.metrics import log_fields, log_request
 from ossia.server.service import Service
@@ -61,6 +61,7 @@ def create_app(service: Service) -> FastAPI:
         openapi_url=None,
     )
     document: Json | None = None
+    app.include_router(adapters.router(service.adapters, service.model))
     for part in (responses, chat, completions, containers, messages, ollama):
         app.include_router(part.router(service))
 

@@ -276,7 +276,7 @@ async def _compacted(service: Service, body: PromptRequest) -> Json:
     """A summary by the model itself, sealed; the user's own messages stay as they are."""
     history, read = await service.prepared(body)
     entries = [*history.entries, *read.entries]
-    text, used = await service.within_limits(summarize(service.model, entries))
+    text, used = await service.within_limits(summarize(service.model_of(body.model), entries))
     kept = [e.item for e in entries if e.item.get("type") == "message" and e.item.get("role") == "user"]
     sealed = Summary(text).sealed(service.model.seal)
     return {

@@ -56,6 +56,7 @@ _data = partial(setting, group="Data")
 _course = partial(setting, group="Course")
 _optimizer = partial(setting, group="Optimiser")
 _machine = partial(setting, group="Machine")
+_result = partial(setting, group="Trying the result")
 _record = partial(setting, group="Checkpoints and curves")
 
 
@@ -75,6 +76,11 @@ class TrainConfig:
         ("q", "k", "v", "o", "experts"), "What gets a pair: q k v o experts router embedding unembedding."
     )
 
+    fake_quant: bool = setting(
+        False,
+        "Full training: compute with what MXFP4 keeps of the experts, so that little is lost when it is exported.",
+    )
+
     seed: int = _course(0, "Order of the data, first values, dropout: the same seed gives the same run.", low=0)
     epochs: int = _course(1, "How often the data is gone through.", low=0)
     steps: int = _course(0, "Optimiser steps, in place of epochs; 0 goes by epochs.", low=0)
@@ -82,7 +88,9 @@ class TrainConfig:
         0, "Tokens that one optimiser step sees, gathered over passes; 0 makes each pass a step.", low=0
     )
 
-    optimizer: Literal["adamw", "muon"] = _optimizer("adamw", "AdamW; or Muon for inner matrices and AdamW for the rest.")
+    optimizer: Literal["adamw", "muon"] = _optimizer(
+        "adamw", "AdamW; or Muon for inner matrices and AdamW for the rest."
+    )
     learning_rate: float | None = _optimizer(
         None, "Highest learning rate; by default 2e-4 for LoRA and 2e-5 for full training.", low=0
     )
@@ -101,7 +109,9 @@ class TrainConfig:
     router_balance: float | None = _optimizer(
         None, "Weight of the loss that spreads tokens over experts; by default 1e-3 where routers train, else 0.", low=0
     )
-    max_skipped: int = _optimizer(10, "Steps without a finite gradient, in a row, that end the run.", low=1, is_free=True)
+    max_skipped: int = _optimizer(
+        10, "Steps without a finite gradient, in a row, that end the run.", low=1, is_free=True
+    )
 
     device: str = _machine("auto", "Where to train: cpu, cuda, cuda:1; auto takes a GPU if there is one.", is_free=True)
     threads: int = _machine(0, "Threads on the CPU; 0 takes all cores.", low=0, is_free=True)
@@ -138,6 +148,8 @@ class TrainConfig:
                 raise ConfigError(f"{field.name} is not set; give it in the recipe, or as {_flag(field.name)}")
         if not self.steps and not self.epochs:
             raise ConfigError("steps and epochs are both 0; one of them says how long to train")
+        if self.fake_quant and self.trainable != "full":
+            raise ConfigError("fake_quant is for trainable = full; with LoRA the experts stay in MXFP4 as they are")
         if self.trainable == "lora" and not self.targets:
             raise ConfigError("targets is empty; LoRA needs something to train, such as q,k,v,o,experts")
 
@@ -148,7 +160,9 @@ class DataSettings(TrainConfig):
 
     data: tuple[str, ...] = _data((), "JSONL files, or folders of them, to learn from.", is_required=True)
     validation: tuple[str, ...] = _data((), "Files of held-out rows; without them validation_share counts.")
-    validation_share: float = _data(0.0, "Share of the rows of data that is held out, by a hash of each.", low=0, high=0.9)
+    validation_share: float = _data(
+        0.0, "Share of the rows of data that is held out, by a hash of each.", low=0, high=0.9
+    )
     eval_tokens: int = _data(65_536, "Most tokens of held-out rows that an evaluation reads.", low=1)
     format: Literal["auto", "harmony", "openai", "sharegpt"] = _data("auto", "Format of the rows.")
     train: str = _data(
@@ -163,8 +177,14 @@ class DataSettings(TrainConfig):
         "refuse", "What becomes of a longer sample: an error, left out, or its oldest turns left out."
     )
     packing: Literal["best_fit", "buckets", "none"] = _data("best_fit", "How samples share a pass.")
-    skip_bad_rows: bool = _data(False, "Count rows that cannot be used and pass them by; otherwise the first is an error.")
+    skip_bad_rows: bool = _data(
+        False, "Count rows that cannot be used and pass them by; otherwise the first is an error."
+    )
     buffer_rows: int = _data(4096, "Rows that are held at once to be shuffled and packed.", low=1)
+    prompts: tuple[str, ...] = _result(
+        (), "Questions that the result is asked; by default some of the rows'.", is_free=True
+    )
+    prompt_tokens: int = _result(48, "Most tokens of each of its answers; 0 asks nothing.", low=0, is_free=True)
 
     @property
     def tokens_of_pass(self) -> int:
@@ -189,9 +209,6 @@ class DataSettings(TrainConfig):
 @dataclass(frozen=True, slots=True)
 class SftConfig(DataSettings):
     """Supervised fine-tuning: answers are to become likely."""
-
-    prompts: tuple[str, ...] = setting((), "Questions that the result is asked at the end; by default held-out ones.")
-    prompt_tokens: int = setting(48, "Most tokens of each of these answers; 0 asks nothing.", low=0, is_free=True)
 
 
 @dataclass(frozen=True, slots=True)

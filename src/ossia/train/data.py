@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -219,13 +219,18 @@ MAX_PROBLEMS = 100
 class SampleReader:
     """Lines to samples, under one configuration; ``report`` counts, and may be replaced at any time.
 
+    ``watch`` is called with what each row says, before it becomes samples.
+
     Raises InputError, with file and line, for a row or a sample that cannot be used, unless the configuration says to
     pass it by; and ConfigError for a setting that is no setting.
     """
 
-    def __init__(self, config: DataConfig, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, config: DataConfig, tokenizer: Tokenizer, *, watch: Callable[[Dialogue], None] | None = None
+    ) -> None:
         self.config = config
         self.report = ReadReport()
+        self._watch = watch
         self._tokenizer = tokenizer
         self._rules = TrainRules(config.train)
         self._efforts = _read_efforts(config.effort)
@@ -241,6 +246,8 @@ class SampleReader:
             dialogue = read_dialogue(row, form, self._defaults(line.data))
             if not any(dialogue.weights):
                 raise InputError("a row with nothing of the assistant's to train on")
+            if self._watch is not None:
+                self._watch(dialogue)
         except InputError as error:
             return self._bad(line, error)
         made = []
@@ -262,6 +269,8 @@ class SampleReader:
             row, form = self._row(line)
             pair = read_pair(row, form, self._defaults(line.data))
             sides = []
+            if self._watch is not None:
+                self._watch(pair.chosen)
             for name, dialogue in (("chosen", pair.chosen), ("rejected", pair.rejected)):
                 expanded = list(self._expand(dialogue))
                 if len(expanded) != 1:
@@ -275,11 +284,6 @@ class SampleReader:
             return []
         chosen, rejected = (self._sample(one, dialogue, line) for one, dialogue in sides)
         return [PairSample(chosen, rejected, line.number, line.file)]
-
-    def dialogue(self, line: Line) -> Dialogue:
-        """What a row says, before it becomes samples. Raises InputError."""
-        row, form = self._row(line)
-        return read_dialogue(row, form, self._defaults(line.data))
 
     def format_of(self, file: str) -> Format:
         """The format of a file: the configured one, or that of its first row that has one. Raises InputError."""
@@ -305,8 +309,8 @@ class SampleReader:
         # A row without an answer has no channel that would tell.
         if found != form and (found, form) != ("openai", "harmony"):
             raise InputError(
-                f"a row of the format {found} in a file whose first row is of the format {form}; name the format of the "
-                "file, or part it"
+                f"a row of the format {found} in a file whose first row is of the format {form}; name the file's "
+                "format, or part it"
             )
         return row, form
 

@@ -12,6 +12,7 @@ Source: arXiv:2305.18290.
 from __future__ import annotations
 
 import hashlib
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -19,9 +20,9 @@ from torch import Tensor
 from ossia.train.config import DpoConfig
 from ossia.train.data import TrainBatch
 from ossia.train.fit import balance_of, fit, reference_passes, watched_router
+from ossia.train.lora import pairs_off
 from ossia.train.losses import dpo as dpo_terms
 from ossia.train.losses import nll_sum, sum_by_sequence
-from ossia.train.lora import pairs_off
 from ossia.train.module import Model
 from ossia.train.result import try_result, write_result
 from ossia.train.run import Outcome, Say
@@ -47,7 +48,7 @@ def dpo(settings: DpoConfig, *, resume: bool = False, say: Say) -> Outcome:
 
     fitted = fit(settings, "pairs", objective, resume=resume, say=say)
     if not fitted.outcome.is_interrupted:
-        write_result(fitted, settings, say)
+        write_result(fitted.model, settings, say)
         try_result(fitted, settings, say)
     return fitted.outcome
 
@@ -100,8 +101,7 @@ class Preference:
         }
         loss_sum = found.loss_sum
         if self._sft_weight:
-            is_chosen_R = batch.samples_R % 2 == 0
-            weights_R = batch.weights_R * is_chosen_R
+            weights_R = torch.as_tensor(batch.weights_R) * (torch.as_tensor(batch.samples_R) % 2 == 0)
             nll = nll_sum(logprobs_R, weights_R) / weights_R.sum() * self.weight(batch)
             loss_sum = loss_sum + self._sft_weight * nll
             shown["chosen_nll"] = nll.item()
@@ -121,22 +121,25 @@ class Preference:
     def _reference(self, batch: TrainBatch) -> Tensor:
         if self._remembered:
             found = [self._remembered[name] for name in _names(batch)]
-            return torch.tensor(found, dtype=torch.float32, device=batch.weights_R.device)
+            return torch.tensor(found, dtype=torch.float32, device=self._model.ops.device)
         with pairs_off(self._model.weights):
             return _answers(batch, self._model.logprobs(batch.batch, batch.targets_R))
 
 
 def _answers(batch: TrainBatch, logprobs_R: Tensor) -> Tensor:
     """log p_S of each sample's trained tokens."""
-    return sum_by_sequence(logprobs_R * batch.weights_R, batch.samples_R.long(), batch.num_samples)
+    weights_R, samples_R = torch.as_tensor(batch.weights_R), torch.as_tensor(batch.samples_R).long()
+    return sum_by_sequence(logprobs_R * weights_R, samples_R, batch.num_samples)
 
 
 def _names(batch: TrainBatch) -> list[bytes]:
     """What stands for each sample: a digest of its tokens and of which are trained."""
-    tokens_T, starts_N1 = batch.batch.token_ids_T.cpu().numpy(), batch.batch.query_starts_N1.tolist()
-    rows_R, samples_R = batch.batch.logit_rows_R.cpu().numpy(), batch.samples_R.cpu().numpy()
+    held = batch.batch
+    tokens_T, rows_R, samples_R = (
+        torch.as_tensor(each).cpu().numpy() for each in (held.token_ids_T, held.logit_rows_R, batch.samples_R)
+    )
     names = []
-    for i, (start, end) in enumerate(zip(starts_N1, starts_N1[1:], strict=False)):
+    for i, (start, end) in enumerate(pairwise(held.query_starts_N1.tolist())):
         digest = hashlib.blake2b(tokens_T[start:end].tobytes(), digest_size=16)
         digest.update((rows_R[samples_R == i] - start).tobytes())
         names.append(digest.digest())

@@ -156,6 +156,8 @@ class _Rendered:
         self._messages = messages
         self._tokenizer = tokenizer
         self._pieces: dict[tuple[int, bool], npt.NDArray[np.int32]] = {}
+        # <|start|>assistant, which the prompt ends in.
+        self._num_opening = 1 + len(tokenizer.encode(str(Role.ASSISTANT)))
 
     def sample(self, stretch: _Stretch, weights: list[float], max_tokens: int, cut: bool) -> Expanded:
         indices = stretch.indices
@@ -177,6 +179,8 @@ class _Rendered:
         for span in spans:
             if span.sampled:
                 weights_L[span.start : span.end] = weights[bisect_right(starts, span.start) - 1]
+        begin = starts[indices.index(stretch.begin)]
+        weights_L[begin : begin + self._num_opening] = 0
         return Expanded(token_ids_L, weights_L, tuple(spans))
 
     def _shortened(self, stretch: _Stretch, lengths: list[int], max_tokens: int) -> list[int] | None:

@@ -1,16 +1,16 @@
 """What the methods have in common that learn from files: model, data, trainer, run, result.
 
-    read the settings and the data's first epoch       what is wrong with them is told before anything is loaded
-    open the model, print what is trained
-    train, evaluate, save                              `run.py`
-    write the result, and try it                       `result.py`
+read the settings and the data's first epoch       what is wrong with them is told before anything is loaded
+open the model, print what is trained
+train, evaluate, save                              `run.py`
+write the result, and try it                       `result.py`
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -25,8 +25,8 @@ from ossia.model.inspection import inspect_checkpoint
 from ossia.model.weights import Checkpoint
 from ossia.train.config import DataSettings, TrainConfig
 from ossia.train.data import DataConfig, TrainBatch, to_batch
-from ossia.train.losses import balance_sum
 from ossia.train.lora import LoraConfig
+from ossia.train.losses import balance_sum
 from ossia.train.module import Model
 from ossia.train.optimizers import Optimizer
 from ossia.train.run import Outcome, Run, RunFolder, Say, available_bytes
@@ -46,6 +46,7 @@ class Fitted(NamedTuple):
     outcome: Outcome
     model: Model
     tokenizer: Tokenizer
+    kind: Kind
     held_out: list[TrainBatch]
 
 
@@ -64,45 +65,46 @@ def fit(
     device = set_up_torch(settings)
     path = resolve_model(settings.model)
     tokenizer = Checkpoint.open(path).tokenizer()
-    with RunFolder(settings, resume=resume, inputs={"model": fingerprint(path)}) as folder:
-        with closing(StepFeed(settings, kind, tokenizer)) as feed:
-            if folder.resumed is not None:
-                num_steps = int(folder.resumed.state["num_steps"])
-            else:
-                num_steps = settings.steps or count_steps(settings, kind, tokenizer)
-            held_out = held_out_passes(settings, kind, tokenizer)
-            model = open_model(settings, path, device)
-            table(model, say)
-            needed_bytes = num_trained(model) * _CHECKPOINT_BYTES_PER_NUMBER
-            folder.check_space(needed_bytes * (settings.keep + 2))
-            _check_memory(num_trained(model) * (_BYTES_PER_NUMBER - 4), device, settings)
-            aim = objective(model)
-            trainer = Trainer(
-                aim,
-                make_optimizer(settings, model),
-                make_schedule(settings, num_steps),
-                highest_rate=settings.highest_rate,
-                clip=settings.clip,
-                max_skipped=settings.max_skipped,
-                device=device,
-            )
-            run = Run(
-                folder,
-                trainer,
-                feed,
-                num_steps=num_steps,
-                parameters=model.state(),
-                evaluate=(lambda: evaluate(model, aim, held_out, device)) if held_out else None,
-                say=say,
-            )
-            model.train()
-            outcome = run.train()
-            if outcome.reason == "early":
-                run.load_best()
-    return Fitted(outcome, model, tokenizer, held_out)
+    with ExitStack() as stack:
+        folder = stack.enter_context(RunFolder(settings, resume=resume, inputs={"model": fingerprint(path)}))
+        feed = stack.enter_context(closing(StepFeed(settings, kind, tokenizer)))
+        if folder.resumed is not None:
+            num_steps = int(folder.resumed.state["num_steps"])
+        else:
+            num_steps = settings.steps or count_steps(settings, kind, tokenizer)
+        held_out = held_out_passes(settings, kind, tokenizer)
+        model = open_model(settings, path, device)
+        table(model, say)
+        needed_bytes = num_trained(model) * _CHECKPOINT_BYTES_PER_NUMBER
+        folder.check_space(needed_bytes * (settings.keep + 2))
+        _check_memory(num_trained(model) * (_BYTES_PER_NUMBER - 4), device, settings)
+        aim = objective(model)
+        trainer = Trainer(
+            aim,
+            make_optimizer(settings, model),
+            make_schedule(settings, num_steps),
+            highest_rate=settings.highest_rate,
+            clip=settings.clip,
+            max_skipped=settings.max_skipped,
+            device=device,
+        )
+        run = Run(
+            folder,
+            trainer,
+            feed,
+            num_steps=num_steps,
+            parameters=model.state(),
+            evaluate=(lambda: evaluate(model, aim, held_out, device)) if held_out else None,
+            say=say,
+        )
+        model.train()
+        outcome = run.train()
+        if outcome.reason == "early":
+            run.load_best()
+    return Fitted(outcome, model, tokenizer, kind, held_out)
 
 
-# The machine and the model ----------------------------------------------------------------------------------------------
+# The machine and the model --------------------------------------------------------------------------------------------
 
 
 def set_up_torch(settings: TrainConfig) -> torch.device:
@@ -137,6 +139,7 @@ def open_model(settings: TrainConfig, path: Path, device: torch.device) -> Model
             trainable=settings.trainable,
             lora=lora_config(settings) if is_lora else None,
             checkpoint_activations=settings.recompute,
+            fake_quant=settings.fake_quant,
             seed=settings.seed,
         )
 
@@ -166,9 +169,7 @@ def make_optimizer(settings: TrainConfig, model: Model) -> Optimizer:
 
 def make_schedule(settings: TrainConfig, num_steps: int) -> Schedule:
     """The learning rate over the run."""
-    return Schedule.of_shares(
-        settings.schedule, num_steps, settings.warmup, settings.decay, settings.final_rate
-    )
+    return Schedule.of_shares(settings.schedule, num_steps, settings.warmup, settings.decay, settings.final_rate)
 
 
 def num_trained(model: Model) -> int:
@@ -183,8 +184,8 @@ def table(model: Model, say: Say) -> None:
     say(f"{'trained':<{width}}  tensors       numbers   share of all")
     for row in rows:
         say(f"{row.pattern:<{width}}  {row.num_tensors:>7}  {row.num_numbers:>12,}   {row.share:.4%}")
-    total = sum(row.num_numbers for row in rows)
-    say(f"{'together':<{width}}  {sum(row.num_tensors for row in rows):>7}  {total:>12,}   {sum(r.share for r in rows):.4%}")
+    num_tensors, num_numbers = sum(row.num_tensors for row in rows), sum(row.num_numbers for row in rows)
+    say(f"{'together':<{width}}  {num_tensors:>7}  {num_numbers:>12,}   {sum(row.share for row in rows):.4%}")
 
 
 def fingerprint(path: Path) -> str:
@@ -221,7 +222,7 @@ def _check_memory(needed_bytes: int, device: torch.device, settings: TrainConfig
         )
 
 
-# The data ---------------------------------------------------------------------------------------------------------------
+# The data -------------------------------------------------------------------------------------------------------------
 
 
 def data_config(settings: DataSettings) -> DataConfig:
@@ -313,6 +314,12 @@ def held_out_passes(settings: DataSettings, kind: Kind, tokenizer: Tokenizer) ->
     return passes
 
 
+def sample_passes(settings: DataSettings, kind: Kind, tokenizer: Tokenizer) -> list[TrainBatch]:
+    """The first pass of what is trained."""
+    with closing(open_stream(settings, kind, tokenizer, epochs=1)) as stream:
+        return [to_batch(next(stream))]
+
+
 def open_stream(
     settings: DataSettings,
     kind: Kind,
@@ -341,7 +348,7 @@ def reference_passes(settings: DataSettings) -> Iterator[TrainBatch]:
     yield from held_out_passes(settings, "pairs", tokenizer)
 
 
-# The objective ----------------------------------------------------------------------------------------------------------
+# The objective --------------------------------------------------------------------------------------------------------
 
 
 def evaluate(

@@ -75,20 +75,29 @@ class Pair(NamedTuple):
     num_prompt: int
 
 
+# Where the messages of a row may stand, in the order in which they are looked for.
+_PLACES = ("messages", "conversations", "conversation", "prompt", "chosen", "input")
+
+
 def detect(row: object) -> Format:
     """The format that a row is written in. Raises InputError for none of them."""
     fields = _fields(row)
-    messages = _first_list(fields, "messages", "conversations", "conversation", "prompt", "chosen", "input")
+    messages = _first_list(fields, *_PLACES)
     if messages is None:
         if isinstance(fields.get("prompt"), str) and ("completion" in fields or "chosen" in fields):
             return "openai"
+        for key in ("messages", "conversations"):
+            if key in fields:
+                raise InputError(f"{key} is {_shown(fields[key])}; expected a list of messages")
         raise InputError(
             f"a row with {_some(fields)}; expected 'messages' (harmony or OpenAI's chat format), 'conversations' "
             "(ShareGPT), or 'prompt' and 'completion'"
         )
-    given = [one for one in messages if isinstance(one, dict)]
+    given = [one for one in messages if isinstance(one, dict) and one.keys() & {"role", "from"}]
+    if not given:
+        raise InputError(f"messages are {_shown(messages)}; expected objects with a 'role', or 'from'")
     for key in ("completion", "chosen", "rejected"):
-        given += [one for one in fields.get(key) or () if isinstance(one, dict)]
+        given += [one for one in _spoken(fields.get(key), Role.ASSISTANT) if isinstance(one, dict)]
     if any("from" in one and "role" not in one for one in given):
         return "sharegpt"
     if any("channel" in one or "recipient" in one or isinstance(one.get("content"), dict) for one in given):
@@ -187,8 +196,9 @@ def _harmony(raw: list[Any], key: str, effort: Effort | None, told: Defaults) ->
         if not isinstance(one, dict):
             raise InputError(f"{where} is {_shown(one)}; expected an object")
         plain = {k: v for k, v in one.items() if k not in ("weight", "train") and v is not None}
-        weights.append(_weight(one, where))
         message = Message.from_dict(plain, where)
+        weight = _weight(one, where)
+        weights.append(weight if message.role is Role.ASSISTANT else 0.0)
         if message.role is Role.SYSTEM:
             message = _with_effort(message, one.get("content"), effort, where)
         if message.role is Role.ASSISTANT:
@@ -641,7 +651,7 @@ def _response_formats(fields: Json) -> tuple[ResponseFormat, ...]:
     return (ResponseFormat(inner.get("name") or "answer", inner["schema"], inner.get("description")),)
 
 
-_TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
+_TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 
 
 def _text(content: object, where: str) -> str:
@@ -655,7 +665,7 @@ def _text(content: object, where: str) -> str:
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
         text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else part
-        if not isinstance(text, str) or not (kind in _TEXT_PARTS or kind == "refusal" or isinstance(part, str)):
+        if not isinstance(text, str) or not (kind in _TEXT_PARTS or isinstance(part, str)):
             met = f"a part of type {kind!r}" if kind else _shown(part)
             raise InputError(f"{where}[{i}] is {met}; this model reads text only")
         texts.append(text)

@@ -16,14 +16,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
 from ossia.errors import InputError
+from ossia.model.adapter import Adapter
 from ossia.model.transformer import Weights
+from ossia.ops import LoraPair
 from ossia.ops.autograd import Embedding, Experts, Linear, Lora
 
 TARGETS = ("q", "k", "v", "o", "experts", "router", "embedding", "unembedding")
@@ -126,9 +130,77 @@ def add_pairs(weights: Weights, config: LoraConfig, num_active_experts: int, see
 
 
 def set_pair(place: Place, a: torch.Tensor, b: torch.Tensor, scaling: float, dropout: float = 0.0) -> None:
-    """Put a pair beside a matrix, on the matrix's device."""
-    device = next(place.owner.buffers()).device
-    setattr(place.owner, place.attribute, Lora(a.to(device), b.to(device), scaling, dropout))
+    """Put a pair beside a matrix, on the matrix's device, in float32; in float64 where the matrix is."""
+    held = [tensor for tensor in (*place.owner.buffers(), *place.owner.parameters()) if tensor.is_floating_point()]
+    dtype = torch.float64 if held[0].dtype == torch.float64 else torch.float32
+    a, b = (tensor.to(held[0].device, dtype) for tensor in (a, b))
+    setattr(place.owner, place.attribute, Lora(a, b, scaling, dropout))
+
+
+@contextmanager
+def pairs_off(weights: Weights) -> Iterator[None]:
+    """The model without its pairs, as it was before they were added."""
+    held = [(place, place.lora) for place in places(weights) if place.lora is not None]
+    try:
+        for place, _ in held:
+            setattr(place.owner, place.attribute, None)
+        yield
+    finally:
+        for place, lora in held:
+            setattr(place.owner, place.attribute, lora)
+
+
+def to_adapter(weights: Weights, config: LoraConfig, name: str) -> Adapter:
+    """The pairs as they are now, as float32 arrays of their own."""
+    pairs: dict[str, LoraPair] = {}
+    for place in places(weights):
+        if place.lora is None:
+            continue
+        a, b = (tensor.detach().to("cpu", torch.float32, copy=True).numpy() for tensor in (place.lora.a, place.lora.b))
+        experts, _, part = place.name.rpartition(".")
+        if part == "gate_up":
+            for half, rows in zip(("gate", "up"), np.split(b, 2, axis=1), strict=True):
+                pairs[f"{experts}.{half}"] = LoraPair(a, rows, place.lora.scaling)
+        else:
+            pairs[place.name] = LoraPair(a, b, place.lora.scaling)
+    return Adapter(name, config.rank, config.alpha, pairs)
+
+
+def set_adapter(weights: Weights, adapter: Adapter, dropout: float = 0.0) -> None:
+    """Put the pairs of an adapter beside their matrices, to train on from there, and no others.
+
+    Gate and up of an expert get one pair for both, whose rank is that of both together where each has an ``a`` of its
+    own.
+    """
+    rest = dict(adapter.pairs)
+    for place in places(weights):
+        experts, _, part = place.name.rpartition(".")
+        if part == "gate_up":
+            pair = _gate_up(rest.pop(f"{experts}.gate", None), rest.pop(f"{experts}.up", None))
+        else:
+            pair = rest.pop(place.name, None)
+        setattr(place.owner, place.attribute, None)
+        if pair is not None:
+            a, b = (torch.from_numpy(np.array(values, np.float32)) for values in (pair.a, pair.b))
+            assert (*b.shape[:-1], a.shape[-1]) == place.shape, f"{place.name} is {place.shape}"
+            set_pair(place, a, b, pair.scaling, 0.0 if place.target == "experts" else dropout)
+    if rest:
+        raise InputError(f"adapter {adapter.name} has pairs that match nothing in this model: {', '.join(rest)}")
+
+
+def _gate_up(gate: LoraPair | None, up: LoraPair | None) -> LoraPair | None:
+    if gate is None or up is None:
+        one = gate or up
+        if one is None:
+            return None
+        rows = [one.b.astype(np.float32), np.zeros(one.b.shape, np.float32)]
+        return LoraPair(one.a, np.concatenate(rows if up is None else rows[::-1], axis=1), one.scaling)
+    if gate.scaling == up.scaling and np.array_equal(gate.a, up.a):
+        return LoraPair(gate.a, np.concatenate([gate.b, up.b], axis=1), gate.scaling)
+    num_experts, num_rows = gate.b.shape[:2]
+    b = np.zeros((num_experts, 2 * num_rows, gate.rank + up.rank), np.float32)
+    b[:, :num_rows, : gate.rank], b[:, num_rows:, gate.rank :] = gate.b, up.b * np.float32(up.scaling / gate.scaling)
+    return LoraPair(np.concatenate([gate.a, up.a], axis=1), b, gate.scaling)
 
 
 def _is_chosen(place: Place, config: LoraConfig) -> bool:

@@ -1,4 +1,4 @@
-"""A model that learns: the parameters of a checkpoint over `AutogradOps`, and the one forward pass of `model.transformer`.
+"""A model that learns: the weights of a checkpoint over `AutogradOps`, and the one forward pass of `model.transformer`.
 
 Shapes: see `ossia.ops`. With "lora" the weights stay as they lie in the mapped checkpoint, experts packed, and pairs
 beside them are trained; with "full" every weight is a parameter in float32.
@@ -24,6 +24,7 @@ from ossia.model.weights import Checkpoint, load_weights
 from ossia.ops import Batch, Routing
 from ossia.ops.autograd import AutogradOps
 from ossia.train.lora import LoraConfig, add_pairs, places
+from ossia.train.quantize import fake_quantize
 
 Trainable = Literal["lora", "full"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -74,9 +75,10 @@ class Model(nn.Module):
         """Open a checkpoint for training.
 
         ``dtype`` is that of matrix products and attention. With ``trainable`` "lora", new pairs after ``lora`` (its
-        defaults if None) begin from ``seed``. ``checkpoint_activations``: keep a layer's inputs and compute the rest
-        again on the way back. ``fake_quant``: trained expert matrices are multiplied with what MXFP4 would keep of them.
-        Raises NotFoundError and CheckpointError as `Checkpoint.open`, InputError for options that do not go together.
+        defaults if None) begin from ``seed``. With ``checkpoint_activations`` a layer's inputs are kept and the rest is
+        computed again on the way back. With ``fake_quant`` a trained expert matrix is multiplied as MXFP4 would keep
+        it. Raises NotFoundError and CheckpointError as `Checkpoint.open`, InputError for options that do not go
+        together.
         """
         if trainable not in ("lora", "full"):
             raise InputError(f"trainable is {trainable!r}; expected one of: lora, full", param="trainable")
@@ -95,7 +97,7 @@ class Model(nn.Module):
             device,
             trained=trainable == "full",
             keep_experts=not checkpoint_activations,
-            fake_quant=_fake_quant() if fake_quant else None,
+            fake_quant=fake_quantize if fake_quant else None,
         )
         model = cls(source.config, ops, load_weights(source, ops), checkpoint_activations=checkpoint_activations)
         if trainable == "lora":
@@ -131,7 +133,7 @@ class Model(nn.Module):
         routing: Sequence[Routing] | None = None,
         temperature: float = 1.0,
     ) -> Tensor:
-        """log p(targets_R) of the rows that the batch asks for, float32 [R]; the logits of all rows never exist at once.
+        """log p(targets_R) of the rows that the batch asks for, float32 [R]. All their logits never exist at once.
 
         ``targets_R`` are token ids, a numpy array or a tensor.
         """
@@ -162,7 +164,7 @@ class Model(nn.Module):
 
     def _run(self, index: int, sublayer: Callable[..., Tensor], *arguments: Any) -> Tensor:
         is_attention = sublayer is transformer.attention
-        layer = self.layers[index]
+        layer: Any = self.layers[index]
         module = layer.attention if is_attention else layer.moe
         # Experts do for themselves what a checkpoint would: they keep their input and compute the rest again.
         if self.checkpoint_activations and is_attention and torch.is_grad_enabled():
@@ -280,9 +282,3 @@ def _named_modules(weights: Weights) -> Iterator[tuple[str, nn.Module]]:
 
 def _pattern(name: str) -> str:
     return ".".join("*" if part.isdecimal() else part for part in name.split("."))
-
-
-def _fake_quant() -> Callable[[Tensor], Tensor]:
-    from ossia.train.quantize import fake_quant_mxfp4
-
-    return fake_quant_mxfp4

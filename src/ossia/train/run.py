@@ -28,7 +28,7 @@ from typing import IO, Any, Generic, Literal, Protocol, Self
 import torch
 from torch import Tensor
 
-from ossia.errors import ConfigError, InputError, UnavailableError
+from ossia.errors import ConfigError, InputError
 from ossia.train.checkpoint import Checkpoints, Snapshot, open_run_folder
 from ossia.train.config import TrainConfig, as_dict, changed_settings
 from ossia.train.metrics import Metrics, Progress, open_sinks
@@ -178,9 +178,7 @@ class Run(Generic[B]):
                 tensorboard=self.settings.tensorboard,
                 wandb=self.settings.wandb,
             )
-            metrics = Metrics(
-                self.folder.path / "metrics.jsonl", last_step=self.trainer.num_steps_done, sinks=sinks
-            )
+            metrics = Metrics(self.folder.path / "metrics.jsonl", last_step=self.trainer.num_steps_done, sinks=sinks)
             stack.callback(metrics.close)
             progress = stack.enter_context(Progress(self.num_steps, self.trainer.num_steps_done))
             reason = self._loop(metrics, progress, interrupts)

@@ -8,6 +8,8 @@ experts besides; with frozen routers it is off, whatever the checkpoint's config
 
 from __future__ import annotations
 
+import torch
+
 from ossia.train.config import SftConfig
 from ossia.train.data import TrainBatch
 from ossia.train.fit import balance_of, fit, watched_router
@@ -20,12 +22,10 @@ from ossia.train.trainer import Terms
 
 def sft(settings: SftConfig, *, resume: bool = False, say: Say) -> Outcome:
     """Train, write the result into ``settings.out``, and try it. Raises OssiaError, saying what to do."""
-    fitted = fit(
-        settings, "samples", lambda model: Likelihood(model, settings.balance_weight), resume=resume, say=say
-    )
+    fitted = fit(settings, "samples", lambda model: Likelihood(model, settings.balance_weight), resume=resume, say=say)
     if not fitted.outcome.is_interrupted:
-        write_result(fitted, settings, say)
-        try_result(fitted, settings, say, prompts=settings.prompts, max_tokens=settings.prompt_tokens)
+        write_result(fitted.model, settings, say)
+        try_result(fitted, settings, say)
     return fitted.outcome
 
 
@@ -42,7 +42,7 @@ class Likelihood:
     def terms(self, batch: TrainBatch) -> Terms:
         with watched_router(self._model, is_wanted=self._balance_weight > 0) as seen:
             logprobs_R = self._model.logprobs(batch.batch, batch.targets_R)
-        loss_sum = nll_sum(logprobs_R, batch.weights_R)
+        loss_sum = nll_sum(logprobs_R, torch.as_tensor(batch.weights_R))
         if not seen:
             return Terms(loss_sum)
         balance = balance_of(seen)

@@ -216,6 +216,20 @@ class PackStream(Iterator[Pack]):
             )
 
 
+def count_packs(
+    path: str | Path | Sequence[str | Path],
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    *,
+    kind: Literal["samples", "pairs"] = "samples",
+    epochs: int = 1,
+) -> int:
+    """Packs that a `PackStream` gives to all ranks together; reads all of the data for it, as many times as epochs."""
+    stream = PackStream(path, config, tokenizer, max_tokens, kind=kind, epochs=epochs)
+    return sum(1 for _ in stream)
+
+
 def _weightless(pack: Pack) -> Pack:
     """The same tokens with nothing to be learnt from them."""
     return [_unweighted(one) for one in pack]  # type: ignore[return-value]  # a list of either kind stays one

@@ -186,8 +186,8 @@ def memory_errors() -> Iterator[None]:
         if not _is_memory(error):
             raise
         raise UnavailableError(
-            f"the memory is too small for this step ({str(error).splitlines()[0]}). Lower max_tokens (tokens of a pass; with "
-            "step_tokens the step stays as large), rank or expert_rank, keep recompute = true, or train with LoRA"
+            f"the memory is too small for this step ({str(error).splitlines()[0]}). Lower max_tokens, the tokens of a "
+            "pass (step_tokens keeps the step as large), rank or expert_rank, keep recompute = true, or train with LoRA"
         ) from error
 
 

@@ -9,9 +9,11 @@ from itertools import islice
 
 import pytest
 
+from ossia.cli import main
 from ossia.errors import ConfigError, InputError
 from ossia.harmony import Channel, Effort, Message, Role, Tokenizer, ToolNamespace, render_for_training
 from ossia.tools.functions import FunctionTools, tool
+from ossia.train.data import DataConfig, read_samples
 from ossia.train.tasks import (
     VALID_REWARD,
     Instance,
@@ -241,3 +243,18 @@ def test_a_task_that_cannot_be_had_is_an_error_that_says_what_to_do(names, optio
 def test_one_task_twice_is_refused():
     with pytest.raises(InputError, match="two tasks have one name"):
         make_mix(["arithmetic", "arithmetic"])
+
+
+def test_gold_transcripts_are_written_as_data_that_training_reads(tmp_path, capsys):
+    out = tmp_path / "gold.jsonl"
+    flags = ["--task", "arithmetic=2,calculator", "--count", "12", "--seed", "3"]
+    assert main(["train", "gold", str(out), *flags]) == 0, capsys.readouterr().err
+    assert len(out.read_text().splitlines()) == 12
+    tokenizer = Tokenizer.o200k_harmony()
+    samples = list(read_samples(out, DataConfig(shuffle=False), tokenizer))
+    assert len(samples) == 12
+    for sample in samples:
+        assert sample.num_trained > 0
+        assert sample.token_ids_L[-1] == tokenizer.special("<|return|>")
+    assert main(["train", "gold", str(out), *flags]) == 1
+    assert "is there already" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from typing import Any
 from ossia.errors import ConfigError
 from ossia.harmony import Effort
 from ossia.train.tasks.base import (
+    SPLITS,
     VALID_REWARD,
     Draw,
     Instance,
@@ -33,6 +34,7 @@ from ossia.train.tasks.base import (
 )
 
 __all__ = [
+    "SPLITS",
     "TASKS",
     "VALID_REWARD",
     "Draw",
