@@ -238,6 +238,25 @@ class Context {
     run([&] { kernels_->pack_q8(work_, source, first_row, q.data(), d.data()); });
   }
 
+  // `out` is float32, or uint16 for bfloat16.
+  void dequantize(const Matrix& stack, int64_t index, nb::handle out_OI) {
+    expect(stack.format == Format::kMxfp4Pairs || stack.format == Format::kMxfp4Halves, "dequantize: not an MXFP4 matrix");
+    expect(index >= 0, "dequantize: the index is below 0");
+    const Matrix source = stack.at(index);
+    const auto fits = [&](const auto& out) {
+      expect(out.shape(0) == source.rows && out.shape(1) == source.cols, "dequantize: shapes differ");
+    };
+    if (nb::cast<int64_t>(out_OI.attr("itemsize")) == 2) {
+      const Buffer<uint16_t> out(out_OI, 2);
+      fits(out);
+      run([&] { kernels_->dequantize(work_, source, nullptr, out.data()); });
+    } else {
+      const FloatsOut out(out_OI, 2);
+      fits(out);
+      run([&] { kernels_->dequantize(work_, source, out.data(), nullptr); });
+    }
+  }
+
   double read_bandwidth(int64_t num_bytes, int num_rounds) {
     double result = 0;
     run([&] { result = ossia::read_bandwidth(work_.pool, num_bytes, num_rounds); });
@@ -360,6 +379,7 @@ NB_MODULE(_kernels, m) {
       .def("attention", &Context::attention, "q_TQH"_a, "k_TKH"_a, "v_TKH"_a, "sinks_Q"_a, "cache"_a.none(), "positions_T"_a,
            "query_starts_N1"_a, "key_lengths_N"_a, "table_NB"_a, "window"_a, "out_TQH"_a)
       .def("pack_q8", &Context::pack_q8, "source"_a, "first_row"_a, "data"_a, "scales"_a)
+      .def("dequantize", &Context::dequantize, "stack"_a, "index"_a, "out_OI"_a)
       .def("read_bandwidth", &Context::read_bandwidth, "num_bytes"_a, "num_rounds"_a)
       .def("integer_peak", &Context::integer_peak, "num_rounds"_a);
 }

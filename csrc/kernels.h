@@ -158,6 +158,8 @@ struct Kernels {
   // Rows [first_row, first_row + rows) of a float matrix, or of Q8_0 blocks (int8 [row, b, 32], float16 [row, b]), into
   // the packed layout of a matrix of `cols` inputs; first_row is a multiple of tile_rows.
   void (*pack_q8)(Workspace&, const Matrix& source, int64_t first_row, int8_t* data, uint16_t* scales);
+  // The numbers of an MXFP4 matrix [rows, cols], exactly, as float32 or as bfloat16: one of the two is null.
+  void (*dequantize)(Workspace&, const Matrix& source, float* floats, uint16_t* bf16);
   // The instruction that the integer products are made of, in registers; gives the number of multiply-accumulates.
   double (*integer_products)(int64_t num_rounds);
 };

@@ -11,6 +11,6 @@
 namespace ossia::OSSIA_NS {
 
 extern const Kernels kernels;
-const Kernels kernels = {OSSIA_TEXT(OSSIA_NS), kTileRows, embed, rms_norm, rope, linear, moe, attention, pack_q8, integer_products};
+const Kernels kernels = {OSSIA_TEXT(OSSIA_NS), kTileRows, embed, rms_norm, rope, linear, moe, attention, pack_q8, dequantize, integer_products};
 
 }  // namespace ossia::OSSIA_NS

@@ -11,9 +11,11 @@ import torch
 from tests.ops import cases
 from torch.autograd import gradcheck
 
+from ossia import _kernels
 from ossia.ops import Mxfp4, mxfp4
 from ossia.ops import autograd as torch_ops
 from ossia.ops.autograd import AutogradOps, Lora
+from ossia.ops.cpu import ISAS
 from ossia.ops.reference import ReferenceOps
 
 REFERENCE = ReferenceOps(np.float64)
@@ -317,17 +319,23 @@ def test_swiglu_has_no_gradient_beyond_its_limits() -> None:
 
 @pytest.mark.parametrize("order", ["pairs", "halves"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_every_code_under_every_scale_becomes_its_number(dtype: torch.dtype, order: Any) -> None:
+@pytest.mark.parametrize("isa", [None, *(isa for isa in ISAS if _kernels.has_isa(isa))])
+def test_every_code_under_every_scale_becomes_its_number(dtype: torch.dtype, order: Any, isa: str | None) -> None:
     # Byte b of the blocks holds the codes b & 15 and b >> 4: 16 bytes a block, 16 blocks, 256 scales.
     blocks = np.broadcast_to(np.arange(256, dtype=np.uint8).reshape(16, 16), (1, 256, 16, 16))
     scales = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None], (256, 16))[None]
-    packed = OPS._packed(Mxfp4(blocks, scales, order))
-    out = torch_ops.dequantize(packed, 0, torch.empty(256, 512, dtype=dtype))
+    context = _kernels.Context(isa, 2) if isa else None
+    packed = torch_ops.Packed(Mxfp4(blocks, scales, order), torch.device("cpu"), context)
+    out = torch.empty(256, 512, dtype=dtype)
+    packed.dequantize(0, out)
     expected = mxfp4.dequantize(Mxfp4(blocks[0], scales[0], order), np.float64)
     if dtype != F64:
         # Numbers beyond the largest of the dtype.
         expected = torch.from_numpy(expected).to(dtype).double().numpy()
     np.testing.assert_array_equal(out.double().numpy(), expected)
+    # Zeros keep their signs.
+    finite = np.isfinite(expected)
+    np.testing.assert_array_equal(np.signbit(out.double().numpy())[finite], np.signbit(expected)[finite])
 
 
 # Log-probabilities ----------------------------------------------------------------------------------------------------

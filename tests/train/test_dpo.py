@@ -7,6 +7,7 @@ from contextlib import closing
 
 import pytest
 import torch
+from tests.train.tiny import TOKENIZER, preferences, write_model, write_rows
 
 from ossia.train import fit
 from ossia.train.config import DpoConfig, read_settings
@@ -14,7 +15,6 @@ from ossia.train.data import to_batch
 from ossia.train.dpo import Preference, dpo
 from ossia.train.metrics import read_metrics
 from ossia.train.trainer import Trainer, to_device
-from tests.train.tiny import TOKENIZER, preferences, write_model, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +45,7 @@ def _logprob_of_answers(model, batch):
     """By the whole logits of the model, one row after the other."""
     logprobs_RV = model(batch.batch).log_softmax(-1)
     sums = [0.0] * batch.num_samples
-    for row, (target, sample, weight) in enumerate(
-        zip(batch.targets_R, batch.samples_R, batch.weights_R, strict=True)
-    ):
+    for row, (target, sample, weight) in enumerate(zip(batch.targets_R, batch.samples_R, batch.weights_R, strict=True)):
         sums[sample] += weight * logprobs_RV[row, target].item()
     return sums
 

@@ -221,6 +221,8 @@ def test_a_held_out_loss_that_does_not_fall_ends_the_run_early_with_the_best_par
     held_out = {line["step"]: line["loss"] for line in _curve(out) if line["event"] == "evaluation" and line["step"]}
     assert outcome.best_step == min(held_out, key=held_out.get)
     assert outcome.step == outcome.best_step + 6
+    again = _train(settings, resume=True)
+    assert (again.reason, again.step) == ("early", outcome.step)
 
 
 def test_a_run_whose_numbers_leave_the_finite_ends_with_a_clear_error(folder, tmp_path):
@@ -255,6 +257,22 @@ def test_a_bad_row_is_told_with_its_line_before_anything_is_loaded(folder, tmp_p
     monkeypatch.setattr(fit, "open_model", lambda *a: pytest.fail("the model was opened"))
     with pytest.raises(InputError, match=r"rows\.jsonl:4"):
         _train(_settings(folder, tmp_path / "out", data=str(rows)))
+
+
+def test_rows_that_are_passed_by_are_told_with_their_lines(folder, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", stations(3))
+    rows.write_text(rows.read_text() + '{"messages": [{"role": "robot"}]}\n')
+    said = []
+    settings = _settings(folder, tmp_path / "out", data=str(rows), validation_share=0.0, skip_bad_rows=True, epochs=1)
+    sft(settings, say=said.append)
+    at = next(i for i, text in enumerate(said) if text.startswith("passed by: 1 rows"))
+    assert "rows.jsonl:4" in said[at + 1]
+
+
+def test_several_processes_are_told_to_be_one(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    with pytest.raises(UnavailableError, match="trains in one process"):
+        _train(_settings(folder, tmp_path / "out"))
 
 
 def test_a_target_that_matches_nothing_is_an_error(folder, tmp_path):

@@ -9,6 +9,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 import torch
+from tests.train.tiny import TOKENIZER, asked, stations, write_model, write_rows
 
 import ossia
 from ossia import ops as backends
@@ -22,7 +23,6 @@ from ossia.train.metrics import read_metrics
 from ossia.train.module import Model
 from ossia.train.sft import Likelihood, sft
 from ossia.train.trainer import Trainer
-from tests.train.tiny import TOKENIZER, asked, stations, write_model, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,9 @@ def test_the_balance_of_the_experts_is_never_read_from_the_checkpoint(model_path
         (folder / "config.json").write_text(json.dumps(config | {"router_aux_loss_coef": coefficient}))
         settings = _settings(folder, tmp_path / f"out-{coefficient}", ROWS, steps=2, targets="q,router")
         sft(settings, say=lambda text: None)
-        curves.append([(line["loss"], line["balance"]) for line in read_metrics(tmp_path / settings.out / "metrics.jsonl")])
+        curves.append(
+            [(line["loss"], line["balance"]) for line in read_metrics(tmp_path / settings.out / "metrics.jsonl")]
+        )
     assert curves[0] == curves[1] and len(curves[0]) == 2
     # Four experts, two of them used: 1 where all are used alike.
     assert all(1 <= balance < 2 for _, balance in curves[0])

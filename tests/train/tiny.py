@@ -58,6 +58,21 @@ def stations(num_rows: int) -> list[dict]:
     return [asked(f"Code of station {i}?", f"It is {i * 7919 % 1000:03}.") for i in range(num_rows)]
 
 
+def riddles() -> list[dict]:
+    """Rows that are easier to tell from each other."""
+    pairs = {
+        "Where does the cat sleep?": "On the mat.",
+        "Who sings at night?": "A small bird.",
+        "What burns and never eats?": "The sun.",
+        "How many legs has a spider?": "Eight.",
+        "Which month is the shortest?": "February, always.",
+        "Name a metal.": "Iron.",
+        "Say hello in Italian!": "Ciao!",
+        "Is it raining?": "No, look outside.",
+    }
+    return [asked(question, answer) for question, answer in pairs.items()]
+
+
 def preferences(num_rows: int) -> list[dict]:
     """Pairs in TRL's format: the same wrong word is always the worse one."""
     return [

@@ -21,7 +21,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -31,7 +31,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ossia.ops import Q8, SWIGLU_ALPHA, Batch, ExpertArrays, ExpertLoras, LoraPair, Mxfp4, Routing
+from ossia import _kernels
+from ossia.ops import Q8, SWIGLU_ALPHA, Batch, ExpertArrays, Mxfp4, Routing
+from ossia.ops.cpu import hold_mxfp4
 from ossia.ops.mxfp4 import BLOCK, E2M1_VALUES, SCALE_BIAS
 
 Floats = npt.NDArray[Any]
@@ -89,12 +91,24 @@ class Linear(nn.Module):
         self.lora: Lora | None = None
 
 
-class Packed(NamedTuple):
+class Packed:
     """MXFP4 matrices [E, O, I] as torch tensors; both may be strided views of a mapped file."""
 
-    blocks: Tensor
-    scales: Tensor
-    order: Literal["pairs", "halves"]
+    def __init__(self, matrices: Mxfp4, device: torch.device, kernels: _kernels.Context | None) -> None:
+        """``kernels`` None: numbers are made by torch, on any device."""
+        self.blocks, self.scales = (_as_tensor(part).to(device) for part in (matrices.blocks, matrices.scales))
+        self.order = matrices.order
+        self._kernels = kernels
+        self._held = None if kernels is None else hold_mxfp4(matrices)
+
+    def dequantize(self, expert: int, out_OI: Tensor) -> None:
+        """Write the numbers of one matrix: exact in float32, float64 and bfloat16; a NaN scale makes its block NaN."""
+        if self._kernels is None or self._held is None or out_OI.dtype == torch.float64:
+            dequantize(self.blocks[expert], self.scales[expert], self.order, out_OI)
+            return
+        is_bfloat16 = out_OI.dtype == torch.bfloat16
+        numbers = (out_OI.view(torch.int16) if is_bfloat16 else out_OI).numpy()
+        self._kernels.dequantize(self._held.matrix, expert, numbers.view(np.uint16) if is_bfloat16 else numbers)
 
 
 class Experts(nn.Module):
@@ -112,13 +126,17 @@ class Experts(nn.Module):
         gate_up_bias_EF: Tensor,
         down_bias_ED: Tensor,
         trained: bool,
-        fake_quant: FakeQuant | None = None,
+        fake_quant: FakeQuant | None,
+        num_experts: int,
+        first: int,
     ) -> None:
+        """``num_experts`` of the whole layer, of which this process holds those from ``first`` on."""
         super().__init__()
+        self.num_experts, self.first = num_experts, first
         self.packed_gate_up = gate_up if isinstance(gate_up, tuple) else None
-        self.packed_down = down if isinstance(down, tuple) else None
+        self.packed_down = down if isinstance(down, Packed) else None
         _hold(self, "gate_up_EFD", None if isinstance(gate_up, tuple) else gate_up, trained)  # [E, 2F, D]
-        _hold(self, "down_EDF", None if isinstance(down, tuple) else down, trained)
+        _hold(self, "down_EDF", None if isinstance(down, Packed) else down, trained)
         _hold(self, "gate_up_bias_EF", gate_up_bias_EF, trained)  # [E, 2F]
         _hold(self, "down_bias_ED", down_bias_ED, trained)
         self.fake_quant = fake_quant
@@ -127,8 +145,24 @@ class Experts(nn.Module):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(experts, 2F, D)."""
+        """(experts that this process holds, 2F, D)."""
         return (*self.gate_up_bias_EF.shape, self.down_bias_ED.shape[1])
+
+
+class Exchange(Protocol):
+    """Processes that hold a share of every layer's experts each: this one's number, and how tokens travel."""
+
+    rank: int
+    size: int
+
+    def send(self, rows_SD: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """Rows sorted by expert, ``counts_E`` for each, to the processes that hold these.
+
+        Gives the rows that came here, which of this process's experts each is for, and what `give_back` wants to know.
+        """
+
+    def give_back(self, rows_RD: Tensor, sent: Any) -> Tensor:
+        """Results of the rows that came, to where they came from; those of the rows that were sent, in their order."""
 
 
 class AutogradOps:
@@ -136,7 +170,7 @@ class AutogradOps:
 
     ``dtype`` is that of matrix products and attention, ``trained`` whether the weights themselves are parameters (in
     float32, or in float64 with that dtype) rather than frozen. ``fake_quant`` is applied to every expert matrix that is
-    trained. float64 is for tests.
+    trained. With ``exchange`` only this process's share of the experts is held. float64 is for tests.
     """
 
     name = "autograd"
@@ -149,13 +183,17 @@ class AutogradOps:
         trained: bool = False,
         keep_experts: bool = True,
         fake_quant: FakeQuant | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
         self.dtype = dtype
+        self.exchange = exchange
         self.device = torch.device(device)
         self.trained = trained
         # Whether the experts' activations are kept for the backward pass, or computed again in it.
         self.keep_experts = keep_experts
         self.fake_quant = fake_quant
+        is_cpu = self.device.type == "cpu"
+        self._kernels = _kernels.Context(_kernels.best_isa(), torch.get_num_threads()) if is_cpu else None
         # Called with the logits_TE and the chosen experts_TA of each router, for losses that look at them.
         self.on_route: Callable[[Tensor, Tensor], None] | None = None
         # Of all that is not in ``dtype``.
@@ -174,6 +212,10 @@ class AutogradOps:
         return Linear(self._matrix(weight_OI), bias, self.trained, self.dtype)
 
     def experts(self, arrays: ExpertArrays) -> Experts:
+        num_experts, first = len(arrays.down_bias_ED), 0
+        if self.exchange is not None:
+            first = num_experts // self.exchange.size * self.exchange.rank
+            arrays = _share(arrays, slice(first, first + num_experts // self.exchange.size))
         gate, up, down = arrays.gate, arrays.up, arrays.down
         if isinstance(gate, Mxfp4) and isinstance(up, Mxfp4) and not self.trained:
             gate_up: tuple[Packed, Packed] | Tensor = (self._packed(gate), self._packed(up))
@@ -188,13 +230,9 @@ class AutogradOps:
             self._tensor(arrays.down_bias_ED, self.wide),
             self.trained,
             self.fake_quant if self.trained else None,
+            num_experts,
+            first,
         )
-
-    def lora(self, pair: LoraPair) -> Any:
-        raise NotImplementedError("training has pairs of its own beside each matrix: see `ossia.train.lora`")
-
-    def expert_loras(self, loras: ExpertLoras) -> Any:
-        raise NotImplementedError("training has pairs of its own beside each matrix: see `ossia.train.lora`")
 
     def kv_cache(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> Any:
         raise NotImplementedError("training attends to the tokens of its batch and keeps no cache")
@@ -259,14 +297,25 @@ class AutogradOps:
         return Routing(experts_TA, weights_TA)
 
     def moe(self, x_TD: Tensor, routing: Routing, experts: Experts, limit: float) -> Tensor:
+        if self.exchange is None:
+            return self._moe(x_TD, routing, experts, limit)
+        sorted_S = routing.experts_TA.reshape(-1).argsort(stable=True)
+        tokens_S = sorted_S // routing.experts_TA.shape[1]
+        counts_E = torch.bincount(routing.experts_TA.reshape(-1), minlength=experts.num_experts)
+        came_RD, expert_R, sent = self.exchange.send(x_TD[tokens_S], counts_E)
+        alone = Routing(expert_R[:, None], torch.ones_like(came_RD[:, :1]))
+        out_SD = self.exchange.give_back(self._moe(came_RD, alone, experts, limit), sent)
+        weights_S1 = routing.weights_TA.reshape(-1)[sorted_S][:, None]
+        return torch.zeros_like(x_TD).index_add(0, tokens_S, out_SD * weights_S1)
+
+    def _moe(self, x_TD: Tensor, routing: Routing, experts: Experts, limit: float) -> Tensor:
         loras = [experts.gate_up_lora, experts.down_lora]
         pairs = [tensor for lora in loras for tensor in ((None, None) if lora is None else (lora.a, lora.b))]
         weights = [experts.gate_up_EFD, experts.down_EDF, experts.gate_up_bias_EF, experts.down_bias_ED]
         keep = self.keep_experts and torch.is_grad_enabled()
-        out_TD: Tensor = _apply(
+        return _apply(
             _Moe, x_TD, routing.weights_TA, routing.experts_TA, experts, limit, self.dtype, keep, *weights, *pairs
         )
-        return out_TD
 
     def logprobs(self, x_RD: Tensor, weights: Linear, targets_R: Tensor, temperature: float = 1.0) -> Tensor:
         """log softmax(unembed(x) / temperature)[target] of each row, float32 [R]. Logits exist a piece at a time."""
@@ -299,8 +348,7 @@ class AutogradOps:
         return tensor.clone() if self.trained and _shares_memory(tensor, values) else tensor
 
     def _packed(self, matrices: Mxfp4) -> Packed:
-        blocks, scales = (_as_tensor(part).to(self.device) for part in (matrices.blocks, matrices.scales))
-        return Packed(blocks, scales, matrices.order)
+        return Packed(matrices, self.device, self._kernels)
 
     def _expert_matrices(self, matrices: Mxfp4 | Floats) -> Tensor:
         dtype = self.wide if self.trained or self.dtype == torch.float64 else None
@@ -309,7 +357,7 @@ class AutogradOps:
         packed = self._packed(matrices)
         numbers = torch.empty(matrices.shape, dtype=dtype or torch.bfloat16, device=self.device)
         for expert in range(len(numbers)):
-            dequantize(packed, expert, numbers[expert])
+            packed.dequantize(expert, numbers[expert])
         return numbers
 
 
@@ -318,20 +366,25 @@ def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
     return out
 
 
-def dequantize(packed: Packed, expert: int, out_OI: Tensor) -> Tensor:
-    """The numbers of one matrix, exact in float32, float64 and bfloat16; a NaN scale makes its block NaN."""
-    blocks, scales = packed.blocks[expert], packed.scales[expert]
+def dequantize(blocks: Tensor, scales: Tensor, order: Literal["pairs", "halves"], out_OI: Tensor) -> None:
+    """The numbers of an MXFP4 matrix, blocks uint8 [O, I/32, 16] and scales uint8 [O, I/32], by torch on any device."""
     values, powers = _tables(out_OI.device, out_OI.dtype)
     out = out_OI.view(*scales.shape, BLOCK)
-    low, high = values[(blocks & 15).int()], values[(blocks >> 4).int()]
     scale = powers[scales.int()][..., None]
-    if packed.order == "pairs":
-        torch.mul(low, scale, out=out[..., 0::2])
-        torch.mul(high, scale, out=out[..., 1::2])
-    else:
-        torch.mul(low, scale, out=out[..., :16])
-        torch.mul(high, scale, out=out[..., 16:])
-    return out_OI
+    low_places, high_places = (slice(0, None, 2), slice(1, None, 2)) if order == "pairs" else (slice(16), slice(16, 32))
+    torch.mul(values[(blocks & 15).int()], scale, out=out[..., low_places])
+    torch.mul(values[(blocks >> 4).int()], scale, out=out[..., high_places])
+
+
+def _share(arrays: ExpertArrays, own: slice) -> ExpertArrays:
+    """Some of the experts."""
+
+    def matrices(values: Mxfp4 | Floats) -> Mxfp4 | Floats:
+        if isinstance(values, Mxfp4):
+            return values._replace(blocks=values.blocks[own], scales=values.scales[own])
+        return values[own]
+
+    return ExpertArrays(*(matrices(values) for values in arrays))
 
 
 def _tables(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -763,7 +816,7 @@ class _Buffers:
             return self._float(self.experts.gate_up_EFD, expert)
         if self._holds.get("gate_up") != expert:
             for half, out in zip(packed, self._gate_up.chunk(2), strict=True):
-                dequantize(half, expert, out)
+                half.dequantize(expert, out)
             self._holds["gate_up"] = expert
         return self._gate_up
 
@@ -773,7 +826,7 @@ class _Buffers:
         if packed is None or self._down is None:
             return self._float(self.experts.down_EDF, expert)
         if self._holds.get("down") != expert:
-            dequantize(packed, expert, self._down)
+            packed.dequantize(expert, self._down)
             self._holds["down"] = expert
         return self._down
 

@@ -138,7 +138,7 @@ class CpuOps:
 
     def experts(self, arrays: ExpertArrays) -> Experts:
         gate, up, down = (
-            _hold_mxfp4(each) if isinstance(each, Mxfp4) else _hold_floats(each)
+            hold_mxfp4(each) if isinstance(each, Mxfp4) else _hold_floats(each)
             for each in (arrays.gate, arrays.up, arrays.down)
         )
         biases = tuple(self.vector(each) for each in (arrays.gate_bias_EF, arrays.up_bias_EF, arrays.down_bias_ED))
@@ -338,7 +338,8 @@ def _hold_lora(pair: LoraPair) -> Lora:
     return Lora(lora, a, pieces, num_rows, scaling)
 
 
-def _hold_mxfp4(matrices: Mxfp4) -> Held:
+def hold_mxfp4(matrices: Mxfp4) -> Held:
+    """MXFP4 matrices [E, O, I] as the kernels know them."""
     blocks, scales = matrices.blocks, matrices.scales
     if blocks.strides[-1] != 1:
         blocks = np.ascontiguousarray(blocks)

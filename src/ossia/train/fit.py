@@ -24,7 +24,7 @@ from ossia.model.hub import resolve_model
 from ossia.model.inspection import inspect_checkpoint
 from ossia.model.weights import Checkpoint
 from ossia.train.config import DataSettings, TrainConfig
-from ossia.train.data import DataConfig, TrainBatch, to_batch
+from ossia.train.data import DataConfig, ReadReport, TrainBatch, to_batch
 from ossia.train.lora import LoraConfig
 from ossia.train.losses import balance_sum
 from ossia.train.module import Model
@@ -71,7 +71,7 @@ def fit(
         if folder.resumed is not None:
             num_steps = int(folder.resumed.state["num_steps"])
         else:
-            num_steps = settings.steps or count_steps(settings, kind, tokenizer)
+            num_steps = settings.steps or count_steps(settings, kind, tokenizer, say)
         held_out = held_out_passes(settings, kind, tokenizer)
         model = open_model(settings, path, device)
         table(model, say)
@@ -99,6 +99,8 @@ def fit(
         )
         model.train()
         outcome = run.train()
+        if settings.steps:
+            tell_passed_by(feed.report, say)
         if outcome.reason == "early":
             run.load_best()
     return Fitted(outcome, model, tokenizer, kind, held_out)
@@ -108,7 +110,12 @@ def fit(
 
 
 def set_up_torch(settings: TrainConfig) -> torch.device:
-    """Threads, seed and device. Raises ConfigError for a device that torch does not know or does not find."""
+    """Threads, seed and device. Raises ConfigError for a device that torch does not find."""
+    if torch.distributed.is_torchelastic_launched():
+        raise UnavailableError(
+            "this command trains in one process, and torchrun started several; start it alone (ossia.train.parallel is "
+            "for programs of your own)"
+        )
     if settings.threads:
         torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
@@ -267,6 +274,11 @@ class StepFeed:
     def position(self) -> Mapping[str, Any]:
         return self._stream.state()
 
+    @property
+    def report(self) -> ReadReport:
+        """What was read so far, and what was passed by."""
+        return self._stream.report
+
     def seek(self, position: Mapping[str, Any]) -> None:
         self._stream.close()
         self._stream = self._open(dict(position))
@@ -281,7 +293,7 @@ class StepFeed:
         return open_stream(self._settings, self._kind, self._tokenizer, epochs=epochs, state=state)
 
 
-def count_steps(settings: DataSettings, kind: Kind, tokenizer: Tokenizer) -> int:
+def count_steps(settings: DataSettings, kind: Kind, tokenizer: Tokenizer, say: Say) -> int:
     """Steps of all epochs, told by the first one; reads every row, so that a bad one is told before the start.
 
     Efforts and dates are drawn for a row once, so that every epoch has the same samples; only how they are shuffled
@@ -290,12 +302,22 @@ def count_steps(settings: DataSettings, kind: Kind, tokenizer: Tokenizer) -> int
     stream = open_stream(settings, kind, tokenizer, epochs=1)
     with closing(stream):
         lengths = [sum(map(len, pack)) for pack in stream]
+    tell_passed_by(stream.report, say)
     num_steps, num_tokens = 0, 0
     for length in lengths * settings.epochs:
         num_tokens += length
         if num_tokens >= settings.step_tokens:
             num_steps, num_tokens = num_steps + 1, 0
     return num_steps + (num_tokens > 0)
+
+
+def tell_passed_by(report: ReadReport, say: Say) -> None:
+    """Say how many rows and samples were left out, and the first of them with their lines."""
+    if not report.bad_rows and not report.too_long:
+        return
+    say(f"passed by: {report.bad_rows} rows that cannot be used, {report.too_long} samples that are too long")
+    for problem in report.problems[:3]:
+        say(f"  {problem}")
 
 
 def held_out_passes(settings: DataSettings, kind: Kind, tokenizer: Tokenizer) -> list[TrainBatch]:

@@ -96,7 +96,8 @@ def places(weights: Weights) -> Iterator[Place]:
             linear: Linear = getattr(layer, target)
             yield Place(f"layers.{i}.{target}", target, i, linear, "lora", tuple(linear.weight_OI.shape))
         experts: Experts = layer.experts
-        num_experts, rows, width = experts.shape
+        _, rows, width = experts.shape
+        num_experts = experts.num_experts
         name = f"layers.{i}.experts"
         yield Place(f"{name}.gate_up", "experts", i, experts, "gate_up_lora", (num_experts, rows, width))
         yield Place(f"{name}.down", "experts", i, experts, "down_lora", (num_experts, width, rows // 2))
@@ -130,9 +131,15 @@ def add_pairs(weights: Weights, config: LoraConfig, num_active_experts: int, see
 
 
 def set_pair(place: Place, a: torch.Tensor, b: torch.Tensor, scaling: float, dropout: float = 0.0) -> None:
-    """Put a pair beside a matrix, on the matrix's device, in float32; in float64 where the matrix is."""
+    """Put a pair beside a matrix, on the matrix's device, in float32; in float64 where the matrix is.
+
+    The pair of a stack of experts is that of all of them; what belongs to experts of other processes is left out.
+    """
     held = [tensor for tensor in (*place.owner.buffers(), *place.owner.parameters()) if tensor.is_floating_point()]
     dtype = torch.float64 if held[0].dtype == torch.float64 else torch.float32
+    if isinstance(place.owner, Experts):
+        own = slice(place.owner.first, place.owner.first + place.owner.shape[0])
+        a, b = a[own].clone(), b[own].clone()
     a, b = (tensor.to(held[0].device, dtype) for tensor in (a, b))
     setattr(place.owner, place.attribute, Lora(a, b, scaling, dropout))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -22,7 +23,7 @@ from ossia.model.config import ModelConfig
 from ossia.model.transformer import Layer, Weights
 from ossia.model.weights import Checkpoint, load_weights
 from ossia.ops import Batch, Routing
-from ossia.ops.autograd import AutogradOps
+from ossia.ops.autograd import AutogradOps, Exchange
 from ossia.train.lora import LoraConfig, add_pairs, places
 from ossia.train.quantize import fake_quantize
 
@@ -71,14 +72,15 @@ class Model(nn.Module):
         checkpoint_activations: bool = True,
         fake_quant: bool = False,
         seed: int = 0,
+        exchange: Exchange | None = None,
     ) -> Self:
         """Open a checkpoint for training.
 
         ``dtype`` is that of matrix products and attention. With ``trainable`` "lora", new pairs after ``lora`` (its
         defaults if None) begin from ``seed``. With ``checkpoint_activations`` a layer's inputs are kept and the rest is
         computed again on the way back. With ``fake_quant`` a trained expert matrix is multiplied as MXFP4 would keep
-        it. Raises NotFoundError and CheckpointError as `Checkpoint.open`, InputError for options that do not go
-        together.
+        it. With ``exchange`` this process holds its share of the experts alone (`ossia.train.parallel`). Raises
+        NotFoundError and CheckpointError as `Checkpoint.open`, InputError for options that do not go together.
         """
         if trainable not in ("lora", "full"):
             raise InputError(f"trainable is {trainable!r}; expected one of: lora, full", param="trainable")
@@ -92,12 +94,18 @@ class Model(nn.Module):
                 param="fake_quant",
             )
         source = Checkpoint.open(path)
+        if exchange is not None and source.config.num_experts % exchange.size:
+            raise InputError(
+                f"{source.config.num_experts} experts cannot be shared among {exchange.size} processes alike; take a "
+                "number that divides them"
+            )
         ops = AutogradOps(
             dtype,
             device,
             trained=trainable == "full",
             keep_experts=not checkpoint_activations,
             fake_quant=fake_quantize if fake_quant else None,
+            exchange=exchange,
         )
         model = cls(source.config, ops, load_weights(source, ops), checkpoint_activations=checkpoint_activations)
         if trainable == "lora":
@@ -108,7 +116,7 @@ class Model(nn.Module):
 
     def forward(self, batch: Batch, routing: Sequence[Routing] | None = None) -> Tensor:
         """logits_RV of the rows that the batch asks for, float32."""
-        logits_RV = self.ops.linear(self.hidden(batch, routing), self.weights.unembedding)
+        logits_RV = self.ops.linear(self._hidden(batch, routing), self.weights.unembedding)
         return logits_RV.to(self.ops.wide)
 
     def hidden(
@@ -119,6 +127,11 @@ class Model(nn.Module):
         ``routing``, a choice of experts [T, A] for each layer, is taken in place of the router's own; its weights are
         not, they come from the router's logits. What was chosen is added to ``record``. A batch may hold numpy arrays.
         """
+        return self._hidden(batch, routing, record)
+
+    def _hidden(
+        self, batch: Batch, routing: Sequence[Routing] | None = None, record: list[Routing] | None = None
+    ) -> Tensor:
         if routing is not None and len(routing) != self.config.num_layers:
             raise InputError(f"routing is for {len(routing)} layers; the model has {self.config.num_layers}")
         ops: Any = self.ops
@@ -137,10 +150,15 @@ class Model(nn.Module):
 
         ``targets_R`` are token ids, a numpy array or a tensor.
         """
-        return self.logprobs_of(self.hidden(batch, routing), targets_R, temperature)
+        return self._logprobs(self._hidden(batch, routing), targets_R, temperature)
 
     def logprobs_of(self, x_RD: Tensor, targets_R: Any, temperature: float = 1.0) -> Tensor:
         """As `logprobs`, of rows that `hidden` gave."""
+        return self._logprobs(x_RD, targets_R, temperature)
+
+    # The public ones are wrapped where parameters are sharded, and must not call each other then.
+
+    def _logprobs(self, x_RD: Tensor, targets_R: Any, temperature: float) -> Tensor:
         targets = torch.as_tensor(targets_R, dtype=torch.int64, device=self.ops.device)
         return self.ops.logprobs(x_RD, self.weights.unembedding, targets, temperature)
 
@@ -168,9 +186,8 @@ class Model(nn.Module):
         module = layer.attention if is_attention else layer.moe
         # Experts do for themselves what a checkpoint would: they keep their input and compute the rest again.
         if self.checkpoint_activations and is_attention and torch.is_grad_enabled():
-            out: Tensor = checkpoint(module, sublayer, *arguments, use_reentrant=False)
-        else:
-            out = module(sublayer, *arguments)
+            arguments, sublayer = (sublayer, *arguments), partial(checkpoint, use_reentrant=False)
+        out: Tensor = module(sublayer, *arguments)
         return out
 
     # What is trained ------------------------------------------------------------------------------------------------
@@ -201,6 +218,8 @@ class Model(nn.Module):
     def _num_packed(self) -> int:
         config = self.config
         num_numbers = config.num_experts * config.hidden_size * config.intermediate_size
+        if self.ops.exchange is not None:
+            num_numbers //= self.ops.exchange.size
         experts = [layer.experts for layer in self.weights.layers]
         return num_numbers * sum(
             2 * (each.packed_gate_up is not None) + (each.packed_down is not None) for each in experts

@@ -118,9 +118,7 @@ def ask_engine(settings: DataSettings, prompts: Sequence[Sequence[int]]) -> list
     if not prompts:
         return []
     # The engine's own matrices are kept as published: what is tried is the adapter, and not how they are rounded.
-    local = load(
-        resolve_model(settings.model), threads=settings.threads, dense="bf16", kv_memory=_ENGINE_BYTES
-    )
+    local = load(resolve_model(settings.model), threads=settings.threads, dense="bf16", kv_memory=_ENGINE_BYTES)
     adapter = read_adapter(Path(settings.out) / ADAPTER, local.checkpoint.config)
     local.engine.load_adapter(adapter)
     answers = []

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import signal
 import threading
 import time
@@ -185,9 +186,14 @@ class Run(Generic[B]):
         step = self.trainer.num_steps_done
         return Outcome(self.folder.path, step, self.loss, reason, self.best[1] if self.best else None)
 
+    @property
+    def _has_lost_patience(self) -> bool:
+        return bool(self.settings.patience) and self.num_worse >= self.settings.patience
+
     def load_best(self) -> None:
-        """Put the parameters of the best checkpoint in place."""
-        assert self.best is not None
+        """Put the parameters of the best checkpoint in place, if any evaluation was finite."""
+        if self.best is None:
+            return
         load_parameters(self.parameters, self.folder.checkpoints.load(self.best[1]).trainable)
 
     def _loop(
@@ -196,6 +202,9 @@ class Run(Generic[B]):
         if self.trainer.num_steps_done == 0 and self.evaluate is not None:
             # What the model can do before: the curve's first point.
             self._evaluate(metrics, progress)
+        if self._has_lost_patience:
+            # A run that had ended early is resumed: it has.
+            return "early"
         # Epochs end with the data, whatever was counted beforehand.
         while not self.settings.steps or self.trainer.num_steps_done < self.num_steps:
             began_s = time.perf_counter()
@@ -226,7 +235,7 @@ class Run(Generic[B]):
         is_better = False
         if self.evaluate is not None and self.settings.eval_every and step % self.settings.eval_every == 0:
             is_better = self._evaluate(metrics, progress)
-        is_early = bool(self.settings.patience) and self.num_worse >= self.settings.patience
+        is_early = self._has_lost_patience
         is_due = bool(self.settings.save_every) and step % self.settings.save_every == 0
         if is_due or is_better or is_early or interrupts.is_wanted:
             self._save(metrics, progress)
@@ -234,8 +243,8 @@ class Run(Generic[B]):
             self.say(f"stopped after step {step} of {self.num_steps}; the same command with --resume goes on")
             return "interrupted"
         if is_early:
-            assert self.best is not None
-            self.say(f"ended early at step {step}: no better held-out loss than that of step {self.best[1]}")
+            than = f"than that of step {self.best[1]}" if self.best else "that is finite"
+            self.say(f"ended early at step {step}: no better held-out loss {than}")
             return "early"
         return None
 
@@ -257,7 +266,7 @@ class Run(Generic[B]):
         self.say(f"step {step}: held-out " + ", ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
         if step == 0:
             return False
-        is_better = self.best is None or numbers["loss"] < self.best[0]
+        is_better = math.isfinite(numbers["loss"]) and (self.best is None or numbers["loss"] < self.best[0])
         self.num_worse = 0 if is_better else self.num_worse + 1
         if is_better:
             self.best = (numbers["loss"], step)
