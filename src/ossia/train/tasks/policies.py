@@ -62,8 +62,13 @@ class Policies(InventedTask):
         rules = [draw_rule(rng, False) for _ in range(rng.randint(2, 4))]
         if held_out and self.combinations:
             rules[rng.randrange(len(rules))] = draw_rule(rng, True)
-        text = draw_text(rng, rng.choice(rules) if rng.random() < 0.8 else None, held_out)
-        broken = [number for number, rule in enumerate(rules, 1) if rule.is_broken_by(text)]
+        # Half of the messages break a rule, as far as a few tries can tell.
+        breaks = rng.random() < 0.5
+        for _ in range(20):
+            text = draw_text(rng, rng.choice(rules) if breaks else None, held_out)
+            broken = [number for number, rule in enumerate(rules, 1) if rule.is_broken_by(text)]
+            if bool(broken) == breaks:
+                break
         verdict = {"violation": 1, "rule": f"R{broken[0]}"} if broken else {"violation": 0, "rule": None}
         policy = "\n".join([_HEAD, *(f"R{number}: {rule.wording()}" for number, rule in enumerate(rules, 1))])
         prompt = (Message(Role.DEVELOPER, DeveloperContent(policy)), Message(Role.USER, text.text))
