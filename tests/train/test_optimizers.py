@@ -126,3 +126,24 @@ def test_forgotten_gradients_take_no_memory():
     _set_gradients(named, 0)
     optimizer.zero_grad()
     assert all(parameter.grad is None for parameter in named.values())
+
+
+def test_what_is_remembered_of_a_transposed_parameter_comes_back_with_its_strides():
+    def made() -> tuple[torch.nn.Parameter, Optimizer]:
+        parameter = torch.nn.Parameter(torch.arange(12.0).reshape(4, 3).T)
+        return parameter, Optimizer({"w": parameter}.items())
+
+    def step(parameter: torch.nn.Parameter, optimizer: Optimizer, k: int) -> None:
+        parameter.grad = torch.sin(torch.arange(12.0) * (k + 1)).reshape(4, 3).T
+        optimizer.step(0.1)
+
+    parameter, optimizer = made()
+    step(parameter, optimizer, 0)
+    # As a file gives it back.
+    saved = {name: value.clone(memory_format=torch.contiguous_format) for name, value in optimizer.state().items()}
+    other, resumed = made()
+    other.data.copy_(parameter.data)
+    resumed.load_state(saved)
+    for one, its in ((parameter, optimizer), (other, resumed)):
+        step(one, its, 1)
+    assert torch.equal(parameter, other)

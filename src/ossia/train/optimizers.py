@@ -85,8 +85,12 @@ class Optimizer:
         for key, value in state.items():
             name, _, what = key.rpartition("/")
             parameter = self.named[name]
-            # Fused AdamW counts its steps where the parameter lies.
-            owners[id(parameter)].state[parameter][what] = value.to(parameter.device)
+            # Fused AdamW counts its steps where the parameter lies, and takes for granted that what it remembers of a
+            # parameter has its strides.
+            laid = value.to(parameter.device)
+            if laid.shape == parameter.shape:
+                laid = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            owners[id(parameter)].state[parameter][what] = laid
 
 
 class Muon(torch.optim.Optimizer):

@@ -224,7 +224,7 @@ def test_a_task_of_a_users_own_is_found_in_the_current_folder(tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("names", "options", "message"),
     [
-        (["juggling"], None, "expected one of: arithmetic, calculator, or module:Class"),
+        (["juggling"], None, "expected one of: about, arithmetic, .*, sums, or module:Class"),
         (["no_such_module:Task"], None, "cannot be imported"),
         (["ossia.errors:InputError"], None, "is an ossia.train.tasks.Task"),
         (["arithmetic"], {"colour": "red"}, "cannot be made"),

@@ -55,8 +55,16 @@ __all__ = [
 
 # Name -> where its class is; imported when it is asked for.
 TASKS: Mapping[str, str] = {
+    "about": "ossia.train.tasks.about:About",
     "arithmetic": "ossia.train.tasks.arithmetic:Arithmetic",
+    "browsing": "ossia.train.tasks.browsing:Browsing",
     "calculator": "ossia.train.tasks.calculator:Calculator",
+    "functions": "ossia.train.tasks.functions:FunctionCalls",
+    "hierarchy": "ossia.train.tasks.hierarchy:Hierarchy",
+    "policies": "ossia.train.tasks.policies:Policies",
+    "python": "ossia.train.tasks.problems:PythonProblems",
+    "structured": "ossia.train.tasks.structured:Structured",
+    "sums": "ossia.train.tasks.sums:Sums",
 }
 
 

@@ -22,10 +22,11 @@ training imitates), `efforts`, `system` and `instructions` (what the model is to
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -135,6 +136,11 @@ class Task:
         """One instance, from ``rng`` alone."""
         raise NotImplementedError
 
+    def is_held_out(self, instance: Instance) -> bool:
+        """On which side of the split an instance is: a hash of its key says it, whatever the seed."""
+        digest = hashlib.blake2b(f"{self.name}\n{instance.key}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") < self.held_out_share * 2**64
+
     def tools(self, instance: Instance) -> Sequence[Tool]:
         """Tools of one transcript, made anew for each; `ossia.tools.functions.FunctionTools` makes one of functions."""
         return ()
@@ -209,16 +215,18 @@ def draw_instance(task: Task, split: Split, rng: random.Random) -> Instance:
 
 
 def is_held_out(task: Task, instance: Instance) -> bool:
-    """On which side of the split an instance is: a hash of its key says it, for every seed the same."""
-    digest = hashlib.blake2b(f"{task.name}\n{instance.key}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < task.held_out_share * 2**64
+    """On which side of the split an instance is, for every seed the same."""
+    return task.is_held_out(instance)
 
 
 def conversation(draw: Draw, namespaces: Sequence[ToolNamespace]) -> Conversation:
     """What the model is told before it answers; ``namespaces`` are those of its tools."""
     trained = tuple(space for space in namespaces if space.name in _TRAINED)
     others = tuple(space for space in namespaces if space.name not in _TRAINED)
-    opening = [Message(Role.SYSTEM, draw.task.system(draw.effort, trained))]
+    system = draw.task.system(draw.effort, trained)
+    if system.current_date is None:
+        system = replace(system, current_date=_day_of(draw.instance))
+    opening = [Message(Role.SYSTEM, system)]
     if draw.task.instructions is not None or others:
         content = DeveloperContent(instructions=draw.task.instructions, tools=others)
         opening.append(Message(Role.DEVELOPER, content))
@@ -241,6 +249,12 @@ def gold_conversations(mix: TaskMix, split: Split, seed: int, count: int) -> Ite
     """``count`` rows of supervised data."""
     for number in range(count):
         yield gold_conversation(mix.draw(split, seed, number))
+
+
+def _day_of(instance: Instance) -> str:
+    """A day, since the server always names one: any, and of an instance always the same."""
+    day = datetime.date(2024, 7, 1) + datetime.timedelta(days=_rng(f"day of {instance.key}").randrange(2200))
+    return day.isoformat()
 
 
 def _rng(name: str) -> random.Random:
