@@ -18,12 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ossia.errors import CheckpointError, NotFoundError
-from ossia.model.adapter import Adapter, LoraPair
+from ossia.model.adapter import Adapter
 from ossia.model.config import ModelConfig
 from ossia.model.layouts import HF_BF16, Dense, LayerArrays, ModelArrays
 from ossia.model.safetensors_file import DTYPES, map_file, read_header
 from ossia.model.weights import Checkpoint
-from ossia.ops import Q8, Array, ExpertArrays, Mxfp4
+from ossia.ops import Q8, Array, ExpertArrays, LoraPair, Mxfp4
 from ossia.ops.mxfp4 import dequantize
 from ossia.ops.q8 import dequantize_q8
 
