@@ -3,14 +3,14 @@
     python benchmarks/train.py [--targets all|attention] [--precision float32|bfloat16] [--rounds 3] [--json FILE]
     python benchmarks/train.py --shape 20b [--model FOLDER]        ossia alone, one step of the true shape
 
-Small: four layers of gpt-oss's proportions, 4 documents of 256 tokens, every token trained, rank 8 for all. Ossia reads
-the published MXFP4 layout; transformers reads the same numbers as floats, as its own dequantisation makes them; peft
-adapts the experts by `target_parameters`. Each side is a process of its own; each round gives it one warm-up step and some
-that are timed: forward, backward, AdamW. Told: tokens per second (median of all timed steps), the largest resident
-memory of the process, and their ratios. Tokens per second of CPU time, which other programs on the machine disturb
-less, mean something with `--threads 1`. `--experts` is transformers' way to compute experts.
+Small: four layers of gpt-oss's proportions, 4 documents of 256 tokens, every token trained, rank 8 for all. Ossia
+reads the published MXFP4 layout; transformers reads the same numbers as floats, as its own dequantisation makes them.
+peft adapts the experts by `target_parameters`. Each side is a process of its own; each round gives it one warm-up step
+and some that are timed: forward, backward, AdamW. Told: tokens per second (median of all timed steps), the largest
+resident memory of the process, and their ratios. Tokens per second of CPU time, which other programs on the machine
+disturb less, mean something with `--threads 1`. `--experts` is transformers' way to compute experts.
 
-20b: 24 layers, 512 tokens, rank 8 and 2 for each expert, packed experts mapped from the checkpoint. Told apart: memory
+20b: 24 layers, 512 tokens, rank 8, and 2 for each expert; packed experts mapped from the checkpoint. Told apart: memory
 of the process's own (anonymous) and pages of the mapped file, which the system can take back at any time.
 """
 

@@ -24,6 +24,15 @@ FULL = AutogradOps(torch.float64, trained=True)
 F64 = torch.float64
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Any:
+    """Arrays this small gain nothing from a second thread, and lose much where other programs hold the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def assert_close(met: torch.Tensor, expected: np.ndarray, tolerance: float = 1e-12) -> None:
     assert met.shape == expected.shape
     scale = np.abs(expected[np.isfinite(expected)]).max(initial=1e-30)

@@ -40,9 +40,12 @@ Floats = npt.NDArray[Any]
 FakeQuant = Callable[[Tensor], Tensor]
 """From a matrix [..., O, I] to the numbers that MXFP4 would keep of it, with a straight-through gradient."""
 
-# Rows of the vocabulary, and of the batch, whose logits exist at one time: 4,096 x 512 float32 are 8 MiB.
-_VOCAB_ROWS = 4_096
-_LOGIT_ROWS = 512
+# Rows of the vocabulary, and of the batch, whose logits exist at one time: 1,024 x 2,048 float32 are 8 MiB.
+_VOCAB_ROWS = 1_024
+_LOGIT_ROWS = 2_048
+# An expert's tokens are filled up to a multiple of so many: the CPU's products are compiled and kept for every number
+# of rows that occurs.
+_FILLED_ROWS = {torch.bfloat16: 16, torch.float32: 16}
 # Queries that see their keys at one time where torch has no kernel that needs less.
 _QUERY_BLOCK = 256
 
@@ -442,17 +445,27 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         ctx.save_for_backward(x_TI if ctx.needs_input_grad[1] else None, weight_OI)
         ctx.dtype = x_TI.dtype
-        return F.linear(x_TI, weight_OI.to(x_TI.dtype), None if bias_O is None else bias_O.to(x_TI.dtype))
+        return _product(x_TI, weight_OI.to(x_TI.dtype), None if bias_O is None else bias_O.to(x_TI.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_TO: Tensor) -> tuple[Tensor | None, ...]:
         x_TI, weight_OI = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        dx_TI = g_TO @ weight_OI.to(ctx.dtype) if needs_x else None
+        dx_TI = _product(g_TO, weight_OI.to(ctx.dtype).T) if needs_x else None
         dweight_OI = (g_TO.T @ x_TI).to(weight_OI.dtype) if needs_weight else None
         dbias_O = g_TO.sum(dim=0, dtype=weight_OI.dtype) if needs_bias else None
         return dx_TI, dweight_OI, dbias_O
+
+
+def _product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """x W^T + b, without a gradient of its own. On CPUs float32 goes to oneDNN as bfloat16 does by itself: torch's
+    other library uses half of what an AMD processor can do.
+    """
+    if x_TI.dtype == torch.float32 and x_TI.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        out_TO: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, bias_O, "none", [], "")
+        return out_TO
+    return F.linear(x_TI, weight_OI, bias_O)
 
 
 class _Rope(torch.autograd.Function):
@@ -736,12 +749,12 @@ class _Moe(torch.autograd.Function):
         kept = x_TD.new_empty((len(sorted_S), experts.shape[1]), dtype=dtype) if keep else None
         narrow_TD = x_TD.to(dtype)
         for group in _groups(counts, tokens_S):
-            x = narrow_TD[group.tokens]
-            gate_up = _gate_up(x, group.expert, experts, buffers)
+            num_rows = len(group.tokens)
+            gate_up = _gate_up(_filled(narrow_TD[group.tokens]), group.expert, experts, buffers)
             if kept is not None:
-                kept[group.rows] = gate_up
+                kept[group.rows] = gate_up[:num_rows]
             inner = _swiglu(gate_up, limit).to(dtype)
-            out = _down(inner, group.expert, experts, buffers)
+            out = _down(inner, group.expert, experts, buffers)[:num_rows]
             out_TD.index_add_(0, group.tokens, out.to(out_TD.dtype) * weights_S1[group.rows])
         ctx.save_for_backward(x_TD, weights_S1, sorted_S, kept, *tensors)
         ctx.experts, ctx.limit, ctx.dtype, ctx.counts, ctx.num_active = experts, limit, dtype, counts, num_active
@@ -763,41 +776,48 @@ class _Moe(torch.autograd.Function):
         buffers = _Buffers(experts, dtype)
         narrow_TD = x_TD.to(dtype)
         for expert, rows, tokens in _groups(ctx.counts, sorted_S // ctx.num_active):
-            x, g = narrow_TD[tokens], g_TD[tokens]
+            num_rows = len(tokens)
+            x, g, weights = (_filled(each, dtype) for each in (narrow_TD[tokens], g_TD[tokens], weights_S1[rows]))
             gate_up_OI = buffers.gate_up(expert)
-            gate_up = _gate_up(x, expert, experts, buffers) if kept is None else kept[rows]
+            gate_up = _gate_up(x, expert, experts, buffers) if kept is None else _filled(kept[rows])
             inner_wide, slope_gate, slope_up = _swiglu_slopes(gate_up, ctx.limit)
             inner = inner_wide.to(dtype)
             # Through down, at first without the routing weight, whose own gradient is g . out.
-            dinner = g.to(dtype) @ buffers.down(expert)
-            g_weighted = (g * weights_S1[rows]).to(dtype)
+            g_narrow, g_weighted = g.to(dtype), (g * weights).to(dtype)
+            dinner = _product(g_narrow, buffers.down(expert).T)
             if experts.down_lora is not None:
                 dinner = dinner + _lora_backward(
-                    experts.down_lora, expert, inner, g.to(dtype), g_weighted, weights_S1[rows].to(dtype), d_pairs[2:]
+                    experts.down_lora, expert, inner, g_narrow, g_weighted, weights.to(dtype), d_pairs[2:]
                 )
             dinner = dinner.to(inner_wide.dtype)
             if needs_weights:
                 bias = experts.down_bias_ED[expert]
-                dweights_S[rows] = (inner * dinner).sum(dim=-1) + g @ bias
+                dweights_S[rows] = ((inner_wide * dinner).sum(dim=-1) + g @ bias)[:num_rows]
             if d_down is not None:
                 d_down[expert] = _weight_gradient(experts, experts.down_EDF, expert, g_weighted.T @ inner)
             if d_down_bias is not None:
                 d_down_bias[expert] = g_weighted.sum(dim=0)
-            dinner = dinner.mul_(weights_S1[rows])
+            dinner = dinner.mul_(weights)
             dpre = torch.cat([slope_gate.mul_(dinner), slope_up.mul_(dinner)], dim=1).to(dtype)
             if d_gate_up is not None:
                 d_gate_up[expert] = _weight_gradient(experts, experts.gate_up_EFD, expert, dpre.T @ x)
             if d_gate_up_bias is not None:
                 d_gate_up_bias[expert] = dpre.sum(dim=0)
-            dx = dpre @ gate_up_OI if needs_x else None
+            dx = _product(dpre, gate_up_OI.T) if needs_x else None
             if experts.gate_up_lora is not None:
                 through = _lora_backward(experts.gate_up_lora, expert, x, dpre, dpre, None, d_pairs[:2])
                 dx = None if dx is None else dx + through
             if dx_TD is not None and dx is not None:
-                dx_TD.index_add_(0, tokens, dx.to(dx_TD.dtype))
+                dx_TD.index_add_(0, tokens, dx[:num_rows].to(dx_TD.dtype))
         dweights_TA = torch.empty_like(dweights_S)
         dweights_TA[sorted_S] = dweights_S
         return dx_TD, dweights_TA.view(-1, ctx.num_active), None, None, None, None, None, *gradients
+
+
+def _filled(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Rows with zeros behind them, up to the multiple that products in ``dtype``, their own if None, want."""
+    missing = -len(rows) % _FILLED_ROWS.get(dtype or rows.dtype, 1)
+    return F.pad(rows, (0, 0, 0, missing)) if missing else rows
 
 
 class _Buffers:
@@ -847,12 +867,12 @@ def _groups(counts: Sequence[int], tokens_S: Tensor) -> Iterator[_Group]:
 
 
 def _gate_up(x: Tensor, expert: int, experts: Experts, buffers: _Buffers) -> Tensor:
-    out = F.linear(x, buffers.gate_up(expert), experts.gate_up_bias_EF[expert].to(x.dtype))
+    out = _product(x, buffers.gate_up(expert), experts.gate_up_bias_EF[expert].to(x.dtype))
     return out if experts.gate_up_lora is None else out + _lora_forward(experts.gate_up_lora, expert, x)
 
 
 def _down(x: Tensor, expert: int, experts: Experts, buffers: _Buffers) -> Tensor:
-    out = F.linear(x, buffers.down(expert), experts.down_bias_ED[expert].to(x.dtype))
+    out = _product(x, buffers.down(expert), experts.down_bias_ED[expert].to(x.dtype))
     return out if experts.down_lora is None else out + _lora_forward(experts.down_lora, expert, x)
 
 
@@ -983,7 +1003,7 @@ class _Logprobs(torch.autograd.Function):
                 is_here = (targets >= piece.start) & (targets < piece.stop)
                 dlogits[is_here, targets[is_here] - piece.start] += g[is_here, 0]
                 dlogits = dlogits.mul_(ctx.sharpness).to(ctx.dtype)
-                dx_RD[rows] += dlogits @ weight
+                dx_RD[rows] += _product(dlogits, weight.T)
                 if dweight is not None:
                     dweight[piece] += dlogits.T @ x
                 if b is not None and dinner is not None and inner is not None:
@@ -1014,13 +1034,14 @@ class _Head(NamedTuple):
     def logits(self, x: Tensor, inner: Tensor | None, piece: slice) -> tuple[Tensor, Tensor]:
         """(the piece of the matrix, its logits)."""
         weight = self.weight_VD[piece].to(self.dtype)
-        logits = F.linear(x, weight)
+        logits = _product(x, weight)
         if inner is not None and self.b is not None:
             logits = logits + F.linear(inner, self.b[piece].to(self.dtype))
-        return weight, logits.to(_wide(logits)) * self.sharpness
+        logits = logits.to(_wide(logits))
+        return weight, logits if self.sharpness == 1 else logits.mul_(self.sharpness)
 
     def back(self, dlogits: Tensor, weight: Tensor, piece: slice) -> Tensor:
-        dx = dlogits @ weight
+        dx = _product(dlogits, weight.T)
         if self.a is not None and self.b is not None:
             dx = dx + dlogits @ self.b[piece].to(self.dtype) @ self.a.to(self.dtype) * self.scaling
         return dx
