@@ -9,10 +9,11 @@ from contextlib import closing
 import numpy as np
 import pytest
 import torch
-from tests.train.tiny import TOKENIZER, asked, stations, write_model, write_rows
+from tests.train.tiny import TOKENIZER, asked, riddles, stations, write_model, write_rows
 
 import ossia
 from ossia import ops as backends
+from ossia.harmony import Message, Role, SystemContent
 from ossia.model.adapter import read_adapter
 from ossia.model.transformer import forward
 from ossia.model.weights import Checkpoint, load_weights
@@ -145,18 +146,22 @@ def _digest(folder):
 
 
 def test_lora_on_packed_experts_learns_rows_by_heart_and_the_server_answers_with_them(tmp_path):
-    model_path = write_model(tmp_path / "model", hidden_size=128)
+    model_path = write_model(tmp_path / "model")
     before = _digest(model_path)
-    rows = stations(8)
+    rows = riddles()
     settings = _settings(
         model_path,
         tmp_path / "out",
         rows,
-        steps=140,
-        learning_rate=1.5e-2,
-        warmup=0.1,
+        current_date="",
+        targets="q,k,v,o,experts,unembedding",
         rank=16,
         expert_rank=8,
+        learning_rate=5e-3,
+        warmup=0.1,
+        steps=70,
+        # Every step sees all rows.
+        pass_tokens=4096,
         prompt_tokens=12,
         save_every=0,
     )
@@ -164,7 +169,7 @@ def test_lora_on_packed_experts_learns_rows_by_heart_and_the_server_answers_with
     outcome = sft(settings, say=said.append)
     assert outcome.loss < 0.05
     assert any("read again, it is the same" in text for text in said)
-    assert sum("It is" in text for text in said if text.startswith("answers")) == 4
+    assert sum("<|return|>" in text for text in said if text.startswith("answers")) >= 3
     model = Model.open(model_path)
     assert all(layer.experts.packed_gate_up is not None for layer in model.weights.layers)
     assert _digest(model_path) == before
@@ -172,7 +177,9 @@ def test_lora_on_packed_experts_learns_rows_by_heart_and_the_server_answers_with
     served.engine.load_adapter(read_adapter(tmp_path / "out" / "adapter", served.checkpoint.config, "mine"))
     for row in rows:
         question, answer = (message["content"] for message in row["messages"])
-        reply = served.generate(question, current_date="2026-01-02", temperature=0.0, max_tokens=20, adapter="mine")
+        # The data told the model no date, and so is the prompt.
+        system = Message(Role.SYSTEM, SystemContent(current_date=None))
+        reply = served.generate([system, Message(Role.USER, question)], temperature=0.0, max_tokens=20, adapter="mine")
         for _ in reply:
             pass
         assert (reply.text, reply.finish_reason) == (answer, "stop")
