@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: help run test test-all sanitize aarch64 check bench clean
+.PHONY: help run test test-all sanitize aarch64 check bench web clean
 
 help:
 	@echo "make run       set up, then answer a prompt with a small model"
@@ -12,13 +12,14 @@ help:
 	@echo "make test-all  also the long tests, the sanitizers and other processors"
 	@echo "make check     ruff and mypy --strict"
 	@echo "make bench     measure, and compare with peers"
+	@echo "make web       build the chat page from its sources"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 $(VENV)/.installed: $(NATIVE) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --editable '.[mcp]'
 	@touch $@
 
 # torch comes first and by its exact version: a range would let another package pull a build with a GPU's libraries.
@@ -58,10 +59,16 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# The chat page, from its sources; needs Node 20 or newer.
+web:
+	cd web && npm ci --no-audit --no-fund && npm run build
+
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/harmony.py
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/masks.py
+	@test -d build/bench/shape-20b-4 || $(BIN)/ossia checkpoint new build/bench/shape-20b-4 --shape 20b --layers 4
+	$(BIN)/python benchmarks/adapters.py --model build/bench/shape-20b-4
 	$(BIN)/python benchmarks/vs_llamacpp.py
 	$(BIN)/python benchmarks/server.py
 	$(BIN)/python benchmarks/python_tool.py

@@ -1,6 +1,6 @@
 """Cost of a turn's grammar: time to compile, time per mask, and tokens/s of an engine with and without masks.
 
-    python benchmarks/masks.py [--model FOLDER | --shape 20b --layers 2] [--backend cpu] [--tokens 200] [--json]
+    python benchmarks/masks.py [--model FOLDER | --shape 20b --layers 2] [--backend cpu] [--tokens 200] [--keep]
 
 masks   a turn with reasoning, a preamble, a call and a JSON answer is fed token by token to a fresh constraint of a
         grammar that is known, as every request but the first of its kind meets it. Times are the medians over all
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import keep, machine
 
 from ossia.engine import Engine, EngineConfig, Runner, SamplingParams
 from ossia.engine.masks import GrammarCompiler, TurnConstraint
@@ -206,10 +207,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--keep", action="store_true", help="keep the result in benchmarks/results/")
     parser.add_argument("--only", choices=["masks", "engine"])
     args = parser.parse_args()
     tokenizer = Tokenizer.o200k_harmony()
-    out: dict[str, Any] = {}
+    out: dict[str, Any] = {"machine": machine()}
     if args.only != "engine":
         out["masks"] = masks(tokenizer, args.rounds)
     if args.only != "masks":
@@ -217,7 +219,10 @@ def main() -> None:
             folder = args.model
             if folder is None:
                 folder = write_random_checkpoint(Path(temporary) / "model", args.shape, num_layers=args.layers)
+            out["model"] = folder.name if args.model else f"{args.shape}, {args.layers} layers, random weights"
             out["engine"] = engine(tokenizer, folder, args.backend, args.tokens)
+    if args.keep:
+        keep("masks", out)
     if args.json:
         print(json.dumps(out, indent=2))
         return

@@ -7,7 +7,8 @@ weights as GGUF with Q8_0 dense tensors, and llama.cpp from the source package o
 machine (`--llamacpp` names a folder with its programs instead). Needs some 8 GB of disk for 4 layers, 25 for 24.
 
 Both engines read 8-bit dense tensors and MXFP4 experts. Each line is one program run of either side after the other;
-the tokens are random on both sides. Results go to benchmarks/results/<processor>-<instruction set>/.
+the tokens are random on both sides. Where both files do not stay in memory together (24 layers in 24 GiB), one engine
+is measured after the other instead of in turn. Results go to benchmarks/results/<processor>-<instruction set>/.
 """
 
 from __future__ import annotations
@@ -29,9 +30,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from to_gguf import convert
-
 from ossia.model.random_checkpoint import write_random_checkpoint
+from ossia.train.export import export
 
 ROOT = Path(__file__).parent.parent
 WORK = ROOT / "build" / "bench"
@@ -59,14 +59,21 @@ def main() -> None:
         write_random_checkpoint(checkpoint, "20b", num_layers=arguments.layers)
     gguf = arguments.gguf or checkpoint.with_suffix(".gguf")
     if not gguf.exists():
-        convert(checkpoint, gguf)
+        export(checkpoint, gguf, "gguf", measure=False)
 
     sides = Sides(checkpoint, gguf, llamacpp, arguments.threads)
+    asked = [entry for entry in plan(sides) if re.search(arguments.only, entry[0])]
+    apart = not both_stay_in_memory(checkpoint, gguf)
+    if apart:
+        # Each engine would read its file from the disk again after every turn of the other.
+        ours_of = {name: [ours() for _ in range(arguments.rounds)] for name, ours, _ in asked}
+        theirs_of = {name: [theirs() for _ in range(arguments.rounds)] for name, _, theirs in asked}
     lines = []
-    for name, ours, theirs in plan(sides):
-        if not re.search(arguments.only, name):
-            continue
-        pairs = [(ours(), theirs()) for _ in range(arguments.rounds)]
+    for name, ours, theirs in asked:
+        if apart:
+            pairs = list(zip(ours_of[name], theirs_of[name], strict=True))
+        else:
+            pairs = [(ours(), theirs()) for _ in range(arguments.rounds)]
         lines.append(line(name, pairs))
         print(
             f"{name:<28} ossia {lines[-1]['ossia']:8.2f}  llama.cpp {lines[-1]['llama.cpp']:8.2f} {unit(name):<9}"
@@ -74,7 +81,13 @@ def main() -> None:
             flush=True,
         )
     result = {"layers": arguments.layers, "machine": sides.machine, "lines": lines, "load": os.getloadavg()}
+    result["order"] = "one engine after the other" if apart else "in turn"
     print(f"written: {write_result(result)}")
+
+
+def both_stay_in_memory(checkpoint: Path, gguf: Path) -> bool:
+    size = gguf.stat().st_size + sum(file.stat().st_size for file in checkpoint.iterdir())
+    return size < 0.7 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 class Sides:

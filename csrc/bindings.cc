@@ -6,8 +6,10 @@
 #include <nanobind/stl/string.h>
 
 #include <mutex>
+#include <optional>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "kernels.h"
 
@@ -20,6 +22,8 @@ using ossia::Experts;
 using ossia::Format;
 using ossia::KvFormat;
 using ossia::Matrix;
+using ossia::ExpertLora;
+using ossia::Lora;
 
 void expect(bool condition, const char* message) {
   if (!condition) throw nb::value_error(message);
@@ -84,6 +88,34 @@ struct Cache {
   ossia::KvStore keys, values;
 };
 
+// The adapters of a call, a sequence of which some may be None, and each token's; none at all where `loras` is None.
+template <class One>
+class Changes {
+ public:
+  Changes(nb::handle loras, nb::handle lora_T, int64_t num_tokens) {
+    if (loras.is_none()) return;
+    for (nb::handle one : loras) each.push_back(one.is_none() ? nullptr : &nb::cast<const One&>(one));
+    of_token_.emplace(lora_T, 1);
+    expect(of_token_->size() == num_tokens, "adapters: every token needs a number, -1 for none");
+    for (int64_t t = 0; t < num_tokens; ++t)
+      expect(-1 <= of_token_->data()[t] && of_token_->data()[t] < static_cast<int64_t>(each.size()),
+             "adapters: a token's number is too large");
+  }
+  ossia::PerToken<One> rows() const {
+    if (each.empty()) return {};
+    return {each.data(), static_cast<int64_t>(each.size()), of_token_->data()};
+  }
+
+  std::vector<const One*> each;
+
+ private:
+  std::optional<Ints> of_token_;
+};
+
+bool fits(const Lora& lora, const Matrix& weight) {
+  return lora.rows == 0 || (lora.rows == weight.rows && lora.a.cols == weight.cols);
+}
+
 class Context {
  public:
   Context(const std::string& isa, int num_threads) : work_(num_threads) {
@@ -129,17 +161,20 @@ class Context {
     });
   }
 
-  void linear(nb::handle x_TI, const Matrix& weight, nb::handle bias_O, nb::handle out_TO) {
+  void linear(nb::handle x_TI, const Matrix& weight, nb::handle bias_O, nb::handle out_TO, nb::handle loras, nb::handle lora_T) {
     const Floats x(x_TI, 2);
     const FloatsOut out(out_TO, 2);
     expect(x.shape(1) == weight.cols && out.shape(0) == x.shape(0) && out.shape(1) == weight.rows, "linear: shapes differ");
+    const Changes<Lora> changes(loras, lora_T, x.shape(0));
+    for (const Lora* lora : changes.each)
+      expect(!lora || fits(*lora, weight), "linear: an adapter is for a matrix of another shape");
     if (bias_O.is_none()) {
-      run([&] { kernels_->linear(work_, x.data(), weight, nullptr, x.shape(0), out.data()); });
+      run([&] { kernels_->linear(work_, x.data(), weight, nullptr, changes.rows(), x.shape(0), out.data()); });
       return;
     }
     const Floats bias(bias_O, 1);
     expect(bias.size() == weight.rows, "linear: the bias has another length");
-    run([&] { kernels_->linear(work_, x.data(), weight, bias.data(), x.shape(0), out.data()); });
+    run([&] { kernels_->linear(work_, x.data(), weight, bias.data(), changes.rows(), x.shape(0), out.data()); });
   }
 
   void route(nb::handle logits_TE, nb::handle experts_TA, nb::handle weights_TA) {
@@ -153,15 +188,21 @@ class Context {
     });
   }
 
-  void moe(nb::handle x_TD, nb::handle experts_TA, nb::handle weights_TA, const Experts& experts, float limit, nb::handle out_TD) {
+  void moe(nb::handle x_TD, nb::handle experts_TA, nb::handle weights_TA, const Experts& experts, float limit, nb::handle out_TD,
+           nb::handle loras, nb::handle lora_T) {
     const Floats x(x_TD, 2), weights(weights_TA, 2);
     const Ints ids(experts_TA, 2);
     const FloatsOut out(out_TD, 2);
     expect(x.shape(1) == experts.gate.cols && out.shape(0) == x.shape(0) && out.shape(1) == experts.down.rows &&
                ids.shape(0) == x.shape(0) && weights.size() == ids.size(), "moe: shapes differ");
     expect_within(ids.data(), ids.size(), experts.num_experts, "moe: an expert's number is too large");
+    const Changes<ExpertLora> changes(loras, lora_T, x.shape(0));
+    for (const ExpertLora* lora : changes.each)
+      expect(!lora || (fits(lora->gate, experts.gate) && fits(lora->up, experts.up) && fits(lora->down, experts.down)),
+             "moe: an adapter is for experts of another shape");
     run([&] {
-      kernels_->moe(work_, x.data(), ids.data(), weights.data(), experts, limit, x.shape(0), ids.shape(1), out.data());
+      kernels_->moe(work_, x.data(), ids.data(), weights.data(), experts, changes.rows(), limit, x.shape(0), ids.shape(1),
+                    out.data());
     });
   }
 
@@ -291,6 +332,21 @@ NB_MODULE(_kernels, m) {
            },
            "num_experts"_a, "gate"_a, "up"_a, "down"_a, "gate_bias"_a, "up_bias"_a, "down_bias"_a);
 
+  nb::class_<Lora>(m, "Lora")
+      .def("__init__",
+           [](Lora* self, const Matrix& a, int64_t rows, uint64_t b, int64_t b_stack_stride, float scale) {
+             expect((a.format == Format::kF32 || a.format == Format::kBf16) && rows > 0, "not a low-rank change");
+             new (self) Lora{a, rows, at_address(b), b_stack_stride, scale};
+           },
+           "a"_a, "rows"_a, "b"_a, "b_stack_stride"_a, "scale"_a);
+
+  nb::class_<ExpertLora>(m, "ExpertLora")
+      .def("__init__",
+           [](ExpertLora* self, const Lora* gate, const Lora* up, const Lora* down) {
+             new (self) ExpertLora{gate ? *gate : Lora{}, up ? *up : Lora{}, down ? *down : Lora{}};
+           },
+           "gate"_a.none(), "up"_a.none(), "down"_a.none());
+
   nb::class_<Cache>(m, "Cache")
       .def("__init__",
            [](Cache* self, int format, int64_t num_blocks, int64_t block_size, int64_t num_kv_heads, int64_t head_dim,
@@ -315,9 +371,11 @@ NB_MODULE(_kernels, m) {
       .def("rms_norm", &Context::rms_norm, "x_TD"_a, "scale_D"_a, "eps"_a, "out_TD"_a)
       .def("rope", &Context::rope, "x_TQH"_a, "cos_TP"_a, "sin_TP"_a)
       .def("rope_angles", &Context::rope_angles, "positions_T"_a, "inv_freq_P"_a, "concentration"_a, "cos_TP"_a, "sin_TP"_a)
-      .def("linear", &Context::linear, "x_TI"_a, "weight"_a, "bias_O"_a.none(), "out_TO"_a)
+      .def("linear", &Context::linear, "x_TI"_a, "weight"_a, "bias_O"_a.none(), "out_TO"_a, "loras"_a.none() = nb::none(),
+           "lora_T"_a.none() = nb::none())
       .def("route", &Context::route, "logits_TE"_a, "experts_TA"_a, "weights_TA"_a)
-      .def("moe", &Context::moe, "x_TD"_a, "experts_TA"_a, "weights_TA"_a, "experts"_a, "limit"_a, "out_TD"_a)
+      .def("moe", &Context::moe, "x_TD"_a, "experts_TA"_a, "weights_TA"_a, "experts"_a, "limit"_a, "out_TD"_a,
+           "loras"_a.none() = nb::none(), "lora_T"_a.none() = nb::none())
       .def("attention", &Context::attention, "q_TQH"_a, "k_TKH"_a, "v_TKH"_a, "sinks_Q"_a, "cache"_a.none(), "positions_T"_a,
            "query_starts_N1"_a, "key_lengths_N"_a, "table_NB"_a, "window"_a, "out_TQH"_a)
       .def("pack_q8", &Context::pack_q8, "source"_a, "first_row"_a, "data"_a, "scales"_a)

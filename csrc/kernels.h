@@ -9,6 +9,7 @@
 //   products with float weights       lanes over the inputs, in an order that depends on the row's length alone
 //   experts                           added in the order of the routing
 //   attention                         keys in tiles and splits at fixed absolute positions, combined in order
+//   adapters                          ranks in order, each token's own added to its finished product
 #pragma once
 
 #include <cstddef>
@@ -64,6 +65,30 @@ struct Experts {
   int64_t num_experts;
 };
 
+// A low-rank change of a matrix, or of each of a stack: y[o] += b[o, r] (scale a[r, i] x[i]); a and b in bfloat16 or float32.
+struct Lora {
+  Matrix a;                    // [.., r, I]
+  int64_t rows = 0;            // O
+  const uint8_t* b = nullptr;  // [.., ceil(O / 32), r, 32], zeros beyond O
+  int64_t b_stack_stride = 0;  // bytes
+  float scale = 0.0f;
+};
+
+// The changes of the experts of one layer; no rows where there is none.
+struct ExpertLora {
+  Lora gate, up, down;
+};
+
+// Which change each token of a batch goes through: each[of_token[t]], -1 and null for none. `each` null: no token.
+template <class One>
+struct PerToken {
+  const One* const* each = nullptr;
+  int64_t count = 0;
+  const int32_t* of_token = nullptr;
+};
+using LoraRows = PerToken<Lora>;
+using ExpertLoraRows = PerToken<ExpertLora>;
+
 enum class KvFormat : int { kBf16, kQ8, kF32 };
 
 // Keys or values of one layer: [B, K, S, H]; q8 has one float scale per (block, head, slot).
@@ -115,7 +140,7 @@ class Scratch {
 struct Workspace {
   explicit Workspace(int num_threads) : pool(num_threads) {}
   ThreadPool pool;
-  Scratch quantized, hidden, partial, outputs, lists, per_worker;
+  Scratch quantized, hidden, partial, outputs, lists, per_worker, ranks, exact;
 };
 
 struct Kernels {
@@ -125,9 +150,10 @@ struct Kernels {
   void (*embed)(Workspace&, const Matrix& table, const int32_t* ids, int64_t num_tokens, float* out);
   void (*rms_norm)(Workspace&, const float* x, const float* scale, float eps, int64_t num_tokens, int64_t dim, float* out);
   void (*rope)(Workspace&, float* x, const float* cos, const float* sin, int64_t num_tokens, int64_t heads, int64_t dim);
-  void (*linear)(Workspace&, const float* x, const Matrix& weight, const float* bias, int64_t num_tokens, float* out);
+  void (*linear)(Workspace&, const float* x, const Matrix& weight, const float* bias, const LoraRows& loras,
+                 int64_t num_tokens, float* out);
   void (*moe)(Workspace&, const float* x, const int32_t* expert_ids, const float* weights, const Experts& experts,
-              float limit, int64_t num_tokens, int64_t num_active, float* out);
+              const ExpertLoraRows& loras, float limit, int64_t num_tokens, int64_t num_active, float* out);
   void (*attention)(Workspace&, const AttentionArgs&);
   // Rows [first_row, first_row + rows) of a float matrix, or of Q8_0 blocks (int8 [row, b, 32], float16 [row, b]), into
   // the packed layout of a matrix of `cols` inputs; first_row is a multiple of tile_rows.

@@ -1,17 +1,63 @@
-// out[t, o] = x[t, i] w[o, i] + bias[o], for quantised and float weights; and packing of 8-bit weights.
+// out[t, o] = x[t, i] w[o, i] + bias[o] + the change of the token's adapter, for quantised and float weights; and packing
+// of 8-bit weights.
 //
 // Q8: 32 inputs of a row share a float16 scale, values round(w / scale) in -127 .. 127 (the arithmetic of GGUF's Q8_0).
 #include "linear.h"
 
 #include "dot.h"
+#include "lora.h"
 
 namespace ossia::OSSIA_NS {
 namespace {
 
 constexpr int64_t kWorthSharing = 1 << 17;  // multiply-accumulates; some 3 microseconds
+constexpr int64_t kLoraWorthSharing = 1 << 14;
 constexpr int64_t kItemRows = 32;           // rows of a piece of work
+static_assert(kItemRows == kLoraRows);
 
-void quantized_linear(Workspace& work, const float* x, const Matrix& w, const float* bias, int64_t num_tokens, float* out) {
+// h[t, r] of every token whose adapter changes this matrix.
+class LoraInputs {
+ public:
+  LoraInputs(Workspace& work, const float* x, int64_t cols, const LoraRows& loras, int64_t num_tokens) : loras_(loras) {
+    if (!loras.each) return;
+    for (int64_t i = 0; i < loras.count; ++i)
+      if (loras.each[i]) stride_ = greatest(stride_, loras.each[i]->a.rows);
+    if (!stride_) return;
+    h_ = work.ranks.get<float>(num_tokens * stride_);
+    const int64_t rank_items = divide_up(stride_, kLoraRanks);
+    const bool worth_sharing = num_tokens * stride_ * cols >= kLoraWorthSharing;
+    work.pool.for_each(divide_up(num_tokens, kLoraTokens) * rank_items, worth_sharing, [&](int64_t item, int) {
+      const int64_t rank = item % rank_items * kLoraRanks;
+      const int64_t end = least(num_tokens, (item / rank_items + 1) * kLoraTokens);
+      int64_t next;
+      for (int64_t t = item / rank_items * kLoraTokens; t < end; t = next) {
+        for (next = t + 1; next < end && loras.of_token[next] == loras.of_token[t];) ++next;
+        const Lora* lora = lora_of(loras, t);
+        if (lora && rank < lora->a.rows)
+          lora_inputs(*lora, 0, rank, least(kLoraRanks, lora->a.rows - rank), x + t * cols, cols, next - t, h_ + t * stride_,
+                      stride_);
+      }
+    });
+  }
+
+  // Rows 32 item .. 32 item + count-1 of the tokens first .. first+num_tokens-1; `out` is the first of them.
+  OSSIA_INLINE_MEMBER void add_to(float* out, int64_t out_stride, int64_t item, int64_t count, int64_t first,
+                                  int64_t num_tokens) const {
+    if (!h_) return;
+    for (int64_t t = first; t < first + num_tokens; ++t)
+      if (const Lora* lora = lora_of(loras_, t))
+        add_lora(*lora, 0, item, h_ + t * stride_, out + (t - first) * out_stride, count);
+  }
+
+ private:
+  const LoraRows& loras_;
+  int64_t stride_ = 0;
+  float* h_ = nullptr;
+};
+
+void quantized_linear(Workspace& work, const float* x, const Matrix& w, const float* bias, const LoraRows& loras,
+                      int64_t num_tokens, float* out) {
+  const LoraInputs changes(work, x, w.cols, loras, num_tokens);
   const int64_t num_blocks = w.cols / kBlock;
   const bool worth_sharing = num_tokens * w.rows * w.cols >= kWorthSharing;
   QBlock* quantized = work.quantized.get<QBlock>(num_tokens * num_blocks);
@@ -33,11 +79,15 @@ void quantized_linear(Workspace& work, const float* x, const Matrix& w, const fl
             out[(first + t) * w.rows + row] = bias ? sum + bias[row] : sum;
           }
       });
+      const int64_t row = item * kItemRows;
+      changes.add_to(out + first * w.rows + row, w.rows, item, least(kItemRows, w.rows - row), first, count);
     }
   });
 }
 
-void float_linear(Workspace& work, const float* x, const Matrix& w, const float* bias, int64_t num_tokens, float* out) {
+void float_linear(Workspace& work, const float* x, const Matrix& w, const float* bias, const LoraRows& loras,
+                  int64_t num_tokens, float* out) {
+  const LoraInputs changes(work, x, w.cols, loras, num_tokens);
   const bool worth_sharing = num_tokens * w.rows * w.cols >= kWorthSharing;
   work.pool.for_each(divide_up(w.rows, kItemRows), worth_sharing, [&](int64_t item, int) {
     const int64_t row = item * kItemRows, count = least(kItemRows, w.rows - row);
@@ -45,9 +95,9 @@ void float_linear(Workspace& work, const float* x, const Matrix& w, const float*
     for (int64_t first = 0; first < num_tokens; first += 12)
       float_rows(w, row, count, x + first * w.cols, w.cols, least<int64_t>(12, num_tokens - first),
                  out + first * w.rows + row, w.rows);
-    if (!bias) return;
-    for (int64_t t = 0; t < num_tokens; ++t)
+    for (int64_t t = 0; bias && t < num_tokens; ++t)
       for (int64_t j = row; j < row + count; ++j) out[t * w.rows + j] += bias[j];
+    changes.add_to(out + row, w.rows, item, count, 0, num_tokens);
   });
 }
 
@@ -87,11 +137,12 @@ void pack_block(const Matrix& source, int64_t row, int64_t b, int8_t* q, uint16_
 
 }  // namespace
 
-void linear(Workspace& work, const float* x, const Matrix& w, const float* bias, int64_t num_tokens, float* out) {
+void linear(Workspace& work, const float* x, const Matrix& w, const float* bias, const LoraRows& loras, int64_t num_tokens,
+            float* out) {
   if (is_quantized(w.format)) {
-    quantized_linear(work, x, w, bias, num_tokens, out);
+    quantized_linear(work, x, w, bias, loras, num_tokens, out);
   } else {
-    float_linear(work, x, w, bias, num_tokens, out);
+    float_linear(work, x, w, bias, loras, num_tokens, out);
   }
 }
 

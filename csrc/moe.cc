@@ -3,18 +3,22 @@
 //   slots        the T * A (token, choice) pairs, sorted by expert; each expert's slots in tiles of kTokenTile
 //   gate, up     h[slot, f] = swiglu(x w_gate[e, f] + bias, x w_up[e, f] + bias), quantised at once, 32 rows of f at a time
 //   down         y[slot, d] = h w_down[e, d] + bias
+//   adapters     each slot's own low-rank change, added to its gate, up and y; that of y from h before it is quantised
 //   combine      out[t, d] = sum_a weight[t, a] y[slot(t, a), d], in the order of the routing
 //
 // Weights are read where they lie (a mapped checkpoint); a piece of work is 32 rows of one expert for all its tokens.
 #include "moe.h"
 
 #include "dot.h"
+#include "lora.h"
 
 namespace ossia::OSSIA_NS {
 namespace {
 
 constexpr int64_t kWorthSharing = 1 << 17;  // multiply-accumulates; some 3 microseconds
+constexpr int64_t kLoraWorthSharing = 1 << 14;
 constexpr int64_t kItemRows = kBlock;       // one quantised block of h
+static_assert(kItemRows == kLoraRows);
 constexpr int64_t kMaxTokens = 1024;        // per pass: bounds the memory for h and y
 constexpr float kSwigluAlpha = 1.702f;
 
@@ -133,14 +137,107 @@ OSSIA_INLINE const float* padded_bias(const float* bias, int64_t count, float pa
   return padded;
 }
 
+// The low-rank changes of all slots: a x, and later a h, for each slot's own expert and adapter.
+class SlotLoras {
+ public:
+  SlotLoras(Workspace& work, const ExpertLoraRows& loras, const Slots& slots, const int32_t* expert_ids, int64_t num_active)
+      : work_(work), loras_(loras), num_slots_(slots.num_slots) {
+    if (!loras.each) return;
+    for (int64_t i = 0; i < loras.count; ++i) {
+      const ExpertLora* one = loras.each[i];
+      if (!one) continue;
+      gate_stride_ = greatest(gate_stride_, one->gate.a.rows);
+      up_stride_ = greatest(up_stride_, one->up.a.rows);
+      down_stride_ = greatest(down_stride_, one->down.a.rows);
+    }
+    const int64_t stride = gate_stride_ + up_stride_ + down_stride_;
+    if (!stride) return;
+    gate_ = work.ranks.get<float>(num_slots_ * (stride + 2));
+    up_ = gate_ + num_slots_ * gate_stride_;
+    down_ = up_ + num_slots_ * up_stride_;
+    token_ = reinterpret_cast<int32_t*>(down_ + num_slots_ * down_stride_);
+    expert_ = token_ + num_slots_;
+    for (int64_t s = 0; s < num_slots_; ++s) {
+      token_[slots.position[s]] = static_cast<int32_t>(s / num_active);
+      expert_[slots.position[s]] = expert_ids[s];
+    }
+  }
+
+  bool has_down() const { return down_stride_ > 0; }
+
+  void read_inputs(const float* x, int64_t x_dim) {
+    if (gate_stride_ + up_stride_ == 0) return;
+    const bool worth_sharing = num_slots_ * (gate_stride_ + up_stride_) * x_dim >= kLoraWorthSharing;
+    work_.pool.for_each(num_slots_, worth_sharing, [&](int64_t s, int) {
+      const ExpertLora* one = lora_of_slot(s);
+      if (!one) return;
+      const float* row = x + token_[s] * x_dim;
+      lora_inputs(one->gate, expert_[s], 0, one->gate.a.rows, row, x_dim, 1, gate_ + s * gate_stride_, gate_stride_);
+      if (!is_shared(*one))
+        lora_inputs(one->up, expert_[s], 0, one->up.a.rows, row, x_dim, 1, up_ + s * up_stride_, up_stride_);
+    });
+  }
+
+  void read_hidden(const float* h, int64_t hidden_dim) {
+    if (!has_down()) return;
+    work_.pool.for_each(num_slots_, num_slots_ * down_stride_ * hidden_dim >= kLoraWorthSharing, [&](int64_t s, int) {
+      if (const ExpertLora* one = lora_of_slot(s))
+        lora_inputs(one->down, expert_[s], 0, one->down.a.rows, h + s * hidden_dim, hidden_dim, 1, down_ + s * down_stride_,
+                    down_stride_);
+    });
+  }
+
+  // 32 rows of gate and up of the slots first .. first+count-1, each [slot][kItemRows].
+  OSSIA_INLINE_MEMBER void add_to_gate_up(float* gate, float* up, int64_t item, Tile tile) const {
+    if (gate_stride_ + up_stride_ == 0) return;
+    for (int64_t t = 0; t < tile.count; ++t) {
+      const int64_t s = tile.first + t;
+      const ExpertLora* one = lora_of_slot(s);
+      if (!one) continue;
+      const float* gate_h = gate_ + s * gate_stride_;
+      if (one->gate.rows) add_lora(one->gate, expert_[s], item, gate_h, gate + t * kItemRows, kItemRows);
+      if (one->up.rows)
+        add_lora(one->up, expert_[s], item, is_shared(*one) ? gate_h : up_ + s * up_stride_, up + t * kItemRows, kItemRows);
+    }
+  }
+
+  OSSIA_INLINE_MEMBER void add_to_down(float* y, int64_t slot, int64_t item, int64_t count) const {
+    if (!has_down()) return;
+    const ExpertLora* one = lora_of_slot(slot);
+    if (one && one->down.rows) add_lora(one->down, expert_[slot], item, down_ + slot * down_stride_, y, count);
+  }
+
+ private:
+  // Gate and up of PEFT's adapters have one matrix a.
+  OSSIA_INLINE_MEMBER static bool is_shared(const ExpertLora& one) {
+    return one.up.a.data == one.gate.a.data && one.up.scale == one.gate.scale;
+  }
+  OSSIA_INLINE_MEMBER const ExpertLora* lora_of_slot(int64_t slot) const {
+    const int32_t index = loras_.of_token[token_[slot]];
+    return index < 0 ? nullptr : loras_.each[index];
+  }
+
+  Workspace& work_;
+  const ExpertLoraRows& loras_;
+  int64_t num_slots_, gate_stride_ = 0, up_stride_ = 0, down_stride_ = 0;
+  float *gate_ = nullptr, *up_ = nullptr, *down_ = nullptr;
+  int32_t *token_ = nullptr, *expert_ = nullptr;
+};
+
 void moe_pass(Workspace& work, const float* x, const int32_t* expert_ids, const float* weights, const Experts& experts,
-              float limit, int64_t num_tokens, int64_t num_active, float* out) {
+              const ExpertLoraRows& loras, float limit, int64_t num_tokens, int64_t num_active, float* out) {
   const int64_t dim = experts.down.rows, hidden_dim = experts.gate.rows, x_dim = experts.gate.cols;
   const Slots slots = sort_slots(work.lists, expert_ids, num_tokens * num_active, experts.num_experts);
   const bool worth_sharing = slots.num_slots * 3 * hidden_dim * x_dim >= kWorthSharing;
   const Activations inputs(work.quantized, experts.gate, slots.num_slots);
   const Activations hidden(work.hidden, experts.down, slots.num_slots);
   float* outputs = work.outputs.get<float>(slots.num_slots * dim);
+
+  SlotLoras changes(work, loras, slots, expert_ids, num_active);
+  changes.read_inputs(x, x_dim);
+  // What goes through the changes of down is not quantised.
+  float* exact = hidden.floats;
+  if (hidden.quantized && changes.has_down()) exact = work.exact.get<float>(slots.num_slots * hidden_dim);
 
   // Each token once, then copied to its slots.
   const int64_t x_blocks = x_dim / kBlock;
@@ -180,19 +277,19 @@ void moe_pass(Workspace& work, const float* x, const int32_t* expert_ids, const 
         std::memset(up_product, 0, sizeof up_product);
       }
       gate_up_product(gate, up, item, inputs, tile, gate_product, up_product);
+      changes.add_to_gate_up(gate_product, up_product, item, tile);
       for (int64_t t = 0; t < tile.count; ++t) {
         float* h = gate_product + t * kItemRows;
         for (int64_t j = 0; j < kItemRows; j += kLanes)
           store(h + j, swiglu(add(load(h + j), load(gate_bias + j)),
                               add(load(up_product + t * kItemRows + j), load(up_bias + j)), limit));
-        if (hidden.quantized) {
-          quantize_block(h, experts.down.format, hidden.tile(tile.first) + item * tile.count + t);
-        } else {
-          std::memcpy(hidden.floats + (tile.first + t) * hidden_dim + row, h, count * sizeof(float));
-        }
+        if (hidden.quantized) quantize_block(h, experts.down.format, hidden.tile(tile.first) + item * tile.count + t);
+        if (exact) std::memcpy(exact + (tile.first + t) * hidden_dim + row, h, count * sizeof(float));
       }
     }
   });
+
+  changes.read_hidden(exact, hidden_dim);
 
   // y[s, d] = h[s, f] down[e, d, f] + bias
   const int64_t down_items = divide_up(dim, kItemRows);
@@ -208,6 +305,7 @@ void moe_pass(Workspace& work, const float* x, const int32_t* expert_ids, const 
       for (int64_t t = 0; t < tile.count; ++t) {
         float* y = outputs + (tile.first + t) * dim + row;
         for (int64_t j = 0; j < count; ++j) y[j] = product[t * kItemRows + j] + bias[j];
+        changes.add_to_down(y, tile.first + t, item, count);
       }
     }
   });
@@ -230,11 +328,13 @@ void moe_pass(Workspace& work, const float* x, const int32_t* expert_ids, const 
 
 }  // namespace
 
-void moe(Workspace& work, const float* x, const int32_t* expert_ids, const float* weights, const Experts& experts, float limit,
-         int64_t num_tokens, int64_t num_active, float* out) {
-  for (int64_t first = 0; first < num_tokens; first += kMaxTokens)
-    moe_pass(work, x + first * experts.gate.cols, expert_ids + first * num_active, weights + first * num_active, experts,
+void moe(Workspace& work, const float* x, const int32_t* expert_ids, const float* weights, const Experts& experts,
+         const ExpertLoraRows& loras, float limit, int64_t num_tokens, int64_t num_active, float* out) {
+  for (int64_t first = 0; first < num_tokens; first += kMaxTokens) {
+    const ExpertLoraRows own{loras.each, loras.count, loras.of_token ? loras.of_token + first : nullptr};
+    moe_pass(work, x + first * experts.gate.cols, expert_ids + first * num_active, weights + first * num_active, experts, own,
              limit, least(kMaxTokens, num_tokens - first), num_active, out + first * experts.down.rows);
+  }
 }
 
 }  // namespace ossia::OSSIA_NS

@@ -47,11 +47,25 @@ def test_what_is_no_size_is_refused(text):
         ("", {"OSSIA_DENSE": "q3"}, {}, "OSSIA_DENSE is 'q3'; expected one of: q8, bf16"),
         ("", {}, {"kv_memory": "lots"}, "--kv-memory is 'lots'; expected a size such as 2GiB"),
         ("not toml", {}, {}, "not valid TOML"),
+        ("adapters = 3", {}, {}, "adapters is 3; expected a table of names and paths"),
+        ("[adapters]\n'a b' = 'x'", {}, {}, "an adapter is named 'a b'"),
+        ("[adapters]\na = 1", {}, {}, "the path of adapter 'a' is 1; expected a folder"),
+        ("", {}, {"adapters": ["polite"]}, "--adapters is 'polite'; expected NAME=PATH"),
+        ("", {}, {"adapters": ["a=x", "a=y"]}, "two adapters are named 'a'"),
+        ("", {"OSSIA_ADAPTERS": "a="}, {}, "OSSIA_ADAPTERS: the path of adapter 'a' is ''"),
     ],
 )
 def test_a_bad_setting_is_refused_naming_where_it_stands(tmp_path, toml, environ, flags, said):
     with pytest.raises(ConfigError, match=said.replace("(", r"\(")):
         _load(tmp_path, toml, environ, flags)
+
+
+def test_adapters_come_from_a_table_a_variable_or_flags(tmp_path):
+    toml = "[adapters]\npolite = '/a/polite'\n'team/terse' = 'b'"
+    assert _load(tmp_path, toml).adapters == {"polite": "/a/polite", "team/terse": "b"}
+    assert _load(tmp_path, toml, {"OSSIA_ADAPTERS": "x=1=2, y=b"}).adapters == {"x": "1=2", "y": "b"}
+    assert _load(tmp_path, toml, {}, {"adapters": ["z=/c,d"]}).adapters == {"z": "/c,d"}
+    assert config.from_arguments({"adapters": {"polite": tmp_path}}).adapters == {"polite": str(tmp_path)}
 
 
 def test_a_missing_file_matters_only_when_it_was_named(tmp_path):

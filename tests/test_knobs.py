@@ -10,11 +10,37 @@ import pytest
 from ossia.engine import EngineConfig, SamplingParams
 from ossia.tools.browser import BrowserRules
 from ossia.tools.web.fetch import FetchLimits
+from ossia.train.data import DataConfig
 
 KNOBS = {
+    DataConfig: [
+        "format",
+        "train",
+        "turns",
+        "effort",
+        "current_date",
+        "drop_analysis",
+        "max_tokens",
+        "overlong",
+        "skip_bad_rows",
+        "validation_share",
+        "split",
+        "buffer_rows",
+        "shuffle",
+        "packing",
+        "seed",
+    ],
     BrowserRules: ["domains", "seen_links_only", "obeys_robots", "max_requests", "max_state_bytes"],
     FetchLimits: ["total_s", "max_bytes", "max_redirects"],
-    EngineConfig: ["kv_memory_bytes", "block_size", "max_batch_tokens", "max_num_seqs", "max_context"],
+    EngineConfig: [
+        "kv_memory_bytes",
+        "block_size",
+        "max_batch_tokens",
+        "max_num_seqs",
+        "max_context",
+        "adapter_memory_bytes",
+        "record_routing",
+    ],
     SamplingParams: [
         "temperature",
         "top_p",
@@ -28,12 +54,16 @@ KNOBS = {
         "seed",
         "logprobs",
         "top_logprobs",
+        "score_from",
+        "drawn_logprobs",
+        "routing",
         "max_tokens",
         "min_tokens",
         "stop_token_ids",
         "stop_sequences",
         "stop_strings",
         "ignore_eos",
+        "adapter",
         "constraint",
     ],
 }

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import ossia
-from ossia.errors import ConfigError, InputError, NotFoundError, OssiaError
-from ossia.model.random_checkpoint import write_random_checkpoint
+from ossia.errors import CheckpointError, ConfigError, InputError, NotFoundError, OssiaError
+from ossia.model.adapter import write_adapter
+from ossia.model.random_checkpoint import random_adapter, write_random_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +33,53 @@ def test_settings_are_checked_and_spelled_as_in_the_settings_file(tiny):
         ossia.load(tiny, kvmemory=1)
     with pytest.raises(NotFoundError, match="no model was named"):
         ossia.load()
+
+
+# Adapters ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny, model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters") / "polite"
+    made = random_adapter(model.checkpoint.config, rank=4, expert_rank=2)
+    pairs = {key: pair._replace(scaling=8.0) for key, pair in made.pairs.items()}
+    return write_adapter(folder, dataclasses.replace(made, pairs=pairs), model.checkpoint.config)
+
+
+def test_an_answer_may_go_through_an_adapter(tiny, model, adapter):
+    def say(model, **fields):
+        return [d.text for d in model.generate("Hello", max_tokens=8, seed=1, current_date="2026-01-01", **fields)]
+
+    without = say(model)
+    assert model.load_adapter(adapter) == "polite"
+    through = say(model, adapter="polite")
+    assert through != without and say(model) == without
+    assert say(ossia.load(tiny, adapters={"other": adapter}), adapter="other") == through
+    model.unload_adapter("polite")
+    with pytest.raises(NotFoundError, match="there is no adapter 'polite'"):
+        model.generate("Hello", adapter="polite")
+
+
+def test_an_adapter_beyond_its_memory_is_refused(tiny, adapter):
+    with pytest.raises(ConfigError, match=r"adapter 'polite' takes .*; adapter_memory is 0\.0 MiB"):
+        ossia.load(tiny, adapter_memory="4096").load_adapter(adapter)
+
+
+def test_an_adapter_with_another_embedding_than_the_models_is_refused(model, tmp_path):
+    config = model.checkpoint.config
+    embedding = model.checkpoint.array("model.embed_tokens.weight")
+    made = random_adapter(config, rank=2)
+    folder = write_adapter(tmp_path / "same", made, config)
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = "base_model.model.model.embed_tokens.base_layer.weight"
+    save_file(tensors | {name: embedding.astype(np.float32)}, file)
+    assert model.read_adapter(folder).base_copies.keys() == {"embedding"}
+    changed = embedding.astype(np.float32)
+    changed[150_000, 3] += 1
+    save_file(tensors | {name: changed}, file)
+    with pytest.raises(CheckpointError, match="another embedding than the model's own"):
+        model.read_adapter(folder)
 
 
 # Answers -------------------------------------------------------------------------------------------------------------

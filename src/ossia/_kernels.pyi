@@ -1,5 +1,6 @@
 """The compiled kernels; see csrc/bindings.cc. Arrays are C-contiguous float32 or int32, results written in place."""
 
+from collections.abc import Sequence
 from typing import Any
 
 def best_isa() -> str: ...
@@ -28,6 +29,12 @@ class Experts:
         self, num_experts: int, gate: Matrix, up: Matrix, down: Matrix, gate_bias: int, up_bias: int, down_bias: int
     ) -> None: ...
 
+class Lora:
+    def __init__(self, a: Matrix, rows: int, b: int, b_stack_stride: int, scale: float) -> None: ...
+
+class ExpertLora:
+    def __init__(self, gate: Lora | None, up: Lora | None, down: Lora | None) -> None: ...
+
 class Cache:
     def __init__(
         self,
@@ -53,9 +60,27 @@ class Context:
     def rope_angles(
         self, positions_T: Any, inv_freq_P: Any, concentration: float, cos_TP: Any, sin_TP: Any
     ) -> None: ...
-    def linear(self, x_TI: Any, weight: Matrix, bias_O: Any, out_TO: Any) -> None: ...
+    def linear(
+        self,
+        x_TI: Any,
+        weight: Matrix,
+        bias_O: Any,
+        out_TO: Any,
+        loras: Sequence[Lora | None] | None = None,
+        lora_T: Any = None,
+    ) -> None: ...
     def route(self, logits_TE: Any, experts_TA: Any, weights_TA: Any) -> None: ...
-    def moe(self, x_TD: Any, experts_TA: Any, weights_TA: Any, experts: Experts, limit: float, out_TD: Any) -> None: ...
+    def moe(
+        self,
+        x_TD: Any,
+        experts_TA: Any,
+        weights_TA: Any,
+        experts: Experts,
+        limit: float,
+        out_TD: Any,
+        loras: Sequence[ExpertLora | None] | None = None,
+        lora_T: Any = None,
+    ) -> None: ...
     def attention(
         self,
         q_TQH: Any,

@@ -15,6 +15,9 @@ The only file that reads `os.environ`. The TOML file is the one named by OSSIA_C
     url = "https://tracker.example.com/mcp"
     headers = { Authorization = "Bearer ${TRACKER_TOKEN}" }
 
+    [adapters]                                  # LoRA adapters, by the names that clients choose them by
+    polite = "/srv/adapters/polite"
+
 `${NAME}` in a server's texts is the environment variable NAME, so that the file holds no secret.
 """
 
@@ -25,7 +28,7 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -62,6 +65,7 @@ class McpServer:
 
 
 _GIB = Size(1 << 30)
+_2_GIB = Size(2 << 30)
 _4_GIB = Size(4 << 30)
 _32_MIB = Size(32 << 20)
 
@@ -84,6 +88,12 @@ class Config:
     """Most memory that keys and values may take, such as 2GiB; never exceeded."""
     max_context: int = 0
     """Longest prompt and answer together, in tokens; 0 takes what the model allows and kv_memory holds."""
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    """LoRA adapters by name, each the path of a folder that PEFT or ossia wrote."""
+    adapter_dir: str = ""
+    """Folder that clients of the server may load more adapters from while it runs; empty allows none."""
+    adapter_memory: Size = _2_GIB
+    """Most memory that all adapters may take together; one that does not fit is refused."""
     host: str = "127.0.0.1"
     """Address that the server listens on; one that others reach needs key_file, or open_to_all."""
     port: int = 8000
@@ -116,6 +126,8 @@ class Config:
     """Calls of tools that one response may make, 0 for no limit; a request may ask for fewer."""
     max_tool_seconds: int = 1800
     """Seconds from the beginning of a response after which no tool is run for it; 0 for no limit."""
+    max_tool_tokens: int = 0
+    """Tokens that tools may answer in one response before no more are run for it; 0 for no limit."""
     patch_folder: str = ""
     """Folder that the tool apply_patch works in; empty leaves the tool out."""
     audit_log: str = ""
@@ -173,10 +185,10 @@ def load(
     environ = os.environ if environ is None else environ
     hints = get_type_hints(Config)
     values: dict[str, Any] = {}
-    path, is_named = (toml_path, True) if toml_path else _toml_path(environ)
+    path, is_named = (toml_path, True) if toml_path else settings_file(environ)
     for key, value in _read_toml(path, is_named).items():
         if key not in hints:
-            raise ConfigError(f"{path}: unknown setting {key!r}; {_did_you_mean(key, hints)}")
+            raise ConfigError(f"{path}: unknown setting {key!r}; {did_you_mean(key, hints)}")
         values[key] = _convert(f"{path}: {key}", value, hints[key])
     for key, hint in hints.items():
         variable = f"OSSIA_{key.upper()}"
@@ -197,7 +209,7 @@ def from_arguments(arguments: Mapping[str, Any]) -> Config:
     values = {}
     for name, value in arguments.items():
         if name not in hints:
-            raise ConfigError(f"unknown setting {name!r}; {_did_you_mean(name, hints)}", param=name)
+            raise ConfigError(f"unknown setting {name!r}; {did_you_mean(name, hints)}", param=name)
         values[name] = _convert(name, value, hints[name])
     return dataclasses.replace(Config(), **values)
 
@@ -238,7 +250,8 @@ def filled_in(server: McpServer, name: str, environ: Mapping[str, str] | None = 
     )
 
 
-def _toml_path(environ: Mapping[str, str]) -> tuple[Path, bool]:
+def settings_file(environ: Mapping[str, str]) -> tuple[Path, bool]:
+    """The settings file, there or not, and whether OSSIA_CONFIG names it."""
     if named := environ.get("OSSIA_CONFIG"):
         return Path(os.path.expanduser(named)), True
     home = environ.get("XDG_CONFIG_HOME") or "~/.config"
@@ -259,7 +272,8 @@ def _read_toml(path: Path, is_named: bool) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
 
 
-def _did_you_mean(key: str, known: Mapping[str, Any]) -> str:
+def did_you_mean(key: str, known: Collection[str]) -> str:
+    """The end of an error's message about an unknown name: the known one that looks like it, or all of them."""
     close = difflib.get_close_matches(key, known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"expected one of: {', '.join(known)}"
 
@@ -268,6 +282,8 @@ def _convert(source: str, value: Any, hint: Any) -> Any:
     """A value of the setting's type, from TOML's types or from text; ``source`` opens the error's message."""
     if hint == Mapping[str, McpServer]:
         return _read_servers(source, value)
+    if hint == Mapping[str, str]:
+        return _read_adapters(source, value)
     if get_origin(hint) is Literal:
         if value in get_args(hint):
             return value
@@ -285,6 +301,39 @@ def _convert(source: str, value: Any, hint: Any) -> Any:
         pass
     expected = {Size: "a size such as 2GiB", int: "a whole number, 0 or more", str: "text"}[hint]
     raise ConfigError(f"{source} is {value!r}; expected {expected}")
+
+
+_ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}")
+
+
+def _read_adapters(source: str, value: Any) -> dict[str, str]:
+    """Names and paths from a table, or from texts "name=path", with commas between them in one text."""
+    pairs: list[tuple[str, Any]]
+    if isinstance(value, Mapping):
+        pairs = list(value.items())
+    elif isinstance(value, str | list | tuple):
+        texts = [one.strip() for one in value.split(",")] if isinstance(value, str) else list(value)
+        pairs = []
+        for text in texts:
+            name, equals, path = str(text).partition("=")
+            if not equals:
+                raise ConfigError(f"{source} is {text!r}; expected NAME=PATH")
+            pairs.append((name, path))
+    else:
+        raise ConfigError(f"{source} is {value!r}; expected a table of names and paths")
+    adapters: dict[str, str] = {}
+    for name, path in pairs:
+        if not isinstance(name, str) or not _ADAPTER_NAME.fullmatch(name):
+            raise ConfigError(
+                f"{source}: an adapter is named {name!r}; expected a letter or digit and up to 127 more, or any of . _ "
+                ": / @ -"
+            )
+        if not isinstance(path, str | Path) or not str(path):
+            raise ConfigError(f"{source}: the path of adapter {name!r} is {path!r}; expected a folder")
+        if name in adapters:
+            raise ConfigError(f"{source}: two adapters are named {name!r}; give each a name of its own")
+        adapters[name] = str(path)
+    return adapters
 
 
 _SERVER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -314,7 +363,7 @@ def _read_server(where: str, table: Mapping[str, Any]) -> McpServer:
     for key, value in table.items():
         here = f"{where}.{key}"
         if key not in hints:
-            raise ConfigError(f"{where}: unknown setting {key!r}; {_did_you_mean(key, hints)}")
+            raise ConfigError(f"{where}: unknown setting {key!r}; {did_you_mean(key, hints)}")
         if hints[key] == Mapping[str, str]:
             if not isinstance(value, dict) or not all(isinstance(one, str) for one in value.values()):
                 # What stands there may be a secret, and is not repeated.

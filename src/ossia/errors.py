@@ -8,8 +8,10 @@
     │   └── ConfigError            a setting (flag, OSSIA_* variable, TOML) is not usable 400
     ├── NotFoundError              a model, response or file that was named is not there  404
     ├── AuthError                  no key, or one that is not known                       401
+    │   └── ForbiddenError         a web page asks that has no business here              403
     ├── LimitError                 too many requests now; later the same one may pass     429
     ├── CheckpointError            a checkpoint's files are damaged or not what they say  500
+    ├── TrainingError              a training run cannot go on with these numbers         500
     └── UnavailableError           the network, a device or an extra is not there         503
 
 Every message says what was met, what was expected and what to do. The class carries what the HTTP layer needs, so
@@ -86,6 +88,13 @@ class AuthError(OssiaError):
     code = "invalid_api_key"
 
 
+class ForbiddenError(AuthError):
+    """The request comes by way of a web page from elsewhere, to a server that asks for no key."""
+
+    status = 403
+    code = "forbidden"
+
+
 class LimitError(OssiaError):
     """The server, or this key, has as much to do as it was told to take; ``retry_after_s`` says when to come back."""
 
@@ -102,6 +111,12 @@ class CheckpointError(OssiaError):
     """A checkpoint's files are missing, damaged, or of another model."""
 
     code = "checkpoint_error"
+
+
+class TrainingError(OssiaError):
+    """A training run cannot go on: its loss or its gradients are not finite, or there is nothing to train."""
+
+    code = "training_error"
 
 
 class UnavailableError(OssiaError):

@@ -37,6 +37,8 @@ from ossia.harmony import (
     ToolNamespace,
     render_for_completion,
 )
+from ossia.model.adapted import check_base_copies
+from ossia.model.adapter import Adapter, read_adapter
 from ossia.model.hub import resolve_model
 from ossia.model.weights import Checkpoint, load_weights
 
@@ -48,7 +50,7 @@ def load(model: str | Path = "", **settings: Any) -> LocalModel:
     """Open a checkpoint: a folder, a .gguf file, or a name such as "gpt-oss-20b" that `ossia pull` has fetched.
 
     ``settings`` are fields of `ossia.config.Config`: backend, threads, dense, kv, kv_memory (such as "2GiB"),
-    max_context. Neither the settings file nor OSSIA_* variables are read.
+    max_context, adapters (paths by name). Neither the settings file nor OSSIA_* variables are read.
     Raises NotFoundError, CheckpointError or ConfigError, each saying what to do.
     """
     return LocalModel.open(from_arguments(settings | {"model": str(model)}))
@@ -69,10 +71,40 @@ class LocalModel:
         require_model(config)
         checkpoint = Checkpoint.open(resolve_model(config.model))
         ops = backends.load(config.backend, **backend_options(config))
-        options = EngineConfig(kv_memory_bytes=config.kv_memory, max_context=config.max_context or None)
+        options = EngineConfig(
+            kv_memory_bytes=config.kv_memory,
+            max_context=config.max_context or None,
+            adapter_memory_bytes=config.adapter_memory,
+        )
         tokenizer = checkpoint.tokenizer()
         runner = Runner(ops, checkpoint.config, load_weights(checkpoint, ops), options)
-        return cls(Engine(runner, token_bytes=tokenizer.token_bytes), tokenizer, checkpoint)
+        model = cls(Engine(runner, token_bytes=tokenizer.token_bytes), tokenizer, checkpoint)
+        for name, path in config.adapters.items():
+            model.load_adapter(path, name)
+        return model
+
+    def read_adapter(self, path: str | Path, name: str | None = None) -> Adapter:
+        """A LoRA adapter of this model from the folder that PEFT or ossia wrote; its name is the folder's by default.
+
+        Raises NotFoundError and CheckpointError, saying what is wrong with it.
+        """
+        adapter = read_adapter(Path(path).expanduser(), self.checkpoint.config, name)
+        check_base_copies(adapter, self.checkpoint)
+        return adapter
+
+    def load_adapter(self, path: str | Path, name: str | None = None) -> str:
+        """Read a LoRA adapter and return its name, to be given as ``adapter`` to `generate`.
+
+        One of the same name is replaced; answers under way stay with the one they began with. Raises what
+        `read_adapter` raises, and ConfigError where it does not fit the memory for adapters.
+        """
+        adapter = self.read_adapter(path, name)
+        self.engine.load_adapter(adapter)
+        return adapter.name
+
+    def unload_adapter(self, name: str) -> None:
+        """Let go of an adapter. Raises NotFoundError if there is none of that name."""
+        self.engine.unload_adapter(name)
 
     def generate(
         self,
@@ -91,7 +123,7 @@ class LocalModel:
         instead. What is elsewhere called the system prompt is ``instructions`` here: a system message of your own
         stands as it is, without the lines on reasoning and channels that the model was trained with, unless its content
         is a SystemContent. ``sampling`` are fields of `ossia.engine.SamplingParams`: max_tokens, temperature, top_p,
-        seed, ...
+        seed, adapter, ...
         A call of a tool ends the answer: see ``Generation.messages``.
 
         Raises InputError for what cannot be used and ContextLengthError for what cannot fit.

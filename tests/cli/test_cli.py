@@ -7,13 +7,16 @@ import os
 import pty
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from ossia.cli.generate import _stream
 from ossia.harmony import Delta, Header, Role
-from ossia.model.random_checkpoint import write_random_checkpoint
+from ossia.model.adapter import write_adapter
+from ossia.model.random_checkpoint import random_adapter, write_random_checkpoint
+from ossia.model.weights import Checkpoint
 
 
 def ossia(*arguments, stdin="", environ=None):
@@ -49,6 +52,8 @@ def tiny(tmp_path_factory):
         "checkpoint",
         "checkpoint inspect",
         "checkpoint new",
+        "data",
+        "data inspect",
     ],
 )
 def test_every_command_explains_itself(command):
@@ -293,6 +298,30 @@ def test_a_prompt_is_the_same_from_an_argument_and_from_a_pipe(tiny):
 def test_an_empty_prompt_is_refused(tiny, empty):
     for result in (ossia("generate", "-", "--model", tiny, stdin=empty), ossia("generate", empty, "--model", tiny)):
         assert result.returncode == 1 and result.stderr.startswith("ossia: the prompt is empty")
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny):
+    config = Checkpoint.open(tiny).config
+    made = random_adapter(config, rank=4, expert_rank=2)
+    pairs = {key: pair._replace(scaling=8.0) for key, pair in made.pairs.items()}
+    return write_adapter(tiny.parent / "polite", replace(made, pairs=pairs), config)
+
+
+def test_an_adapter_answers_by_its_folder_or_its_name_in_the_settings(tiny, adapter, tmp_path):
+    (tmp_path / "config.toml").write_text(f"[adapters]\nnice = '{adapter}'\nother = 'nowhere'")
+    environ = {"OSSIA_CONFIG": str(tmp_path / "config.toml")}
+    asked = ("generate", "Hi", "--model", tiny, "--seed", 1, "--max-tokens", 8, "--json", "--date", "2026-01-01")
+    texts = []
+    for choice in ((), ("--adapter", adapter), ("--adapter", "nice")):
+        result = ossia(*asked, *choice, environ=environ)
+        assert result.returncode == 0, result.stderr
+        texts.append(json.loads(result.stdout)["messages"])
+    assert texts[0] != texts[1] == texts[2]
+    chat = ("chat", "--model", tiny, "--adapter", adapter, "--max-tokens", 8, "--show-reasoning", "--seed", 1)
+    assert ossia(*chat, stdin="Hi").returncode == 0
+    wrong = ossia(*asked, "--adapter", tiny)
+    assert wrong.returncode == 1 and "holds no adapter_config.json" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
 def test_settings_come_from_the_environment(tiny):

@@ -14,7 +14,9 @@ import httpx
 import openai
 import pytest
 
-from ossia.model.random_checkpoint import write_random_checkpoint
+from ossia.model.adapter import write_adapter
+from ossia.model.random_checkpoint import random_adapter, write_random_checkpoint
+from ossia.model.weights import Checkpoint
 
 
 @pytest.fixture
@@ -35,8 +37,12 @@ def test_a_served_model_answers_a_client_and_remembers(tmp_path, environ):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     (tmp_path / "docs").mkdir()
+    config = Checkpoint.open(folder).config
+    for name in ("polite", "late"):
+        write_adapter(tmp_path / "shelf" / name, random_adapter(config, rank=2, expert_rank=1), config)
     arguments = ["--model", str(folder), "--backend", "reference", "--port", str(port), "--key-file", tmp_path / "keys"]
     arguments += ["--tools", "browser", "--browser-root", tmp_path / "docs"]
+    arguments += ["--adapter", f"polite={tmp_path}/shelf/polite", "--adapter-dir", tmp_path / "shelf"]
     command = [sys.executable, "-m", "ossia", "serve", *map(str, arguments)]
     server = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True)
     try:
@@ -48,6 +54,11 @@ def test_a_served_model_answers_a_client_and_remembers(tmp_path, environ):
                 time.sleep(0.1)
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key)
         assert "openai/gpt-oss-tiny" in [model.id for model in client.models.list()]
+        assert client.completions.create(model="polite", prompt="Hi", max_tokens=2).model == "polite"
+        with pytest.raises(openai.AuthenticationError):
+            client.with_options(api_key="x").post("/load_lora_adapter", body={}, cast_to=object)
+        client.post("/load_lora_adapter", body={"lora_name": "late", "lora_path": "late"}, cast_to=object)
+        assert client.completions.create(model="late", prompt="Hi", max_tokens=2).model == "late"
         asked = {"model": "gpt-oss-tiny", "input": "Hi", "max_output_tokens": 3}
         assert [tool.type for tool in client.responses.create(**asked, tools=[{"type": "web_search"}]).tools] == [
             "web_search"
@@ -61,8 +72,21 @@ def test_a_served_model_answers_a_client_and_remembers(tmp_path, environ):
         told = server.communicate(timeout=30)[1]
     assert "random" in told
     assert f"ossia: tools: browser (local:{tmp_path}" in told
+    assert "ossia: adapters: polite" in told
     assert "ossia: python is off: not among the tools that were asked for" in told
     assert re.search(r"request=req_\w+ method=POST route=/v1/responses status=200 key=me .* output_tokens=3", told)
+
+
+def test_an_adapter_that_cannot_be_served_ends_the_start(tmp_path, environ):
+    folder = write_random_checkpoint(tmp_path / "tiny", "tiny")
+    for arguments, said in (
+        (["--adapter", f"a={tmp_path}/nowhere"], f"there is no folder {tmp_path}/nowhere"),
+        (["--adapter", f"tiny={tmp_path}"], "'tiny' is a name of the model itself"),
+        (["--adapter", "a"], "is 'a'; expected NAME=PATH"),
+        (["--adapter-dir", f"{tmp_path}/nowhere"], "which is no folder"),
+    ):
+        refused = _ossia(environ, "--model", str(folder), "--tools", "none", *arguments)
+        assert refused.returncode == 1 and said in refused.stderr and "Traceback" not in refused.stderr
 
 
 def test_a_server_that_others_reach_needs_a_key(environ):

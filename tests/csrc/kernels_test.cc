@@ -66,6 +66,37 @@ void test_pool() {
   }
 }
 
+// A low-rank change of a stack of matrices, in the order of the kernels.
+struct Adapter {
+  int64_t stack, rank, rows, cols;
+  std::vector<float> a, b;
+
+  Adapter(int64_t stack, int64_t rank, int64_t rows, int64_t cols)
+      : stack(stack), rank(rank), rows(rows), cols(cols), a(normal(stack * rank * cols, 0.1f)), b(stack * pieces() * rank * 32) {
+    for (int64_t s = 0; s < stack; ++s)
+      for (int64_t o = 0; o < rows; ++o)
+        for (int64_t r = 0; r < rank; ++r) b[at(s, o, r)] = normal(1)[0];
+  }
+  int64_t pieces() const { return (rows + 31) / 32; }
+  int64_t at(int64_t s, int64_t o, int64_t r) const { return ((s * pieces() + o / 32) * rank + r) * 32 + o % 32; }
+  ossia::Lora lora() const {
+    Matrix m;
+    m.format = Format::kF32, m.rows = rank, m.cols = cols, m.row_stride = cols * 4, m.stack_stride = rank * cols * 4;
+    m.data = reinterpret_cast<const uint8_t*>(a.data());
+    return {m, rows, reinterpret_cast<const uint8_t*>(b.data()), pieces() * rank * 32 * 4, 0.5f};
+  }
+  template <class Number>
+  double change(int64_t s, int64_t o, const Number* x) const {
+    double sum = 0;
+    for (int64_t r = 0; r < rank; ++r) {
+      double h = 0;
+      for (int64_t i = 0; i < cols; ++i) h += static_cast<double>(a[(s * rank + r) * cols + i]) * x[i];
+      sum += 0.5 * h * b[at(s, o, r)];
+    }
+    return sum;
+  }
+};
+
 void test_linear(const Kernels& kernels, Format format, int64_t rows, int64_t cols) {
   const std::string name = std::string(kernels.name) + " linear " + std::to_string(static_cast<int>(format));
   const int64_t tokens = 70;
@@ -77,7 +108,10 @@ void test_linear(const Kernels& kernels, Format format, int64_t rows, int64_t co
       for (int64_t i = 0; i < cols; ++i) sum += static_cast<double>(x[t * cols + i]) * w[o * cols + i];
       expected[t * rows + o] = sum;
     }
-  std::vector<float> first;
+  const Adapter small(1, 3, rows, cols), large(1, 9, rows, cols);
+  std::vector<int32_t> of_token(tokens);
+  for (int64_t t = 0; t < tokens; ++t) of_token[t] = static_cast<int32_t>(t / 3 % 4) - 1;
+  std::vector<float> first, first_changed;
   for (const int threads : {1, 3}) {
     Workspace work(threads);
     Matrix matrix;
@@ -93,14 +127,37 @@ void test_linear(const Kernels& kernels, Format format, int64_t rows, int64_t co
       matrix.scales = reinterpret_cast<const uint8_t*>(scales.data());
     }
     std::vector<float> out(tokens * rows);
-    kernels.linear(work, x.data(), matrix, bias.data(), tokens, out.data());
+    kernels.linear(work, x.data(), matrix, bias.data(), {}, tokens, out.data());
     check(distance(out, expected) < (format == Format::kQ8 ? 0.012 : 1e-6), name + ": the sums");
     if (first.empty()) first = out;
     check(out == first, name + ": threads");
     for (const int64_t count : {1, 2, 3, 4, 7}) {
       std::vector<float> part(count * rows);
-      kernels.linear(work, x.data() + 60 * cols, matrix, bias.data(), count, part.data());
+      kernels.linear(work, x.data() + 60 * cols, matrix, bias.data(), {}, count, part.data());
       check(same_rows(out, part, 60, rows), name + ": alone as in a batch");
+    }
+    // Two adapters, by turns of three tokens, and none.
+    std::vector<ossia::Lora> loras;
+    for (const Adapter* one : {&small, &large}) loras.push_back(one->lora());
+    const ossia::Lora* each[] = {&loras[0], nullptr, &loras[1]};
+    std::vector<float> changed(tokens * rows);
+    kernels.linear(work, x.data(), matrix, bias.data(), {each, 3, of_token.data()}, tokens, changed.data());
+    std::vector<double> expected_change(tokens * rows);
+    for (int64_t t = 0; t < tokens; ++t) {
+      const Adapter* own = of_token[t] == 0 ? &small : of_token[t] == 2 ? &large : nullptr;
+      for (int64_t o = 0; o < rows; ++o) {
+        expected_change[t * rows + o] = own ? own->change(0, o, x.data() + t * cols) : 0.0;
+        changed[t * rows + o] -= out[t * rows + o];
+      }
+    }
+    check(distance(changed, expected_change) < 1e-6, name + ": adapters");
+    kernels.linear(work, x.data(), matrix, bias.data(), {each, 3, of_token.data()}, tokens, changed.data());
+    if (first_changed.empty()) first_changed = changed;
+    check(changed == first_changed, name + ": adapters and threads");
+    for (const int64_t count : {1, 5}) {
+      std::vector<float> part(count * rows);
+      kernels.linear(work, x.data() + 55 * cols, matrix, bias.data(), {each, 3, of_token.data() + 55}, count, part.data());
+      check(same_rows(changed, part, 55, rows), name + ": adapters alone as in a batch");
     }
   }
 }
@@ -154,6 +211,12 @@ void test_moe(const Kernels& kernels, Format order) {
       exact &= std::memcmp(&floats[f * dim + i], &wanted, 4) == 0 && halves[f * dim + i] == bits >> 16;
     }
   check(exact, std::string(kernels.name) + " dequantize");
+  // The first half of the tokens go through an adapter, for all three matrices or for down alone.
+  const Adapter gate_change(experts, 4, hidden, dim), up_change(experts, 2, hidden, dim), down_change(experts, 3, dim, hidden);
+  const ossia::ExpertLora all{gate_change.lora(), up_change.lora(), down_change.lora()}, only_down{{}, {}, down_change.lora()};
+  const ossia::ExpertLora* each[] = {&all, &only_down};
+  std::vector<int32_t> of_token(tokens), none(tokens, -1);
+  for (int64_t t = 0; t < tokens; ++t) of_token[t] = t < tokens / 2 ? static_cast<int32_t>(t / 5 % 2) : -1;
 
   std::vector<double> expected(tokens * dim);
   for (int64_t t = 0; t < tokens; ++t)
@@ -166,12 +229,17 @@ void test_moe(const Kernels& kernels, Format order) {
           g += number(e.gate.at(id), f, i) * x[t * dim + i];
           u += number(e.up.at(id), f, i) * x[t * dim + i];
         }
+        if (of_token[t] == 0) {
+          g += gate_change.change(id, f, x.data() + t * dim);
+          u += up_change.change(id, f, x.data() + t * dim);
+        }
         g = std::fmin(g, 7.0), u = std::fmax(-7.0, std::fmin(u, 7.0));
         h[f] = g / (1 + std::exp(-1.702 * g)) * (u + 1);
       }
       for (int64_t d = 0; d < dim; ++d) {
         double y = down_bias[id * dim + d];
         for (int64_t f = 0; f < hidden; ++f) y += number(e.down.at(id), d, f) * h[f];
+        if (of_token[t] >= 0) y += down_change.change(id, d, h.data());
         expected[t * dim + d] += weights[t * active + a] * y;
       }
     }
@@ -179,16 +247,22 @@ void test_moe(const Kernels& kernels, Format order) {
   for (const int threads : {1, 3}) {
     Workspace work(threads);
     std::vector<float> out(tokens * dim);
-    kernels.moe(work, x.data(), ids.data(), weights.data(), e, 7.0f, tokens, active, out.data());
+    kernels.moe(work, x.data(), ids.data(), weights.data(), e, {each, 2, of_token.data()}, 7.0f, tokens, active, out.data());
     check(distance(out, expected) < 0.02, name + ": the sums");
     if (first.empty()) first = out;
     check(out == first, name + ": threads");
     for (const int64_t count : {1, 2, 3, 9}) {
       std::vector<float> part(count * dim);
-      kernels.moe(work, x.data() + 100 * dim, ids.data() + 100 * active, weights.data() + 100 * active, e, 7.0f, count,
-                  active, part.data());
-      check(same_rows(out, part, 100, dim), name + ": alone as in a batch");
+      for (const int64_t start : {100, 33}) {
+        kernels.moe(work, x.data() + start * dim, ids.data() + start * active, weights.data() + start * active, e,
+                    {each, 2, of_token.data() + start}, 7.0f, count, active, part.data());
+        check(same_rows(out, part, start, dim), name + ": alone as in a batch");
+      }
     }
+    std::vector<float> without(tokens * dim), with_none(tokens * dim);
+    kernels.moe(work, x.data(), ids.data(), weights.data(), e, {}, 7.0f, tokens, active, without.data());
+    kernels.moe(work, x.data(), ids.data(), weights.data(), e, {each, 2, none.data()}, 7.0f, tokens, active, with_none.data());
+    check(without == with_none, name + ": tokens without an adapter");
   }
 }
 

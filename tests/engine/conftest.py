@@ -10,6 +10,8 @@ import pytest
 
 from ossia.engine import Engine, EngineConfig, Runner, SamplingParams, TokenOutput
 from ossia.engine.runner import NumBlocks
+from ossia.model.adapted import HeldAdapter
+from ossia.model.adapter import Adapter
 from ossia.model.config import ModelConfig, RopeConfig
 from ossia.model.transformer import Layer, Weights
 from ossia.ops import Batch, ExpertArrays, Ops, load
@@ -54,6 +56,8 @@ class FakeRunner:
 
     def run(self, batch: Batch) -> np.ndarray:
         self.batches.append(batch)
+        # What a token leaves in memory depends on the adapter that it went through.
+        offsets = [0 if one is None else one.size_bytes for one in batch.adapters or [None] * len(batch.key_lengths_N)]
         rows, written = [], set()
         for n, length in enumerate(batch.key_lengths_N):
             own = slice(batch.query_starts_N1[n], batch.query_starts_N1[n + 1])
@@ -66,14 +70,19 @@ class FakeRunner:
                 assert not new & written, "two sequences write to one slot"
                 written |= new
             own_full, own_window = slice(positions[0], None), slice(positions[0] - first, None)
-            self.full_BS[full[own_full], full_slots[own_full, 1]] = batch.token_ids_T[own]
-            self.window_BS[window[own_window], window_slots[own_window, 1]] = batch.token_ids_T[own]
+            self.full_BS[full[own_full], full_slots[own_full, 1]] = batch.token_ids_T[own] + offsets[n]
+            self.window_BS[window[own_window], window_slots[own_window, 1]] = batch.token_ids_T[own] + offsets[n]
             tokens = self.full_BS[full, full_slots[:, 1]]
             assert (tokens[first:] == self.window_BS[window, window_slots[:, 1]]).all()
+            assert (tokens // 1000 == offsets[n] // 1000).all(), "a key was computed through another adapter"
             if batch.query_starts_N1[n + 1] - 1 in batch.logit_rows_R:
                 digest = hashlib.shake_128(tokens.tobytes()).digest(2 * self.config.vocab_size)
                 rows.append(np.frombuffer(digest, np.uint16).astype(np.float32) / 8192)
         return np.array(rows, np.float32).reshape(len(rows), self.config.vocab_size)
+
+    def hold(self, adapter: Adapter) -> HeldAdapter:
+        # A size of whole thousands tells the adapters of these tests apart.
+        return HeldAdapter(adapter.name, {}, size_bytes=1000 * adapter.rank, cache_key=adapter.name.encode())
 
     def _place(self, table_B: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         size = self.options.block_size

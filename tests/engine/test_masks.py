@@ -689,6 +689,7 @@ class Bytes:
     """A vocabulary of single bytes."""
 
     vocab_size = 263
+    NUM_WORDS = -(-vocab_size // 32)
 
     def __init__(self) -> None:
         names = ("return", "constrain", "channel", "start", "end", "message", "call")
@@ -699,6 +700,17 @@ class Bytes:
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
+
+    @classmethod
+    def draw(cls, random: random.Random, constraint: TurnConstraint) -> int:
+        """Any token that may follow, and accept it; special ones more often, since they end things."""
+        mask = np.zeros(cls.NUM_WORDS, np.uint32)
+        constraint.fill(mask)
+        allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+        special = allowed[allowed >= 256]
+        token_id = int(random.choice(special if len(special) and random.random() < 0.3 else allowed))
+        constraint.accept(token_id)
+        return token_id
 
 
 def test_any_vocabulary_will_do_that_has_harmonys_special_tokens():
@@ -727,6 +739,53 @@ def test_the_latest_grammars_are_kept():
     for grammar in grammars:
         small.constraint(grammar)
     assert list(small._compiled) == [grammars[2].text]
+
+
+# Needs more states the more different texts it has seen.
+GROWING = Schema({"type": "string", "pattern": "^[ab]*a[ab]{12}$"})
+
+
+@pytest.mark.parametrize("cap", [None, 0, 4])
+def test_a_grammar_that_much_was_sampled_under_goes_on_in_a_new_automaton(cap):
+    compiler = GrammarCompiler(Bytes(), max_states=200)
+    grammar = turn_grammar(output=GROWING, reasoning=cap != 0)
+    used, draw = set(), random.Random(0)
+    for _ in range(60):
+        constraint = compiler.constraint(grammar, max_reasoning_tokens=cap)
+        used.add(id(compiler._compiled[grammar.text if cap != 0 else grammar.rest]))
+        for _ in range(60):
+            if not constraint.is_complete:
+                Bytes.draw(draw, constraint)
+    assert len(used) > 1
+
+
+def test_a_walk_that_was_begun_anew_allows_what_it_would_have_allowed():
+    grammar = turn_grammar(output=GROWING, reasoning=False)
+    small, large = GrammarCompiler(Bytes(), max_states=200), GrammarCompiler(Bytes())
+    renewed = 0
+    for seed in range(40):
+        draw = random.Random(seed)
+        one, other = small.constraint(grammar), large.constraint(grammar)
+        masks = np.zeros((2, Bytes.NUM_WORDS), np.uint32)
+        for _ in range(60):
+            one.fill(masks[0]), other.fill(masks[1])
+            assert np.array_equal(*masks)
+            token_id = Bytes.draw(draw, one)
+            other.accept(token_id)
+            if one.is_complete:
+                break
+        renewed += one._walk._renewed_at is not None
+    assert renewed
+
+
+def test_a_turn_that_fills_an_automaton_by_itself_is_refused():
+    compiler = GrammarCompiler(Bytes(), max_states=100)
+    with pytest.raises(InputError, match=r"too many states.*make it simpler"):
+        for seed in range(200):
+            constraint = compiler.constraint(turn_grammar(output=GROWING, reasoning=False))
+            draw = random.Random(seed)
+            while not constraint.is_complete:
+                Bytes.draw(draw, constraint)
 
 
 # -- the engine ------------------------------------------------------------------------------------

@@ -435,3 +435,11 @@ def test_strict_parser_reads_every_sequence_the_same(tokenizer: Tokenizer) -> No
         assert all(0 <= event.position < len(tokens) for event in told if isinstance(event, Malformed))
         kinds = {event.kind for event in told if isinstance(event, Malformed)}
         assert kinds == {kind for message in strict.messages for kind in message.defects}
+
+
+def test_texts_of_tokens_are_remembered_within_a_bound(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ossia.harmony.parser._MAX_WHOLE_TEXTS", 3)
+    monkeypatch.setitem(vars(tokenizer), "whole_text", {})
+    text = "one two three four five six one two three four five six"
+    parser = parse(tokenizer, f"<|channel|>final<|message|>{text}<|return|>")
+    assert parser.messages[0].text == text and len(tokenizer.whole_text) == 3

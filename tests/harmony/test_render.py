@@ -17,7 +17,7 @@ from ossia.harmony import (
     render_for_completion,
     render_for_training,
 )
-from ossia.harmony.render import developer_text, system_text
+from ossia.harmony.render import Memo, developer_text, system_text
 
 U1, U2, U3 = (Message("user", f"u{i}") for i in (1, 2, 3))
 A1, A2, A3 = (Message("assistant", f"a{i}", channel="analysis") for i in (1, 2, 3))
@@ -144,3 +144,17 @@ def test_spans_know_their_message_and_give_a_mask(tokenizer: Tokenizer) -> None:
     mask = training.sampled_mask()
     assert len(mask) == len(training.token_ids)
     assert mask.index(True) == training.spans[-1].start
+
+
+def test_the_latest_texts_are_remembered_within_a_bound() -> None:
+    asked: list[str] = []
+
+    def encode(text: str) -> list[int]:
+        asked.append(text)
+        return [len(text)]
+
+    memo = Memo(encode, max_chars=10)
+    for text in ("aaaa", "bbbb", "aaaa", "cccc", "aaaa", "bbbb"):
+        assert list(memo(text)) == [4]
+    assert asked == ["aaaa", "bbbb", "cccc", "bbbb"] and memo.num_chars == 8
+    assert list(memo("d" * 11)) == [11] and memo.num_chars == 0

@@ -151,3 +151,14 @@ def assert_same_logits() -> Callable[..., None]:
         assert np.abs(got - want).max() <= tolerance * np.abs(want).max()
 
     return check
+
+
+@pytest.fixture
+def base(hugging_face_model, tmp_path):
+    """(a function that makes the model afresh, its folder, its shape)"""
+
+    def make():
+        return hugging_face_model(0)
+
+    make().save_pretrained(tmp_path / "base")
+    return make, tmp_path / "base", Checkpoint.open(tmp_path / "base").config

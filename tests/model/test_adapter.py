@@ -13,78 +13,12 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.model.peft_adapters import CASES, EXPERTS, ROUTER, save, trained
 
 from ossia.errors import CheckpointError, NotFoundError
 from ossia.model.adapter import Adapter, LoraPair, matrix_shape, read_adapter, write_adapter
 from ossia.model.config import ModelConfig
 from ossia.model.weights import Checkpoint
-
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-ROUTER = ["mlp.router.weight"]
-
-CASES: dict[str, dict[str, Any]] = {
-    "attention": {"r": 4, "lora_alpha": 8, "target_modules": ATTENTION},
-    "one target": {"r": 3, "lora_alpha": 5, "target_modules": ["v_proj"]},
-    "router": {"r": 2, "lora_alpha": 3, "target_modules": [], "target_parameters": ROUTER},
-    "experts": {"r": 2, "lora_alpha": 6, "target_modules": [], "target_parameters": EXPERTS},
-    "gate and up alone": {"r": 2, "lora_alpha": 6, "target_modules": [], "target_parameters": EXPERTS[:1]},
-    "down alone": {"r": 3, "lora_alpha": 6, "target_modules": [], "target_parameters": EXPERTS[1:]},
-    "all": {"r": 4, "lora_alpha": 8, "target_modules": ATTENTION, "target_parameters": [*EXPERTS, *ROUTER]},
-    "unembedding": {"r": 4, "lora_alpha": 8, "target_modules": ["lm_head"]},
-    "embedding": {"r": 4, "lora_alpha": 8, "target_modules": ["embed_tokens", "q_proj"]},
-    "rslora": {"r": 4, "lora_alpha": 8, "target_modules": ATTENTION, "use_rslora": True, "target_parameters": EXPERTS},
-    "rank pattern": {
-        "r": 4,
-        "lora_alpha": 8,
-        "target_modules": ATTENTION,
-        "target_parameters": [*EXPERTS, *ROUTER],
-        "rank_pattern": {"experts.gate_up_proj": 2, "layers.1.self_attn.q_proj": 6, r"layers\.[02]\..*k_proj": 1},
-    },
-    "alpha pattern": {
-        "r": 4,
-        "lora_alpha": 8,
-        "target_modules": ATTENTION,
-        "target_parameters": [*EXPERTS, *ROUTER],
-        "alpha_pattern": {"down_proj": 16, "router.weight": 3, "v_proj": 1},
-    },
-    "some layers": {"r": 4, "lora_alpha": 8, "target_modules": ATTENTION, "layers_to_transform": [1]},
-    "by expression": {"r": 4, "lora_alpha": 8, "target_modules": r".*layers\.[12]\.self_attn\.[qv]_proj"},
-}
-
-
-@pytest.fixture
-def base(hugging_face_model, tmp_path):
-    """(a function that makes the model afresh, its folder, its shape)"""
-
-    def make():
-        return hugging_face_model(0)
-
-    make().save_pretrained(tmp_path / "base")
-    return make, tmp_path / "base", Checkpoint.open(tmp_path / "base").config
-
-
-def trained(model, *, seed: int = 1, dtype: torch.dtype = torch.float32, **fields: Any) -> peft.PeftModel:
-    """An adapter that has moved: both of its matrices are random."""
-    fields = {"task_type": "CAUSAL_LM"} | fields
-    if "layers_to_transform" in fields:
-        fields["layers_pattern"] = "layers"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        wrapped = peft.get_peft_model(model, peft.LoraConfig(**fields))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_" in name:
-                values = torch.randn(parameter.shape, generator=generator) * 0.2
-                parameter.copy_(values.to(dtype))
-    return wrapped.eval()
-
-
-def save(wrapped: peft.PeftModel, path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        wrapped.save_pretrained(path)
 
 
 def merged(model, adapter: Adapter):
@@ -112,6 +46,11 @@ def merged(model, adapter: Adapter):
     return model
 
 
+# PEFT looks for patterns among modules alone, and warns of those that match parameters.
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{text}")
+    for text in (r"The following (rank|alpha)_pattern keys", "`is_gradient_checkpointing` is deprecated")
+]
 IDS = np.random.default_rng(0).integers(0, 300, 40).tolist()
 
 
@@ -216,13 +155,8 @@ def test_shards_are_read_as_one(base, tmp_path):
         read_adapter(folder, config)
 
 
-def test_experts_that_peft_took_the_other_way_round_are_read_the_right_way(base, tmp_path):
-    make, _, config = base
-    save(trained(make(), **CASES["experts"]), tmp_path / "adapter")
-    want = read_adapter(tmp_path / "adapter", config)
-    path = tmp_path / "adapter/adapter_model.safetensors"
+def exchange_inputs_and_outputs(path, num_experts: int) -> None:
     exchanged = {}
-    num_experts = config.num_experts
     tensors = load_file(path)
     for name in tensors:
         other = tensors[name.replace("lora_A", "lora_X").replace("lora_B", "lora_A").replace("lora_X", "lora_B")]
@@ -234,10 +168,95 @@ def test_experts_that_peft_took_the_other_way_round_are_read_the_right_way(base,
                 other.reshape(num_experts, -1, other.shape[1]).permute(2, 1, 0).reshape(other.shape[1], -1)
             )
     save_file({name: values.contiguous() for name, values in exchanged.items()}, path)
+
+
+@pytest.mark.parametrize(
+    ("intermediate_size", "targets"),
+    # 64 is as square as the published models: down_proj alone would not tell which way round it is.
+    [(96, EXPERTS), (96, EXPERTS[:1]), (96, EXPERTS[1:]), (64, EXPERTS), (64, EXPERTS[:1])],
+)
+def test_experts_that_peft_took_the_other_way_round_are_read_the_right_way(
+    intermediate_size, targets, hugging_face_model, tmp_path
+):
+    model = hugging_face_model(0, intermediate_size=intermediate_size)
+    model.save_pretrained(tmp_path / "base")
+    config = Checkpoint.open(tmp_path / "base").config
+    save(trained(model, r=2, lora_alpha=6, target_modules=[], target_parameters=targets), tmp_path / "adapter")
+    want = read_adapter(tmp_path / "adapter", config)
+    exchange_inputs_and_outputs(tmp_path / "adapter/adapter_model.safetensors", config.num_experts)
     got = read_adapter(tmp_path / "adapter", config)
     assert got.pairs.keys() == want.pairs.keys()
     for key, pair in want.pairs.items():
         np.testing.assert_allclose(got.pairs[key].delta(), pair.delta(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("intermediate_size", [32, 64, 128])
+def test_experts_of_every_shape_are_taken_as_they_are(
+    intermediate_size, hugging_face_model, tmp_path, hugging_face_logits, assert_same_logits
+):
+    def make():
+        return hugging_face_model(0, intermediate_size=intermediate_size)
+
+    make().save_pretrained(tmp_path / "base")
+    wrapped = trained(make(), r=2, lora_alpha=6, target_modules=[], target_parameters=EXPERTS)
+    save(wrapped, tmp_path / "adapter")
+    adapter = read_adapter(tmp_path / "adapter", Checkpoint.open(tmp_path / "base").config)
+    assert_same_logits(hugging_face_logits(merged(make(), adapter), IDS), hugging_face_logits(wrapped, IDS))
+
+
+def cut_into_modules(folder, num_experts: int) -> None:
+    """The same adapter as if every expert, and the router, were a module of its own."""
+    path = folder / "adapter_model.safetensors"
+    cut = {}
+    for name, values in load_file(path).items():
+        if ".mlp.experts." not in name:
+            cut[name.replace("mlp.router.", "mlp.router.linear.")] = values
+            continue
+        parameter = "gate_up_projs" if ".base_layer." in name else "down_projs"
+        whole = name.replace(".base_layer", "")
+        for e in range(num_experts):
+            if "lora_A" in name:
+                own = values.reshape(num_experts, -1, values.shape[1])[e]
+            else:
+                own = values.reshape(len(values), -1, num_experts)[..., e]
+            cut[whole.replace("mlp.experts.", f"mlp.experts.{parameter}.{e}.")] = own.contiguous()
+    save_file(cut, path)
+
+
+def test_experts_that_were_cut_into_modules_are_read_as_one(base, tmp_path):
+    make, _, config = base
+    save(trained(make(), r=2, lora_alpha=6, target_modules=["q_proj"], target_parameters=[*EXPERTS, *ROUTER]),
+         tmp_path / "adapter")  # fmt: skip
+    want = read_adapter(tmp_path / "adapter", config)
+    cut_into_modules(tmp_path / "adapter", config.num_experts)
+    got = read_adapter(tmp_path / "adapter", config)
+    assert list(got.pairs) == list(want.pairs)
+    for key, pair in want.pairs.items():
+        assert np.array_equal(got.pairs[key].delta(), pair.delta())
+    # An expert that was not adapted stays as it is.
+    path = tmp_path / "adapter/adapter_model.safetensors"
+    save_file({name: values for name, values in load_file(path).items() if "projs.3." not in name}, path)
+    some = read_adapter(tmp_path / "adapter", config)
+    delta, whole = (one.pairs["layers.1.experts.up"].delta() for one in (some, want))
+    assert not delta[3].any() and np.array_equal(np.delete(delta, 3, 0), np.delete(whole, 3, 0))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("projs.7.", "projs.8.", r"adapts model\.layers\.0\.mlp\.experts.*and one of 3 layers and 8 experts"),
+        ("layers.2.", "layers.3.", r"adapts model\.layers\.3.*one of 3 layers"),
+        ("gate_up_projs.5.", "down_projs.9.", "and 8 experts"),
+        ("gate_up_projs", "up_projs", "which ossia does not adapt"),
+    ],
+)
+def test_modules_that_are_no_experts_of_this_model_are_refused(old, new, words, base, tmp_path):
+    make, _, config = base
+    save(trained(make(), r=2, lora_alpha=6, target_modules=[], target_parameters=EXPERTS), tmp_path / "adapter")
+    cut_into_modules(tmp_path / "adapter", config.num_experts)
+    rename(tmp_path / "adapter", old, new)
+    with pytest.raises(CheckpointError, match=words):
+        read_adapter(tmp_path / "adapter", config)
 
 
 def test_copies_of_the_embedding_are_kept_apart_from_the_pairs(base, tmp_path):

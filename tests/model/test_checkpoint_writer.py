@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 
 import numpy as np
@@ -79,6 +81,22 @@ def test_what_is_there_stays_when_its_replacement_fails(tmp_path):
         pass  # nothing was made
     assert (out / "config.json").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_killed_process_left_is_removed_or_put_back_and_what_a_living_one_writes_is_not(tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    out, gone = tmp_path / "out[1]", child.pid
+    for name in (f".out[1].{gone}.partial", ".out[1].1.partial", ".out[1].notes"):
+        (tmp_path / name).mkdir()
+    (tmp_path / f".out[1].{gone}.old").mkdir()
+    (tmp_path / f".out[1].{gone}.old" / "config.json").write_text("old")
+    with pytest.raises(InputError, match="is there already"):
+        make(out)
+    assert (out / "config.json").read_text() == "old"
+    make(out, replace=True)
+    assert (out / "config.json").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out[1].1.partial", ".out[1].notes", "out[1]"]
 
 
 def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ossia.ops import Q8, Batch, ExpertArrays, Mxfp4
+from ossia.ops import Q8, Batch, ExpertArrays, ExpertLoras, LoraPair, Mxfp4
 
 BF16, F16, F32 = ml_dtypes.bfloat16, np.float16, np.float32
 
@@ -136,6 +136,63 @@ MOE = [
     Moe("transposed experts", 7, 4, 2, 64, 96, "transposed"),
     Moe("mxfp4 gate and up, float down", 20, 4, 2, 288, 96, "mxfp4", "float32"),
     Moe("float gate and up, mxfp4 down", 20, 4, 2, 64, 288, "float32", "mxfp4"),
+]
+
+
+@dataclass(frozen=True)
+class Lora(Case):
+    """Tokens of one batch spread over adapters of these ranks; 0: an adapter without a part here."""
+
+    T: int
+    O: int  # noqa: E741
+    I: int  # noqa: E741
+    ranks: tuple[int, ...]
+    dtype: Any = F32
+    E: int = 0  # experts: each adapter has a pair for gate, up and down, gate and up sharing their a
+    A: int = 2
+
+    def pair(self, rng: np.random.Generator, outputs: int, inputs: int, rank: int) -> LoraPair:
+        stack = (self.E,) if self.E else ()
+        a = rng.standard_normal((*stack, rank, inputs)) / np.sqrt(inputs)
+        b = rng.standard_normal((*stack, outputs, rank)) / np.sqrt(rank)
+        return LoraPair(a.astype(self.dtype), b.astype(self.dtype), float(rng.uniform(0.5, 2)))
+
+    def pairs(self) -> list[LoraPair | None]:
+        rng = self.rng()
+        return [self.pair(rng, self.O, self.I, rank) if rank else None for rank in self.ranks]
+
+    def experts(self) -> list[ExpertLoras | None]:
+        rng = self.rng()
+        made: list[ExpertLoras | None] = []
+        for rank in self.ranks:
+            gate, up, down = (
+                self.pair(rng, outputs, inputs, max(1, rank))
+                for outputs, inputs in ((self.O, self.I), (self.O, self.I), (self.I, self.O))
+            )
+            up = up._replace(a=gate.a, scaling=gate.scaling)
+            made.append(ExpertLoras(gate, up, down) if rank else None)
+        return made
+
+    def lora_T(self) -> np.ndarray:
+        """None and each adapter by turns, in runs as sequences are."""
+        turns = np.arange(self.T) % (len(self.ranks) + 1) - 1
+        return np.repeat(turns, self.rng().integers(1, 5, self.T))[: self.T].astype(np.int32)
+
+
+LORA = [
+    Lora("one adapter", 5, 300, 64, (8,)),
+    Lora("many adapters of many ranks", 70, 300, 96, (8, 1, 3, 16, 5)),
+    Lora("some have no part here", 40, 257, 64, (0, 4, 0)),
+    Lora("bfloat16", 30, 320, 64, (8, 2), BF16),
+    Lora("float16", 30, 320, 64, (8, 2), F16),
+    Lora("a router", 20, 8, 45, (4, 2)),
+    Lora("rank above the inputs", 6, 300, 32, (40,)),
+]
+EXPERT_LORA = [
+    Lora("experts", 9, 96, 64, (4,), E=4),
+    Lora("experts of many adapters", 150, 96, 64, (2, 5, 1), E=3),
+    Lora("experts in bfloat16", 20, 64, 96, (4, 0), BF16, E=4),
+    Lora("experts of odd sizes", 12, 37, 45, (3, 2), E=4),
 ]
 
 

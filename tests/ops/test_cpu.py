@@ -12,7 +12,7 @@ import pytest
 from tests.ops import cases
 
 from ossia.errors import ConfigError
-from ossia.ops import Q8, Batch, ExpertArrays, Mxfp4, Routing, cpu, load, mxfp4
+from ossia.ops import Q8, Adapted, Batch, ExpertArrays, Mxfp4, Routing, cpu, load, mxfp4
 from ossia.ops.cpu import CpuOps
 from ossia.ops.reference import ReferenceOps, swiglu
 
@@ -214,6 +214,176 @@ def test_moe_of_a_token_is_the_same_bits_in_any_batch_by_any_threads(isa: str) -
         for threads in (1, 3):
             other = CpuOps(threads, isa=isa)
             np.testing.assert_array_equal(other.moe(x, routing, other.experts(arrays), 7.0), whole)
+
+
+# Adapters ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", cases.LORA, ids=str)
+def test_the_reference_gives_each_token_the_matrix_that_its_adapter_would_make(case: cases.Lora) -> None:
+    x, weight, bias = (array.astype(np.float64) for array in cases.Linear("", case.T, case.O, case.I).arrays())
+    lora_T, pairs = case.lora_T(), case.pairs()
+    held = REFERENCE.linear_weights(weight, bias)
+    met = REFERENCE.linear(x, Adapted(held, tuple(p and REFERENCE.lora(p) for p in pairs), lora_T))
+    for t, index in enumerate(lora_T):
+        pair = pairs[index] if index >= 0 else None
+        merged = weight if pair is None else weight + pair.scaling * np.float64(pair.b) @ np.float64(pair.a)
+        np.testing.assert_allclose(met[t], merged @ x[t] + bias, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", cases.EXPERT_LORA, ids=str)
+def test_the_reference_gives_each_token_the_experts_that_its_adapter_would_make(case: cases.Lora) -> None:
+    x, logits, arrays = cases.Moe("", case.T, case.E, case.A, case.I, case.O, "float32").arrays()
+    routing = REFERENCE.route(logits, case.A)
+    lora_T, loras = case.lora_T(), case.experts()
+    adapted = Adapted(REFERENCE.experts(arrays), tuple(one and REFERENCE.expert_loras(one) for one in loras), lora_T)
+    met = REFERENCE.moe(x.astype(np.float64), routing, adapted, 7.0)
+    for index in range(-1, len(loras)):
+        rows, one = lora_T == index, loras[index] if index >= 0 else None
+        changed = arrays
+        if one is not None:
+            own = zip(arrays[:3], one, strict=True)
+            changed = arrays._replace(
+                **{
+                    name: m + pair.scaling * np.float64(pair.b) @ np.float64(pair.a)
+                    for name, (m, pair) in zip(("gate", "up", "down"), own, strict=True)
+                }
+            )
+        part = Routing(routing.experts_TA[rows], routing.weights_TA[rows])
+        want = REFERENCE.moe(x[rows].astype(np.float64), part, REFERENCE.experts(changed), 7.0)
+        np.testing.assert_allclose(met[rows], want, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("case", cases.LORA, ids=str)
+@each_dense
+@each_isa
+def test_linear_with_adapters(isa: str, dense: str, case: cases.Lora) -> None:
+    x, weight, bias = cases.Linear("", case.T, case.O, case.I).arrays()
+    ops, lora_T, pairs = OPS[isa, dense, "bf16"], case.lora_T(), case.pairs()
+    held = ops.linear_weights(weight, bias)
+    met = ops.linear(x, Adapted(held, tuple(p and ops.lora(p) for p in pairs), lora_T))
+    nothing = REFERENCE.linear_weights(np.zeros_like(weight))
+    change = Adapted(nothing, tuple(p and REFERENCE.lora(p) for p in pairs), lora_T)
+    without = ops.linear(x, held)
+    assert_close(met - without, REFERENCE.linear(x.astype(np.float64), change), 1e-5)
+    np.testing.assert_array_equal(met[lora_T < 0], without[lora_T < 0])
+
+
+@pytest.mark.parametrize("case", cases.EXPERT_LORA, ids=str)
+@pytest.mark.parametrize("matrices", ["float32", "mxfp4"])
+@each_isa
+def test_moe_with_adapters(isa: str, matrices: str, case: cases.Lora) -> None:
+    if matrices == "mxfp4" and (case.I % 32 or case.O % 32):
+        pytest.skip("MXFP4 has blocks of 32")
+    x, logits, arrays = cases.Moe("", case.T, case.E, case.A, case.I, case.O, matrices).arrays()
+    ops, lora_T, loras = OPS[isa, "bf16", "bf16"], case.lora_T(), case.experts()
+    routing = ops.route(logits, case.A)
+    held = ops.experts(arrays)
+    met = ops.moe(x, routing, Adapted(held, tuple(one and ops.expert_loras(one) for one in loras), lora_T), 7.0)
+    change = tuple(one and REFERENCE.expert_loras(one) for one in loras)
+    adapted = Adapted(REFERENCE.experts(arrays), change, lora_T)
+    expected = REFERENCE.moe(x.astype(np.float64), routing, adapted, 7.0)
+    tolerance = 2e-5 if matrices == "float32" else 0.03
+    assert root_mean_square(met - expected) / root_mean_square(expected) < tolerance
+    without = ops.moe(x, routing, held, 7.0)
+    np.testing.assert_array_equal(met[lora_T < 0], without[lora_T < 0])
+    changed = [t for t, index in enumerate(lora_T) if index >= 0 and loras[index] is not None]
+    assert root_mean_square(met[changed] - without[changed]) > 0.1 * root_mean_square(expected)
+
+
+@each_isa
+def test_experts_with_only_some_of_their_matrices_adapted(isa: str) -> None:
+    case = cases.Lora("", 12, 64, 96, (3,), E=4)
+    x, logits, arrays = cases.Moe("", case.T, case.E, case.A, case.I, case.O, "float32").arrays()
+    (whole,) = case.experts()
+    other_a = whole._replace(up=whole.up._replace(a=whole.up.a[:, :2] + 1, b=whole.up.b[..., :2]))
+    for one in (
+        whole._replace(gate=None),
+        whole._replace(up=None),
+        whole._replace(down=None),
+        whole._replace(gate=None, up=None),
+        whole._replace(gate=None, down=None),
+        other_a,
+        whole._replace(up=whole.up._replace(scaling=3.0)),
+    ):
+        ops, lora_T = OPS[isa, "bf16", "bf16"], np.zeros(case.T, np.int32)
+        routing = ops.route(logits, case.A)
+        met = ops.moe(x, routing, Adapted(ops.experts(arrays), (ops.expert_loras(one),), lora_T), 7.0)
+        adapted = Adapted(REFERENCE.experts(arrays), (REFERENCE.expert_loras(one),), lora_T)
+        expected = REFERENCE.moe(x.astype(np.float64), routing, adapted, 7.0)
+        assert_close(met, expected, 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [cases.F32, cases.BF16])
+@each_isa
+def test_embedding_with_adapters(isa: str, dtype: Any) -> None:
+    rng = np.random.default_rng(0)
+    table = rng.standard_normal((50, 45)).astype(cases.BF16)
+    ids, lora_T = rng.integers(0, 50, 9).astype(np.int32), np.array([0, 0, -1, 1, 1, 1, 2, -1, 0], np.int32)
+    pairs = [cases.Lora("", 1, 45, 50, (r,), dtype).pairs()[0] for r in (3, 4)]
+    ops = OPS[isa, "q8", "bf16"]
+    met = ops.embed(Adapted(ops.embedding(table), (*map(ops.lora, pairs), None), lora_T), ids)
+    exact = ReferenceOps(np.float64)
+    expected = exact.embed(Adapted(table, (*map(exact.lora, pairs), None), lora_T), ids)
+    np.testing.assert_allclose(met, expected, rtol=1e-5, atol=1e-5)
+
+
+@each_dense
+@each_isa
+def test_a_token_with_an_adapter_is_the_same_bits_in_any_batch_by_any_threads(isa: str, dense: str) -> None:
+    case = cases.Lora("", 131, 300, 288, (8, 3, 0, 17))
+    x, weight, bias = cases.Linear("", case.T, case.O, case.I).arrays()
+    ops, lora_T = OPS[isa, dense, "bf16"], case.lora_T()
+
+    def run(ops: CpuOps, tokens: slice, order: list[int]) -> np.ndarray:
+        pairs = case.pairs()
+        loras = tuple(pairs[i] and ops.lora(pairs[i]) for i in order)
+        places = np.array([order.index(i) if i >= 0 else -1 for i in lora_T[tokens]], np.int32)
+        return ops.linear(x[tokens], Adapted(ops.linear_weights(weight, bias), loras, places))
+
+    whole = run(ops, slice(None), [0, 1, 2, 3])
+    for tokens in (slice(0, 1), slice(70, 71), slice(3, 5), slice(10, 13), slice(20, 24), slice(1, 90)):
+        np.testing.assert_array_equal(run(ops, tokens, [3, 1, 0, 2]), whole[tokens])
+    for threads in (1, 3):
+        np.testing.assert_array_equal(run(CpuOps(threads, dense, isa=isa), slice(None), [0, 1, 2, 3]), whole)
+
+
+@pytest.mark.parametrize("matrices", ["mxfp4", "float32"])
+@each_isa
+def test_experts_of_a_token_with_an_adapter_are_the_same_bits_in_any_batch_by_any_threads(
+    isa: str, matrices: str
+) -> None:
+    case = cases.Lora("", 150, 64, 96, (4, 1, 0, 6), E=4)
+    x, logits, arrays = cases.Moe("", 150, 4, 2, 96, 64, matrices, few=3).arrays()
+    lora_T, loras = case.lora_T(), case.experts()
+    routing = OPS[isa, "q8", "bf16"].route(logits, case.A)
+
+    def run(ops: CpuOps, tokens: slice) -> np.ndarray:
+        part = Routing(routing.experts_TA[tokens].copy(), routing.weights_TA[tokens].copy())
+        held = tuple(one and ops.expert_loras(one) for one in loras)
+        return ops.moe(x[tokens], part, Adapted(ops.experts(arrays), held, lora_T[tokens]), 7.0)
+
+    whole = run(OPS[isa, "q8", "bf16"], slice(None))
+    for tokens in (slice(0, 1), slice(149, 150), slice(5, 7), slice(20, 31), slice(1, 120)):
+        np.testing.assert_array_equal(run(OPS[isa, "q8", "bf16"], tokens), whole[tokens])
+    for threads in (1, 3):
+        np.testing.assert_array_equal(run(CpuOps(threads, isa=isa), slice(None)), whole)
+
+
+def test_adapters_that_do_not_fit_are_refused() -> None:
+    ops = OPS[ISAS[0], "bf16", "bf16"]
+    x, weight, _ = cases.Linear("", 3, 300, 64, cases.F32).arrays()
+    held, pair = ops.linear_weights(weight), cases.Lora("", 3, 300, 64, (2,)).pairs()[0]
+    lora = ops.lora(pair)
+    for loras, lora_T in (
+        ((ops.lora(pair._replace(a=pair.a[:, :32])),), [0, 0, 0]),
+        ((ops.lora(pair._replace(b=pair.b[:200])),), [0, 0, 0]),
+        ((lora,), [0, 1, 0]),
+        ((lora,), [0, -2, 0]),
+        ((lora,), [0, 0]),
+    ):
+        with pytest.raises(ValueError, match="adapter"):
+            ops.linear(x, Adapted(held, loras, np.array(lora_T, np.int32)))
 
 
 # Attention -----------------------------------------------------------------------------------------------------------

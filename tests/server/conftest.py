@@ -16,6 +16,7 @@ from tests.responses.scripts import FINAL, REASONED, Scripted, model
 
 from ossia.responses.loop import Model
 from ossia.server.app import create_app
+from ossia.server.protocol import Protocol
 from ossia.server.service import Service
 from ossia.server.store import Store
 
@@ -28,7 +29,9 @@ class Served:
         self.service = Service(made, store, aliases=("openai/gpt-oss-20b", "gpt-oss:20b"), **limits)
         listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        config = uvicorn.Config(create_app(self.service), log_level="warning", timeout_graceful_shutdown=5)
+        config = uvicorn.Config(
+            create_app(self.service), http=Protocol, ws="none", log_level="warning", timeout_graceful_shutdown=5
+        )
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, args=([listener],), daemon=True)
         self.thread.start()

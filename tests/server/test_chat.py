@@ -199,7 +199,9 @@ def test_raw_prompts_are_completed_from_text_and_from_tokens(served):
     engine = served.play(" there and<|return|>")
     made = served.openai.completions.create(model="gpt-oss-20b", prompt="Hi", logprobs=1, echo=True, n=2)
     assert [choice.text for choice in made.choices] == ["Hi there and"] * 2
-    assert made.choices[0].logprobs.tokens[0] == " there"
+    # With echo the prompt's tokens are told of as well; nothing precedes the first one.
+    assert made.choices[0].logprobs.tokens == ["Hi", " there", " and", "<|return|>"]
+    assert made.choices[0].logprobs.token_logprobs[0] is None
     served.openai.completions.create(model="gpt-oss-20b", prompt=[1, 2, 3])
     assert engine.prompts[0] == TOKENIZER.encode("Hi") and engine.prompts[-1] == [1, 2, 3]
     options = {"include_usage": True}

@@ -118,3 +118,27 @@ def test_every_block_is_free_when_clients_have_left(real):
     with real.http.stream("POST", "/v1/responses", json={"input": "Hi", "stream": True}) as stream:
         next(stream.iter_lines())
     _until_free(real)
+
+
+def test_the_tokens_of_a_prompt_are_scored_as_those_that_are_sampled(real):
+    def complete(**fields):
+        body = {"model": "tiny", "temperature": 0, "return_token_ids": True, **fields}
+        return real.http.post("/v1/completions", json=body, timeout=60).json()["choices"][0]
+
+    prompt = [3, 14, 159, 265, 358]
+    sampled = complete(prompt=prompt, max_tokens=3, logprobs=2, return_tokens_as_token_ids=True)
+    assert sampled["prompt_token_ids"] == prompt
+    ids, logprobs = sampled["token_ids"], sampled["logprobs"]
+    assert logprobs["tokens"] == [f"token_id:{one}" for one in ids]
+    assert len(logprobs["top_logprobs"][0]) == 2
+    both = [*prompt, *ids]
+    scored = complete(prompt=both, max_tokens=1, prompt_logprobs=2)
+    assert len(scored["prompt_logprobs"]) == len(both) and scored["prompt_logprobs"][0] is None
+    for token_id, told, logprob in zip(ids, scored["prompt_logprobs"][-3:], logprobs["token_logprobs"], strict=True):
+        assert told[str(token_id)]["logprob"] == pytest.approx(logprob, abs=1e-4)
+        assert told[str(token_id)]["rank"] == 1 and len(told) == 2
+    # As other clients ask: no answer, the prompt once more, with what is known of its tokens.
+    echoed = complete(prompt=both, max_tokens=0, echo=True, logprobs=1)
+    assert echoed["logprobs"]["token_logprobs"][0] is None
+    assert echoed["logprobs"]["token_logprobs"][-3:] == pytest.approx(logprobs["token_logprobs"], abs=1e-4)
+    assert echoed["token_ids"] == [] and echoed["finish_reason"] == "length"

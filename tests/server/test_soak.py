@@ -21,7 +21,9 @@ from typing import Any
 import httpx
 import pytest
 
-from ossia.model.random_checkpoint import write_random_checkpoint
+from ossia.model.adapter import write_adapter
+from ossia.model.random_checkpoint import random_adapter, write_random_checkpoint
+from ossia.model.weights import Checkpoint
 
 NUM_CLIENTS = 64
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
@@ -34,11 +36,15 @@ class Soaked:
 
     def __init__(self, folder: Path) -> None:
         checkpoint = write_random_checkpoint(folder / "tiny", "tiny")
+        config = Checkpoint.open(checkpoint).config
+        for seed, name in enumerate(("polite", "guest")):
+            write_adapter(folder / "shelf" / name, random_adapter(config, expert_rank=2, seed=seed), config)
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
         environ = {key: value for key, value in os.environ.items() if not key.startswith("OSSIA_")}
         environ |= {"XDG_CONFIG_HOME": "/nonexistent", "XDG_DATA_HOME": str(folder / "data")}
         arguments = ["--model", checkpoint, "--port", self.url.rpartition(":")[2], "--kv-memory", "16MiB"]
+        arguments += ["--adapter", f"polite={folder}/shelf/polite", "--adapter-dir", folder / "shelf"]
         self.log = folder / "log"
         with self.log.open("w") as log:
             command = [sys.executable, "-m", "ossia", "serve", *map(str, arguments)]
@@ -54,6 +60,20 @@ class Soaked:
     def metrics(self) -> dict[str, float]:
         text = httpx.get(f"{self.url}/metrics", timeout=60).text
         return {name: float(value) for name, value in re.findall(r"^(\w+) (\S+)$", text, re.MULTILINE)}
+
+    def exchange_guest(self, faults: list[str]) -> None:
+        """Load an adapter, ask it, and unload it while it answers."""
+        asked = {"model": "guest", "prompt": "Hi", "max_tokens": 5, "stream": True}
+        with httpx.Client(base_url=self.url, timeout=120) as http:
+            loaded = http.post("/v1/load_lora_adapter", json={"lora_name": "guest", "lora_path": "guest"})
+            with http.stream("POST", "/v1/completions", json=asked) as stream:
+                unloaded = httpx.post(f"{self.url}/v1/unload_lora_adapter", json={"lora_name": "guest"}, timeout=120)
+                lines = list(stream.iter_lines())
+            # It comes to its end, or still waited for its turn and is told.
+            answered = stream.status_code == 200 and "data: [DONE]" in lines[-4:]
+            refused = stream.status_code == 404 and "there is no adapter 'guest'" in "".join(lines)
+            if (loaded.status_code, unloaded.status_code) != (200, 200) or not (answered or refused):
+                faults.append(f"guest: {loaded.text[:200]} {lines[-3:]} {unloaded.text[:200]}")
 
     def until_idle(self) -> dict[str, float]:
         for _ in range(1_200):
@@ -83,6 +103,7 @@ def client(url: str, number: int, end_s: float, faults: list[str], counts: dict[
                     ("whole", "/v1/responses", {**responses, "stream": False}),
                 ]
             )
+            body["model"] = draw.choice(["tiny", "polite"])
             patience = draw.choice([0, 1, 5, 10_000, 10_000])
             try:
                 with http.stream("POST", path, json=body) as stream:
@@ -118,6 +139,7 @@ def soak(folder: Path, seconds: float) -> dict[str, Any]:
         resident: list[float] = []
         while time.monotonic() < end_s:
             time.sleep(seconds / 40)
+            served.exchange_guest(faults)
             resident.append(served.metrics()["process_resident_memory_bytes"] / 2**20)
         for thread in threads:
             thread.join(180)
@@ -125,6 +147,9 @@ def soak(folder: Path, seconds: float) -> dict[str, Any]:
         end = served.until_idle()
         assert not faults, faults[:5]
         assert end["ossia_kv_blocks_free"] == end["ossia_kv_blocks"]
+        # An adapter that came and went took its memory along.
+        assert end["ossia_adapters"] == begin["ossia_adapters"] == 1
+        assert end["ossia_adapter_bytes"] == begin["ossia_adapter_bytes"]
         # The clients are gone: what they had open is closed, and what ran for them has ended.
         assert end["process_open_fds"] <= begin["process_open_fds"] + 2
         assert end["ossia_tasks"] <= begin["ossia_tasks"] + 1
@@ -145,7 +170,8 @@ def test_many_clients_that_come_and_leave_at_random_leave_nothing_behind(tmp_pat
     with capsys.disabled():
         print(json.dumps(told))
     if seconds >= 60:
-        # Caches have filled by half time; what still grows would be a leak.
+        # Caches have filled by half time; what still grows would be a leak. The lowest of some moments is compared: in
+        # the midst of a step the logits of many sequences come and go.
         memory = told["resident MiB"]
-        half, last = memory[len(memory) // 2 :][:5], memory[-5:]
-        assert sum(last) / 5 < sum(half) / 5 * 1.1 + 16, memory
+        half = len(memory) // 2
+        assert min(memory[-8:]) < min(memory[half - 4 : half + 4]) + 10, memory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import http.client
 import json
@@ -205,7 +206,16 @@ def test_an_uploaded_file_stays_in_its_folder(tooled, name):
     ("tool", "status", "said"),
     [
         ({"type": "code_interpreter", "container": "cntr_0"}, 404, "is not there"),
-        ({"type": "code_interpreter", "container": {"type": "auto", "file_ids": ["file-1"]}}, 400, "file_ids"),
+        (
+            {"type": "code_interpreter", "container": {"type": "auto", "file_ids": ["file-1"]}},
+            404,
+            "file 'file-1' not found",
+        ),
+        (
+            {"type": "code_interpreter", "container": {"type": "auto", "file_ids": 3}},
+            400,
+            "container.file_ids: expected",
+        ),
         ({"type": "code_interpreter", "container": 3}, 400, "expected an id"),
         ({"type": "web_search", "filters": {"allowed_domains": "x"}}, 400, "lists of names"),
         ({"type": "mcp", "server_label": "nobody"}, 404, "no server is named 'nobody' here"),
@@ -224,6 +234,114 @@ def test_tools_that_are_not_offered_are_passed_by_and_named(served):
     answer = served.http.post("/v1/responses", json={"input": "x", "tools": [SEARCH, INTERPRETER]})
     assert answer.headers["x-ossia-ignored-tools"] == "web_search, code_interpreter"
     assert served.http.get("/v1/containers").status_code == 404
+
+
+MAKES = "open('/mnt/data/täble 1.csv', 'w').write('a,b')"
+NAMES = "It is [here](sandbox:/mnt/data/t%C3%A4ble%201.csv), not in /mnt/data/other.csv."
+
+
+@pytest.mark.parametrize("form", ["whole", "stream", "background"])
+def test_a_file_that_the_answer_names_is_cited_and_can_be_fetched(tooled, form):
+    needs_python(tooled)
+    tooled.play(python(MAKES), final(NAMES))
+    got = ask(tooled, form, tools=[INTERPRETER])
+    (cited,) = got["cited"]
+    assert cited["type"] == "container_file_citation" and cited["filename"] == "täble 1.csv"
+    assert got["text"][cited["start_index"] : cited["end_index"]] == "sandbox:/mnt/data/t%C3%A4ble%201.csv"
+    content = tooled.openai.containers.files.content.retrieve(cited["file_id"], container_id=cited["container_id"])
+    assert content.read() == b"a,b"
+    # A later turn that runs no code names it too.
+    tooled.play(final(NAMES))
+    again = ask(tooled, form, tools=[INTERPRETER], previous_response_id=got["response"]["id"])
+    assert [one["file_id"] for one in again["cited"]] == [cited["file_id"]]
+
+
+def test_a_chat_completion_whose_files_are_gone_cites_none(tooled):
+    needs_python(tooled)
+    tooled.play(python(MAKES), final(NAMES))
+    assert ask(tooled, "chat", tools=[INTERPRETER])["cited"] == []
+
+
+def test_uploaded_files_are_put_into_containers_by_their_ids(tooled):
+    needs_python(tooled)
+    client = tooled.openai
+    kept = client.files.create(file=("table.csv", b"1,2"), purpose="user_data")
+    assert (kept.filename, kept.bytes, kept.object) == ("table.csv", 3, "file")
+    assert client.files.retrieve(kept.id) == kept and kept.id in [one.id for one in client.files.list()]
+    assert client.files.list(purpose="batch").data == [] and client.files.content(kept.id).read() == b"1,2"
+    # Into the container of a response, which needs it only when code runs.
+    given = {"type": "code_interpreter", "container": {"type": "auto", "file_ids": [kept.id]}}
+    reads = "open('/mnt/data/table.csv', 'a+').seek(0); print(open('/mnt/data/table.csv').read())"
+    tooled.play(python(reads), final("/mnt/data/table.csv"))
+    got = ask(tooled, "whole", tools=[given])
+    assert got["items"][0]["outputs"][0]["logs"] == "1,2\n"
+    container_id = got["items"][0]["container_id"]
+    (file,) = client.containers.files.list(container_id)
+    assert (file.path, file.source) == ("/mnt/data/table.csv", "user")
+    # The next turn keeps what the code has made of it.
+    tooled.play(python("open('/mnt/data/table.csv', 'w').write('mine')"), python(reads), FINAL)
+    again = ask(tooled, "whole", tools=[given], previous_response_id=got["response"]["id"])
+    assert again["items"][1]["outputs"][0]["logs"] == "mine\n" and again["items"][1]["container_id"] == container_id
+    # Into one that is made beforehand, and into one that is there.
+    made = client.containers.create(name="x", file_ids=[kept.id])
+    assert [one.path for one in client.containers.files.list(made.id)] == ["/mnt/data/table.csv"]
+    other = client.containers.create(name="y")
+    copied = client.containers.files.create(other.id, file_id=kept.id)
+    assert client.containers.files.content.retrieve(copied.id, container_id=other.id).read() == b"1,2"
+    assert client.files.delete(kept.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.files.retrieve(kept.id)
+    with pytest.raises(openai.NotFoundError, match="file"):
+        client.responses.create(model="gpt-oss-20b", input="x", tools=[given])
+    for one in (made, other):
+        client.containers.delete(one.id)
+
+
+def test_a_container_that_has_gone_gets_its_files_again(tooled):
+    needs_python(tooled)
+    kept = tooled.openai.files.create(file=("table.csv", b"1,2"), purpose="user_data")
+    given = {"type": "code_interpreter", "container": {"type": "auto", "file_ids": [kept.id]}}
+    reads = "print(open('/mnt/data/table.csv').read())"
+    tooled.play(python("open('/mnt/data/table.csv', 'w').write('mine')"), FINAL)
+    first = ask(tooled, "whole", tools=[given])
+    tooled.openai.containers.delete(first["items"][0]["container_id"])
+    tooled.play(python(reads), FINAL)
+    again = ask(tooled, "whole", tools=[given], previous_response_id=first["response"]["id"])
+    assert again["items"][0]["outputs"][0]["logs"].endswith("1,2\n")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"data": {"purpose": "user_data"}}, "no file"),
+        ({"files": {"file": ("a", b"x")}}, "purpose is 'None'"),
+        ({"files": {"file": ("a", b"x")}, "data": {"purpose": "fun"}}, "purpose is 'fun'"),
+        ({"files": {"file": ("..", b"x")}, "data": {"purpose": "user_data"}}, "no name of a file"),
+        (
+            {"files": {"file": ("a", b"x")}, "data": {"purpose": "user_data", "expires_after[seconds]": "1"}},
+            "expires_after.seconds is '1'; expected 3600 to 2592000",
+        ),
+    ],
+)
+def test_an_upload_that_cannot_be_is_refused(tooled, fields, said):
+    fields.setdefault("files", {"other": ("a", b"x")})
+    answer = tooled.http.post("/v1/files", **fields)
+    assert answer.status_code == 400 and said in answer.json()["error"]["message"]
+
+
+def test_results_of_a_search_are_told_if_they_are_asked_for(tooled):
+    tooled.play(browser("search", query="standing water"), browser("open", id=0), FINAL)
+    wanted = ["web_search_call.results", "web_search_call.action.sources"]
+    made = tooled.http.post("/v1/responses", json={"input": "?", "tools": [SEARCH], "include": wanted}).json()
+    search, opened, _ = made["output"]
+    assert search["results"][0]["title"] == "Lakes" and "standing water" in search["results"][0]["text"]
+    assert [one["url"] for one in search["results"]] == [one["url"] for one in search["action"]["sources"]]
+    assert opened["results"] == [] and opened["action"]["url"] == search["results"][0]["url"]
+    path = f"/v1/responses/{made['id']}"
+    assert tooled.http.get(f"{path}?include[]={wanted[0]}").json()["output"][0]["results"] == search["results"]
+    tooled.play(browser("search", query="standing water"), FINAL)
+    bare = tooled.http.post("/v1/responses", json={"input": "?", "tools": [SEARCH]}).json()["output"][0]
+    assert "results" not in bare and "sources" not in bare["action"]
 
 
 @pytest.mark.parametrize("form", ["stream", "whole", "background", "chat"])
@@ -255,21 +373,21 @@ def _until(holds: Any) -> None:
     raise AssertionError("it did not come to that")
 
 
-def _soak(folder: Any, length_s: float, num_clients: int = 8) -> None:
-    """Loops at once, for a time; what is open and running afterwards is what was before."""
+def _soak(folder: Any, length_s: float, num_clients: int = 8) -> int:
+    """Loops at once, for a time; the number of responses."""
     boxes = make_boxes(folder)
     engine = _Looping()
     served = Served(model(engine=engine), Store(f"sqlite:///{folder / 'soak.db'}"), tools=boxes)
     faults: list[str] = []
-    num_done = 0
+    num_done = [0] * num_clients
     until_s = time.monotonic() + length_s
 
     def work(number: int) -> None:
-        nonlocal num_done
         with httpx.Client(base_url=served.url, timeout=120) as http:
             previous = None
             turn = 0
-            while time.monotonic() < until_s:
+            # One turn at least, however slow the machine is.
+            while turn == 0 or time.monotonic() < until_s:
                 turn += 1
                 body = {"input": f"client {number}", "tools": [INTERPRETER, SEARCH, NOTES], "stream": turn % 2 == 0}
                 answer = http.post("/v1/responses", json={**body, "previous_response_id": previous})
@@ -277,7 +395,7 @@ def _soak(folder: Any, length_s: float, num_clients: int = 8) -> None:
                 if response.get("status") != "completed":
                     faults.append(str(response)[:500])
                     return
-                num_done += 1
+                num_done[number] += 1
                 previous = response["id"] if turn % 5 else None
 
     try:
@@ -289,7 +407,8 @@ def _soak(folder: Any, length_s: float, num_clients: int = 8) -> None:
     finally:
         served.stop()
     assert not faults
-    assert num_done >= num_clients
+    assert all(num_done)
+    return sum(num_done)
 
 
 class _Looping(Scripted):
@@ -309,10 +428,6 @@ class _Looping(Scripted):
             yield output
 
 
-def _open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
 def _children() -> set[int]:
     found = set()
     for path in glob.glob("/proc/self/task/*/children"):
@@ -321,18 +436,55 @@ def _children() -> set[int]:
     return found
 
 
+def _held() -> dict[str, Any]:
+    """What this process has open and running, and the memory that it takes."""
+    links = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            links.append(os.readlink(f"/proc/self/fd/{name}"))
+    with open("/proc/self/status") as file:
+        resident = next(int(line.split()[1]) >> 10 for line in file if line.startswith("VmRSS"))
+    return {
+        "processes": len(_children()),
+        "descriptors": len(links),
+        "ports": sum(link.startswith("socket:") for link in links),
+        "threads": threading.active_count(),
+        "resident MiB": resident,
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(0)
-def test_concurrent_loops_leak_no_process_file_or_port(tmp_path):
+def test_concurrent_loops_leak_no_process_file_or_port(tmp_path, capsys):
     _soak(tmp_path / "warm", 1.0)
-    files, children = _open_files(), _children()
-    _soak(tmp_path / "soak", float(os.environ.get("SOAK_SECONDS", "20")))
+    children, before = _children(), _held()
+    length_s = float(os.environ.get("SOAK_SECONDS", "20"))
+    resident: list[int] = []
+    is_over = threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(length_s / 40):
+            resident.append(_held()["resident MiB"])
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    num_done = _soak(tmp_path / "soak", length_s)
+    is_over.set()
+    watching.join()
+    counted = ("processes", "descriptors", "ports", "threads")
     for _ in range(200):
-        if _open_files() <= files and not _children() - children:
+        after = _held()
+        if all(after[name] <= before[name] for name in counted):
             break
         time.sleep(0.05)
+    with capsys.disabled():
+        print(json.dumps({"responses": num_done, "before": before, "after": after, "resident MiB": resident}))
     assert _children() - children == set()
-    assert _open_files() <= files
+    assert all(after[name] <= before[name] for name in counted), (before, after)
+    if length_s >= 60:
+        # Caches have filled by half time; what still grows would be a leak.
+        half, last = resident[len(resident) // 2 :][:5], resident[-5:]
+        assert sum(last) / 5 < sum(half) / 5 * 1.1 + 16, resident
 
 
 def test_pages_outlive_the_server_and_go_with_their_response(serve, tmp_path):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import os
@@ -18,6 +19,8 @@ from mcp.client.stdio import StdioServerParameters
 from mcp.client.streamable_http import streamable_http_client
 from mcp.shared.exceptions import MCPError
 from mcp_types.version import HANDSHAKE_PROTOCOL_VERSIONS, LATEST_MODERN_VERSION
+from tests.responses.test_toolbox import sleepers
+from tests.responses.tool_scripts import write_docs
 
 import ossia
 from ossia.config import Config, McpServer
@@ -30,7 +33,8 @@ from ossia.tools.functions import FunctionTools
 from ossia.tools.mcp import Approvals, McpPool, McpTool, configured
 from ossia.tools.mcp_server import ToolServer, offers
 from ossia.tools.patch_files import PatchFolder
-from ossia.tools.registry import find, make, merged
+from ossia.tools.python import PythonSessions
+from ossia.tools.registry import Workshop, find, merged
 
 
 class Notebook:
@@ -350,8 +354,8 @@ def module(monkeypatch):
 
 
 def test_tools_are_made_by_name(tmp_path, module):
-    settings = Config(patch_folder=str(tmp_path))
-    tools = [make("apply_patch", settings), make("my_tools:plain", settings), make("my_tools:", settings)]
+    workshop = Workshop(Config(patch_folder=str(tmp_path)))
+    tools = [workshop.make("apply_patch"), workshop.make("my_tools:plain"), workshop.make("my_tools:")]
     [space] = merged(tools)
     assert [one.name for one in space.tools] == ["apply_patch", "plain", "double"] and space.name == "functions"
     assert merged([Browser(), *tools])[0].name == "browser"
@@ -360,7 +364,7 @@ def test_tools_are_made_by_name(tmp_path, module):
     assert find(tools, "functions.nope") is None and find(tools, "double") is None
     asyncio.run(tools[0].close())
     with pytest.raises(InputError, match=r"two tools are named functions\.double"):
-        merged([tools[2], make("my_tools:double", settings)])
+        merged([tools[2], workshop.make("my_tools:double")])
 
 
 @pytest.mark.parametrize(
@@ -368,6 +372,7 @@ def test_tools_are_made_by_name(tmp_path, module):
     [
         ("nope", "there is no tool 'nope'; expected one of: apply_patch"),
         ("apply_patch", "needs patch_folder"),
+        ("browser", "needs browser: where it searches"),
         ("no_such_module:x", "cannot be imported"),
         (":x", "cannot be imported"),
         ("my_tools:nope", "has no function 'nope'"),
@@ -377,7 +382,7 @@ def test_tools_are_made_by_name(tmp_path, module):
 )
 def test_a_tool_that_cannot_be_made_is_named(module, name, said):
     with pytest.raises(ConfigError, match=said):
-        make(name, Config())
+        Workshop(Config()).make(name)
 
 
 # The command ---------------------------------------------------------------------------------------------------------
@@ -436,9 +441,105 @@ def test_the_command_serves_http_and_ends_when_it_is_told(tmp_path):
         process.wait()
 
 
+PLOT = "import matplotlib.pyplot as plt; plt.plot([1, 2]); plt.show()"
+
+
+def skip_without_sandbox():
+    async def main():
+        async with PythonSessions() as sessions:
+            await sessions.check()
+
+    try:
+        asyncio.run(main())
+    except UnavailableError as error:
+        pytest.skip(f"no sandbox works on this machine: {error.message[:300]}")
+
+
+@pytest.fixture
+def docs(tmp_path):
+    folder = write_docs(tmp_path / "docs")
+    return ["--tools", "python,browser", "--browser-root", folder], {"XDG_DATA_HOME": str(tmp_path / "data")}
+
+
+async def work_with_python_and_browser(client):
+    """What a client does; the words that only this session may know."""
+    tools = {tool.name: tool for tool in (await client.list_tools()).tools}
+    assert list(tools) == ["python", "browser_search", "browser_open", "browser_find"]
+    assert "stateful Jupyter notebook" in tools["python"].description
+    assert "【{cursor}†L{line_start}" in client.instructions
+    assert await call(client, "python", code="x = 6 * 7\nx") == ("42", False)
+    assert (await call(client, "python", code="x + 1"))[0] == "43"
+    text, is_error = await call(client, "python", code="open('/etc/shadow').read()")
+    assert is_error and "Error" in text and "root:" not in text
+    text, is_error = await call(client, "python", code="import socket; socket.socket()")
+    assert is_error and "Error" in text
+    shown = await client.call_tool("python", {"code": PLOT})
+    assert [one.type for one in shown.content] == ["text", "image"] and shown.content[1].mime_type == "image/png"
+    assert base64.b64decode(shown.content[1].data).startswith(b"\x89PNG")
+    text, _ = await call(client, "browser_search", query="rivers")
+    assert text.startswith("[0] rivers\n") and "Rivers†docs" in text
+    assert "viewing lines" in (await call(client, "browser_open", id=0))[0]
+    assert "L" in (await call(client, "browser_find", pattern="river number 7 "))[0]
+    # What a page could have talked the client into.
+    text, is_error = await call(client, "browser_open", id="https://example.com/?q=secret")
+    assert is_error and "only links of search results" in text
+    assert await call(client, "browser_open", cursor=9) == (
+        "Cursor `9` is out of range. Available cursor indices: [0 - 2].",
+        True,
+    )
+
+
+def test_python_and_browser_are_offered_over_standard_input(docs):
+    skip_without_sandbox()
+    options, environ = docs
+
+    async def main():
+        async with Client(command(*options, **environ)) as client:
+            await work_with_python_and_browser(client)
+
+    asyncio.run(main())
+
+
+def test_python_and_browser_are_offered_over_http_and_each_session_has_its_own(docs):
+    skip_without_sandbox()
+    options, environ = docs
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ossia", "mcp", "--http", "--port", "0", *map(str, options)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | ENVIRON | environ,
+    )
+    try:
+        lines = [process.stderr.readline() for _ in range(3)]
+        assert lines[0].startswith("ossia: python (") and lines[1].startswith("ossia: browser (local:"), lines
+        url = lines[2].split()[-1]
+
+        async def main():
+            async with Client(url) as first, Client(url) as second:
+                await work_with_python_and_browser(first)
+                text, is_error = await call(second, "python", code="x")
+                assert is_error and "NameError" in text
+                assert (await call(second, "browser_open"))[0] == "No pages to access!"
+                await call(first, "python", code="import subprocess; p = subprocess.Popen(['sleep', '774.5'])")
+                assert sleepers("774.5")
+            # The session is over, and what ran for it.
+            await until(lambda: not sleepers("774.5"))
+
+        asyncio.run(main())
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--tools", "browser"], "the tool browser needs browser: where it searches"),
+        (["--tools", "python", "--python-sandbox", "off"], "the python tool is switched off"),
+        (["--tools", "python", "--python-sandbox", "none"], "python_sandbox is 'none'; expected auto"),
+        (["--tools", "python,my:python"], "the module 'my' cannot be imported"),
         (["--tools", "nope"], "there is no tool 'nope'"),
         (["--tools", " , "], "--tools names no tool"),
         ([], "needs patch_folder"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import importlib.util
+import os
 import sys
 import tempfile
 import time
@@ -598,3 +599,47 @@ def test_every_ending_has_its_words() -> None:
     for status in ("interrupted", "timeout", "died", "memory", "processes", "files", "disk", "gone"):
         text = describe(Execution(status, is_restarted=True), Limits())  # type: ignore[arg-type]
         assert text.startswith("[ERROR]") and "lost" in text
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_sandbox_closes_its_pipes_once_whatever_the_event_loop(monkeypatch: pytest.MonkeyPatch, loop: str) -> None:
+    """A number that is closed twice may by then be a file of another thread's."""
+    from ossia.tools.sandbox import process
+
+    closed: list[bool] = []
+
+    class Watched:
+        def __init__(self, file: Any) -> None:
+            self._file = file
+            self.fileno = file.fileno
+
+        def close(self) -> None:
+            fd = self._file.fileno()
+            closed.append(os.path.exists(f"/proc/self/fd/{fd}"))
+            self._file.close()
+
+    spawn = process._spawn
+
+    def watched(*arguments: Any) -> Any:
+        launch, started = spawn(*arguments)
+        started.stdin, started.stdout = Watched(started.stdin), Watched(started.stdout)
+        return launch, started
+
+    async def main() -> None:
+        async with PythonSessions(limits=SMALL, num_warm=0) as sessions:
+            await sessions.check()
+            for ending in ("6 * 7", "import os; os.kill(os.getppid(), 9)"):
+                execution, _ = await (await sessions.session("a")).execute(ending)
+                assert execution.status in ("ok", "gone", "died", "error")
+                await (await sessions.session("a")).write_file("big", b"x" * (1 << 20))
+                assert len(await (await sessions.session("a")).read_file("big")) == 1 << 20
+                await sessions.end_session("a")
+
+    monkeypatch.setattr(process, "_spawn", watched)
+    factory = pytest.importorskip("uvloop").new_event_loop if loop == "uvloop" else asyncio.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        try:
+            runner.run(main())
+        except UnavailableError as error:
+            pytest.skip(f"no sandbox works on this machine: {error.message[:300]}")
+    assert len(closed) >= 6 and all(closed)

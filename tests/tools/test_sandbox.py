@@ -153,6 +153,23 @@ def test_where_the_hosts_tree_is_in_sight_modes_and_times_stay() -> None:
     assert _decide(program, 0x40000000 + 1) == errno.ENOSYS
 
 
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_what_only_computes_may_make_change_send_and_start_nothing(machine: str) -> None:
+    program = seccomp.build_computing(machine)
+    arch = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}[machine]
+    numbers = {n: int(v) for n, v in (p.split("=") for p in seccomp._NUMBERS[machine].split())}
+    allowed = {name for name, number in numbers.items() if _decide(program, number, arch=arch) == "allow"}
+    assert allowed >= {"read", "write", "mmap", "munmap", "futex", "exit_group", "openat"}
+    refused = """clone clone3 execve socket socketpair sendto kill tgkill tkill prctl unlinkat mkdirat renameat linkat
+        symlinkat truncate ftruncate fchmodat mknodat setsid memfd_create pidfd_open io_uring_setup timer_create
+        copy_file_range sendfile pipe2 dup3 utimensat setpriority chdir flock fallocate sync"""
+    assert not allowed & set(refused.split()) and set(refused.split()) <= set(numbers)
+    for flags, found in ((0, "allow"), (0o2000000 | 0o100000, "allow"), (1, errno.EPERM), (2, errno.EPERM),
+                         (0o100, errno.EPERM), (0o1000, errno.EPERM), (0o20200000, errno.EPERM)):  # fmt: skip
+        assert _decide(program, numbers["openat"], (0, 0, flags), arch) == found, oct(flags)
+    assert _decide(program, numbers["prlimit64"], (0, 7, 0x7FFF0000), arch) == errno.EPERM
+
+
 def test_an_unknown_machine_has_no_filter() -> None:
     with pytest.raises(OSError, match="riscv64; expected x86_64 or aarch64"):
         seccomp.build("riscv64", hide_metadata=False)

@@ -5,12 +5,38 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+from tests.model.conftest import one_sequence
 
 from ossia.errors import InputError
+from ossia.model import transformer
+from ossia.model.adapter import read_adapter, write_adapter
+from ossia.model.config import ModelConfig
+from ossia.model.random_checkpoint import write_random_checkpoint
+from ossia.model.weights import Checkpoint, load_weights
 from ossia.ops import Mxfp4
 from ossia.ops.mxfp4 import dequantize, pack_codes, quantize
+from ossia.ops.reference import ReferenceOps
 from ossia.train import quantize as train_quantize
+from ossia.train.export import export
+from ossia.train.lora import LoraConfig, to_adapter
+from ossia.train.merged import Merged
+from ossia.train.module import Model
 from ossia.train.quantize import fake_quantize
+
+SMALL = ModelConfig(
+    num_layers=2,
+    hidden_size=64,
+    intermediate_size=96,
+    num_heads=8,
+    num_kv_heads=2,
+    head_dim=16,
+    vocab_size=300,
+    num_experts=8,
+    sliding_window=8,
+    stop_token_ids=(2,),
+    pad_token_id=1,
+)
 
 KINDS = ["normal", "heavy", "tiny", "huge", "coarse", "zeros", "subnormal", "one large"]
 
@@ -62,9 +88,9 @@ def test_a_weight_that_cannot_be_written_exactly_still_learns_towards_its_target
     # No step of the grid is as small as one of these updates, and yet they add up.
     weight = torch.full((1, 32), 0.1, requires_grad=True)
     target = torch.linspace(-1, 1, 32)
-    optimizer = torch.optim.SGD([weight], lr=0.002)
+    optimizer = torch.optim.SGD([weight], lr=0.005)
     losses = []
-    for _ in range(1000):
+    for _ in range(400):
         optimizer.zero_grad()
         loss = ((fake_quantize(weight) - target) ** 2).sum()
         loss.backward()
@@ -100,3 +126,64 @@ def test_a_block_that_is_not_finite_becomes_nan_as_in_numpy(bad):
 def test_a_row_that_is_no_multiple_of_the_block_is_refused_with_its_shape():
     with pytest.raises(InputError, match=r"multiple of 32.*\(2, 33\)"):
         fake_quantize(torch.zeros(2, 33))
+
+
+# With the model
+
+
+def test_training_under_mxfp4_computes_what_the_exported_model_computes(tmp_path):
+    base = write_random_checkpoint(tmp_path / "base", SMALL, layout="hf-bf16")
+    model = Model.open(base, trainable="full", fake_quant=True, checkpoint_activations=False)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        for name, tensor in model.state().items():
+            step = torch.randn(tensor.shape, generator=generator) * 0.1
+            # What is not rounded to MXFP4 is rounded to bfloat16 by the export: begin from such numbers.
+            tensor.add_(step * tensor.std().clamp(min=0.1))
+            if (".experts.gate_up" not in name and ".experts.down" not in name) or "bias" in name:
+                tensor.copy_(tensor.bfloat16().float())
+        want = model(one_sequence(range(100, 140))).numpy()
+        plain = Model.open(base, trainable="full", checkpoint_activations=False)
+        for name, tensor in plain.state().items():
+            tensor.copy_(model.state()[name])
+        unrounded = plain(one_sequence(range(100, 140))).numpy()
+    trained = tmp_path / "trainable.safetensors"
+    save_file({name: tensor.detach().contiguous() for name, tensor in model.state().items()}, trained)
+    export(base, tmp_path / "out", "mxfp4", weights=trained, measure=False)
+    checkpoint, ops = Checkpoint.open(tmp_path / "out"), ReferenceOps()
+    got = transformer.forward(ops, checkpoint.config, load_weights(checkpoint, ops), one_sequence(range(100, 140)))
+    assert np.abs(got - want).max() < 1e-5 * np.abs(want).max()
+    assert np.abs(got - unrounded).max() > 0.01 * np.abs(want).max(), "rounding is seen in training"
+    layer = checkpoint.layer(1).experts
+    for key, exported in (("gate", layer.gate), ("up", layer.up)):
+        rows = slice(0, 96) if key == "gate" else slice(96, None)
+        weights = model.state()["layers.1.experts.gate_up"].detach()[:, rows]
+        np.testing.assert_array_equal(fake_quantize(weights).numpy(), dequantize(exported))
+
+
+@pytest.mark.parametrize("targets", [("q", "k", "v", "o"), ("experts",), ("router", "embedding", "unembedding")])
+def test_a_trained_adapter_and_its_merged_export_compute_the_same(targets, tmp_path):
+    base = write_random_checkpoint(tmp_path / "base", SMALL)
+    model = Model.open(base, lora=LoraConfig(rank=4, targets=targets), checkpoint_activations=False)
+    batch = one_sequence(range(100, 140))
+    optimizer = torch.optim.Adam(model.state().values(), lr=0.02)
+    with torch.no_grad():
+        before = model(batch).numpy()
+    for _ in range(3):
+        optimizer.zero_grad()
+        (-model.logprobs(batch, np.arange(101, 141))).mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        want = model(batch).numpy()
+    assert np.abs(want - before).max() > 0.05 * np.abs(want).max()
+    config = Checkpoint.open(base).config
+    adapter = to_adapter(model.weights, LoraConfig(rank=4, targets=targets), "trained")
+    folder = write_adapter(tmp_path / "adapter", adapter, config)
+    merged, ops = Merged(Checkpoint.open(base), read_adapter(folder, config)), ReferenceOps()
+    got = transformer.forward(ops, config, load_weights(merged, ops), batch)
+    assert np.abs(got - want).max() < 1e-5 * np.abs(want).max()
+    # What the files hold is rounded, and still much nearer to what was trained than to the base.
+    export(base, tmp_path / "out", "bf16", adapter=folder, measure=False)
+    exported = Checkpoint.open(tmp_path / "out")
+    got = transformer.forward(ops, config, load_weights(exported, ops), batch)
+    assert np.median(np.abs(got - want)) < 0.1 * np.median(np.abs(before - want))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ossia.cli import bench, chat, checkpoint, generate, mcp, prompts, pull, serve
+from ossia.cli import bench, chat, checkpoint, data, doctor, export, generate, mcp, prompts, pull, serve, train
 
 app = typer.Typer(
     name="ossia",
@@ -38,9 +38,13 @@ app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
 app.command("mcp")(mcp.mcp)
+app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)
+app.command("export")(export.export)
 app.command("pull")(pull.pull)
+app.add_typer(train.app, name="train")
 app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(data.app, name="data")
 app.command("tokenize")(prompts.tokenize)
 app.command("render")(prompts.render)
 app.command("parse")(prompts.parse)

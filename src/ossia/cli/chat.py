@@ -12,6 +12,7 @@ import typer
 from ossia.cli import options
 
 if TYPE_CHECKING:
+    from ossia.config import Config
     from ossia.responses.loop import Model
 
 
@@ -25,7 +26,11 @@ def chat(
         bool, typer.Option("--show-reasoning", help="Show the chain of thought, which is not written for end users.")
     ] = False,
     tools: Annotated[
-        str, typer.Option(help="Tools that the model may call, with commas between: python, browser, apply_patch.")
+        str,
+        typer.Option(
+            help="Tools that the model may call, with commas between: python, browser, apply_patch, mcp (every server "
+            "of the settings), mcp:NAME."
+        ),
     ] = "",
     patch_root: Annotated[
         Path, typer.Option(help="The folder whose files apply_patch may change; you are asked before each change.")
@@ -49,6 +54,7 @@ def chat(
     seed: Annotated[
         int | None, typer.Option(min=-(2**62), max=2**62, help="The same seed gives the same conversation.")
     ] = None,
+    adapter: options.Adapter = None,
     date: options.Date = None,
     backend: options.Backend = None,
     threads: options.Threads = None,
@@ -69,10 +75,9 @@ def chat(
     from ossia.cli.serve import open_tools
     from ossia.engine import AsyncEngine
     from ossia.engine.masks import GrammarCompiler
-    from ossia.errors import ConfigError
     from ossia.local import LocalModel, checked_date
     from ossia.responses.constrain import Grammars
-    from ossia.responses.loop import Model
+    from ossia.responses.loop import Budget, Model
 
     settings = config.load(
         {
@@ -87,22 +92,28 @@ def chat(
             "max_context": max_context,
         }
     )
+    settings, adapter_name = options.with_adapter(settings, adapter)
     current_date = checked_date(date) if date is not None else None
     names = list(dict.fromkeys(name.strip() for name in tools.split(",") if name.strip()))
-    for one in names:
-        if one not in ("python", "browser", "apply_patch"):
-            raise ConfigError(f"--tools names {one!r}; expected some of: python, browser, apply_patch")
-    wanted = [one for one in names if one != "apply_patch"]
+    names = _with_servers(names, settings)
+    wanted = list(dict.fromkeys(one.partition(":")[0] for one in names if one != "apply_patch"))
     boxes = open_tools(settings, wanted, unsafe_python) if wanted else None
     local = LocalModel.open(settings)
     if local.checkpoint.has_random_weights:
         print("ossia: the weights of this checkpoint are random: answers will be noise", file=sys.stderr)
-    name = Path(settings.model).name.removesuffix(".gguf")
+    name = adapter_name or Path(settings.model).name.removesuffix(".gguf")
     engine = AsyncEngine(local.engine)
     try:
         constrain = Grammars(GrammarCompiler(local.tokenizer))
+        budget = Budget(settings.max_tool_calls, settings.max_tool_seconds, settings.max_tool_tokens)
         code = converse(
-            Model(name, engine, local.tokenizer, constrain=constrain),
+            Model(
+                name,
+                engine.through(adapter_name) if adapter_name else engine,
+                local.tokenizer,
+                constrain=constrain,
+                budget=budget,
+            ),
             data_folder=config.data_folder(),
             shows_reasoning=show_reasoning,
             when_full=when_full,
@@ -122,6 +133,27 @@ def chat(
     raise typer.Exit(code)
 
 
+def _with_servers(names: Sequence[str], settings: Config) -> list[str]:
+    """The tools that are meant, each server of the settings by its name. Raises ConfigError."""
+    from ossia.errors import ConfigError
+
+    meant: list[str] = []
+    for one in names:
+        kind, _, label = one.partition(":")
+        if kind == "mcp" and not settings.mcp:
+            raise ConfigError(f"--tools names {one!r}, and the settings have no server; expected a table [mcp.NAME]")
+        if one == "mcp":
+            meant += [f"mcp:{label}" for label in settings.mcp]
+        elif kind == "mcp" and label not in settings.mcp:
+            known = ", ".join(f"mcp:{label}" for label in settings.mcp)
+            raise ConfigError(f"--tools names {one!r}; expected one of the settings' servers: {known}")
+        elif kind == "mcp" or one in ("python", "browser", "apply_patch"):
+            meant.append(one)
+        else:
+            raise ConfigError(f"--tools names {one!r}; expected some of: python, browser, apply_patch, mcp, mcp:NAME")
+    return list(dict.fromkeys(meant))
+
+
 def converse(
     model: Model,
     *,
@@ -137,7 +169,7 @@ def converse(
     from rich.console import Console
 
     from ossia.cli.chat_input import Input, LineInput, PipeInput, TerminalInput, private_file
-    from ossia.cli.chat_loop import BROWSER, COMMANDS, PATCHES, PYTHON, ChatLoop
+    from ossia.cli.chat_loop import BROWSER, COMMANDS, PATCHES, PYTHON, ChatLoop, server_tools
     from ossia.cli.chat_screen import PlainScreen, RichScreen, Screen
     from ossia.cli.chat_session import ChatSession
     from ossia.errors import InputError
@@ -164,6 +196,10 @@ def converse(
     else:
         source = LineInput() if is_typed else PipeInput()
     known = {name: tool for name, tool in (("python", PYTHON), ("browser", BROWSER)) if name in tools}
+    if session.boxes is not None:
+        for label, server in session.boxes.servers.items():
+            if f"mcp:{label}" in tools:
+                known[f"mcp:{label}"] = server_tools(label, is_asked=server.approval == "always")
     # Where nobody can be asked, nothing is changed.
     if source.is_interactive:
         session.patcher = ApplyPatch(PatchFolder(patch_root), approve=lambda plan: loop.approve(plan))
@@ -171,6 +207,7 @@ def converse(
     elif "apply_patch" in tools:
         raise InputError("apply_patch asks before each change, and there is no terminal to ask at; leave it out")
     loop = ChatLoop(session, source, screen, when_full=when_full, tools=known, tools_on=tools)
+    session.approve = loop.approve_call
     if source.is_interactive:
         screen.note(f"{model.name} · /help tells the commands, Ctrl-C stops an answer, Ctrl-D leaves")
     return loop.run()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import difflib
 import inspect
+import json
 import re
 import shlex
 from collections.abc import Callable, Sequence
@@ -43,6 +44,12 @@ PATCHES = ToolSet(
     {"type": "custom", "name": "apply_patch", "description": DESCRIPTION},
     "changes files of the patch root; you are asked before each change",
 )
+
+
+def server_tools(label: str, *, is_asked: bool) -> ToolSet:
+    """The tools of an MCP server of the settings."""
+    asked = "you are asked before each call" if is_asked else "called unasked, as its settings say"
+    return ToolSet({"type": "mcp", "server_label": label}, f"tools of the server [mcp.{label}]; {asked}")
 
 
 class _Quit(Exception):
@@ -110,7 +117,8 @@ class ChatLoop:
 
     async def _start(self) -> None:
         if self._session.boxes is not None:
-            on, _ = await self._session.boxes.start([name for name in self._first_tools if name != "apply_patch"])
+            names = [name.partition(":")[0] for name in self._first_tools if name != "apply_patch"]
+            on, _ = await self._session.boxes.start(names)
             if self._source.is_interactive:
                 self._screen.note(f"tools: {', '.join(on)}")
         await self.set_tools(self._first_tools)
@@ -130,6 +138,18 @@ class ChatLoop:
         if not self._source.is_interactive:
             return False
         return await self._ask("Apply this patch? [y/N]", plan.unified_diff()) in ("y", "yes")
+
+    async def approve_call(self, request: Json) -> bool:
+        """Show a call of an MCP server, and ask whether it may be made."""
+        called = f"{request['server_label']}.{request['name']}"
+        if not self._source.is_interactive:
+            self._screen.note(
+                f'{called} was not called, since nobody is here to approve it; approval = "never" in its settings '
+                "lets it be called unasked",
+                is_warning=True,
+            )
+            return False
+        return await self._ask(f"Call {called}? [y/N]", _indented(request["arguments"])) in ("y", "yes")
 
     # One text --------------------------------------------------------------------------------------------------------
 
@@ -415,6 +435,13 @@ COMMANDS = {
     "help": _Command(ChatLoop.help, "", "this"),
     "quit": _Command(ChatLoop.quit, "", "leave"),
 }
+
+
+def _indented(arguments: str) -> str:
+    try:
+        return json.dumps(json.loads(arguments), ensure_ascii=False, indent=2)
+    except (ValueError, RecursionError):
+        return arguments
 
 
 def _path(given: str) -> Path | None:

@@ -320,7 +320,10 @@ def told_call(item: Json) -> ToldCall | None:
             return ToldCall(_browsed(action) + failed, output=_sources(action))
         case "mcp_call":
             head = f"{item.get('server_label', 'mcp')}.{item.get('name', '')}{failed}"
-            return ToldCall(f"{head} {_short(item.get('arguments'))}", output=str(item.get("output") or ""))
+            said = item.get("output") or _words_of(item.get("error"))
+            return ToldCall(f"{head} {_short(item.get('arguments'))}", output=said)
+        case "mcp_list_tools" if item.get("error"):
+            return ToldCall(f"the tools of {item.get('server_label')} cannot be had: {_short(item['error'])}")
         case "function_call" | "custom_tool_call":
             return ToldCall(f"{item.get('name', '')}{failed} {_short(item.get('arguments', ''))}".rstrip())
     return None
@@ -344,6 +347,11 @@ def _outputs(outputs: object) -> str:
     for one in outputs if isinstance(outputs, list) else ():
         told.append(str(one.get("logs", "")) if one.get("type") == "logs" else f"[{one.get('type', 'output')}]")
     return "\n".join(told)
+
+
+def _words_of(error: object) -> str:
+    parts = error.get("content") if isinstance(error, dict) else None
+    return "\n".join(str(part.get("text", "")) for part in parts or () if isinstance(part, dict))
 
 
 def _short(value: object) -> str:

@@ -10,7 +10,7 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -140,6 +140,8 @@ class ChatSession:
         self.error: OssiaError | None = None
         self.patcher = patcher
         self.boxes = boxes
+        # Asks a person for a call of an MCP server; without it no such call is made.
+        self.approve: Callable[[Json], Awaitable[bool]] | None = None
         # Of the latest response, and what it has left for the next one: pages, and the python that goes on.
         self._toolbox: Toolbox | None = None
         self._tool_state: Json | None = None
@@ -204,7 +206,11 @@ class ChatSession:
                 return "cut"
             if not run.is_pending:
                 return "completed"
-            outputs, is_stopped = await self._run_patch(run.output[-1].item)
+            pending = run.output[-1].item
+            if pending["type"] == "mcp_approval_request":
+                outputs, is_stopped = await self._ask_approval(pending)
+            else:
+                outputs, is_stopped = await self._run_patch(pending)
             if is_stopped:
                 turn.entries += self._read(outputs)
                 return "stopped"
@@ -219,6 +225,18 @@ class ChatSession:
         async with aclosing(run.events()) as events:
             async for event in events:
                 show(event)
+
+    async def _ask_approval(self, request: Json) -> tuple[list[Json], bool]:
+        """A person's answer to a call that must be approved, and whether the user has stopped meanwhile."""
+        answers: list[bool] = []
+
+        async def ask() -> None:
+            if self.approve is not None:
+                answers.append(await self.approve(request))
+
+        is_stopped = await _stopped(ask())
+        answer = {"approval_request_id": request["id"], "approve": answers == [True]}
+        return [{"type": "mcp_approval_response", **answer}], is_stopped
 
     async def _run_patch(self, call: Json) -> tuple[list[Json], bool]:
         """The output of a call of apply_patch, and whether the user has stopped meanwhile."""
@@ -252,7 +270,7 @@ class ChatSession:
         if self.boxes is None or not (request.tools or self._tool_state):
             return None
         items = [entry.item for entry in history.entries] + request.input_items
-        # Nobody asks for approvals here but apply_patch, in its own way; the python goes on all the same.
+        # Also from a pipe: where nobody can be asked the answer is no, and the python goes on all the same.
         return await self.boxes.open(request, items, self._tool_state)
 
     def _request(self, items: list[Json]) -> ResponseRequest:

@@ -1,21 +1,20 @@
-"""`ossia checkpoint`: look at a checkpoint, check it, make one with random weights."""
+"""`ossia checkpoint`: look at a checkpoint, check it, compare two, make one with random weights."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from ossia.cli.progress import bytes_progress
 
-app = typer.Typer(help="Look at a checkpoint, check it, or make one with random weights.", no_args_is_help=True)
+app = typer.Typer(
+    help="Look at a checkpoint, check it, compare two, or make one with random weights.", no_args_is_help=True
+)
 
 Checkpoint = Annotated[str, typer.Argument(help="A checkpoint folder, a .gguf file, or a name such as gpt-oss-20b.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
@@ -65,12 +64,38 @@ def verify(path: Checkpoint, as_json: AsJson = False) -> None:
     from ossia.model.hub import resolve_model
     from ossia.model.inspection import verify_checkpoint
 
-    with _progress("reading") as progress:
+    with bytes_progress("reading") as progress:
         problems = verify_checkpoint(resolve_model(path), progress=progress)
     if as_json:
         print(json.dumps({"problems": list(problems)}))
         raise typer.Exit(int(bool(problems)))
     _report(problems, "no problems found")
+
+
+@app.command()
+def diff(
+    first: Checkpoint,
+    second: Annotated[str, typer.Argument(help="Another checkpoint of the same model, in any layout.")],
+    as_json: AsJson = False,
+) -> None:
+    """List the matrices of two checkpoints that differ, number by number, whatever their layouts.
+
+    Exit code 1 means that something differs.
+    """
+    from ossia.model.hub import resolve_model
+    from ossia.model.weights import Checkpoint
+    from ossia.train.differences import differences
+
+    found = list(differences(Checkpoint.open(resolve_model(first)), Checkpoint.open(resolve_model(second))))
+    if as_json:
+        print(json.dumps([each._asdict() for each in found]))
+    else:
+        width = max((len(each.key) for each in found), default=0)
+        for each in found:
+            print(f"{each.key:<{width}}  relative {each.relative:.2e}  {each.share:.2%} of the numbers")
+        if not found:
+            print("no number differs")
+    raise typer.Exit(int(bool(found)))
 
 
 @app.command()
@@ -92,21 +117,9 @@ def new(
     """
     from ossia.model.random_checkpoint import write_random_checkpoint
 
-    with _progress("writing") as progress:
+    with bytes_progress("writing") as progress:
         folder = write_random_checkpoint(out, shape, num_layers=layers, seed=seed, layout=layout, progress=progress)
     print(folder)
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar over bytes on standard error, shown on a terminal alone."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _report(problems: tuple[str, ...], all_well: str) -> None:

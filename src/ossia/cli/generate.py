@@ -41,6 +41,7 @@ def generate(
     seed: Annotated[
         int | None, typer.Option(min=-(2**63), max=2**63 - 1, help="The same seed gives the same answer.")
     ] = None,
+    adapter: options.Adapter = None,
     date: options.Date = None,
     raw: Annotated[bool, typer.Option("--raw", help="Show every token as it comes, special ones too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end, for programs.")] = False,
@@ -78,6 +79,7 @@ def generate(
     prompt = argument_or_stdin(prompt)
     if not prompt.strip():
         raise InputError("the prompt is empty; give what to ask, or `-` and a text in standard input")
+    settings, adapter_name = options.with_adapter(settings, adapter)
     console = Console(stderr=True)
     with console.status("loading"):
         local = LocalModel.open(settings)
@@ -94,6 +96,7 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
+        adapter=adapter_name,
     )
     with generation:
         if as_json:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from ossia.cli import options
 
 if TYPE_CHECKING:
     from ossia.config import Config
@@ -15,7 +18,10 @@ if TYPE_CHECKING:
 
 def mcp(
     tools: Annotated[
-        str, typer.Option("--tools", help="Names with commas between; module:function is a function of yours.")
+        str,
+        typer.Option(
+            "--tools", help="python, browser, apply_patch, with commas between; module:function is a function of yours."
+        ),
     ] = "apply_patch",
     http: Annotated[
         bool, typer.Option("--http", help="Serve HTTP at /mcp instead of standard input and output.")
@@ -31,21 +37,26 @@ def mcp(
         bool, typer.Option("--open-to-all", help="Listen where others reach it without asking for a key.")
     ] = False,
     patch_folder: Annotated[str | None, typer.Option(help="Folder that apply_patch works in.")] = None,
+    browser: options.Browser = None,
+    browser_root: options.BrowserRoot = None,
+    python_sandbox: options.PythonSandbox = None,
+    unsafe_python: options.UnsafePython = False,
     audit_log: Annotated[str | None, typer.Option(help="Log every call to this file, a JSON line each.")] = None,
 ) -> None:
-    """Offer tools to other programs over the Model Context Protocol.
+    """Offer tools to other programs over the Model Context Protocol: python, browser, apply_patch, functions of yours.
 
     Each session of a client has tools of its own. A client starts the command itself, or asks a server that runs with
     `--http`.
 
-    Example: ossia mcp --tools apply_patch --patch-folder project
+    Example: ossia mcp --tools python,browser --browser-root docs/
     """
+    import asyncio
+
     from ossia import config
     from ossia.errors import ConfigError
-    from ossia.tools.audit import AuditLog
-    from ossia.tools.mcp_server import ToolServer
-    from ossia.tools.registry import make
 
+    if browser is not None and browser_root is not None:
+        raise ConfigError("--browser and --browser-root exclude each other; give one")
     settings = config.load(
         {
             "host": host,
@@ -53,47 +64,56 @@ def mcp(
             "key_file": key_file,
             "open_to_all": "yes" if open_to_all else None,
             "patch_folder": patch_folder,
+            "browser": f"local:{browser_root}" if browser_root is not None else browser,
+            "python_sandbox": python_sandbox,
             "audit_log": audit_log,
         }
     )
-    names = [name.strip() for name in tools.split(",") if name.strip()]
+    names = list(dict.fromkeys(name.strip() for name in tools.split(",") if name.strip()))
     if not names:
         raise ConfigError("--tools names no tool; expected names with commas between")
-    # A fault is told now, not to the first client.
-    _check(names, settings)
-    audit = None
-    if settings.audit_log:
-        path = Path(settings.audit_log).expanduser()
-        audit = AuditLog(path, with_contents=settings.audit_contents == "yes")
-    server = ToolServer(lambda: [make(name, settings) for name in names], audit=audit)
-    if http:
-        _serve(server, settings)
-        return
-    import asyncio
-
-    asyncio.run(server.run_stdio())
+    # Ctrl-C has ended the server in good order.
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(_offer(names, settings, unsafe_python=unsafe_python, is_http=http))
 
 
-def _check(names: list[str], settings: Config) -> None:
-    import asyncio
+async def _offer(names: list[str], settings: Config, *, unsafe_python: bool, is_http: bool) -> None:
+    """Make the tools once, so that a fault is told now and not to the first client, and serve."""
+    from ossia.tools.audit import AuditLog
+    from ossia.tools.mcp_server import ToolServer, offers
+    from ossia.tools.registry import Workshop
 
-    from ossia.tools.mcp_server import offers
-    from ossia.tools.registry import make
+    workshop = Workshop(settings, unsafe_python=unsafe_python)
+    audit: AuditLog | None = None
+    try:
+        tools = [workshop.make(name) for name in names]
+        offers(tools)
+        described = [tool.namespace.description for tool in tools if tool.namespace.tools]
+        for tool in tools:
+            await tool.close()
+        if settings.audit_log:
+            path = Path(settings.audit_log).expanduser()
+            audit = AuditLog(path, with_contents=settings.audit_contents == "yes")
+        server = ToolServer(
+            lambda: [workshop.make(name) for name in names],
+            audit=audit,
+            instructions="\n\n".join(one for one in described if one),
+        )
+        if unsafe_python and "python" in names:
+            print("ossia: --unsafe-python: code of the model runs as you, with all that you may do", file=sys.stderr)
+        for words in await workshop.start():
+            print(f"ossia: {words}", file=sys.stderr)
+        if is_http:
+            await _serve(server, settings)
+        else:
+            await server.run_stdio()
+    finally:
+        await workshop.close()
+        if audit is not None:
+            audit.close()
 
-    async def check() -> None:
-        made = []
-        try:
-            for name in names:
-                made.append(make(name, settings))
-            offers(made)
-        finally:
-            for tool in made:
-                await tool.close()
 
-    asyncio.run(check())
-
-
-def _serve(server: ToolServer, settings: Config) -> None:
+async def _serve(server: ToolServer, settings: Config) -> None:
     import socket
 
     import uvicorn
@@ -117,4 +137,4 @@ def _serve(server: ToolServer, settings: Config) -> None:
         port = listening.getsockname()[1]
         print(f"ossia: serving tools on http://{settings.host}:{port}{PATH}", file=sys.stderr, flush=True)
         uvicorn_server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
-        uvicorn_server.run(sockets=[listening])
+        await uvicorn_server.serve(sockets=[listening])

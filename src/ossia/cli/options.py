@@ -5,10 +5,14 @@ An option that is not given is None, so that the settings file and OSSIA_* varia
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from ossia.config import Config
 
 Model = Annotated[
     str, typer.Option("--model", "-m", help="A checkpoint folder, a .gguf file, or a name such as gpt-oss-20b.")
@@ -28,6 +32,10 @@ KvMemory = Annotated[str | None, typer.Option(help="Most memory for keys and val
 MaxContext = Annotated[
     int | None, typer.Option(min=0, help="Most tokens of prompt and answer; 0 for what fits. [default: 0]")
 ]
+Adapter = Annotated[
+    str | None, typer.Option(help="A LoRA adapter to answer with: its folder, or its name in the settings file.")
+]
+AdapterMemory = Annotated[str | None, typer.Option(help="Most memory for adapters, such as 1GiB. [default: 2GiB]")]
 Date = Annotated[str | None, typer.Option(help="The date that the model is told, YYYY-MM-DD; today's by default.")]
 Browser = Annotated[
     str | None, typer.Option(help="Where the browser searches: local:FOLDER, searxng:URL, brave, exa, youcom, tavily.")
@@ -37,3 +45,13 @@ PythonSandbox = Annotated[
     str | None, typer.Option(help="What confines python: bubblewrap, landlock, docker:IMAGE ... [default: auto]")
 ]
 UnsafePython = Annotated[bool, typer.Option("--unsafe-python", help="Run the model's code with no sandbox at all.")]
+
+
+def with_adapter(settings: Config, adapter: str | None) -> tuple[Config, str | None]:
+    """Settings that load the adapter of ``--adapter`` and no other, and the name that it then has."""
+    if adapter is None:
+        return dataclasses.replace(settings, adapters={}), None
+    if adapter in settings.adapters:
+        return dataclasses.replace(settings, adapters={adapter: settings.adapters[adapter]}), adapter
+    name = Path(adapter).expanduser().resolve().name or "adapter"
+    return dataclasses.replace(settings, adapters={name: adapter}), name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +14,7 @@ from ossia.cli import options
 
 if TYPE_CHECKING:
     from ossia.config import Config
+    from ossia.engine import AsyncEngine
     from ossia.responses.toolbox import Toolboxes
     from ossia.server.service import Service
 
@@ -26,6 +28,14 @@ def serve(
         int | None, typer.Option(min=0, help="Port to listen on; 0 for a free one. [default: 8000]")
     ] = None,
     name: Annotated[str, typer.Option(help="What clients call the model; the checkpoint's name by default.")] = "",
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help="Offer a LoRA adapter, which clients choose as a model; repeatable."),
+    ] = None,
+    adapter_dir: Annotated[
+        str | None, typer.Option(help="Let clients load adapters from this folder, and unload any. [default: none]")
+    ] = None,
+    adapter_memory: options.AdapterMemory = None,
     store: Annotated[
         str | None, typer.Option(help="Keep responses at this SQLAlchemy URL. [default: a file in the data folder]")
     ] = None,
@@ -88,6 +98,9 @@ def serve(
     settings = config.load(
         {
             "model": model or None,
+            "adapters": adapter or None,
+            "adapter_dir": adapter_dir,
+            "adapter_memory": adapter_memory,
             "host": host,
             "port": port,
             "store": store,
@@ -122,7 +135,11 @@ def serve(
     wanted = _wanted(settings)
     offered = open_tools(settings, wanted, unsafe_python)
     required = wanted if settings.tools != "auto" else []
-    _run(_open(settings, keys, name, offered), settings, required)
+    service, engine = _open(settings, keys, name, offered)
+    try:
+        _run(service, settings, required)
+    finally:
+        engine.close()
 
 
 def _wanted(settings: Config) -> list[str]:
@@ -181,7 +198,7 @@ def open_tools(settings: Config, wanted: list[str], unsafe_python: bool) -> Tool
     )
 
 
-def _open(settings: Config, keys: object, name: str, tools: Toolboxes) -> Service:
+def _open(settings: Config, keys: object, name: str, tools: Toolboxes) -> tuple[Service, AsyncEngine]:
     """The model, its engine in a thread, and the store."""
     import datetime
     import socket
@@ -189,10 +206,12 @@ def _open(settings: Config, keys: object, name: str, tools: Toolboxes) -> Servic
     from ossia.config import data_folder
     from ossia.engine import AsyncEngine
     from ossia.engine.masks import GrammarCompiler
+    from ossia.errors import ConfigError
     from ossia.local import LocalModel
     from ossia.responses.constrain import Grammars
     from ossia.responses.loop import Budget, Model
     from ossia.responses.seal import Seal
+    from ossia.server.adapters import Adapters
     from ossia.server.limits import Admission, Keys, Rates
     from ossia.server.service import Service
     from ossia.server.store import Store
@@ -207,29 +226,39 @@ def _open(settings: Config, keys: object, name: str, tools: Toolboxes) -> Servic
         max_bytes=settings.store_size,
         server=f"{socket.gethostname()}:{settings.port}",
     )
-    local = LocalModel.open(settings)
+    adapter_dir = Path(settings.adapter_dir).expanduser() if settings.adapter_dir else None
+    if adapter_dir is not None and not adapter_dir.is_dir():
+        raise ConfigError(f"adapter_dir is {settings.adapter_dir!r}, which is no folder", param="adapter_dir")
+    local = LocalModel.open(dataclasses.replace(settings, adapters={}))
     if local.checkpoint.has_random_weights:
         print("ossia: the weights of this checkpoint are random: answers will be noise", file=sys.stderr)
     called = name or Path(settings.model).name.removesuffix(".gguf")
     engine = AsyncEngine(local.engine)
     constrain = Grammars(GrammarCompiler(local.tokenizer))
-    budget = Budget(settings.max_tool_calls, settings.max_tool_seconds)
+    budget = Budget(settings.max_tool_calls, settings.max_tool_seconds, settings.max_tool_tokens)
     seal = Seal.at(folder / "seal.key")
     model = Model(called, engine, local.tokenizer, seal, constrain=constrain, budget=budget)
+    aliases = _aliases(called)
+    adapters = Adapters(engine, local.read_adapter, taken=(called, *aliases), folder=adapter_dir)
+    for adapter_name, path in settings.adapters.items():
+        adapters.load(adapter_name, Path(path), model)
     service = Service(
         model,
         store,
-        aliases=_aliases(called),
+        aliases=aliases,
+        adapters=adapters,
         keys=keys,
         rates=Rates(settings.max_per_minute),
         admission=Admission(settings.max_running, settings.max_queued),
         max_request_bytes=settings.max_request,
         tools=tools,
         tracing=Tracing.to_collector(settings.traces) if settings.traces else None,
+        refuses_pages=not keys and settings.open_to_all != "yes",
         created_at=int(datetime.datetime.now(datetime.UTC).timestamp()),
+        context=local.engine.max_context,
     )
     service.watch(engine.stats)
-    return service
+    return service, engine
 
 
 def _aliases(name: str) -> list[str]:
@@ -253,6 +282,7 @@ async def _serve(service: Service, settings: Config, required: list[str]) -> Non
     import uvicorn
 
     from ossia.server.app import create_app
+    from ossia.server.protocol import Protocol
 
     try:
         on, off = await service.tools.start(required)
@@ -262,9 +292,13 @@ async def _serve(service: Service, settings: Config, required: list[str]) -> Non
     print(f"ossia: tools: {', '.join(on) or 'none'}", file=sys.stderr)
     for name, reason in off.items():
         print(f"ossia: {name} is off: {reason}", file=sys.stderr)
+    if service.adapters is not None and service.adapters.offered:
+        print(f"ossia: adapters: {', '.join(service.adapters.offered)}", file=sys.stderr)
     print(f"ossia: serving {service.model.name} on http://{settings.host}:{settings.port}/v1", file=sys.stderr)
     config = uvicorn.Config(
         create_app(service),
+        http=Protocol,
+        ws="none",
         host=settings.host,
         port=settings.port,
         log_level="warning",

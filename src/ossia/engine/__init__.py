@@ -8,7 +8,7 @@ AsyncEngine(engine).generate(prompt, params)                        an async ite
 from ossia.engine.config import EngineConfig
 from ossia.engine.engine import AsyncEngine, Engine, EngineStats
 from ossia.engine.llm import LLM, Completion
-from ossia.engine.request import NO_TOKEN, Constraint, FinishReason, SamplingParams, TokenOutput
+from ossia.engine.request import NO_TOKEN, Constraint, FinishReason, SamplingParams, Scored, TokenOutput
 from ossia.engine.runner import Runner
 from ossia.engine.scheduler import Totals
 from ossia.engine.stops import Stop
@@ -25,6 +25,7 @@ __all__ = [
     "FinishReason",
     "Runner",
     "SamplingParams",
+    "Scored",
     "Stop",
     "TokenOutput",
     "Totals",

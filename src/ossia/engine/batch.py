@@ -21,19 +21,30 @@ class Scheduled(NamedTuple):
     num_tokens: int
 
     @property
+    def scored_rows(self) -> range:
+        """The rows, counted from its first one, whose logits tell how likely the prompt's next token was."""
+        sequence = self.sequence
+        start = sequence.blocks.num_tokens
+        if sequence.params.score_from is None:
+            return range(0)
+        first = sequence.params.score_from + len(sequence.prompt_logprobs) - 1
+        return range(first - start, min(self.num_tokens, sequence.num_prompt_tokens - 1 - start))
+
+    @property
     def is_sampled(self) -> bool:
         """Whether these are its last tokens, so that the step yields the next one."""
         return self.num_tokens == self.sequence.num_uncomputed
 
 
 def make_batch(scheduled: SequenceOf[Scheduled]) -> Batch:
-    """The batch of one step; its logit rows are those of the sequences that are sampled, in order."""
+    """The batch of one step; its logit rows are those that are scored or sampled, in order of the sequences."""
     token_ids: list[int] = []
     positions: list[npt.NDArray[np.int32]] = []
     for sequence, num_tokens in scheduled:
         start = sequence.blocks.num_tokens
         token_ids += sequence.token_ids[start : start + num_tokens]
         positions.append(np.arange(start, start + num_tokens, dtype=np.int32))
+    adapters = tuple(one.sequence.adapter for one in scheduled)
     starts = [0, *accumulate(one.num_tokens for one in scheduled)]
     return Batch(
         token_ids_T=np.array(token_ids, np.int32),
@@ -42,7 +53,18 @@ def make_batch(scheduled: SequenceOf[Scheduled]) -> Batch:
         key_lengths_N=np.array([s.blocks.num_tokens + n for s, n in scheduled], np.int32),
         full_table_NB=_stack([one.sequence.blocks.full for one in scheduled]),
         window_table_NB=_stack([one.sequence.blocks.window for one in scheduled]),
-        logit_rows_R=np.array([starts[i + 1] - 1 for i, one in enumerate(scheduled) if one.is_sampled], np.int32),
+        logit_rows_R=np.array(
+            [
+                row
+                for i, one in enumerate(scheduled)
+                for row in (
+                    *(starts[i] + row for row in one.scored_rows),
+                    *((starts[i + 1] - 1,) if one.is_sampled else ()),
+                )
+            ],
+            np.int32,
+        ),
+        adapters=adapters if any(one is not None for one in adapters) else (),
     )
 
 

@@ -68,7 +68,7 @@ class CountingOps:
 def first_pass(runner: Runner, length: int = 32, *, seed: int = 0) -> None:
     """Compute a prompt up to the logits of the next token: what a fresh model must do before it can answer."""
     token_ids = np.random.default_rng(seed).integers(0, runner.config.vocab_size, length)
-    runner.run(_batch(runner, [0], [token_ids], is_last=True))
+    runner.run(made_up_batch(runner, [0], [token_ids], is_last=True))
 
 
 def measure_prefill(runner: Runner, ops: CountingOps, length: int, *, repeats: int = 3, seed: int = 0) -> Measurement:
@@ -85,7 +85,9 @@ def measure_prefill(runner: Runner, ops: CountingOps, length: int, *, repeats: i
         ops.num_experts_read = 0
         started_s = time.perf_counter()
         for start in range(0, length, chunk):
-            runner.run(_batch(runner, [start], [token_ids[start : start + chunk]], is_last=start + chunk >= length))
+            runner.run(
+                made_up_batch(runner, [start], [token_ids[start : start + chunk]], is_last=start + chunk >= length)
+            )
         seconds.append(time.perf_counter() - started_s)
     elapsed_s = statistics.median(seconds)
     config = runner.config
@@ -106,7 +108,7 @@ def measure_decode(
     seconds, num_experts = [], []
     for step in range(num_steps):
         token_ids = rng.integers(0, runner.config.vocab_size, (num_seqs, 1))
-        batch = _batch(runner, [depth + step] * num_seqs, list(token_ids), is_last=True)
+        batch = made_up_batch(runner, [depth + step] * num_seqs, list(token_ids), is_last=True)
         ops.num_experts_read = 0
         started_s = time.perf_counter()
         runner.run(batch)
@@ -165,7 +167,7 @@ def _dense_bytes_per_weight(ops: Any) -> float:
     return _Q8_BYTES if getattr(ops, "dense", "bf16") == "q8" else _BF16_BYTES
 
 
-def _batch(runner: Runner, starts: Sequence[int], token_ids: Sequence[Any], *, is_last: bool) -> Batch:
+def made_up_batch(runner: Runner, starts: Sequence[int], token_ids: Sequence[Any], *, is_last: bool) -> Batch:
     """A pass over sequences that already hold ``starts`` tokens each; blocks are dealt out anew for every pass."""
     size = runner.options.block_size
     lengths = [len(own) for own in token_ids]

@@ -4,9 +4,10 @@ Two pools. Layers with full attention keep every block of a sequence. Sliding-wi
 ``window - 1`` tokens before the next one: blocks behind those go back to their pool at once.
 
 A block that is full is *published* under a key, the hash of its tokens and of the key before it, so a key stands for
-the whole prefix. Given back, a published block stays findable until its memory is needed; the block that was given
-back longest ago goes first. The last block of a sequence, part full, is published when the sequence gives it back: the
-next turn of the same conversation takes it over and fills it up, so that it computes nothing twice.
+the whole prefix. What stands before the first block belongs to it: what was computed through an adapter is found by
+sequences of that adapter alone. Given back, a published block stays findable until its memory is needed; the block that
+was given back longest ago goes first. The last block of a sequence, part full, is published when the sequence gives it
+back: the next turn of the same conversation takes it over and fills it up, so that it computes nothing twice.
 
 A prefix of p tokens can be reused if the full-attention blocks of all p tokens are still there, and the window blocks
 that hold tokens p - window + 1 to p - 1. The longest such p counts; one token is always left to compute, since
@@ -31,8 +32,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-# What stands before the first block.
-_ROOT = b""
 # Makes the key of a part-full block from the key before it; no hash has this length.
 _TAIL = b"tail"
 
@@ -151,10 +150,12 @@ class BlockTable:
 class SequenceBlocks:
     """What one sequence holds: keys and values of its first ``num_tokens`` tokens."""
 
-    __slots__ = ("full", "kept_windows", "keys", "num_tokens", "window")
+    __slots__ = ("full", "kept_windows", "keys", "num_tokens", "root", "window")
 
-    def __init__(self) -> None:
+    def __init__(self, root: bytes = b"") -> None:
         self.num_tokens = 0
+        # What stands before the first block: the same tokens are the same prefix only behind the same root.
+        self.root = root
         self.full = BlockTable()
         self.window = BlockTable()
         # Keys of its full blocks as far as they were needed; they outlive the blocks.
@@ -207,7 +208,7 @@ class BlockManager:
         window = self._window_before(keys, num_full_found)
         del full[window.end :]
         num_tokens = len(full) * self.block_size
-        tail = self._tail_after(keys[len(full) - 1] if full else _ROOT, token_ids[num_tokens:limit])
+        tail = self._tail_after(keys[len(full) - 1] if full else blocks.root, token_ids[num_tokens:limit])
         if tail is not None:
             full.append(tail.full_block)
             window.blocks.append(tail.window_block)
@@ -221,7 +222,7 @@ class BlockManager:
         keys, size = blocks.keys, self.block_size
         for i in range(len(keys), num_blocks):
             tokens = array("i", token_ids[i * size : (i + 1) * size]).tobytes()
-            keys.append(hashlib.blake2b((keys[-1] if keys else _ROOT) + tokens, digest_size=32).digest())
+            keys.append(hashlib.blake2b((keys[-1] if keys else blocks.root) + tokens, digest_size=32).digest())
         return keys
 
     def _window_before(self, keys: list[bytes], end: int) -> _WindowRun:
@@ -316,7 +317,7 @@ class BlockManager:
         num_blocks = blocks.num_tokens // self.block_size
         tail = list(token_ids[num_blocks * self.block_size : blocks.num_tokens])
         if tail:
-            key = (self.keys(blocks, token_ids, num_blocks)[num_blocks - 1] if num_blocks else _ROOT) + _TAIL
+            key = (self.keys(blocks, token_ids, num_blocks)[num_blocks - 1] if num_blocks else blocks.root) + _TAIL
             for pool, table, tails in (
                 (self.full_pool, blocks.full, self._full_tails),
                 (self.window_pool, blocks.window, self._window_tails),

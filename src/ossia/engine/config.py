@@ -21,9 +21,18 @@ class EngineConfig:
     max_num_seqs: int = 64
     # Tokens of prompt and answer together that a request may have; None: what the model was made for.
     max_context: int | None = None
+    # Bytes that all adapters may take together; one that would not fit is refused.
+    adapter_memory_bytes: int = 2 << 30
+    # Whether the experts that each token goes to are kept beside its keys and values, for requests that ask for them.
+    record_routing: bool = False
 
     def __post_init__(self) -> None:
         for name in ("kv_memory_bytes", "block_size", "max_batch_tokens", "max_num_seqs", "max_context"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1", param=name)
+        if self.adapter_memory_bytes < 0:
+            raise ConfigError(
+                f"adapter_memory_bytes is {self.adapter_memory_bytes}; it must be at least 0",
+                param="adapter_memory_bytes",
+            )

@@ -22,13 +22,16 @@ from typing import NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from ossia.engine.batch import make_batch
+from ossia.engine.batch import Scheduled, make_batch
 from ossia.engine.block_manager import BlockManager
 from ossia.engine.request import NO_TOKEN, Constraint, FinishReason, SamplingParams, Sequence, TokenOutput
 from ossia.engine.runner import Runner, max_context
-from ossia.engine.sampler import sample
+from ossia.engine.sampler import sample, score
 from ossia.engine.scheduler import Scheduler, Totals
-from ossia.errors import ContextLengthError, InputError, OssiaError, UnavailableError
+from ossia.errors import ConfigError, ContextLengthError, InputError, NotFoundError, OssiaError, UnavailableError
+from ossia.model.adapted import HeldAdapter, held_bytes
+from ossia.model.adapter import Adapter
+from ossia.model.transformer import Weights
 
 _log = logging.getLogger(__name__)
 
@@ -45,6 +48,9 @@ class EngineStats:
     num_free_full_blocks: int
     num_window_blocks: int
     num_free_window_blocks: int
+    num_adapters: int
+    # Those that were let go but still answer included.
+    adapter_bytes: int
     # They only grow: a rate is a difference over time.
     totals: Totals
 
@@ -58,10 +64,12 @@ class Engine:
     def __init__(self, runner: Runner, *, token_bytes: Callable[[int], bytes] | None = None) -> None:
         self._runner = runner
         self._token_bytes = token_bytes
-        self._max_context = max_context(runner.config, runner.options)
+        self.max_context = max_context(runner.config, runner.options)
         self._num_requests = 0
         self._totals = Totals()
         self._mask_thread: ThreadPoolExecutor | None = None
+        self._adapters: dict[str, HeldAdapter] = {}
+        self._adapters_lock = threading.Lock()
         self.reset()
 
     # Requests --------------------------------------------------------------------------------------------------------
@@ -81,11 +89,19 @@ class Engine:
                 f"the prompt holds token {wrong}; this model has tokens 0 to {vocab_size - 1}", param="token_ids"
             )
         params.check_token_ids(vocab_size)
+        self._adapter(params)
         if params.stop_strings and self._token_bytes is None:
             raise InputError("stop_strings need an engine that was given token_bytes", param="stop_strings")
+        if params.score_from is not None and params.score_from >= len(token_ids):
+            raise InputError(
+                f"score_from is {params.score_from}; the prompt has tokens up to {len(token_ids) - 1}",
+                param="score_from",
+            )
+        if params.routing and not self._runner.options.record_routing:
+            raise InputError("routing needs an engine that was set up with record_routing", param="routing")
         # The last token of an answer is never computed.
         in_memory = self._runner.num_blocks.full * self._runner.options.block_size + 1
-        limit, where = min((self._max_context, "the context window"), (in_memory, "the memory for keys and values"))
+        limit, where = min((self.max_context, "the context window"), (in_memory, "the memory for keys and values"))
         num_asked = 1 if params.max_tokens is None else params.max_tokens
         if len(token_ids) + num_asked > limit:
             raise ContextLengthError(
@@ -101,7 +117,13 @@ class Engine:
         request_id = self._num_requests
         self._num_requests += 1
         sequence = Sequence(
-            request_id, token_ids, params, max_tokens, self._runner.config.stop_token_ids, self._token_bytes
+            request_id,
+            token_ids,
+            params,
+            max_tokens,
+            self._runner.config.stop_token_ids,
+            self._token_bytes,
+            self._adapter(params),
         )
         self._sequences[request_id] = sequence
         self._scheduler.add(sequence)
@@ -115,6 +137,56 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return bool(self._sequences or self._ended)
+
+    # Adapters --------------------------------------------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names that requests may give. May be asked from any thread, as may all that concerns adapters."""
+        return tuple(self._adapters)
+
+    def load_adapter(self, adapter: Adapter) -> None:
+        """Take in an adapter, in place of another of its name; sequences under way stay with the one they began with.
+
+        Raises ConfigError where the memory for adapters does not hold it.
+        """
+        with self._adapters_lock:
+            others = sum(one.size_bytes for one in self._held(without=adapter.name))
+            size, limit = held_bytes(adapter), self._runner.options.adapter_memory_bytes
+            if others + size > limit:
+                raise ConfigError(
+                    f"adapter {adapter.name!r} takes {size / 2**20:.1f} MiB beside {others / 2**20:.1f} MiB of others; "
+                    f"adapter_memory is {limit / 2**20:.1f} MiB. Unload another, or give more.",
+                    param="adapter_memory",
+                )
+            self._adapters[adapter.name] = self._runner.hold(adapter)
+
+    def unload_adapter(self, name: str) -> None:
+        """Let go of an adapter: sequences under way finish with it, new requests may not name it.
+
+        Raises NotFoundError if there is none of that name.
+        """
+        with self._adapters_lock:
+            if self._adapters.pop(name, None) is None:
+                raise self._no_adapter(name)
+
+    def _adapter(self, params: SamplingParams) -> HeldAdapter | None:
+        if params.adapter is None:
+            return None
+        held = self._adapters.get(params.adapter)
+        if held is None:
+            raise self._no_adapter(params.adapter)
+        return held
+
+    def _no_adapter(self, name: str) -> NotFoundError:
+        known = ", ".join(self.adapters) or "none"
+        return NotFoundError(f"there is no adapter {name[:200]!r}; loaded are: {known}", param="adapter")
+
+    def _held(self, *, without: str | None = None) -> set[HeldAdapter]:
+        """All adapters that take memory, but for the one that is about to be replaced."""
+        loaded = [one for name, one in list(self._adapters.items()) if name != without]
+        answering = [sequence.adapter for sequence in list(self._sequences.values())]
+        return {one for one in (*loaded, *answering) if one is not None}
 
     # Steps -----------------------------------------------------------------------------------------------------------
 
@@ -138,6 +210,12 @@ class Engine:
         # Requests that ended between steps.
         self._ended: list[TokenOutput] = []
 
+    def replace_weights(self, weights: Weights) -> None:
+        """Go on with other weights of the same shape; what was cached is forgotten. No request may be under way."""
+        assert not self.has_work, "requests are under way"
+        self._runner.replace_weights(weights)
+        self.reset()
+
     def stats(self) -> EngineStats:
         """May be called from any thread."""
         return EngineStats(
@@ -147,6 +225,8 @@ class Engine:
             num_free_full_blocks=self._blocks.full_pool.num_free,
             num_window_blocks=self._blocks.window_pool.num_blocks,
             num_free_window_blocks=self._blocks.window_pool.num_free,
+            num_adapters=len(self._adapters),
+            adapter_bytes=sum(one.size_bytes for one in self._held()),
             totals=replace(self._totals),
         )
 
@@ -165,7 +245,9 @@ class Engine:
         sampled = [one.sequence for one in scheduled if one.is_sampled]
         # Masks are filled beside the forward pass.
         masks = self._fill_masks(sampled)
+        num_scored = [len(one.scored_rows) for one in scheduled]
         logits_RV = self._runner.run(batch)
+        logits_RV = self._score(scheduled, num_scored, logits_RV)
         for sequence, num_tokens in scheduled:
             self._blocks.commit(sequence.blocks, sequence.token_ids, num_tokens)
         self._totals.num_steps += 1
@@ -173,6 +255,27 @@ class Engine:
         for sequence, logits_V in zip(sampled, logits_RV, strict=True):
             outputs.append(self._sample(sequence, logits_V, masks.get(sequence.request_id)))
         return outputs
+
+    def _score(
+        self, scheduled: SequenceOf[Scheduled], num_scored: SequenceOf[int], logits_RV: npt.NDArray[np.float32]
+    ) -> npt.NDArray[np.float32]:
+        """Take note of how likely the prompts' tokens were; the logits of the rows that are sampled."""
+        if not any(num_scored):
+            return logits_RV
+        sampled: list[int] = []
+        row = 0
+        for one, count in zip(scheduled, num_scored, strict=True):
+            sequence = one.sequence
+            for logits_V in logits_RV[row : row + count]:
+                place = (sequence.params.score_from or 0) + len(sequence.prompt_logprobs)
+                sequence.prompt_logprobs.append(
+                    score(logits_V, sequence.token_ids[place], sequence.params.top_logprobs)
+                )
+            row += count
+            if one.is_sampled:
+                sampled.append(row)
+                row += 1
+        return logits_RV[sampled]
 
     def _fill_masks(self, sequences: Iterable[Sequence]) -> dict[int, Future[Mask]]:
         masks: dict[int, Future[Mask]] = {}
@@ -194,7 +297,10 @@ class Engine:
         except Exception as error:
             return self._end(sequence, "error", error if isinstance(error, OssiaError) else _failure(error))
         self._totals.num_sampled_tokens += 1
+        routing = None
         if finish_reason is not None:
+            if sequence.params.routing:
+                routing = self._runner.routing(sequence.blocks.full.blocks, sequence.blocks.num_tokens)
             self._forget(sequence)
         return TokenOutput(
             sequence.request_id,
@@ -205,6 +311,9 @@ class Engine:
             stop,
             0 if finish_reason else sequence.stops.held_bytes,
             sequence.num_cached_tokens or 0,
+            prompt_logprobs=tuple(sequence.prompt_logprobs) if sequence.num_output_tokens == 1 else (),
+            drawn_logprob=token.drawn_logprob,
+            routing=routing,
         )
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: OssiaError | None = None) -> TokenOutput:
@@ -279,6 +388,18 @@ class AsyncEngine:
 
     def stats(self) -> EngineStats:
         return self._engine.stats()
+
+    def load_adapter(self, adapter: Adapter) -> None:
+        """What `Engine.load_adapter` does, in any thread and while requests are under way."""
+        self._engine.load_adapter(adapter)
+
+    def unload_adapter(self, name: str) -> None:
+        """What `Engine.unload_adapter` does, likewise."""
+        self._engine.unload_adapter(name)
+
+    def through(self, adapter: str) -> AdapterEngine:
+        """The same engine for callers all of whose requests go through one adapter."""
+        return AdapterEngine(self, adapter)
 
     def close(self) -> None:
         """End the thread after the step it is in; whoever still waits for tokens gets UnavailableError."""
@@ -369,6 +490,20 @@ class AsyncEngine:
                 for reader, _ in deliveries:
                     readers.pop(reader.request_id, None)
                     self._engine.abort(reader.request_id)
+
+
+class AdapterEngine:
+    """An `AsyncEngine` as those see it whose requests all go through one adapter."""
+
+    def __init__(self, engine: AsyncEngine, adapter: str) -> None:
+        self._engine = engine
+        self._adapter = adapter
+
+    def check(self, token_ids: SequenceOf[int], params: SamplingParams) -> int:
+        return self._engine.check(token_ids, replace(params, adapter=self._adapter))
+
+    def generate(self, token_ids: SequenceOf[int], params: SamplingParams) -> AsyncGenerator[TokenOutput, None]:
+        return self._engine.generate(token_ids, replace(params, adapter=self._adapter))
 
 
 def _is_last(item: TokenOutput | OssiaError) -> bool:

@@ -7,8 +7,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
+
 from ossia.engine.engine import Engine
-from ossia.engine.request import FinishReason, SamplingParams, TokenOutput
+from ossia.engine.request import FinishReason, SamplingParams, Scored, TokenOutput
 from ossia.engine.stops import Stop
 from ossia.errors import InputError
 
@@ -27,6 +30,10 @@ class Completion:
     finish_reason: FinishReason
     stop: Stop | None
     num_cached_tokens: int
+    # As the others, empty if they were not asked for.
+    drawn_logprobs: tuple[float, ...] = ()
+    routing: npt.NDArray[np.uint16] | None = None
+    prompt_logprobs: tuple[Scored, ...] = ()
 
 
 class LLM:
@@ -102,4 +109,7 @@ def _completion(outputs: list[TokenOutput]) -> Completion:
         finish_reason=last.finish_reason,
         stop=last.stop,
         num_cached_tokens=last.num_cached_tokens,
+        drawn_logprobs=tuple(output.drawn_logprob for output in outputs if output.drawn_logprob is not None),
+        routing=last.routing,
+        prompt_logprobs=outputs[0].prompt_logprobs,
     )

@@ -31,6 +31,11 @@ _MASK_BUDGET_S = 2.0
 _MASK_BUDGET_PER_TOKEN_S = 0.01
 # What llguidance says of a token that its mask does not hold.
 _NOT_ALLOWED = "doesn't satisfy the grammar"
+# What llguidance says when an automaton holds as many states as it may. A state is about half a kilobyte.
+_IS_FULL = "too many states"
+_MAX_STATES = 50_000
+# A turn that fills an automaton by itself, sooner than this after it was begun, is too much for one.
+_MIN_TOKENS_BETWEEN = 50
 # How long the place of a fault in a schema is looked for.
 _SEARCH_S = 1.0
 
@@ -56,7 +61,14 @@ class GrammarCompiler:
     interpreter's lock: call it beside an event loop, not in it.
     """
 
-    def __init__(self, vocabulary: Vocabulary, *, max_grammars: int = 256, max_grammar_chars: int = 16_000_000) -> None:
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        *,
+        max_grammars: int = 256,
+        max_grammar_chars: int = 16_000_000,
+        max_states: int = _MAX_STATES,
+    ) -> None:
         self._special = {name: vocabulary.special_tokens[name] for name in _FRAME if name in vocabulary.special_tokens}
         if missing := [name for name in _FRAME if name not in self._special]:
             raise InputError(f"the vocabulary lacks {', '.join(missing)}; a turn's grammar needs a harmony vocabulary")
@@ -65,6 +77,7 @@ class GrammarCompiler:
         self._opening = [self._special["<|start|>"], *vocabulary.encode("assistant")]
         self._max_grammars = max_grammars
         self._max_grammar_chars = max_grammar_chars
+        self._max_states = max_states
         self._lock = threading.Lock()
         # Text of a grammar -> a matcher at its beginning, latest last. Copies share its automaton, which grows.
         self._compiled: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
@@ -79,18 +92,24 @@ class GrammarCompiler:
         """
         if max_reasoning_tokens is not None and max_reasoning_tokens < 0:
             raise InputError(f"max_reasoning_tokens is {max_reasoning_tokens}; expected 0 or more")
-        if max_reasoning_tokens is None:
-            return self._constraint(self._matcher(grammar, grammar.text), None, None)
-        rest = self._matcher(grammar, grammar.rest)
-        if max_reasoning_tokens:
-            return self._constraint(self._matcher(grammar, grammar.text), max_reasoning_tokens, rest)
-        assert rest.consume_tokens(self._opening), "rest begins with <|start|>assistant"
-        return self._constraint(rest, None, None)
+        cap = max_reasoning_tokens
+        if cap is None:
+            return self._constraint(self._walk(grammar, grammar.text))
+        if cap == 0:
+            return self._constraint(self._walk(grammar, grammar.rest, self._opening))
+        return self._constraint(self._walk(grammar, grammar.text), cap, self._walk(grammar, grammar.rest))
 
-    def _constraint(
-        self, matcher: llguidance.LLMatcher, cap: int | None, rest: llguidance.LLMatcher | None
-    ) -> TurnConstraint:
-        return TurnConstraint(matcher, self._tokenizer.vocab_size, self._special, self._token_bytes, cap, rest)
+    def _constraint(self, walk: _Walk, cap: int | None = None, rest: _Walk | None = None) -> TurnConstraint:
+        return TurnConstraint(walk, self._tokenizer.vocab_size, self._special, self._token_bytes, cap, rest)
+
+    def _walk(self, grammar: TurnGrammar, text: str, opening: Sequence[int] = ()) -> _Walk:
+        def begin(is_worn: bool) -> llguidance.LLMatcher:
+            if is_worn:
+                with self._lock:
+                    self._forget(text)
+            return self._matcher(grammar, text)
+
+        return _Walk(begin, opening)
 
     def _matcher(self, grammar: TurnGrammar, text: str) -> llguidance.LLMatcher:
         with self._lock:
@@ -106,11 +125,15 @@ class GrammarCompiler:
                 self._compiled[text] = matcher
                 self._num_chars += len(text)
             while len(self._compiled) > self._max_grammars or self._num_chars > self._max_grammar_chars:
-                self._num_chars -= len(self._compiled.popitem(last=False)[0])
+                self._forget(next(iter(self._compiled)))
         return matcher.deep_copy()
 
+    def _forget(self, text: str) -> None:
+        if self._compiled.pop(text, None) is not None:
+            self._num_chars -= len(text)
+
     def _compile(self, text: str) -> llguidance.LLMatcher:
-        limits = llguidance.LLParserLimits(verbose_errors=False)
+        limits = llguidance.LLParserLimits(verbose_errors=False, max_lexer_states=self._max_states)
         return llguidance.LLMatcher(self._tokenizer, text, log_level=0, limits=limits)
 
     # -- which part is at fault --------------------------------------------------------------------
@@ -155,6 +178,51 @@ class GrammarCompiler:
         return f"{name}the schema at {path} ", error
 
 
+class _Walk:
+    """A matcher on its way through one generation.
+
+    Its automaton is shared by all generations of the grammar and grows with what they meet. One that is full is left to
+    them, and the walk is repeated in a new one: what others have sampled is no fault of this generation.
+    """
+
+    def __init__(self, begin: Callable[[bool], llguidance.LLMatcher], opening: Sequence[int] = ()) -> None:
+        """``begin`` gives a matcher at its beginning, of a new automaton if the known one is worn."""
+        self._begin = begin
+        self._taken = [*opening]
+        # Tokens that were taken when it was last begun anew.
+        self._renewed_at: int | None = None
+        self._matcher = begin(False)
+        self._repeat()
+
+    def compute_mask(self, mask: npt.NDArray[np.uint32], num_words: int) -> str | None:
+        """Write the mask; an error for what cannot be followed."""
+        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, num_words * 4)
+        if not self._matcher.is_error():
+            return None
+        error = self._matcher.get_error()
+        return self.compute_mask(mask, num_words) if self._is_renewed(error) else error
+
+    def consume(self, token_id: int) -> str | None:
+        """Go on by a token; an error for one that cannot be followed."""
+        if self._matcher.consume_token(token_id):
+            self._taken.append(token_id)
+            return None
+        error = self._matcher.get_error()
+        return self.consume(token_id) if self._is_renewed(error) else error
+
+    def _is_renewed(self, error: str) -> bool:
+        soonest = 0 if self._renewed_at is None else self._renewed_at + _MIN_TOKENS_BETWEEN
+        # A token that needs a state too many is also said not to be allowed.
+        if (_IS_FULL not in error and _NOT_ALLOWED not in error) or len(self._taken) < soonest:
+            return False
+        self._renewed_at = len(self._taken)
+        self._matcher = self._begin(True)
+        return self._repeat()
+
+    def _repeat(self) -> bool:
+        return not self._taken or self._matcher.consume_tokens(self._taken)
+
+
 class TurnConstraint:
     """What may come next in one generation: the engine's Constraint for the grammar of a turn.
 
@@ -165,16 +233,16 @@ class TurnConstraint:
 
     def __init__(
         self,
-        matcher: llguidance.LLMatcher,
+        walk: _Walk,
         vocab_size: int,
         special: Mapping[str, int],
         token_bytes: Callable[[int], bytes],
         max_reasoning_tokens: int | None = None,
-        rest: llguidance.LLMatcher | None = None,
+        rest: _Walk | None = None,
     ) -> None:
         self.is_complete = False
         self.num_reasoning_tokens = 0
-        self._matcher = matcher
+        self._walk = walk
         self._num_words = -(-vocab_size // 32)
         self._special = special
         self._special_ids = frozenset(special.values())
@@ -200,9 +268,8 @@ class TurnConstraint:
             return
         mask[self._num_words :] = 0
         began_s = time.thread_time()
-        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, self._num_words * 4)
-        if self._matcher.is_error():
-            raise self._too_complex(self._matcher.get_error())
+        if error := self._walk.compute_mask(mask, self._num_words):
+            raise self._too_complex(error)
         self._budget_s -= time.thread_time() - began_s - _MASK_BUDGET_PER_TOKEN_S
         if self._budget_s < 0:
             raise self._too_complex("its masks take too long")
@@ -216,8 +283,7 @@ class TurnConstraint:
         """Take note of a token. Raises OssiaError for one that ``fill`` has not allowed."""
         if self.is_complete:
             return
-        if not self._matcher.consume_token(token_id):
-            error = self._matcher.get_error()
+        if error := self._walk.consume(token_id):
             if _NOT_ALLOWED not in error:
                 raise self._too_complex(error)
             raise OssiaError(f"token {token_id} is not allowed here; only what the mask allows may be accepted")
@@ -234,7 +300,7 @@ class TurnConstraint:
         elif token_id == self._end_id:
             if self._ends_reasoning:
                 assert self._rest is not None
-                self._matcher, self._rest = self._rest, None
+                self._walk, self._rest = self._rest, None
             self._in_reasoning = False
             self._header = b""
 

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ import numpy.typing as npt
 from ossia.engine.block_manager import SequenceBlocks
 from ossia.engine.stops import Stop, StopMatcher
 from ossia.errors import InputError, OssiaError
+from ossia.model.adapted import HeldAdapter
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 NO_TOKEN = -1
@@ -73,6 +74,12 @@ class SamplingParams:
     logprobs: bool = False
     # Report this many of the likeliest tokens at each place, with their log-probabilities.
     top_logprobs: int = 0
+    # Report the log-probabilities of the prompt's tokens from this place on, with top_logprobs of the likeliest.
+    score_from: int | None = None
+    # Report the log-probability of each sampled token in the distribution that it was drawn from.
+    drawn_logprobs: bool = False
+    # Report the experts that the tokens of prompt and answer went to; the engine must be set up to record them.
+    routing: bool = False
     # Tokens after which the answer ends; None: as many as context and memory hold.
     max_tokens: int | None = None
     # No stop token is sampled and no stop looked for before the answer has this many tokens.
@@ -85,6 +92,8 @@ class SamplingParams:
     stop_strings: tuple[str, ...] = ()
     # Let the answer go on after the model's own stop tokens.
     ignore_eos: bool = False
+    # The adapter that all tokens of prompt and answer go through, by its name in the engine; None: the model alone.
+    adapter: str | None = None
     # What the next token may be, for this request alone: a constraint has a state and serves one sequence.
     constraint: Constraint | None = None
 
@@ -99,6 +108,7 @@ class SamplingParams:
         self._check("logit_bias", all(map(math.isfinite, self.logit_bias.values())), "finite for each token")
         self._check("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "an integer of 64 bits")
         self._check("top_logprobs", self.top_logprobs >= 0, "at least 0")
+        self._check("score_from", self.score_from is None or self.score_from >= 1, "at least 1: nothing precedes 0")
         self._check("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1")
         self._check("min_tokens", self.min_tokens >= 0, "at least 0")
         self._check("stop_sequences", all(self.stop_sequences), "sequences of at least one token")
@@ -128,11 +138,19 @@ class SamplingParams:
             )
 
 
+class Scored(NamedTuple):
+    """How likely a token of the prompt was, and what was likeliest in its place; as in `TokenOutput`."""
+
+    logprob: float
+    top_logprobs: tuple[tuple[int, float], ...]
+
+
 @dataclass(frozen=True, slots=True)
 class TokenOutput:
     """One sampled token, or the end of a request that has none.
 
-    Log-probabilities are those of the model itself: the log-softmax of its logits before any parameter changed them.
+    Log-probabilities are those of the model itself: the log-softmax of its logits before any parameter changed them;
+    ``drawn_logprob`` alone is that after penalties, bias, bans, mask, temperature, top_k, top_p and min_p.
     """
 
     request_id: int
@@ -150,12 +168,20 @@ class TokenOutput:
     num_cached_tokens: int = 0
     # With finish_reason "error".
     error: OssiaError | None = None
+    # With the first token, if asked for: of each token of the prompt from ``score_from`` on.
+    prompt_logprobs: tuple[Scored, ...] = ()
+    # In the distribution that the token was drawn from, if asked for.
+    drawn_logprob: float | None = None
+    # With the last token, if asked for: the experts [tokens, layers, A] of every token of prompt and answer but the
+    # last, which is not computed. Best expert first.
+    routing: npt.NDArray[np.uint16] | None = None
 
 
 class Sequence:
     """A request under way: the tokens of its prompt and answer and all that belongs to them alone."""
 
     __slots__ = (
+        "adapter",
         "banned_token_ids",
         "blocks",
         "constraint",
@@ -164,6 +190,7 @@ class Sequence:
         "num_cached_tokens",
         "num_prompt_tokens",
         "params",
+        "prompt_logprobs",
         "request_id",
         "seed",
         "stops",
@@ -179,6 +206,7 @@ class Sequence:
         max_tokens: int,
         model_stop_token_ids: SequenceOf[int],
         token_bytes: Callable[[int], bytes] | None,
+        adapter: HeldAdapter | None = None,
     ) -> None:
         self.request_id = request_id
         self.token_ids = list(map(int, token_ids))
@@ -186,7 +214,9 @@ class Sequence:
         self.params = params
         self.max_tokens = max_tokens
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
-        self.blocks = SequenceBlocks()
+        # Held until the sequence ends, also where the engine has let go of it meanwhile.
+        self.adapter = adapter
+        self.blocks = SequenceBlocks(adapter.cache_key if adapter is not None else b"")
         # None until the request is first admitted: later hits are of its own tokens, after a preemption.
         self.num_cached_tokens: int | None = None
         self.constraint = params.constraint
@@ -197,6 +227,7 @@ class Sequence:
         self.eos_token_ids = np.array(sorted({*eos, *params.stop_token_ids}), np.int64)
         self.banned_token_ids = np.array(params.banned_token_ids, np.int64)
         self.token_counts = TokenCounts(self.token_ids) if _needs_counts(params) else None
+        self.prompt_logprobs: list[Scored] = []
 
     @property
     def num_output_tokens(self) -> int:
@@ -206,6 +237,14 @@ class Sequence:
     def num_uncomputed(self) -> int:
         """Tokens whose keys and values are still to be computed."""
         return len(self.token_ids) - self.blocks.num_tokens
+
+    @property
+    def num_reusable(self) -> int:
+        """Tokens that need not be computed if their keys and values are known: all but the last, or up to where the
+        prompt's tokens are still to be scored."""
+        last = self.num_prompt_tokens if self.params.score_from is None else self.params.score_from
+        last += len(self.prompt_logprobs)
+        return len(self.token_ids) - 1 if last >= self.num_prompt_tokens else last - 1
 
     def append(self, token_id: int) -> tuple[FinishReason | None, Stop | None]:
         """Add a sampled token and say whether it ends the answer."""

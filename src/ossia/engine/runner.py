@@ -15,9 +15,11 @@ import numpy.typing as npt
 from ossia.engine.block_manager import blocks_in_window
 from ossia.engine.config import EngineConfig
 from ossia.errors import ConfigError
+from ossia.model.adapted import HeldAdapter, adapt, hold_adapter
+from ossia.model.adapter import Adapter
 from ossia.model.config import ModelConfig
 from ossia.model.transformer import Weights, forward, new_caches
-from ossia.ops import Batch, Ops
+from ossia.ops import AdapterOps, Array, Batch, Routing
 
 
 class NumBlocks(NamedTuple):
@@ -30,7 +32,7 @@ class NumBlocks(NamedTuple):
 class Runner:
     """One model with its weights and its paged caches."""
 
-    def __init__(self, ops: Ops, config: ModelConfig, weights: Weights, options: EngineConfig) -> None:
+    def __init__(self, ops: AdapterOps, config: ModelConfig, weights: Weights, options: EngineConfig) -> None:
         self.config = config
         self.options = options
         layer_bytes = ops.kv_block_bytes(options.block_size, config.num_kv_heads, config.head_dim)
@@ -47,11 +49,55 @@ class Runner:
                 f"kv_memory_bytes is {options.kv_memory_bytes}; this machine cannot give as much memory",
                 param="kv_memory_bytes",
             ) from error
+        self._experts_BSLA: npt.NDArray[np.uint16] | None = None
+        if options.record_routing:
+            shape = (self.num_blocks.full, options.block_size, config.num_layers, config.num_active_experts)
+            self._experts_BSLA = np.zeros(shape, np.uint16)
 
     def run(self, batch: Batch) -> npt.NDArray[np.float32]:
         """logits_RV of the rows that the batch asks for; the keys and values of all its tokens are kept."""
-        logits_RV: Any = forward(self._ops, self.config, self._weights, batch, self._caches)
+        weights = adapt(self._weights, batch)
+        if self._experts_BSLA is None:
+            logits_RV: Any = forward(self._ops, self.config, weights, batch, self._caches)
+            return np.asarray(logits_RV, np.float32)
+        recorder: Any = _RoutingRecorder(self._ops)
+        logits_RV = forward(recorder, self.config, weights, batch, self._caches)
+        sequences_T = np.repeat(np.arange(len(batch.key_lengths_N)), np.diff(batch.query_starts_N1))
+        size = self.options.block_size
+        blocks_T = batch.full_table_NB[sequences_T, batch.positions_T // size]
+        self._experts_BSLA[blocks_T, batch.positions_T % size] = np.stack(recorder.experts_LTA, axis=1)
         return np.asarray(logits_RV, np.float32)
+
+    def routing(self, full_table_B: npt.NDArray[np.int32], num_tokens: int) -> npt.NDArray[np.uint16]:
+        """The experts [tokens, layers, A] of a sequence's first tokens, which its blocks hold."""
+        assert self._experts_BSLA is not None
+        positions_T = np.arange(num_tokens)
+        size = self.options.block_size
+        return self._experts_BSLA[full_table_B[positions_T // size], positions_T % size]
+
+    def replace_weights(self, weights: Weights) -> None:
+        """Go on with other weights of the same shape. Keys and values of the old ones are of no use any more."""
+        self._weights = weights
+
+    def hold(self, adapter: Adapter) -> HeldAdapter:
+        """An adapter as a batch names it. May be called from any thread."""
+        return hold_adapter(self._ops, adapter)
+
+
+class _RoutingRecorder:
+    """A backend that keeps a note of the experts that `route` chose, layer by layer; else the backend itself."""
+
+    def __init__(self, ops: AdapterOps) -> None:
+        self._ops = ops
+        self.experts_LTA: list[Array] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ops, name)
+
+    def route(self, logits_TE: Array, num_active: int) -> Routing:
+        routing = self._ops.route(logits_TE, num_active)
+        self.experts_LTA.append(routing.experts_TA)
+        return routing
 
 
 def divide_memory(config: ModelConfig, options: EngineConfig, layer_bytes: int) -> NumBlocks:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ossia.engine.request import Sequence
+from ossia.engine.request import Scored, Sequence
 from ossia.errors import OssiaError
 
 Floats = npt.NDArray[Any]
@@ -37,6 +37,8 @@ class Sampled(NamedTuple):
     token_id: int
     logprob: float | None
     top_logprobs: tuple[tuple[int, float], ...]
+    # The log-probability in the distribution that it was drawn from, if asked for.
+    drawn_logprob: float | None = None
 
 
 def sample(logits_V: Floats, sequence: Sequence, mask: npt.NDArray[np.uint32] | None = None) -> Sampled:
@@ -50,20 +52,24 @@ def sample(logits_V: Floats, sequence: Sequence, mask: npt.NDArray[np.uint32] | 
     peak = float(adjusted_V[likeliest])
     if not math.isfinite(peak):
         raise _no_peak(logits_V)
+    drawn_logprob = None
     if params.temperature < _GREEDY_BELOW:
         token_id = likeliest
+        drawn_logprob = 0.0 if params.drawn_logprobs else None
     else:
         kept = keep(adjusted_V, peak, params.temperature, params.top_k, params.top_p, params.min_p)
         token_id = kept.draw(uniform(sequence.seed, len(sequence.token_ids)))
+        drawn_logprob = kept.logprob(token_id) if params.drawn_logprobs else None
     if not params.logprobs and not params.top_logprobs:
-        return Sampled(token_id, None, ())
+        return Sampled(token_id, None, (), drawn_logprob)
+    return Sampled(token_id, *score(logits_V, token_id, params.top_logprobs), drawn_logprob)
+
+
+def score(logits_V: Floats, token_id: int, num_top: int) -> Scored:
+    """The log-probability of a token by the model itself, and the likeliest tokens in its place."""
     log_total = log_sum_exp(logits_V)
-    top = top_ids(logits_V, params.top_logprobs) if params.top_logprobs else ()
-    return Sampled(
-        token_id,
-        float(logits_V[token_id]) - log_total,
-        tuple((int(i), float(logits_V[i]) - log_total) for i in top),
-    )
+    top = top_ids(logits_V, num_top) if num_top else ()
+    return Scored(float(logits_V[token_id]) - log_total, tuple((int(i), float(logits_V[i]) - log_total) for i in top))
 
 
 def uniform(seed: int, position: int) -> float:
@@ -113,6 +119,11 @@ class Kept(NamedTuple):
         """The token under the part ``u`` of the weights' sum, counted from the lowest id."""
         index = _index_at(self.weights, u)
         return index if self.ids is None else int(self.ids[index])
+
+    def logprob(self, token_id: int) -> float:
+        """The log-probability of drawing a token that is among them."""
+        index = token_id if self.ids is None else int(np.searchsorted(self.ids, token_id))
+        return math.log(float(self.weights[index])) - math.log(float(self.weights.sum(dtype=np.float64)))
 
 
 def keep(logits_V: Floats, peak: float, temperature: float, top_k: int, top_p: float, min_p: float) -> Kept:

@@ -107,7 +107,7 @@ class Scheduler:
         for sequence in list(self.waiting):
             if budget < 1 or len(self.running) >= self._max_num_running:
                 break
-            hit = self._blocks.match(sequence.blocks, sequence.token_ids)
+            hit = self._blocks.match(sequence.blocks, sequence.token_ids[: sequence.num_reusable + 1])
             if self._is_being_computed(sequence, hit):
                 continue
             if self.running and not self._blocks.can_admit(hit, len(sequence.token_ids) + 1, len(self.running)):
@@ -131,7 +131,7 @@ class Scheduler:
         """Whether a running sequence computes the very block that this one needs next: then waiting saves work."""
         size = self._blocks.block_size
         index = hit.num_tokens // size
-        if index >= (len(sequence.token_ids) - 1) // size:
+        if index >= sequence.num_reusable // size:
             return False
         key = sequence.blocks.keys[index]
         for other in self.running:

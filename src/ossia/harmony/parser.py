@@ -39,6 +39,8 @@ from ossia.harmony.tokenizer import Tokenizer
 # Longer texts, or more words, are no header: they are content whose <|message|> is missing, and are streamed.
 _MAX_HEADER_CHARS = 512
 _MAX_HEADER_WORDS = 6
+# Texts of tokens that are remembered, some ten megabytes: more than any language uses, fewer than noise does.
+_MAX_WHOLE_TEXTS = 65_536
 
 _CONSTRAIN = "<|constrain|>"
 _CONTENT_TYPES = frozenset({"json", "code", "text"})
@@ -353,7 +355,7 @@ class StreamParser:
             except UnicodeDecodeError:
                 pass
             else:
-                if token in self._bytes_of:
+                if token in self._bytes_of and len(self._whole_text) < _MAX_WHOLE_TEXTS:
                     self._whole_text[token] = text
                 return text
         text = self._utf8.decode(data)

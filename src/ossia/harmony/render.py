@@ -10,7 +10,10 @@ Source   openai/harmony docs/format.md and its renderer, compared token for toke
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import threading
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -50,10 +53,11 @@ def render(
 ) -> list[int]:
     """Token ids of the messages as they stand, each closed by ``<|end|>`` or ``<|call|>``."""
     renderer = _renderer(tokenizer)
-    has_functions = _has_functions(conversation)
+    has_functions = has_function_tools(conversation)
     out: list[int] = []
-    for message in _kept(conversation, drop_analysis):
-        renderer.render_into(message, out, has_functions)
+    messages = _messages(conversation)
+    for i in kept_indices(messages, drop_analysis):
+        renderer.render_into(messages[i], out, has_functions)
     return out
 
 
@@ -113,34 +117,54 @@ def render_for_training(
     final message inside the conversation is not: the model sampled ``<|return|>`` there, and history spells it so.
     """
     renderer = _renderer(tokenizer)
-    has_functions = _has_functions(conversation)
-    messages = list(_kept(conversation, drop_analysis))
+    has_functions = has_function_tools(conversation)
+    messages = _messages(conversation)
+    kept = [messages[i] for i in kept_indices(messages, drop_analysis)]
     out: list[int] = []
-    spans: list[TokenSpan] = []
-    goes_on = False
-    for i, message in enumerate(messages):
+    lengths: list[int] = []
+    for message in kept:
         begin = len(out)
         renderer.render_into(message, out, has_functions)
+        lengths.append(len(out) - begin)
+    if kept and _is_answer(kept[-1]):
+        out[-1] = renderer.return_id
+    return TrainingTokens(out, training_spans(kept, lengths, tokenizer))
+
+
+def training_spans(messages: Sequence[Message], lengths: Sequence[int], tokenizer: Tokenizer) -> list[TokenSpan]:
+    """The spans of `render_for_training` for messages that are rendered one by one, to ``lengths`` tokens each."""
+    renderer = _renderer(tokenizer)
+    spans: list[TokenSpan] = []
+    begin = 0
+    goes_on = False
+    for i, (message, length) in enumerate(zip(messages, lengths, strict=True)):
+        end = begin + length
         by_assistant = message.role is Role.ASSISTANT
         is_last = i == len(messages) - 1
-        if is_last and by_assistant and message.channel == Channel.FINAL:
-            out[-1] = renderer.return_id
+        # Others end in <|call|>, or in <|return|>.
+        ends_in_end = message.recipient is None and not (is_last and _is_answer(message))
         turn_ends = is_last or messages[i + 1].role is not Role.ASSISTANT
-        respelled = by_assistant and out[-1] == renderer.end_id and message.channel == Channel.FINAL and turn_ends
+        respelled = ends_in_end and _is_answer(message) and turn_ends
         given = begin if goes_on else begin + len(renderer.opening(message.role))
-        last = len(out) - 1 if respelled else len(out)
-        edges = [(begin, given, False), (given, last, True), (last, len(out), False)]
-        for start, end, sampled in edges if by_assistant else [(begin, len(out), False)]:
-            if start < end:
-                spans.append(TokenSpan(start, end, message.role, message.channel, message.recipient, sampled))
-        goes_on = by_assistant and out[-1] == renderer.end_id
-    return TrainingTokens(out, spans)
+        last = end - 1 if respelled else end
+        edges = [(begin, given, False), (given, last, True), (last, end, False)]
+        for start, stop, sampled in edges if by_assistant else [(begin, end, False)]:
+            if start < stop:
+                spans.append(TokenSpan(start, stop, message.role, message.channel, message.recipient, sampled))
+        goes_on = by_assistant and ends_in_end
+        begin = end
+    return spans
+
+
+def _is_answer(message: Message) -> bool:
+    return message.role is Role.ASSISTANT and message.channel == Channel.FINAL
 
 
 # -- which messages --------------------------------------------------------------------------------
 
 
-def _has_functions(messages: Iterable[Message]) -> bool:
+def has_function_tools(messages: Iterable[Message]) -> bool:
+    """Whether a developer message declares functions, of which the system message then speaks."""
     return any(
         namespace.name == "functions" and namespace.tools
         for message in messages
@@ -151,20 +175,51 @@ def _has_functions(messages: Iterable[Message]) -> bool:
     )
 
 
-def _kept(conversation: Conversation | Sequence[Message], drop_analysis: DropAnalysis) -> Iterable[Message]:
-    messages = conversation.messages if isinstance(conversation, Conversation) else conversation
+def kept_indices(messages: Sequence[Message], drop_analysis: DropAnalysis = "harmony") -> list[int]:
+    """Which of the messages a prompt holds, by index, under a rule for the chain of thought."""
     finals = [i for i, message in enumerate(messages) if message.channel == Channel.FINAL]
     if not finals or drop_analysis == "never":
-        return messages
+        return list(range(len(messages)))
     if drop_analysis == "past_turns":
         boundary = finals[-1]
     else:
         last = next((m for m in reversed(messages) if m.role is Role.ASSISTANT), None)
         boundary = finals[0] if last is not None and last.channel == Channel.FINAL else 0
-    return [m for i, m in enumerate(messages) if i >= boundary or m.channel != Channel.ANALYSIS]
+    return [i for i, m in enumerate(messages) if i >= boundary or m.channel != Channel.ANALYSIS]
+
+
+def _messages(conversation: Conversation | Sequence[Message]) -> Sequence[Message]:
+    return conversation.messages if isinstance(conversation, Conversation) else conversation
 
 
 # -- one message -----------------------------------------------------------------------------------
+
+
+class Memo:
+    """Token ids of the texts that were asked for last, of at most ``max_chars`` together. For any thread."""
+
+    def __init__(self, encode: Callable[[str], list[int]], max_chars: int = 4_000_000) -> None:
+        self._encode = encode
+        self._max_chars = max_chars
+        self._lock = threading.Lock()
+        self._known: OrderedDict[str, array[int]] = OrderedDict()
+        self.num_chars = 0
+
+    def __call__(self, text: str) -> array[int]:
+        with self._lock:
+            known = self._known.get(text)
+            if known is not None:
+                self._known.move_to_end(text)
+                return known
+        # Packed: as a tuple of numbers they would take ten times the room.
+        made = array("I", self._encode(text))
+        with self._lock:
+            if text not in self._known:
+                self._known[text] = made
+                self.num_chars += len(text)
+            while self.num_chars > self._max_chars:
+                self.num_chars -= len(self._known.popitem(last=False)[0])
+        return made
 
 
 @lru_cache(maxsize=8)
@@ -185,8 +240,8 @@ class _Renderer:
         self.end_id = tokenizer.special("<|end|>")
         self.return_id = tokenizer.special("<|return|>")
         self._header = lru_cache(maxsize=4096)(self._encode_header)
-        # Prompts of one service share these texts; some 100 of them are a few megabytes.
-        self._boilerplate = lru_cache(maxsize=128)(lambda text: tuple(self._encode(text)))
+        # Prompts of one service share these texts.
+        self._boilerplate = Memo(self._encode)
 
     def opening(self, role: Role) -> list[int]:
         """``<|start|>assistant``: what the prompt gives, and the model goes on from."""

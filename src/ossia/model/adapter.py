@@ -14,7 +14,8 @@
 The experts are parameters and no modules: PEFT wraps one parameter in the next, so that where both are adapted, those
 of gate_up_proj are named mlp.experts.base_layer. Which is which is told by the shapes. Rows of an experts' lora_A go by
 (expert, rank), columns of lora_B by (rank, expert). Where PEFT does not learn that the experts lie transposed, it takes
-their inputs for outputs and the other way round; that is read as well.
+their inputs for outputs and the other way round; that is read as well, and so are adapters of models whose experts were
+cut into modules, mlp.experts.gate_up_projs.5 and mlp.experts.down_projs.5, as Unsloth trains them.
 
 Sources: PEFT 0.17 to 0.21, `tuners/lora/layer.py` (ParamWrapper, Embedding) and `utils/save_and_load.py`.
 """
@@ -26,7 +27,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,26 +39,11 @@ from ossia.errors import CheckpointError, NotFoundError
 from ossia.model.config import ModelConfig
 from ossia.model.config_file import read_json
 from ossia.model.safetensors_file import DTYPES, TensorEntry, header_bytes, map_file, read_header
+from ossia.ops import LoraPair
 
 Floats = npt.NDArray[Any]
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
-
-
-class LoraPair(NamedTuple):
-    """What is added to one matrix, or to each of a stack of experts: scaling * b a."""
-
-    a: Floats  # [.., r, I]
-    b: Floats  # [.., O, r]
-    scaling: float
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[-2]
-
-    def delta(self) -> npt.NDArray[np.float32]:
-        """What merging adds, float32 [.., O, I]."""
-        return np.float32(self.scaling) * (self.b.astype(np.float32) @ self.a.astype(np.float32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,6 +301,7 @@ _LINEAR = {
     "self_attn.v_proj": "v",
     "self_attn.o_proj": "o",
     "mlp.router": "router",
+    "mlp.router.linear": "router",
 }
 _EXPERTS = ("mlp.experts", "mlp.experts.base_layer")
 _OUTER = {"model.embed_tokens": "embedding", "lm_head": "unembedding"}
@@ -344,17 +331,35 @@ def _read_pairs(
             modules.setdefault(module, {})[part] = values
     if not modules:
         raise CheckpointError(f"{folder} holds an adapter of no tensors.")
+    # The model's own down_proj has as many inputs as outputs: gate_up_proj tells for both.
+    exchanged = config.intermediate_size * 2, config.hidden_size
+    is_exchanged = exchanged[0] != exchanged[1] and any(
+        module.endswith(_EXPERTS) and (parts["a"].shape[-1:], parts["b"].shape[:1]) == (exchanged[:1], exchanged[1:])
+        for module, parts in modules.items()
+        if len(parts) == 2
+    )
     pairs: dict[str, LoraPair] = {}
+    cut: dict[str, dict[int, tuple[str, Floats, Floats]]] = {}
     for module, parts in modules.items():
         if lacking := {"a", "b"} - parts.keys():
             raise CheckpointError(f"{folder}: {module} lacks its lora_{lacking.pop().upper()}. Copy the adapter again.")
-        for key, pair in _pairs_of_module(folder, settings, module, parts["a"], parts["b"], config):
-            if key in pairs:
-                raise CheckpointError(f"{folder} adapts {key} twice; expected gate_up_proj and down_proj once.")
-            if not (_is_finite(pair.a) and _is_finite(pair.b)):
-                raise CheckpointError(f"{folder}: the adapter of {module} holds a NaN or an infinity. Train it again.")
-            pairs[key] = pair
+        if not (_is_finite(parts["a"]) and _is_finite(parts["b"])):
+            raise CheckpointError(f"{folder}: the adapter of {module} holds a NaN or an infinity. Train it again.")
+        if match := re.fullmatch(r"(model\.layers\.[0-9]+\.mlp\.experts\.(?:gate_up|down)_proj)s\.([0-9]+)", module):
+            cut.setdefault(match[1], {})[int(match[2])] = module, parts["a"], parts["b"]
+            continue
+        made = _pairs_of_module(folder, settings, module, parts["a"], parts["b"], config, is_exchanged=is_exchanged)
+        _add(folder, pairs, made)
+    for parameter, experts in cut.items():
+        _add(folder, pairs, _pairs_of_cut_experts(folder, settings, parameter, experts, config))
     return dict(sorted(pairs.items(), key=_natural)), copies
+
+
+def _add(folder: Path, pairs: dict[str, LoraPair], more: Iterable[tuple[str, LoraPair]]) -> None:
+    for key, pair in more:
+        if key in pairs:
+            raise CheckpointError(f"{folder} adapts {key} twice; expected gate_up_proj and down_proj once.")
+        pairs[key] = pair
 
 
 def _module_and_part(file: Path, name: str) -> tuple[str, str]:
@@ -379,7 +384,14 @@ def _module_and_part(file: Path, name: str) -> tuple[str, str]:
 
 
 def _pairs_of_module(
-    folder: Path, settings: _Settings, module: str, a: Floats, b: Floats, config: ModelConfig
+    folder: Path,
+    settings: _Settings,
+    module: str,
+    a: Floats,
+    b: Floats,
+    config: ModelConfig,
+    *,
+    is_exchanged: bool,
 ) -> Iterator[tuple[str, LoraPair]]:
     match = re.fullmatch(r"model\.layers\.([0-9]+)\.(.+)", module)
     layer, inner = (match[1], match[2]) if match else ("", "")
@@ -392,7 +404,8 @@ def _pairs_of_module(
             f"{folder} adapts {module}, and this model has {config.num_layers} layers. {_other_model(settings)}"
         )
     if match and inner in _EXPERTS:
-        yield from _pairs_of_experts(folder, settings, f"model.layers.{layer}.mlp.experts", layer, a, b, config)
+        name = f"model.layers.{layer}.mlp.experts"
+        yield from _pairs_of_experts(folder, settings, name, a, b, config, is_exchanged=is_exchanged)
         return
     key = f"layers.{layer}.{_LINEAR[inner]}" if inner in _LINEAR else _OUTER.get(module)
     if key is None:
@@ -409,15 +422,14 @@ def _pairs_of_module(
 
 
 def _pairs_of_experts(
-    folder: Path, settings: _Settings, module: str, layer: str, a: Floats, b: Floats, config: ModelConfig
+    folder: Path, settings: _Settings, module: str, a: Floats, b: Floats, config: ModelConfig, *, is_exchanged: bool
 ) -> Iterator[tuple[str, LoraPair]]:
     E, D, F = config.num_experts, config.hidden_size, config.intermediate_size
-    shape = (a.shape[1], b.shape[0])
-    # Inputs and outputs of the two parameters, then those as PEFT may have exchanged them. Only down_proj of a model
-    # with as many inputs as outputs looks the same both ways, and is then taken as it should be.
-    parameters = {(D, 2 * F): ("gate_up_proj", False), (F, D): ("down_proj", False)}
-    exchanged = {(2 * F, D): ("gate_up_proj", True), (D, F): ("down_proj", True)}
-    parameter, is_exchanged = (exchanged | parameters).get(shape, ("", False))
+    shape = (b.shape[0], a.shape[1]) if is_exchanged else (a.shape[1], b.shape[0])
+    parameter = {(D, 2 * F): "gate_up_proj", (F, D): "down_proj"}.get(shape, "")
+    if not parameter and shape == (D, F):
+        # Alone in its file, and exchanged.
+        parameter, is_exchanged = "down_proj", True
     name = f"{module}.{parameter}"
     rank = settings.rank_of(name)
     if not parameter or a.shape[0] != rank * E or b.shape[1] != rank * E:
@@ -430,9 +442,44 @@ def _pairs_of_experts(
     b_EOr = b.reshape(-1, rank, E).transpose(2, 0, 1)
     if is_exchanged:
         a_ErI, b_EOr = b_EOr.swapaxes(1, 2), a_ErI.swapaxes(1, 2)
-    scaling = settings.scaling(name)
-    key = f"layers.{int(layer)}.experts"
-    if parameter == "down_proj":
+    yield from _expert_pairs(name, a_ErI, b_EOr, settings.scaling(name))
+
+
+def _pairs_of_cut_experts(
+    folder: Path,
+    settings: _Settings,
+    parameter: str,
+    experts: Mapping[int, tuple[str, Floats, Floats]],
+    config: ModelConfig,
+) -> Iterator[tuple[str, LoraPair]]:
+    """The pairs of modules that are one expert each; an expert without one stays as it is."""
+    E, D, F = config.num_experts, config.hidden_size, config.intermediate_size
+    num_inputs, num_outputs = (D, 2 * F) if parameter.endswith("gate_up_proj") else (F, D)
+    layer = int(parameter.split(".")[2])
+    first, some_a, some_b = next(iter(experts.values()))
+    rank, scaling = settings.rank_of(first), settings.scaling(first)
+    a_ErI = np.zeros((E, rank, num_inputs), some_a.dtype)
+    b_EOr = np.zeros((E, num_outputs, rank), some_b.dtype)
+    for expert, (module, a, b) in experts.items():
+        own = settings.rank_of(module), settings.scaling(module)
+        if layer >= config.num_layers or expert >= E or own != (rank, scaling):
+            raise CheckpointError(
+                f"{folder} adapts {module} with rank and scaling {own}; expected {(rank, scaling)} as of {first}, and "
+                f"one of {config.num_layers} layers and {E} experts. {_other_model(settings)}"
+            )
+        if a.shape != a_ErI.shape[1:] or b.shape != b_EOr.shape[1:]:
+            raise CheckpointError(
+                f"{folder}: {module} has a pair of shapes {a.shape} and {b.shape}; expected {a_ErI.shape[1:]} and "
+                f"{b_EOr.shape[1:]} for this model and the rank in {CONFIG_NAME}. {_other_model(settings)}"
+            )
+        a_ErI[expert], b_EOr[expert] = a, b
+    yield from _expert_pairs(parameter, a_ErI, b_EOr, scaling)
+
+
+def _expert_pairs(parameter: str, a_ErI: Floats, b_EOr: Floats, scaling: float) -> Iterator[tuple[str, LoraPair]]:
+    """Our pairs of one parameter of the experts, such as model.layers.0.mlp.experts.down_proj."""
+    key = f"layers.{int(parameter.split('.')[2])}.experts"
+    if parameter.endswith("down_proj"):
         yield f"{key}.down", LoraPair(a_ErI, b_EOr, scaling)
     else:
         yield f"{key}.gate", LoraPair(a_ErI, b_EOr[:, 0::2], scaling)

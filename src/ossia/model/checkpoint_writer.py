@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -56,11 +58,13 @@ def tensor_bytes(tensor: tuple[str, tuple[int, ...]]) -> int:
 def new_path(out: Path, needed_bytes: int, *, replace: bool = False) -> Iterator[Path]:
     """A path beside ``out`` to make a folder or a file at; it is renamed to ``out`` when the block ends well.
 
-    ``replace``: a checkpoint that is at ``out`` already is replaced, after the new one is complete. Raises InputError
+    ``replace``: a checkpoint that is at ``out`` already is replaced, after the new one is complete. What a killed
+    process left beside ``out`` is removed, or put back where it had just been moved away. Raises InputError
     when something is there that may not be replaced, UnavailableError when the disk has less than ``needed_bytes``.
     """
     if out.name in ("", ".."):
         raise InputError(f"{out} names no new folder. Give the name of one, such as {out / 'new'}.")
+    _mend(out)
     is_there = out.exists() and not (out.is_dir() and not any(out.iterdir()))
     if is_there and not replace:
         raise InputError(f"{out} is there already and not empty. Give a new name.")
@@ -80,10 +84,7 @@ def new_path(out: Path, needed_bytes: int, *, replace: bool = False) -> Iterator
         raise
     finally:
         for path in (partial, old):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            _remove(path)
 
 
 def check_disk(out: Path, needed_bytes: int) -> None:
@@ -142,6 +143,34 @@ def sync(file: BinaryIO) -> None:
     """Wait until a file is on the disk, so that its name never stands for a half of it."""
     file.flush()
     os.fsync(file.fileno())
+
+
+def _mend(out: Path) -> None:
+    for path in out.parent.glob(f".{glob.escape(out.name)}.*"):
+        match = re.fullmatch(rf"\.{re.escape(out.name)}\.(\d+)\.(partial|old)", path.name)
+        if match is None or _is_running(int(match[1])):
+            continue
+        if match[2] == "old" and not out.exists():
+            path.rename(out)
+        else:
+            _remove(path)
+
+
+def _is_running(process_id: int) -> bool:
+    try:
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _may_be_replaced(out: Path) -> bool:

@@ -42,7 +42,7 @@ _STRING, _ARRAY = 8, 9
 _NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 
 # Type to (name, values in a block, bytes of a block).
-_TYPES = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 8: ("Q8_0", 32, 34), 30: ("BF16", 1, 2), 39: ("MXFP4", 32, 17)}
+TYPES = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 8: ("Q8_0", 32, 34), 30: ("BF16", 1, 2), 39: ("MXFP4", 32, 17)}
 # Those that are only named, to say what was found.
 _OTHER_TYPES = {
     2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K",
@@ -214,9 +214,9 @@ class _Reader:
         return name, tuple(reversed(innermost_first)), self.number("<u4"), self.number("<u8")
 
     def entry(self, name: str, shape: tuple[int, ...], type_number: int, offset: int) -> TensorEntry:
-        if type_number not in _TYPES:
+        if type_number not in TYPES:
             return TensorEntry(self.path, _OTHER_TYPES.get(type_number, f"type {type_number}"), shape, offset, 0)
-        dtype, block_values, block_bytes = _TYPES[type_number]
+        dtype, block_values, block_bytes = TYPES[type_number]
         if shape and shape[-1] % block_values:
             raise self.error(f"describes tensor {name} as {dtype} {list(shape)}, which is not whole blocks of 32")
         size_bytes = math.prod(shape) // block_values * block_bytes

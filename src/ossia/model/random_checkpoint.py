@@ -34,6 +34,7 @@ import numpy.typing as npt
 
 from ossia.errors import InputError
 from ossia.harmony.tokenizer import Tokenizer
+from ossia.model.adapter import Adapter, matrix_shape
 from ossia.model.checkpoint_writer import (
     SHARD_BYTES,
     Progress,
@@ -48,7 +49,7 @@ from ossia.model.checkpoint_writer import (
 from ossia.model.config import ModelConfig
 from ossia.model.config_file import RANDOM_WEIGHTS, generation_config, hugging_face_config, original_config
 from ossia.model.layouts import BYTES, HF, SAFETENSORS, Layout, LayoutName
-from ossia.ops import Mxfp4
+from ossia.ops import LoraPair, Mxfp4
 from ossia.ops.mxfp4 import E2M1_VALUES, SCALE_BIAS, dequantize
 
 ShapeName = Literal["tiny", "20b", "120b"]
@@ -110,6 +111,35 @@ def write_random_checkpoint(
         write_index(folder, shards)
         _write_side_files(partial, folder, config, layout, tokenizer_json)
     return out
+
+
+def random_adapter(
+    config: ModelConfig,
+    *,
+    rank: int = 8,
+    expert_rank: int = 0,
+    outer: bool = False,
+    name: str = "random",
+    seed: int = 0,
+) -> Adapter:
+    """An adapter of all attention matrices and routers, of the experts with ``expert_rank`` above 0, and with ``outer``
+    of embedding and unembedding. What it adds is about a tenth of what it is added to.
+    """
+    parts = ["q", "k", "v", "o", "router", *(["experts.gate", "experts.up", "experts.down"] if expert_rank else [])]
+    keys = [f"layers.{i}.{part}" for i in range(config.num_layers) for part in parts]
+    pairs: dict[str, LoraPair] = {}
+    for key in [*keys, *(["embedding", "unembedding"] if outer else [])]:
+        *stack, num_outputs, num_inputs = matrix_shape(key, config) or ()
+        of_key = np.random.default_rng([seed, zlib.crc32(key.encode())])
+        r = expert_rank if ".experts." in key else rank
+        deviation = 1.0 if key == "embedding" else 1 / math.sqrt(num_inputs)
+        a = of_key.standard_normal((*stack, r, num_inputs), np.float32) * np.float32(deviation)
+        if key.endswith(".up"):
+            # One matrix for both, as in every adapter of PEFT's.
+            a = pairs[key.removesuffix("up") + "gate"].a
+        b = of_key.standard_normal((*stack, num_outputs, r), np.float32) * np.float32(0.1 / math.sqrt(r))
+        pairs[key] = LoraPair(a, b, 1.0)
+    return Adapter(name, rank, rank, pairs)
 
 
 def _config(shape: ShapeName | ModelConfig, num_layers: int | None) -> ModelConfig:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ from ossia.model.checkpoint_files import find_files
 from ossia.model.config import ModelConfig
 from ossia.model.config_file import CONFIG_REMEDY, RANDOM_WEIGHTS, read_config, read_json
 from ossia.model.gguf_file import GGUF_REMEDY, GgufHeader, gguf_config, read_gguf, tokenizer_document
-from ossia.model.layouts import Dense, Expected, Layout, detect_layout
+from ossia.model.layouts import Dense, Expected, LayerArrays, Layout, ModelArrays, detect_layout
 from ossia.model.safetensors_file import DTYPES, TensorEntry, map_file, read_header
 from ossia.model.transformer import Layer, Weights
 from ossia.ops import Q8, Array, Mxfp4, Ops
@@ -116,6 +116,14 @@ class Checkpoint:
             values = values.copy()
         return values.view(DTYPES[dtype]).reshape(shape)
 
+    def outer(self) -> ModelArrays:
+        """The arrays outside the layers."""
+        return self.layout.outer(self.array)
+
+    def layer(self, i: int) -> LayerArrays:
+        """The arrays of a layer."""
+        return self.layout.layer(self.array, self.config, i)
+
     @property
     def tokenizer_path(self) -> Path | None:
         """The tokenizer.json that belongs to the checkpoint: beside it, or beside its original/ folder."""
@@ -176,16 +184,26 @@ class Checkpoint:
         return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
 
 
-def load_weights(checkpoint: Checkpoint, ops: Ops) -> Weights:
+class Arrays(Protocol):
+    """A model's arrays: a checkpoint's, or those of something that stands on one."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    def outer(self) -> ModelArrays: ...
+
+    def layer(self, i: int) -> LayerArrays: ...
+
+
+def load_weights(model: Arrays, ops: Ops) -> Weights:
     """Hand every array of a checkpoint to a backend, as views of the mapped files."""
-    get, config, layout = checkpoint.array, checkpoint.config, checkpoint.layout
 
     def linear(dense: Dense) -> object:
         return ops.linear_weights(dense.weight_OI, dense.bias_O)
 
     layers = []
-    for i in range(config.num_layers):
-        arrays = layout.layer(get, config, i)
+    for i in range(model.config.num_layers):
+        arrays = model.layer(i)
         layers.append(
             Layer(
                 attention_norm_D=ops.vector(arrays.attention_norm_D),
@@ -199,7 +217,7 @@ def load_weights(checkpoint: Checkpoint, ops: Ops) -> Weights:
                 experts=ops.experts(arrays.experts),
             )
         )
-    outer = layout.outer(get)
+    outer = model.outer()
     return Weights(
         embedding=ops.embedding(outer.embedding_VD),
         layers=tuple(layers),

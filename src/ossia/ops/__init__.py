@@ -21,6 +21,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
+import numpy as np
+
 from ossia.errors import ConfigError
 
 Array = Any
@@ -73,6 +75,42 @@ class ExpertArrays(NamedTuple):
     down_bias_ED: Array
 
 
+class LoraPair(NamedTuple):
+    """A low-rank change of one matrix, or of each of a stack of experts: y += scaling * b (a x)."""
+
+    a: Array  # [.., r, I]
+    b: Array  # [.., O, r]
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        return int(self.a.shape[-2])
+
+    def delta(self) -> Array:
+        """What merging adds, float32 [.., O, I]."""
+        return np.float32(self.scaling) * (self.b.astype(np.float32) @ self.a.astype(np.float32))
+
+
+class ExpertLoras(NamedTuple):
+    """The low-rank changes of the experts of one layer."""
+
+    gate: LoraPair | None  # [E, r, D], [E, F, r]
+    up: LoraPair | None  # [E, r, D], [E, F, r]
+    down: LoraPair | None  # [E, r, F], [E, D, r]
+
+
+class Adapted(NamedTuple):
+    """Held weights for one batch, some of whose rows go through a low-rank change as well.
+
+    It stands for what `linear_weights`, `embedding` or `experts` made; ``loras`` are made by `lora` or `expert_loras`,
+    and row t goes through ``loras[lora_T[t]]``: none if that number is -1, or that entry is None.
+    """
+
+    weights: Any
+    loras: tuple[Any, ...]
+    lora_T: Array  # int32
+
+
 class Routing(NamedTuple):
     """Which experts a token goes to, best first, and with what weight."""
 
@@ -82,14 +120,15 @@ class Routing(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The flat arrays of one forward pass over N sequences; every array is int32.
+    """One forward pass over N sequences in flat arrays, all int32.
 
     Sequence n owns the tokens ``query_starts_N1[n] : query_starts_N1[n + 1]``; they are its *last* ones: after this
     pass it has ``key_lengths_N[n]`` keys. Position p of a sequence lives in block ``table[n, p // S]``, slot ``p % S``.
     Layers with full attention and sliding-window layers have pools and tables of their own. The window's table is
     valid from the block of the first key that any query of this pass may see; before that it may hold -1, and unused
     ends of both tables hold -1. A pass without a cache (training) needs no tables: each sequence attends to
-    its own tokens.
+    its own tokens. ``adapters`` holds, for each sequence, the adapter that its tokens go through, or None; empty means
+    that no sequence has one. Operations do not read it: see `ossia.model.adapted`.
     """
 
     token_ids_T: Array
@@ -99,6 +138,7 @@ class Batch:
     full_table_NB: Array
     window_table_NB: Array
     logit_rows_R: Array
+    adapters: tuple[Any, ...] = ()
 
 
 class Ops(Protocol):
@@ -170,10 +210,20 @@ class Ops(Protocol):
         """
 
 
+class AdapterOps(Ops, Protocol):
+    """A backend that also computes adapters beside the weights: `embed`, `linear` and `moe` take `Adapted` ones."""
+
+    def lora(self, pair: LoraPair) -> Any:
+        """Hold a low-rank change of a dense matrix or an embedding table, in memory of its own."""
+
+    def expert_loras(self, loras: ExpertLoras) -> Any:
+        """Hold the low-rank changes of the experts of a layer, in memory of its own."""
+
+
 SWIGLU_ALPHA = 1.702
 
 
-def load(name: str, **options: Any) -> Ops:
+def load(name: str, **options: Any) -> AdapterOps:
     """Make a backend: "reference" (option ``dtype``) or "cpu" (options of `ossia.ops.cpu.CpuOps`).
 
     Raises ConfigError for another name.

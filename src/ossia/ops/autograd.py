@@ -397,7 +397,9 @@ def _tables(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def _hold(module: nn.Module, name: str, tensor: Tensor | None, trained: bool) -> None:
     if trained and tensor is not None:
-        setattr(module, name, nn.Parameter(tensor))
+        # A transposed view, as bfloat16 checkpoints give of experts, would keep its strides through all of training,
+        # and optimisers that walk a parameter and its state as one run of memory would pair the wrong numbers.
+        setattr(module, name, nn.Parameter(tensor.contiguous()))
     else:
         module.register_buffer(name, tensor, persistent=False)
 

@@ -6,6 +6,7 @@
                 products. Q8_0 matrices of GGUF files are taken as they are in both
     routers     every matrix of at most 256 rows is kept as with "bf16": a router's choice of experts must not depend on
                 rounding, and no other matrix of a published model is as small
+    adapters    bfloat16 stays, float16 becomes float32; multiplied in float32 with the activations as they are
     cache       keys and values in bfloat16, or in 8 bits with a scale per key and head ("q8")
 
 A token's results are the same bits whatever else is in the batch, however a prompt is split into passes, and whatever
@@ -23,7 +24,7 @@ import numpy.typing as npt
 
 from ossia import _kernels
 from ossia.errors import ConfigError
-from ossia.ops import Q8, Batch, ExpertArrays, Mxfp4, Routing
+from ossia.ops import Q8, Adapted, Batch, ExpertArrays, ExpertLoras, LoraPair, Mxfp4, Routing
 from ossia.ops.mapped import give_back
 
 Floats = npt.NDArray[np.float32]
@@ -60,6 +61,21 @@ class Linear(NamedTuple):
 class Experts(NamedTuple):
     experts: _kernels.Experts
     arrays: tuple[Any, ...]
+
+
+class Lora(NamedTuple):
+    """As the kernels know it: a [.., r, I], and b in pieces of 32 rows [.., O / 32, r, 32]."""
+
+    lora: _kernels.Lora
+    a: npt.NDArray[Any]
+    b_pieces: npt.NDArray[Any]
+    num_rows: int
+    scaling: float
+
+
+class ExpertLora(NamedTuple):
+    lora: _kernels.ExpertLora
+    loras: tuple[Lora | None, ...]
 
 
 class LayerCache(NamedTuple):
@@ -131,6 +147,17 @@ class CpuOps:
         )
         return Experts(held, (gate, up, down, *biases))
 
+    def lora(self, pair: LoraPair) -> Lora:
+        return _hold_lora(_one_dtype(pair))
+
+    def expert_loras(self, loras: ExpertLoras) -> ExpertLora:
+        gate, up, down = (None if pair is None else _one_dtype(pair) for pair in loras)
+        if gate and up and loras.gate and loras.up and loras.gate.a is loras.up.a and gate.a.dtype == up.a.dtype:
+            # Gate and up of one file share their a, and its product with a token.
+            up = up._replace(a=gate.a)
+        held = tuple(None if pair is None else _hold_lora(pair) for pair in (gate, up, down))
+        return ExpertLora(_kernels.ExpertLora(*(one and one.lora for one in held)), held)
+
     def kv_block_bytes(self, block_size: int, num_kv_heads: int, head_dim: int) -> int:
         per_head = 2 * head_dim if self.kv == "bf16" else head_dim + 4
         return 2 * block_size * num_kv_heads * per_head
@@ -154,7 +181,9 @@ class CpuOps:
 
     # Arithmetic -----------------------------------------------------------------------------------------------------
 
-    def embed(self, embedding: Held, token_ids_T: npt.NDArray[np.int32]) -> Floats:
+    def embed(self, embedding: Held | Adapted, token_ids_T: npt.NDArray[np.int32]) -> Floats:
+        if isinstance(embedding, Adapted):
+            return self._embed_adapted(embedding, token_ids_T)
         out_TD = np.empty((len(token_ids_T), embedding.matrix.cols), np.float32)
         self._context.embed(embedding.matrix, token_ids_T, out_TD)
         return out_TD
@@ -164,10 +193,10 @@ class CpuOps:
         self._context.rms_norm(x_TD, scale_D, eps, out_TD)
         return out_TD
 
-    def linear(self, x_TI: Floats, weights: Linear) -> Floats:
-        matrix = weights.weight.matrix
-        out_TO = np.empty((x_TI.shape[0], matrix.rows), np.float32)
-        self._context.linear(x_TI, matrix, weights.bias_O, out_TO)
+    def linear(self, x_TI: Floats, weights: Linear | Adapted) -> Floats:
+        held: Linear = weights.weights if isinstance(weights, Adapted) else weights
+        out_TO = np.empty((x_TI.shape[0], held.weight.matrix.rows), np.float32)
+        self._context.linear(x_TI, held.weight.matrix, held.bias_O, out_TO, *_loras(weights))
         return out_TO
 
     def rope_angles(
@@ -215,9 +244,11 @@ class CpuOps:
         self._context.route(logits_TE, experts_TA, weights_TA)
         return Routing(experts_TA, weights_TA)
 
-    def moe(self, x_TD: Floats, routing: Routing, experts: Experts, limit: float) -> Floats:
+    def moe(self, x_TD: Floats, routing: Routing, experts: Experts | Adapted, limit: float) -> Floats:
+        held: Experts = experts.weights if isinstance(experts, Adapted) else experts
         out_TD = np.empty(x_TD.shape, np.float32)
-        self._context.moe(x_TD, routing.experts_TA, routing.weights_TA, experts.experts, limit, out_TD)
+        routed = routing.experts_TA, routing.weights_TA
+        self._context.moe(x_TD, *routed, held.experts, limit, out_TD, *_loras(experts))
         return out_TD
 
     # What this machine can do at most -------------------------------------------------------------------------------
@@ -229,6 +260,18 @@ class CpuOps:
     def integer_peak(self, num_rounds: int = 20_000_000) -> float:
         """Multiply-accumulates of bytes per second, in G, that the threads do in registers."""
         return self._context.integer_peak(num_rounds)
+
+    def _embed_adapted(self, embedding: Adapted, token_ids_T: npt.NDArray[np.int32]) -> Floats:
+        x_TD = self.embed(embedding.weights, token_ids_T)
+        for index, lora in enumerate(embedding.loras):
+            rows = np.flatnonzero(embedding.lora_T == index)
+            if lora is None or not len(rows):
+                continue
+            # A token's column of a is what the matrix gives for it; the kernel adds up its ranks in order.
+            h_Tr = np.ascontiguousarray(lora.a[:, token_ids_T[rows]].T, np.float32)
+            b_Dr = lora.b_pieces.swapaxes(-1, -2).reshape(-1, h_Tr.shape[1])[: lora.num_rows]
+            x_TD[rows] += np.float32(lora.scaling) * self.linear(h_Tr, Linear(_hold_floats(b_Dr), None))
+        return x_TD
 
     def _pack_q8(self, weight_OI: npt.NDArray[Any] | Q8) -> Held:
         num_rows, num_inputs = weight_OI.shape
@@ -267,6 +310,32 @@ def available_cores() -> int:
 def _address(array: npt.NDArray[Any]) -> int:
     address: int = array.__array_interface__["data"][0]
     return address
+
+
+def _loras(weights: Any) -> tuple[Any, ...]:
+    """The last arguments of a kernel: the low-rank changes as it knows them, and each row's."""
+    if not isinstance(weights, Adapted):
+        return ()
+    return tuple(one and one.lora for one in weights.loras), weights.lora_T
+
+
+def _one_dtype(pair: LoraPair) -> LoraPair:
+    """A copy whose matrices are of the one dtype that their kernel reads."""
+    exact = all(array.dtype == ml_dtypes.bfloat16 for array in (pair.a, pair.b))
+    dtype = ml_dtypes.bfloat16 if exact else np.float32
+    return pair._replace(a=np.array(pair.a, dtype, order="C"), b=np.array(pair.b, dtype, order="C"))
+
+
+def _hold_lora(pair: LoraPair) -> Lora:
+    a, b, scaling = pair
+    *stack, num_rows, rank = b.shape
+    num_pieces = -(-num_rows // BLOCK)
+    padded = np.zeros((*stack, num_pieces * BLOCK, rank), b.dtype)
+    padded[..., :num_rows, :] = b
+    pieces = np.ascontiguousarray(padded.reshape(*stack, num_pieces, BLOCK, rank).swapaxes(-1, -2))
+    stack_stride = pieces.strides[0] if stack else 0
+    lora = _kernels.Lora(_hold_floats(a).matrix, num_rows, _address(pieces), stack_stride, scaling)
+    return Lora(lora, a, pieces, num_rows, scaling)
 
 
 def hold_mxfp4(matrices: Mxfp4) -> Held:

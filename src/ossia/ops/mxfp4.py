@@ -84,9 +84,9 @@ _CHUNK_BLOCKS = 4096
 def quantize(values: npt.NDArray[Any], rule: ScaleRule = "best", *, like: Mxfp4 | None = None) -> Mxfp4:
     """Round numbers [..., I] to MXFP4 blocks along the last axis, in the order "pairs".
 
-    Blocks whose numbers equal those of ``like``, a matrix of the same shape, get its very bits: the same numbers can
-    often be written with two scales. A block that holds a NaN or an infinity gets the NaN scale, a block of zeros scale
-    0. Raises InputError when I is not a multiple of 32.
+    Blocks whose rounded numbers equal those of ``like``, a matrix of the same shape, get its very bits: the same
+    numbers can often be written with two scales, and zeros with two signs. A block that holds a NaN or an infinity gets
+    the NaN scale, a block of zeros scale 0. Raises InputError when I is not a multiple of 32.
     """
     if values.shape[-1] % BLOCK:
         raise InputError(f"MXFP4 needs a last axis that is a multiple of {BLOCK}, got shape {tuple(values.shape)}")
@@ -102,7 +102,7 @@ def quantize(values: npt.NDArray[Any], rule: ScaleRule = "best", *, like: Mxfp4 
         codes, scales[chunk] = _quantize(numbers_B32, rule)
         blocks[chunk] = pack_codes(codes)
     quantized = Mxfp4(blocks.reshape(*shape, BLOCK // 2), scales.reshape(shape))
-    return quantized if like is None else _keep_equal_blocks(values, quantized, like)
+    return quantized if like is None else _keep_equal_blocks(quantized, like)
 
 
 def reorder(matrix: Mxfp4, order: Literal["pairs", "halves"]) -> Mxfp4:
@@ -191,9 +191,9 @@ def _squared_error(magnitudes_B32: npt.NDArray[Any], codes: npt.NDArray[np.uint8
     return total[..., 0]
 
 
-def _keep_equal_blocks(values: npt.NDArray[Any], quantized: Mxfp4, like: Mxfp4) -> Mxfp4:
-    # Equal as numbers: a negative zero that a sum made positive counts as the same.
-    numbers = dequantize(like, np.float64 if values.dtype == np.float64 else np.float32)
-    same = (values == numbers).reshape(*quantized.scales.shape, BLOCK).all(axis=-1)
+def _keep_equal_blocks(quantized: Mxfp4, like: Mxfp4) -> Mxfp4:
+    # In float64 no number of either is infinite.
+    same = dequantize(quantized, np.float64) == dequantize(like, np.float64)
+    same = same.reshape(*quantized.scales.shape, BLOCK).all(axis=-1)
     blocks = np.where(same[..., None], reorder(like, "pairs").blocks, quantized.blocks)
     return Mxfp4(blocks, np.where(same, like.scales, quantized.scales))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ossia.ops import Q8, SWIGLU_ALPHA, Batch, ExpertArrays, Mxfp4, Routing
+from ossia.ops import Q8, SWIGLU_ALPHA, Adapted, Batch, ExpertArrays, ExpertLoras, LoraPair, Mxfp4, Routing
 from ossia.ops.mxfp4 import dequantize
 
 Floats = npt.NDArray[Any]
@@ -57,6 +57,12 @@ class ReferenceOps:
             down_bias_ED=self.vector(arrays.down_bias_ED),
         )
 
+    def lora(self, pair: LoraPair) -> LoraPair:
+        return pair._replace(a=np.array(pair.a, self.dtype), b=np.array(pair.b, self.dtype))
+
+    def expert_loras(self, loras: ExpertLoras) -> ExpertLoras:
+        return ExpertLoras(*(None if pair is None else self.lora(pair) for pair in loras))
+
     def kv_cache(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> LayerCache:
         shape = (num_blocks, block_size, num_kv_heads, head_dim)
         return LayerCache(np.zeros(shape, self.dtype), np.zeros(shape, self.dtype))
@@ -66,14 +72,24 @@ class ReferenceOps:
 
     # Arithmetic -----------------------------------------------------------------------------------------------------
 
-    def embed(self, embedding: Floats | Q8, token_ids_T: npt.NDArray[np.int32]) -> Floats:
+    def embed(self, embedding: Floats | Q8 | Adapted, token_ids_T: npt.NDArray[np.int32]) -> Floats:
+        if isinstance(embedding, Adapted):
+            x_TD = self.embed(embedding.weights, token_ids_T)
+            for pair, rows in _rows_by_lora(embedding):
+                x_TD[rows] += pair.scaling * (pair.a[:, token_ids_T[rows]].T @ pair.b.T)
+            return x_TD
         return self._rows(embedding, token_ids_T)
 
     def rms_norm(self, x_TD: Floats, scale_D: Floats, eps: float) -> Floats:
         mean_square_T1 = np.mean(x_TD * x_TD, axis=-1, keepdims=True)
         return x_TD / np.sqrt(mean_square_T1 + eps) * scale_D
 
-    def linear(self, x_TI: Floats, weights: Linear) -> Floats:
+    def linear(self, x_TI: Floats, weights: Linear | Adapted) -> Floats:
+        if isinstance(weights, Adapted):
+            out_TO = self.linear(x_TI, weights.weights)
+            for pair, own in _rows_by_lora(weights):
+                out_TO[own] += pair.scaling * (x_TI[own] @ pair.a.T @ pair.b.T)
+            return out_TO
         weight_OI, bias_O = weights
         out_TO = np.empty((x_TI.shape[0], weight_OI.shape[0]), self.dtype)
         for start in range(0, weight_OI.shape[0], _LINEAR_ROWS):
@@ -134,15 +150,25 @@ class ReferenceOps:
         weights_TA /= weights_TA.sum(axis=-1, keepdims=True)
         return Routing(experts_TA.astype(np.int32), weights_TA)
 
-    def moe(self, x_TD: Floats, routing: Routing, experts: ExpertArrays, limit: float) -> Floats:
+    def moe(self, x_TD: Floats, routing: Routing, experts: ExpertArrays | Adapted, limit: float) -> Floats:
+        held: ExpertArrays = experts.weights if isinstance(experts, Adapted) else experts
+        changes = _rows_by_lora(experts) if isinstance(experts, Adapted) else []
         # Results are kept by slot and added in the order of the routing, whatever the order of the experts.
         out_TAD = np.zeros((*routing.experts_TA.shape, x_TD.shape[1]), self.dtype)
         for expert in np.unique(routing.experts_TA):
             tokens, slots = np.nonzero(routing.experts_TA == expert)
-            gate = x_TD[tokens] @ self._matrix(experts.gate, expert).T + experts.gate_bias_EF[expert]
-            up = x_TD[tokens] @ self._matrix(experts.up, expert).T + experts.up_bias_EF[expert]
+            gate = x_TD[tokens] @ self._matrix(held.gate, expert).T + held.gate_bias_EF[expert]
+            up = x_TD[tokens] @ self._matrix(held.up, expert).T + held.up_bias_EF[expert]
+            for loras, rows in changes:
+                own = np.isin(tokens, rows)
+                gate[own] += _expert_change(x_TD[tokens[own]], loras.gate, expert)
+                up[own] += _expert_change(x_TD[tokens[own]], loras.up, expert)
             hidden = swiglu(gate, up, limit)
-            out_TAD[tokens, slots] = hidden @ self._matrix(experts.down, expert).T + experts.down_bias_ED[expert]
+            out = hidden @ self._matrix(held.down, expert).T + held.down_bias_ED[expert]
+            for loras, rows in changes:
+                own = np.isin(tokens, rows)
+                out[own] += _expert_change(hidden[own], loras.down, expert)
+            out_TAD[tokens, slots] = out
         return np.einsum("tad,ta->td", out_TAD, routing.weights_TA)
 
     def _rows(self, matrix: Floats | Q8, rows: Any) -> Floats:
@@ -156,6 +182,19 @@ class ReferenceOps:
             one = Mxfp4(matrices.blocks[expert], matrices.scales[expert], matrices.order)
             return dequantize(one, self.dtype)
         return matrices[expert].astype(self.dtype)
+
+
+def _rows_by_lora(adapted: Adapted) -> list[tuple[Any, npt.NDArray[np.intp]]]:
+    """Each low-rank change, with the rows that go through it."""
+    return [
+        (lora, np.flatnonzero(adapted.lora_T == index))
+        for index, lora in enumerate(adapted.loras)
+        if lora is not None and (adapted.lora_T == index).any()
+    ]
+
+
+def _expert_change(x_TI: Floats, pair: LoraPair | None, expert: int) -> Floats:
+    return np.zeros(1) if pair is None else pair.scaling * (x_TI @ pair.a[expert].T @ pair.b[expert].T)
 
 
 def swiglu(gate: Floats, up: Floats, limit: float) -> Floats:

@@ -24,8 +24,7 @@ from ossia.harmony import Channel, Header, Role
 from ossia.responses.client_tools import CLIENT_TOOLS, call_fields
 from ossia.responses.events import TERMINAL, Event, delta_head
 from ossia.responses.schema import Json, Usage, error_object, new_id
-from ossia.responses.tools import Function, Toolbox, Tools
-from ossia.tools.web.citations import CitationScanner
+from ossia.responses.tools import Function, Scanner, Toolbox, Tools
 
 
 class _Kind(NamedTuple):
@@ -94,7 +93,7 @@ class Builder:
         self._texts: list[str] = []
         self._held = ""
         self._logprobs: list[Json] = []
-        self._scanner: CitationScanner | None = None
+        self._scanner: Scanner | None = None
         self._annotations: list[Json] = []
         self._waiting_logprobs: list[Json] = []
         # Fields that repeat in every delta of the open item, and the bytes that do.

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -75,29 +77,43 @@ class History:
 
 
 class TurnMemory:
-    """What was sampled up to each recent call, by call id: the last ``max_tokens`` tokens of it."""
+    """What was sampled up to each recent call, by call id: the latest of it, in about ``max_bytes``."""
 
-    def __init__(self, max_tokens: int = 4_000_000) -> None:
-        self._max_tokens = max_tokens
-        self._num_tokens = 0
-        self._turns: OrderedDict[str, tuple[Spoken, ...]] = OrderedDict()
+    def __init__(self, max_bytes: int = 64 << 20) -> None:
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
+        # Token ids packed: as a tuple of numbers they would take ten times the room.
+        self._turns: OrderedDict[str, tuple[tuple[Message, array[int]], ...]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._turns)
 
     def keep(self, call_id: str, turn: tuple[Spoken, ...]) -> None:
-        self._turns[call_id] = turn
-        self._num_tokens += _num_tokens(turn)
-        while self._num_tokens > self._max_tokens:
-            _, oldest = self._turns.popitem(last=False)
-            self._num_tokens -= _num_tokens(oldest)
+        self._forget(call_id)
+        kept = tuple((message, array("I", token_ids)) for message, token_ids in turn)
+        self._turns[call_id] = kept
+        self._num_bytes += _num_bytes(kept)
+        while self._num_bytes > self._max_bytes:
+            self._forget(next(iter(self._turns)))
 
     def recall(self, call_id: str) -> tuple[Spoken, ...]:
-        turn = self._turns.get(call_id, ())
-        if turn:
+        kept = self._turns.get(call_id, ())
+        if kept:
             self._turns.move_to_end(call_id)
-        return turn
+        return tuple(Spoken(message, tuple(token_ids)) for message, token_ids in kept)
+
+    def _forget(self, call_id: str) -> None:
+        self._num_bytes -= _num_bytes(self._turns.pop(call_id, ()))
 
 
-def _num_tokens(turn: tuple[Spoken, ...]) -> int:
-    return sum(len(spoken.token_ids) for spoken in turn)
+# What Python takes for a message, or a turn, beside its text and its tokens, measured.
+_MESSAGE_BYTES = 700
+
+
+def _num_bytes(kept: tuple[tuple[Message, array[int]], ...]) -> int:
+    # A character is at most four bytes; one beyond ASCII makes all of a text wide.
+    inside = sum(_MESSAGE_BYTES + sys.getsizeof(message.text) + 4 * len(token_ids) for message, token_ids in kept)
+    return inside + _MESSAGE_BYTES if kept else 0
 
 
 class Summary(NamedTuple):

@@ -1,4 +1,4 @@
-"""What `include` adds to items: outputs of code, sources of a search, reasoning sealed for the way back.
+"""What `include` adds to items: outputs of code, sources and results of a search, reasoning sealed for the way back.
 
 Items are kept whole and shown without what was not asked for. (Log-probabilities can be asked for only when a response
 is made: `message.output_text.logprobs` is read by the loop.)
@@ -19,8 +19,11 @@ def shown(item: Json, include: Collection[str]) -> Json:
     if kind == "code_interpreter_call" and "code_interpreter_call.outputs" not in include:
         return {**item, "outputs": None}
     action = item.get("action")
-    if kind == "web_search_call" and isinstance(action, dict) and "web_search_call.action.sources" not in include:
-        return {**item, "action": {name: value for name, value in action.items() if name != "sources"}}
+    if kind == "web_search_call" and isinstance(action, dict):
+        if "web_search_call.action.sources" not in include:
+            item = {**item, "action": {name: value for name, value in action.items() if name != "sources"}}
+        if "web_search_call.results" not in include:
+            item = {name: value for name, value in item.items() if name != "results"}
     return item
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import logging
+import re
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
@@ -74,6 +75,10 @@ _MAX_UNKNOWN_CALLS = 3
 _MAX_REFUSED_CALLS = 1
 # Times that the same call may fail.
 _MAX_SAME_FAILURES = 3
+# Times that the same call gives the same answer: before the model is told so, and before it is not made again.
+_MANY_SAME_ANSWERS, _MAX_SAME_ANSWERS = 3, 8
+# Each view of the browser has a number of its own, also where it shows the same.
+_CURSOR = re.compile(r"\A\[\d+\] ")
 _ANSWER_NOW = "Give your final answer now."
 
 
@@ -199,6 +204,8 @@ class Run:
         self._num_refused_calls = 0
         self._num_answer_tokens = 0
         self._failures: Counter[tuple[str, str]] = Counter()
+        # By call: what it has answered, and how often.
+        self._answers: dict[tuple[str, str], Counter[int]] = {}
         self._began_s = time.monotonic()
         if self.toolbox is not None:
             self.toolbox.begin(self.response["id"])
@@ -474,6 +481,8 @@ class Run:
                     self._failures[same] += 1
                     if self._failures[same] == _MAX_SAME_FAILURES:
                         text += f"\n[This call has failed {_MAX_SAME_FAILURES} times; do not make it again.]"
+                else:
+                    text += self._repeated(same, text)
         for event in self._end_call(fields, is_failed=is_failed) if is_known else self._builder.close():
             yield event
         self._answered(self._turn[-1], recipient, call.channel, text, fields)
@@ -569,7 +578,18 @@ class Run:
             return f"The tools have answered with as many tokens as they may. {_ANSWER_NOW}"
         if self._failures[same] >= _MAX_SAME_FAILURES:
             return f"The same call has failed {_MAX_SAME_FAILURES} times and was not made again. {_ANSWER_NOW}"
+        if max(self._answers.get(same, Counter()).values(), default=0) >= _MAX_SAME_ANSWERS:
+            return f"The same call has given the same answer {_MAX_SAME_ANSWERS} times. {_ANSWER_NOW}"
         return None
+
+    def _repeated(self, same: tuple[str, str], text: str) -> str:
+        """What the model is told of a call that it has made before, with the same answer."""
+        answers = self._answers.setdefault(same, Counter())
+        answer = hash(_CURSOR.sub("", text))
+        answers[answer] += 1
+        if answers[answer] < _MANY_SAME_ANSWERS:
+            return ""
+        return f"\n[This call has given the same answer {answers[answer]} times; go on with what you have.]"
 
     @property
     def _is_refused_for_good(self) -> bool:

@@ -14,6 +14,8 @@ A chain has one stack of pages and one container. What tools have said is not to
 and nothing else; with ``asks_after_untrusted`` a person is asked before a call of an MCP server that comes after any of
 it, and calls of the client's functions say that they need approval.
 
+Files in /mnt/data that an answer names are cited, and those that a declaration names by `file_ids` are put there.
+
 Beside the API's own fields, a web_search_call has `call`: the function, its arguments as they were understood, and the
 cursor that it made.
 """
@@ -21,7 +23,7 @@ cursor that it made.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -29,18 +31,19 @@ from ossia.config import McpServer
 from ossia.errors import InputError, NotFoundError, OssiaError, UnavailableError, UnsupportedError
 from ossia.harmony import Message, Tokenizer, ToolNamespace
 from ossia.responses.schema import Json, PromptRequest, new_id
-from ossia.responses.tools import Toolbox, ToolResult, kind_of
+from ossia.responses.tools import Scanner, Toolbox, ToolResult, kind_of
 from ossia.tools.audit import AuditLog, run_logged
 from ossia.tools.base import Tool
 from ossia.tools.browser import Browser, BrowserRules
 from ossia.tools.containers import Containers
+from ossia.tools.file_mentions import FileScanner
 from ossia.tools.mcp import Approvals, Declaration, McpPool, McpTool, listed_hash, read_declaration
 from ossia.tools.python import PythonSessions
 from ossia.tools.web.backend import Backend
-from ossia.tools.web.citations import CitationScanner
 from ossia.tools.web.guard import Domains
 
 _MAX_SERVERS = 16
+_MAX_FILES = 20
 # Declared by a client, these may bring private data into the context.
 _PRIVATE = frozenset({"function", "custom", "namespace", "mcp", "shell", "local_shell", "apply_patch"})
 _ACTIONS: Mapping[str, Json] = {
@@ -49,6 +52,10 @@ _ACTIONS: Mapping[str, Json] = {
     "find": {"type": "find_in_page", "pattern": "", "url": ""},
 }
 _NOT_APPROVED = "Error: this call needs the approval of a person, who cannot be asked here. Go on without it."
+
+
+# The name and the bytes of a file by its id. Raises NotFoundError.
+FileSource = Callable[[str], Awaitable[tuple[str, bytes]]]
 
 
 class Toolboxes:
@@ -68,10 +75,11 @@ class Toolboxes:
         asks_after_untrusted: bool = False,
         tokenizer: Tokenizer | None = None,
         off: Mapping[str, str] | None = None,
+        files: FileSource | None = None,
     ) -> None:
         """``links`` says which URLs the model may open: ``any``, only those that it has ``seen`` or the user named, or
         ``auto``: the latter where the request brings tools that may know private data. Without ``mcp_pool`` there is no
-        MCP. ``off`` tells why tools are not offered.
+        MCP. ``off`` tells why tools are not offered. ``files`` gives what was uploaded, for a container's `file_ids`.
         """
         self.python, self.browser, self.pool, self.audit = python, browser, mcp_pool, audit
         self.containers = Containers(python) if python is not None else None
@@ -82,6 +90,7 @@ class Toolboxes:
         self.asks_after_untrusted = asks_after_untrusted
         self.tokenizer = tokenizer
         self.off = dict(off or {})
+        self.files = files
         self._is_started = False
 
     async def start(self, required: Sequence[str] = ()) -> tuple[list[str], dict[str, str]]:
@@ -148,6 +157,10 @@ class ChainToolbox(Toolbox):
         self._browser: Browser | None = None
         self._container_id = ""
         self._is_container_used = False
+        # Ids of the uploaded files that the container gets before its first call.
+        self._file_ids: list[str] = []
+        # Ids of the container's own files, by path.
+        self._files: dict[str, str] = {}
         self._servers: dict[str, McpTool] = {}
         self._opening: list[Json] = []
         # Types of the declarations that are served, by their place in the request.
@@ -171,6 +184,8 @@ class ChainToolbox(Toolbox):
                 if "python" not in self._tools:
                     self._container_id = self._read_container(self._boxes.containers, tool, items, where)
                     self._tools["python"] = self._boxes.containers.tool(self._container_id)
+                    self._file_ids = await self._read_file_ids(tool, where)
+                    await self._list_files()
                 self._served.add(i)
             elif kind == "mcp" and self._boxes.pool is not None:
                 servers.append((i, read_declaration(tool, self._boxes.servers, where)))
@@ -213,8 +228,9 @@ class ChainToolbox(Toolbox):
     def opening(self) -> list[Json]:
         return self._opening
 
-    def scanner(self) -> CitationScanner | None:
-        return self._browser.scanner() if self._browser is not None else None
+    def scanner(self) -> Scanner | None:
+        cited = self._browser.scanner() if self._browser is not None else None
+        return FileScanner(self._container_id, self._files, cited) if self._files else cited
 
     # Calls -----------------------------------------------------------------------------------------------------------
 
@@ -230,6 +246,10 @@ class ChainToolbox(Toolbox):
             if self._state.get("container") == left and not self._is_container_used:
                 assert self._boxes.python is not None
                 self._boxes.python.expect(self._container_id)
+            try:
+                await self._put_files(self._boxes.containers)
+            except OssiaError as error:
+                return ToolResult(f"[ERROR] The user's files cannot be put into /mnt/data: {error.message}", {}, True)
             self._boxes.containers.use(self._container_id)
             self._is_container_used = True
         output = await run_logged(
@@ -238,11 +258,13 @@ class ChainToolbox(Toolbox):
         self._is_untrusted = True
         details = output.details
         if space == "python":
+            await self._list_files()
             # Out of a container that was full, say, no outputs have come.
             outputs = list(details.get("outputs", ()))
             return ToolResult(output.text, {"container_id": self._container_id, "outputs": outputs}, output.is_error)
         raw = {"name": name, "arguments": details.get("arguments") or {}, "cursor": details.get("cursor")}
-        return ToolResult(output.text, {"action": dict(details["action"]), "call": raw}, output.is_error)
+        fields = {"action": dict(details["action"]), "call": raw, "results": list(details.get("results") or ())}
+        return ToolResult(output.text, fields, output.is_error)
 
     async def _run_mcp(self, tool: McpTool, name: str, arguments: str, recipient: str) -> ToolResult:
         if not self._can_ask and self._is_approval_needed(tool, name):
@@ -342,8 +364,6 @@ class ChainToolbox(Toolbox):
             return given
         if not isinstance(given, dict) or given.get("type") != "auto":
             raise InputError(f"{param} is {str(given)[:80]!r}; expected an id or {{'type': 'auto'}}", param=param)
-        if given.get("file_ids"):
-            raise UnsupportedError(f"{param}.file_ids: put files into a container of your own", param=param)
         policy = given.get("network_policy")
         if isinstance(policy, dict) and policy.get("type") != "disabled":
             raise UnsupportedError(f"{param}.network_policy: code has no network here", param=param)
@@ -355,6 +375,40 @@ class ChainToolbox(Toolbox):
             if item.get("type") == "code_interpreter_call" and containers.has(item.get("container_id")):
                 return str(item["container_id"])
         return containers.new_id()
+
+    async def _read_file_ids(self, tool: Json, where: str) -> list[str]:
+        """The uploaded files that the container is to have. Raises InputError, NotFoundError for one that is none."""
+        given = tool.get("container")
+        ids = given.get("file_ids") or [] if isinstance(given, dict) else []
+        param = f"{where}.container.file_ids"
+        if not isinstance(ids, list) or not all(isinstance(one, str) for one in ids) or len(ids) > _MAX_FILES:
+            raise InputError(f"{param}: expected a list of at most {_MAX_FILES} ids of files", param=param)
+        files, containers = self._boxes.files, self._boxes.containers
+        if ids and files is None:
+            raise UnsupportedError(f"{param}: no files are kept here", param=param)
+        for one in ids:
+            if files is not None and containers is not None and not containers.has_copy(self._container_id, one):
+                await files(one)
+        return list(dict.fromkeys(ids))
+
+    async def _put_files(self, containers: Containers) -> None:
+        """Copy what was uploaded into the container, once for as long as it lives."""
+        files = self._boxes.files
+        for one in self._file_ids:
+            if files is not None and not containers.has_copy(self._container_id, one):
+                name, data = await files(one)
+                containers.use(self._container_id)
+                await containers.copy(self._container_id, one, name, data)
+
+    async def _list_files(self) -> None:
+        """What the answer may cite. Where nobody can come back for a file, that is nothing."""
+        containers = self._boxes.containers
+        if not self._can_ask or containers is None or not containers.has(self._container_id):
+            return
+        try:
+            self._files = {file.path: file.id for file in await containers.files(self._container_id)}
+        except OssiaError:
+            self._files = {}
 
     # MCP -------------------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,6 @@ from ossia.harmony import Message, ToolDescription, ToolNamespace
 from ossia.responses.client_tools import CLIENT_TOOLS
 from ossia.responses.schema import Json
 from ossia.tools.base import RESERVED_NAMESPACES
-from ossia.tools.web.citations import CitationScanner
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _TRAINED = frozenset({"browser", "python"})
@@ -73,6 +72,16 @@ class ToolResult(NamedTuple):
     is_failed: bool = False
 
 
+class Scanner(Protocol):
+    """Reads the text of one message as it comes, and finds what it cites."""
+
+    def feed(self, text: str) -> tuple[str, Sequence[Json]]:
+        """More of the message: what of it may be shown, and the annotations that are complete with it."""
+
+    def finish(self) -> tuple[str, Sequence[Json]]:
+        """The message has ended: what was held back."""
+
+
 class Toolbox(Protocol):
     """Tools that ossia runs itself, for one response or a chain of them. What implements it inherits from it."""
 
@@ -107,7 +116,7 @@ class Toolbox(Protocol):
         """Run the call that an `mcp_approval_request` asks for, now that it is approved."""
         return ToolResult("there is nothing that could be approved", {}, True)
 
-    def scanner(self) -> CitationScanner | None:
+    def scanner(self) -> Scanner | None:
         """What turns the citations of one message into annotations; None where nothing can be cited."""
         return None
 

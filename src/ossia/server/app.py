@@ -24,8 +24,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ossia.errors import LimitError, OssiaError, TooLargeError
 from ossia.responses.schema import Json
-from ossia.server import chat, completions, containers, messages, ollama, responses
+from ossia.server import adapters, chat, completions, containers, files, messages, ollama, responses, webpage
+from ossia.server.absent import absent
 from ossia.server.document import openapi, page
+from ossia.server.limits import check_page
 from ossia.server.metrics import log_fields, log_request
 from ossia.server.service import Service
 from ossia.server.stream import ClientGone, JSONResponse
@@ -35,7 +37,9 @@ _log = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # What may be asked without a key.
-_OPEN_PATHS = frozenset({"/health", "/ready"})
+_OPEN_PATHS = frozenset({"/", "/health", "/ready"})
+# How the validator names the options of a field that may be of several types.
+_TYPES = frozenset({"str", "int", "bool", "float", "list", "dict"})
 # Responses that are still under way when the server is told to stop get this long.
 _PATIENCE_S = 20.0
 
@@ -59,9 +63,11 @@ def create_app(service: Service) -> FastAPI:
     app = FastAPI(
         lifespan=lifespan,
         openapi_url=None,
+        redirect_slashes=False,
     )
     document: Json | None = None
-    for part in (responses, chat, completions, containers, messages, ollama):
+    app.include_router(adapters.router(service.adapters, service.model))
+    for part in (webpage, responses, chat, completions, containers, files, messages, ollama):
         app.include_router(part.router(service))
 
     @app.get("/health", tags=["Server"], summary="Whether the server runs")
@@ -123,24 +129,57 @@ def _on_error(request: Request, error: Exception) -> Response:
             if status == 401:
                 headers["www-authenticate"] = "Bearer"
         case RequestValidationError():
-            first = error.errors()[0]
-            param = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path")) or None
-            status, message = 400, f"{param or 'the body'}: {first['msg']}"
+            status, (message, param) = 400, _fault(request, error)
+        case HTTPException() if error.status_code in (404, 405):
+            status, message, code, allow = absent(request.method, request.scope["path"], request.app.routes)
+            if allow:
+                headers["allow"] = allow
         case HTTPException():
             status, message = error.status_code, str(error.detail)
             headers |= dict(error.headers or {})
-            if status == 404:
-                message = f"{request.method} {request.url.path[:200]} is not offered here; see /docs"
+            if error.__cause__ is not None:
+                # Read by no more than the framework: it says that something was wrong, the cause says what.
+                message = f"the body cannot be read as JSON: {str(error.__cause__)[:200]}"
         case ClientGone():
             # Nobody reads this; the number is for the log.
             status, message = 499, "the client left"
         case _:
             _log.error("request failed", exc_info=error)
             status, message, kind = 500, "the server met an error of its own; its log tells more", "server_error"
-    if request.url.path.startswith("/v1/messages"):
+    if request.scope["path"].startswith("/v1/messages"):
         return JSONResponse(messages.error_body(status, message), status_code=status, headers=headers)
     body: Json = {"error": {"message": message, "type": kind, "param": param, "code": code}}
     return JSONResponse(body, status_code=status, headers=headers)
+
+
+def _fault(request: Request, error: RequestValidationError) -> tuple[str, str | None]:
+    """What is wrong with the fields of a request, and with which."""
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return f"the body is no JSON: {first['ctx']['error']} at character {first['loc'][-1]}", None
+    if first["loc"] == ("body",):
+        kind = request.headers.get("content-type", "")
+        if first["type"] == "missing":
+            return "the request has no body; send a JSON object", None
+        if "json" not in kind:
+            return f"the body came as {kind[:80]!r}; send JSON, with the header 'Content-Type: application/json'", None
+    # Of a field that may be of several types each says what it misses; what came furthest was meant.
+    field = first["loc"][:2]
+    faults = [(_place(one["loc"]), one["msg"]) for one in error.errors() if one["loc"][:2] == field]
+    param = max((place for place, _ in faults), key=len)
+    says = " or ".join(dict.fromkeys(message for place, message in faults if place == param))
+    return f"{param or 'the body'}: {says}"[:1_000], param or None
+
+
+def _place(loc: tuple[str | int, ...]) -> str:
+    """A field as people write it; between its names the validator names types, which are left out."""
+    place = ""
+    for part in loc[1:]:
+        if isinstance(part, int):
+            place += f"[{part}]"
+        elif part not in _TYPES and "[" not in part:
+            place += f".{part}" if place else part
+    return place[:200]
 
 
 class Gate:
@@ -155,6 +194,9 @@ class Gate:
             await self._app(scope, receive, send)
             return
         request = Request(scope)
+        # A slash too many is no other place, and HEAD asks for what GET answers with; the server sends no body then.
+        path = re.sub("//+", "/", scope["path"]).rstrip("/") or "/"
+        scope = {**scope, "path": path, "method": "GET" if scope["method"] == "HEAD" else scope["method"]}
         given = request.headers.get("x-request-id", "")
         # A proxy's or client's own id, where it is one that a log can hold.
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
@@ -176,7 +218,7 @@ class Gate:
         current_trace.set(trace)
         try:
             try:
-                caller = self._admit(request)
+                caller = scope["ossia.caller"] = self._admit(request, path)
                 await self._app(scope, _bounded(receive, self._service.max_request_bytes), answer)
             except OssiaError as error:
                 await _on_error(request, error)(scope, receive, answer)
@@ -204,10 +246,12 @@ class Gate:
                 **fields,
             )
 
-    def _admit(self, request: Request) -> str | None:
+    def _admit(self, request: Request, path: str) -> str | None:
         """The caller's name. Raises what stands against the request."""
-        if request.url.path in _OPEN_PATHS:
+        if path in _OPEN_PATHS or path.startswith(webpage.ASSETS_PATH):
             return None
+        if self._service.refuses_pages:
+            check_page(request.headers.get("host"), request.headers.get("origin"))
         caller = self._service.keys.check(request.headers.get("authorization"), request.headers.get("x-api-key"))
         if request.method == "POST":
             self._service.rates.take(caller or (request.client.host if request.client else "local"))

@@ -29,6 +29,7 @@ from ossia.responses.events import DONE, Event, padding
 from ossia.responses.loop import Extras, Run
 from ossia.responses.schema import Json, Metadata, ResponseRequest, dumps, error_object, new_id, quoted
 from ossia.responses.tools import without_secrets
+from ossia.server.adapters import card
 from ossia.server.effort import budget_of, effort_of
 from ossia.server.responses import After, Limit, NewMetadata, envelope, page
 from ossia.server.sampled import Sampled
@@ -125,7 +126,7 @@ def router(service: Service) -> APIRouter:
         asked = to_response_request(body)
         num = body.n or 1
         runs = [await service.begin(asked, Extras(body.sampling(i), body.stops), can_ask=False) for i in range(num)]
-        frame = _Frame(service.model.name, body)
+        frame = _Frame(runs[0].response["model"], body)
         headers = service.ignored(body, runs[0].tools.ignored, _HINTS)
 
         async def keep() -> None:
@@ -195,6 +196,8 @@ def router(service: Service) -> APIRouter:
 
 
 def _model(service: Service, name: str) -> Json:
+    if service.adapters is not None and (offered := service.adapters.offered.get(name)) is not None:
+        return card(offered, service.model.name)
     return {"id": name, "object": "model", "created": service.created_at, "owned_by": "openai"}
 
 

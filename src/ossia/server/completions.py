@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -14,10 +14,10 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response as HttpResponse
 
-from ossia.engine.request import NO_TOKEN, SamplingParams, TokenOutput
+from ossia.engine.request import NO_TOKEN, SamplingParams, Scored, TokenOutput
 from ossia.errors import InputError, OssiaError, UnsupportedError
 from ossia.responses.events import DONE
-from ossia.responses.loop import Phase, engine_phases
+from ossia.responses.loop import Model, Phase, engine_phases
 from ossia.responses.schema import Json, dumps, error_object, new_id
 from ossia.server.sampled import Sampled
 from ossia.server.service import Service
@@ -32,6 +32,14 @@ class CompletionRequest(Sampled):
     echo: bool | None = None
     suffix: str | None = None
     logprobs: int | None = Field(default=None, ge=0, le=20)
+    # As vLLM has them: how likely the prompt's tokens were; ids of all tokens; ids in place of texts in logprobs.
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+
+    @property
+    def scores_prompt(self) -> bool:
+        return self.prompt_logprobs is not None or (bool(self.echo) and self.logprobs is not None)
 
 
 def router(service: Service) -> APIRouter:
@@ -39,10 +47,10 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/completions", responses={200: {"model": Completion}}, summary="Complete a raw prompt")
     async def complete(body: CompletionRequest, request: Request) -> HttpResponse:
-        service.check_model(body.model)
+        model = service.model_of(body.model)
         name, num = new_id("cmpl"), body.n or 1
-        made = [_Raw(service, body, prompt, i, name) for prompt in _prompts(service, body) for i in range(num)]
-        frame: Json = {"id": name, "created": int(time.time()), "model": service.model.name}
+        made = [_Raw(service, model, body, prompt, i, name) for prompt in _prompts(service, body) for i in range(num)]
+        frame: Json = {"id": name, "created": int(time.time()), "model": model.name}
         frame["object"] = "text_completion"
         if body.stream:
             return EventStream(await opened(request, _raw_chunks(made, frame, body)))
@@ -75,12 +83,26 @@ class _Raw:
     """One prompt being completed."""
 
     def __init__(
-        self, service: Service, body: CompletionRequest, prompt: list[int], choice: int, completion_id: str
+        self,
+        service: Service,
+        model: Model,
+        body: CompletionRequest,
+        prompt: list[int],
+        choice: int,
+        completion_id: str,
     ) -> None:
-        self._service, self._body, self.prompt, self._completion_id = service, body, prompt, completion_id
+        self._service, self._model, self._body, self.prompt, self._completion_id = (
+            service,
+            model,
+            body,
+            prompt,
+            completion_id,
+        )
         self.num_output, self.num_cached = 0, 0
         self.finish_reason: str | None = None
         self.text = ""
+        self.token_ids: list[int] = []
+        self.prompt_logprobs: list[Json | None] = [None]
         self.logprobs: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         wanted = body.logprobs is not None
         self._params = SamplingParams(
@@ -90,21 +112,28 @@ class _Raw:
                 "max_tokens": 16 if body.max_tokens is None else max(body.max_tokens, 1),
                 "stop_strings": body.stops,
                 "logprobs": wanted,
-                "top_logprobs": body.logprobs or 0,
+                "top_logprobs": max(body.logprobs or 0, body.prompt_logprobs or 0),
+                "score_from": 1 if body.scores_prompt and len(prompt) > 1 else None,
                 **body.sampling(choice),
             }
         )
-        if body.max_tokens != 0:
+        if self._runs:
             # Fails before anything is sent.
-            service.model.engine.check(prompt, self._params)
+            model.engine.check(prompt, self._params)
+
+    @property
+    def _runs(self) -> bool:
+        return self._body.max_tokens != 0 or self._params.score_from is not None
 
     async def pieces(self) -> AsyncGenerator[str, None]:
         """The text as it comes; the text of a stop is not part of it."""
-        tokenizer = self._service.model.tokenizer
+        tokenizer = self._model.tokenizer
         if self._body.echo:
             self.text = tokenizer.decode(self.prompt)
             yield self.text
-        if self._body.max_tokens == 0:
+        if self._body.echo and self._body.logprobs is not None and self.prompt:
+            self._note(self.prompt[0], None, ())
+        if not self._runs:
             self.finish_reason = "length"
             return
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
@@ -113,14 +142,21 @@ class _Raw:
             async for output in outputs:
                 if output.token_id == NO_TOKEN:
                     continue
+                if output.prompt_logprobs:
+                    self._note_prompt(output.prompt_logprobs)
+                if self._body.max_tokens == 0:
+                    # Only the prompt was asked about; the engine has to sample one token to read it.
+                    self.finish_reason = "length"
+                    continue
                 self.num_output += 1
+                self.token_ids.append(output.token_id)
                 self.num_cached = output.num_cached_tokens
                 end = None
                 if output.stop is not None:
                     end = output.stop.num_bytes if isinstance(output.stop.match, str) else len(data)
                 data += tokenizer.token_bytes(output.token_id)
-                if output.logprob is not None:
-                    self._note(output.token_id, output.logprob, output.top_logprobs)
+                if output.logprob is not None and self._body.logprobs is not None:
+                    self._note(output.token_id, output.logprob, output.top_logprobs[: self._body.logprobs])
                 if output.finish_reason is not None:
                     self.finish_reason = "length" if output.finish_reason == "length" else "stop"
                 known = len(data) - output.held_bytes if end is None else end
@@ -136,7 +172,7 @@ class _Raw:
         async with self._service.admission.slot():
             begin_ns, first_ns = time.time_ns(), 0
             try:
-                async with aclosing(self._service.model.engine.generate(self.prompt, self._params)) as outputs:
+                async with aclosing(self._model.engine.generate(self.prompt, self._params)) as outputs:
                     async for output in outputs:
                         first_ns = first_ns or time.time_ns()
                         yield output
@@ -151,14 +187,44 @@ class _Raw:
 
     def choice(self, index: int) -> Json:
         logprobs = self.logprobs if self._body.logprobs is not None else None
-        return {"index": index, "text": self.text, "logprobs": logprobs, "finish_reason": self.finish_reason}
+        choice: Json = {"index": index, "text": self.text, "logprobs": logprobs, "finish_reason": self.finish_reason}
+        if self._body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = self.prompt_logprobs
+        if self._body.return_token_ids:
+            choice |= {"token_ids": self.token_ids, "prompt_token_ids": self.prompt}
+        return choice
 
-    def _note(self, token_id: int, logprob: float, top: tuple[tuple[int, float], ...]) -> None:
-        decode = self._service.model.tokenizer.decode
-        self.logprobs["tokens"].append(decode([token_id]))
+    def _note(self, token_id: int, logprob: float | None, top: tuple[tuple[int, float], ...]) -> None:
+        """``logprob`` None: of the first token of a prompt, which nothing precedes."""
+        self.logprobs["tokens"].append(self._name(token_id))
         self.logprobs["token_logprobs"].append(logprob)
-        self.logprobs["top_logprobs"].append({decode([one]): value for one, value in top})
+        said = {self._name(one): value for one, value in top}
+        self.logprobs["top_logprobs"].append(None if logprob is None else said)
         self.logprobs["text_offset"].append(len(self.text))
+
+    def _note_prompt(self, scores: Sequence[Scored]) -> None:
+        decode = self._model.tokenizer.decode
+        for token_id, scored in zip(self.prompt[1:], scores, strict=True):
+            if self._body.echo and self._body.logprobs is not None:
+                self._note(token_id, scored.logprob, scored.top_logprobs[: self._body.logprobs])
+            if self._body.prompt_logprobs is not None:
+                likeliest = scored.top_logprobs[: self._body.prompt_logprobs]
+                told: dict[int, tuple[float, int | None]] = {
+                    one: (value, rank) for rank, (one, value) in enumerate(likeliest, start=1)
+                }
+                # The prompt's own token stands there in any case; how far down it is, is not known.
+                told.setdefault(token_id, (scored.logprob, None))
+                self.prompt_logprobs.append(
+                    {
+                        str(one): {"logprob": value, "rank": rank, "decoded_token": decode([one])}
+                        for one, (value, rank) in told.items()
+                    }
+                )
+
+    def _name(self, token_id: int) -> str:
+        if self._body.return_tokens_as_token_ids:
+            return f"token_id:{token_id}"
+        return self._model.tokenizer.decode([token_id])
 
 
 def _raw_usage(made: list[_Raw]) -> Json:

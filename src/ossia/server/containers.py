@@ -13,7 +13,7 @@ from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.responses import Response as HttpResponse
 
-from ossia.errors import InputError, NotFoundError, UnsupportedError
+from ossia.errors import InputError, NotFoundError, OssiaError, UnsupportedError
 from ossia.responses.schema import Json
 from ossia.server.responses import After, Limit, page
 from ossia.server.service import Service
@@ -25,8 +25,11 @@ Order = Annotated[Literal["asc", "desc"], Query()]
 
 _UPLOAD: Json = {
     "type": "object",
-    "required": ["file"],
-    "properties": {"file": {"type": "string", "format": "binary"}},
+    "properties": {"file": {"type": "string", "format": "binary"}, "file_id": {"type": "string"}},
+}
+_UPLOADS: Json = {
+    "multipart/form-data": {"schema": _UPLOAD},
+    "application/json": {"schema": {"type": "object", "properties": {"file_id": {"type": "string"}}}},
 }
 
 
@@ -35,7 +38,8 @@ class NewContainer(BaseModel):
 
     model_config = ConfigDict(extra="allow")
     name: str = Field(max_length=256)
-    file_ids: list[str] | None = None
+    # Of files that were uploaded, to be copied into it.
+    file_ids: list[str] | None = Field(default=None, max_length=20)
     network_policy: Json | None = None
 
 
@@ -51,12 +55,19 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("", responses=_says(ContainerCreateResponse), summary="Create a container")
     async def create(body: NewContainer) -> HttpResponse:
-        if body.file_ids:
-            raise UnsupportedError("file_ids: no files are kept here but those of containers", param="file_ids")
         if body.network_policy and body.network_policy.get("type") != "disabled":
             raise UnsupportedError("network_policy: code has no network here", param="network_policy")
         containers = known()
-        return JSONResponse(_container(containers, containers.create(body.name)))
+        ids = list(dict.fromkeys(body.file_ids or ()))
+        given = [await service.store.run(service.store.file_content, one) for one in ids]
+        made = containers.create(body.name)
+        try:
+            for one, (name, data) in zip(ids, given, strict=True):
+                await containers.copy(made.id, one, name, data)
+        except OssiaError:
+            await containers.end(made.id)
+            raise
+        return JSONResponse(_container(containers, made))
 
     @routes.get("", summary="List the containers")
     async def list_all(limit: Limit = 20, after: After = None, order: Order = "desc") -> HttpResponse:
@@ -77,16 +88,20 @@ def router(service: Service) -> APIRouter:
         "/{container_id}/files",
         responses=_says(FileCreateResponse),
         summary="Upload a file",
-        openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _UPLOAD}}}},
+        openapi_extra={"requestBody": {"required": True, "content": _UPLOADS}},
     )
     async def upload(container_id: str, request: Request) -> HttpResponse:
         containers = known()
         containers.get(container_id)
         async with request.form(max_files=1, max_fields=8) as form:
-            file = form.get("file")
-            if not isinstance(file, UploadFile):
-                raise InputError("the body has no file; expected a form with a part 'file'", param="file")
-            made = await containers.write(container_id, file.filename or "", await file.read())
+            file, file_id = form.get("file"), form.get("file_id") or await _file_id_of(request)
+            if isinstance(file, UploadFile):
+                made = await containers.write(container_id, file.filename or "", await file.read())
+            elif isinstance(file_id, str):
+                name, data = await service.store.run(service.store.file_content, file_id)
+                made = await containers.copy(container_id, file_id, name, data)
+            else:
+                raise InputError("the body has no file; expected a form with a part 'file', or a file_id", param="file")
         return JSONResponse(_file(container_id, made))
 
     @routes.get("/{container_id}/files", summary="List its files")
@@ -102,11 +117,7 @@ def router(service: Service) -> APIRouter:
     @routes.get("/{container_id}/files/{file_id}/content", summary="Fetch a file", response_class=HttpResponse)
     async def content(container_id: str, file_id: str) -> HttpResponse:
         found, data = await known().read(container_id, file_id)
-        # A model's file is nothing that a browser should show as a page of this server.
-        name = json.dumps(found.path.rpartition("/")[2])
-        disposition = f"attachment; filename={name}" if name.isprintable() else "attachment"
-        headers = {"content-disposition": disposition, "x-content-type-options": "nosniff"}
-        return HttpResponse(data, media_type="application/octet-stream", headers=headers)
+        return attachment(found.path.rpartition("/")[2], data)
 
     @routes.delete("/{container_id}/files/{file_id}", summary="Delete a file")
     async def delete_file(container_id: str, file_id: str) -> HttpResponse:
@@ -114,6 +125,25 @@ def router(service: Service) -> APIRouter:
         return JSONResponse({"id": file_id, "object": "container.file.deleted", "deleted": True})
 
     return routes
+
+
+async def _file_id_of(request: Request) -> Any:
+    """What a body that is JSON names."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        return None
+    try:
+        body = json.loads(await request.body())
+    except ValueError:
+        raise InputError("the body is not JSON, as its content-type says") from None
+    return body.get("file_id") if isinstance(body, dict) else None
+
+
+def attachment(filename: str, data: bytes) -> HttpResponse:
+    """A file for downloading: neither a model's nor a client's is to be shown as a page of this server."""
+    name = json.dumps(filename)
+    disposition = f"attachment; filename={name}" if name.isprintable() else "attachment"
+    headers = {"content-disposition": disposition, "x-content-type-options": "nosniff"}
+    return HttpResponse(data, media_type="application/octet-stream", headers=headers)
 
 
 def _container(containers: Containers, container: Container) -> Json:

@@ -17,8 +17,9 @@ from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from ossia.errors import AuthError, ConfigError, LimitError
+from ossia.errors import AuthError, ConfigError, ForbiddenError, LimitError
 
 # Callers whose rate is remembered; the one that has not asked for the longest time is forgotten first.
 _MAX_CALLERS = 10_000
@@ -94,6 +95,36 @@ def check_bind(host: str, keys: Keys, *, is_open_allowed: bool) -> None:
         f"host {host!r} lets others reach this server and no key protects it; give --key-file (make a key with "
         "--new-key NAME), bind 127.0.0.1, or say --open-to-all"
     )
+
+
+def check_page(host: str | None, origin: str | None) -> None:
+    """Raise ForbiddenError for what a browser sends on behalf of a page from elsewhere; for servers without keys.
+
+    Such a page may send requests to this machine's own addresses, and even read the answers where its name has been
+    made to mean this machine; ``host`` and ``origin`` are the headers that then tell its name.
+    """
+    if host and not _is_private(f"//{host}"):
+        raise ForbiddenError(
+            f"this server asks for no key and so answers to names of this machine alone, not to {host[:80]!r}; start "
+            "it with --key-file, or ask it by its address"
+        )
+    if origin and (origin == "null" or (origin.startswith(("http:", "https:")) and not _is_private(origin))):
+        raise ForbiddenError(
+            f"this server asks for no key and so takes nothing from pages of {origin[:80]!r}; start it with --key-file"
+        )
+
+
+def _is_private(url: str) -> bool:
+    """Whether no one else can make a URL's name mean this machine: an address, or a name that nobody can register."""
+    try:
+        name = urlsplit(url).hostname or ""
+    except ValueError:
+        return False
+    try:
+        ipaddress.ip_address(name)
+        return True
+    except ValueError:
+        return "." not in name or name.endswith((".localhost", ".local", ".internal"))
 
 
 def _is_loopback(host: str) -> bool:

@@ -45,7 +45,7 @@ class CountRequest(BaseModel):
 
 
 class MessagesRequest(CountRequest):
-    """The body of POST /v1/messages. Names of models that are not served mean the one that is."""
+    """The body of POST /v1/messages. Names of models and adapters that are not served mean the model that is."""
 
     max_tokens: int = Field(ge=1)
     stream: bool | None = None
@@ -81,7 +81,7 @@ def router(service: Service) -> APIRouter:
     async def create(body: MessagesRequest, request: Request) -> HttpResponse:
         sampling = {"top_k": body.top_k} if body.top_k else {}
         stops = tuple(text for text in body.stop_sequences or () if text)
-        run = await service.begin(_to_response_request(body), Extras(sampling, stops), can_ask=False)
+        run = await service.begin(_to_response_request(body, service), Extras(sampling, stops), can_ask=False)
         headers = service.ignored(body, run.tools.ignored, _HINTS)
         if body.stream:
             return EventStream(await opened(request, _stream(service, run, body.model)), headers)
@@ -90,7 +90,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/messages/count_tokens", responses={200: {"model": Counted}}, summary="Count the tokens of a message")
     async def count(body: CountRequest) -> HttpResponse:
-        asked = _to_response_request(body)
+        asked = _to_response_request(body, service)
         _, read = await service.prepared(asked)
         return JSONResponse({"input_tokens": len(read.prompt.token_ids)})
 
@@ -106,10 +106,11 @@ def error_body(status: int, message: str) -> Json:
 # To items --------------------------------------------------------------------------------------------------------
 
 
-def _to_response_request(body: CountRequest) -> ResponseRequest:
+def _to_response_request(body: CountRequest, service: Service) -> ResponseRequest:
     given = {**(body.model_extra or {}), "thinking": body.thinking}
     return valid(
         {
+            "model": body.model if body.model in service.names else None,
             "instructions": _text(body.system, "system") or None,
             "input": [item for i, m in enumerate(body.messages) for item in _items(m, f"messages[{i}]")],
             "tools": [_tool(tool) for tool in body.tools] if body.tools else None,

@@ -31,7 +31,7 @@ from ossia.responses.schema import (
     unknown_include,
 )
 from ossia.server.service import Service, split
-from ossia.server.stream import EventStream, JSONResponse, opened, while_there
+from ossia.server.stream import EventStream, JSONResponse, caller_of, opened, while_there
 
 Limit = Annotated[int, Query(ge=1, le=100)]
 After = Annotated[str | None, Query(description="The id of the item behind which the page begins.")]
@@ -65,6 +65,24 @@ class NewConversation(BaseModel):
     model_config = ConfigDict(extra="allow")
     items: Annotated[list[Json], Field(max_length=20)] | None = None
     metadata: Metadata | None = None
+
+
+class Fork(BaseModel):
+    """The body of POST /v1/conversations/{id}/fork."""
+
+    model_config = ConfigDict(extra="allow")
+    item_id: str | None = Field(None, description="The last item of the copy; all of them by default.")
+    metadata: Metadata | None = None
+
+
+class ConversationList(BaseModel):
+    """A page of conversations."""
+
+    object: Literal["list"]
+    data: list[Conversation]
+    first_id: str
+    last_id: str
+    has_more: bool
 
 
 class NewItems(BaseModel):
@@ -163,10 +181,34 @@ def router(service: Service) -> APIRouter:
         return JSONResponse(page(_all(service, entries, include, plain_include), limit, after, order))
 
     @routes.post("/conversations", responses=_says(Conversation), summary="Create a conversation")
-    async def create_conversation(body: NewConversation | None = None) -> HttpResponse:
+    async def create_conversation(request: Request, body: NewConversation | None = None) -> HttpResponse:
         body = body or NewConversation()
         entries = _read(service, body.items or [])
-        return JSONResponse(await store.run(store.create_conversation, body.metadata or {}, entries))
+        owner = caller_of(request)
+        return JSONResponse(await store.run(store.create_conversation, body.metadata or {}, entries, owner))
+
+    @routes.get(
+        "/conversations",
+        responses=_says(ConversationList),
+        summary="List your conversations",
+        description="Those that your key created, the last used one first; an addition to OpenAI's API.",
+    )
+    async def list_conversations(
+        request: Request, limit: Limit = 20, after: After = None, query: Annotated[str, Query(max_length=500)] = ""
+    ) -> HttpResponse:
+        found = await store.run(store.conversations, caller_of(request), query, limit + 1, after)
+        return JSONResponse(envelope(found[:limit], has_more=len(found) > limit))
+
+    @routes.post(
+        "/conversations/{conversation_id}/fork",
+        responses=_says(Conversation),
+        summary="Copy a conversation up to an item",
+        description="Tokens stay as they were sampled; an addition to OpenAI's API.",
+    )
+    async def fork_conversation(request: Request, conversation_id: str, body: Fork) -> HttpResponse:
+        metadata = body.metadata or {}
+        owner = caller_of(request)
+        return JSONResponse(await store.run(store.fork_conversation, conversation_id, body.item_id, metadata, owner))
 
     @routes.get("/conversations/{conversation_id}", responses=_says(Conversation), summary="Retrieve a conversation")
     async def conversation(conversation_id: str) -> HttpResponse:
@@ -276,7 +318,7 @@ async def _compacted(service: Service, body: PromptRequest) -> Json:
     """A summary by the model itself, sealed; the user's own messages stay as they are."""
     history, read = await service.prepared(body)
     entries = [*history.entries, *read.entries]
-    text, used = await service.within_limits(summarize(service.model, entries))
+    text, used = await service.within_limits(summarize(service.model_of(body.model), entries))
     kept = [e.item for e in entries if e.item.get("type") == "message" and e.item.get("role") == "user"]
     sealed = Summary(text).sealed(service.model.seal)
     return {

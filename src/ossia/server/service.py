@@ -24,6 +24,7 @@ from ossia.responses.loop import Extras, Model, Phase, Prepared, Run, prepare
 from ossia.responses.schema import Json, PromptRequest, ResponseRequest, check_request
 from ossia.responses.toolbox import Toolboxes
 from ossia.responses.tools import Toolbox
+from ossia.server.adapters import Adapters
 from ossia.server.limits import Admission, Keys, Rates
 from ossia.server.metrics import Metrics, Watch
 from ossia.server.store import Store, Stored
@@ -88,17 +89,26 @@ class Service:
         max_request_bytes: int = 32 << 20,
         tracing: Tracing | None = None,
         tools: Toolboxes | None = None,
+        adapters: Adapters | None = None,
         created_at: int = 0,
+        refuses_pages: bool = False,
+        context: int = 0,
     ) -> None:
+        """``refuses_pages`` is for a server that is open to this machine: pages from elsewhere are not of it."""
         self.model, self.store = model, store
-        self.names = {model.name, *aliases}
+        self.own_names = {model.name, *aliases}
+        self.adapters = adapters
         self.keys = keys or Keys()
         self.rates = rates or Rates(0)
         self.admission = admission or Admission(64, 256)
         self.max_request_bytes = max_request_bytes
         self.tracing = tracing
         self.tools = tools or Toolboxes()
+        self.tools.files = self._file
         self.created_at = created_at
+        self.refuses_pages = refuses_pages
+        # Tokens that prompt and answer may have together; 0 where that is not known.
+        self.context = context
         self.metrics = Metrics()
         self.live: dict[str, Live] = {}
         self.is_stopping = False
@@ -114,13 +124,24 @@ class Service:
         gauge("ossia_engine_running", "Sequences under way", lambda: stats().num_running)
         gauge("ossia_engine_waiting", "Sequences that wait for memory", lambda: stats().num_waiting)
         gauge("ossia_kv_blocks", "Blocks for keys and values", lambda: stats().num_full_blocks)
+        gauge("ossia_adapters", "Adapters that may be chosen", lambda: stats().num_adapters)
+        gauge("ossia_adapter_bytes", "Memory that adapters take", lambda: stats().adapter_bytes)
         gauge("ossia_kv_blocks_free", "Blocks that hold nothing needed", lambda: stats().num_free_full_blocks)
 
-    def check_model(self, name: str | None) -> None:
-        if name and name not in self.names:
-            raise NotFoundError(
-                f"model {name!r} is not served here; this server has {self.model.name!r}", param="model"
-            )
+    @property
+    def names(self) -> set[str]:
+        """What clients may call: the model's own names, and its adapters."""
+        return self.own_names | (self.adapters.offered.keys() if self.adapters is not None else set())
+
+    def model_of(self, name: str | None) -> Model:
+        """The model that a request names, through an adapter if it names one. Raises NotFoundError for another."""
+        if not name or name in self.own_names:
+            return self.model
+        offered = self.adapters.offered.get(name) if self.adapters is not None else None
+        if offered is None:
+            served = ", ".join(repr(one) for one in (self.model.name, *sorted(self.names - self.own_names)))
+            raise NotFoundError(f"model {name[:200]!r} is not served here; this server has {served}", param="model")
+        return offered.model
 
     def ignored(self, body: BaseModel, tools: Sequence[str] = (), hints: Container[str] = ()) -> dict[str, str]:
         """Headers that tell which tools and fields of a request were passed by; the log tells of each once."""
@@ -141,13 +162,13 @@ class Service:
 
         Without ``can_ask`` the form of the API has no way to ask a person for an approval, or to come back.
         """
-        self.check_model(request.model)
+        model = self.model_of(request.model)
         check_request(request)
         history, references = await self.history(request), await self.references(request)
         toolbox = await self.toolbox(request, history, can_ask=can_ask)
         return await self.beside_if_long(
             request,
-            lambda: Run(request, self.model, history, references=references, extras=extras, toolbox=toolbox),
+            lambda: Run(request, model, history, references=references, extras=extras, toolbox=toolbox),
         )
 
     async def toolbox(self, request: PromptRequest, history: History, *, can_ask: bool = True) -> Toolbox | None:
@@ -162,12 +183,15 @@ class Service:
 
     async def prepared(self, request: PromptRequest) -> tuple[History, Prepared]:
         """The same for a request that makes no response: its history, and what it says after it."""
-        self.check_model(request.model)
+        model = self.model_of(request.model)
         check_request(request)
         history, references = await self.history(request), await self.references(request)
-        toolbox = await self.toolbox(request, history) or self.model.toolbox()
-        read = lambda: prepare(request, self.model, history, references, toolbox)  # noqa: E731
+        toolbox = await self.toolbox(request, history) or model.toolbox()
+        read = lambda: prepare(request, model, history, references, toolbox)  # noqa: E731
         return history, await self.beside_if_long(request, read)
+
+    async def _file(self, file_id: str) -> tuple[str, bytes]:
+        return await self.store.run(self.store.file_content, file_id)
 
     async def references(self, request: PromptRequest) -> Mapping[str, Entry]:
         """The stored items that a request refers to."""

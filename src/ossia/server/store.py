@@ -5,7 +5,7 @@ ahead log, synchronous FULL). JSON and events are kept as bytes, so that what go
 and NULs included. Everything expires: a response after the time to live, counted from the last response that continues
 it, and the oldest first when all together are larger than the bound.
 
-Schema   responses 1-n items (kind input, output), conversations 1-n items (kind conversation), chat_completions
+Schema   responses 1-n items (kind input, output), conversations 1-n items (kind conversation), chat_completions, files
 """
 
 from __future__ import annotations
@@ -64,6 +64,13 @@ _ITEMS = sa.Table(
     # The messages that the item stands for, with their tokens: JSON, zlib.
     sa.Column("spoken", sa.LargeBinary, nullable=False),
 )
+# Whose conversation it is: the name of the API key that created it, "" without keys. For lists, which are of one owner.
+_OWNERS = sa.Table(
+    "conversation_owners",
+    _META,
+    sa.Column("conversation_id", sa.String(128), primary_key=True),
+    sa.Column("owner", sa.String(256), nullable=False, index=True),
+)
 # What the tools of a response, or of a conversation, have left for the next one: pages, the container. JSON, zlib.
 _TOOL_STATES = sa.Table(
     "tool_states",
@@ -84,8 +91,22 @@ _CHATS = sa.Table(
     sa.Column("messages", sa.LargeBinary, nullable=False),
     sa.Column("size_bytes", sa.BigInteger, nullable=False),
 )
+# What clients have uploaded.
+_FILES = sa.Table(
+    "files",
+    _META,
+    sa.Column("id", sa.String(128), primary_key=True),
+    sa.Column("created_at", sa.Float, nullable=False, index=True),
+    sa.Column("expires_at", sa.Float, nullable=False, index=True),
+    sa.Column("filename", sa.String(1024), nullable=False),
+    sa.Column("purpose", sa.String(64), nullable=False),
+    sa.Column("body", sa.LargeBinary, nullable=False),
+    sa.Column("size_bytes", sa.BigInteger, nullable=False),
+)
 
 _MAX_CHAIN = 10_000
+# An expiry of what does not expire.
+_NEVER = 1e12
 T = TypeVar("T")
 
 
@@ -261,13 +282,53 @@ class Store:
 
     # Conversations ---------------------------------------------------------------------------------------------------
 
-    def create_conversation(self, metadata: Json, entries: Sequence[Entry]) -> Json:
-        conversation_id, now = new_id("conv"), time.time()
+    def create_conversation(self, metadata: Json, entries: Sequence[Entry], owner: str = "") -> Json:
         with self._db.begin() as db:
-            row = {"id": conversation_id, "created_at": now, "metadata": dumps(metadata)}
-            db.execute(sa.insert(_CONVERSATIONS).values(**row, expires_at=self._expiry(now)))
-            self._append(db, conversation_id, entries, None)
-        return _conversation(conversation_id, now, metadata)
+            return self._create(db, metadata, entries, None, owner)
+
+    def fork_conversation(self, conversation_id: str, item_id: str | None, metadata: Json, owner: str = "") -> Json:
+        """A new conversation with the items up to and with ``item_id``, or all, and what the tools had left there.
+
+        Tokens stay as they were sampled. Raises NotFoundError for an item that is not in it.
+        """
+        row = self._conversation_row(conversation_id)
+        with self._db.begin() as db:
+            entries = _entries(db, conversation_id)
+            if item_id is not None:
+                places = [i for i, entry in enumerate(entries) if entry.item["id"] == item_id]
+                if not places:
+                    raise _not_found("item", item_id)
+                entries = entries[: places[0] + 1]
+            fork = self._create(db, metadata, entries, row.current_date, owner)
+            state = db.execute(sa.select(_TOOL_STATES.c.body).where(_TOOL_STATES.c.owner_id == conversation_id))
+            _keep_tool_state(db, fork["id"], state.scalar())
+        return fork
+
+    def conversations(self, owner: str, query: str, limit: int, after: str | None) -> list[Json]:
+        """The first ``limit`` conversations of an owner behind ``after``, the one that was last used first.
+
+        With a ``query``, those whose title or messages have all of its words, in whatever case.
+        """
+        words = query.casefold().split()
+        columns = (_CONVERSATIONS.c.expires_at, _CONVERSATIONS.c.id)
+        asked = (
+            sa.select(_CONVERSATIONS)
+            .join(_OWNERS, _OWNERS.c.conversation_id == _CONVERSATIONS.c.id)
+            .where(_OWNERS.c.owner == owner)
+            .order_by(*(column.desc() for column in columns))
+        )
+        if after is not None:
+            row = self._conversation_row(after)
+            asked = asked.where(sa.tuple_(*columns) < sa.tuple_(sa.literal(row.expires_at), sa.literal(row.id)))
+        found: list[Json] = []
+        with self._db.connect() as db:
+            for row in db.execute(asked if words else asked.limit(limit)).all():
+                one = _conversation(row.id, row.created_at, _json(row.metadata))
+                if not words or self._has_words(db, one, words):
+                    found.append(one)
+                    if len(found) == limit:
+                        break
+        return found
 
     def conversation(self, conversation_id: str) -> Json:
         row = self._conversation_row(conversation_id)
@@ -284,6 +345,7 @@ class Store:
         self._conversation_row(conversation_id)
         with self._db.begin() as db:
             db.execute(sa.delete(_CONVERSATIONS).where(_CONVERSATIONS.c.id == conversation_id))
+            db.execute(sa.delete(_OWNERS).where(_OWNERS.c.conversation_id == conversation_id))
             db.execute(sa.delete(_ITEMS).where(_ITEMS.c.owner_id == conversation_id))
             db.execute(sa.delete(_TOOL_STATES).where(_TOOL_STATES.c.owner_id == conversation_id))
 
@@ -372,6 +434,48 @@ class Store:
                         break
         return found
 
+    # Files -----------------------------------------------------------------------------------------------------------
+
+    def save_file(self, filename: str, purpose: str, data: bytes, lifetime_s: float | None = None) -> Json:
+        """Keep a file, no longer than anything else; durable on return."""
+        now = time.time()
+        expires_at = self._expiry(now) if lifetime_s is None else min(self._expiry(now), now + lifetime_s)
+        file_id = new_id("file")
+        row = {"id": file_id, "created_at": now, "expires_at": expires_at, "filename": filename,
+               "purpose": purpose, "body": data, "size_bytes": len(data)}  # fmt: skip
+        with self._db.begin() as db:
+            db.execute(sa.insert(_FILES).values(**row))
+        self._count_saved()
+        return self.file(file_id)
+
+    def file(self, file_id: str) -> Json:
+        """Raises NotFoundError."""
+        row = self._one(sa.select(*_OF_FILE).where(_FILES.c.id == _known(file_id, "file")))
+        if row is None:
+            raise _not_found("file", file_id)
+        return _file(row)
+
+    def file_content(self, file_id: str) -> tuple[str, bytes]:
+        """The name and the bytes of a file. Raises NotFoundError."""
+        query = sa.select(_FILES.c.filename, _FILES.c.body).where(_FILES.c.id == _known(file_id, "file"))
+        row = self._one(query)
+        if row is None:
+            raise _not_found("file", file_id)
+        return row.filename, row.body
+
+    def files(self, purpose: str | None = None) -> list[Json]:
+        """All files without their bytes, oldest first."""
+        query = sa.select(*_OF_FILE).order_by(_FILES.c.created_at, _FILES.c.id)
+        if purpose is not None:
+            query = query.where(_FILES.c.purpose == (purpose if _is_plain(purpose) else ""))
+        with self._db.connect() as db:
+            return [_file(row) for row in db.execute(query)]
+
+    def delete_file(self, file_id: str) -> None:
+        with self._db.begin() as db:
+            if not db.execute(sa.delete(_FILES).where(_FILES.c.id == _known(file_id, "file"))).rowcount:
+                raise _not_found("file", file_id)
+
     # Bounds ----------------------------------------------------------------------------------------------------------
 
     def sweep(self) -> None:
@@ -380,16 +484,19 @@ class Store:
         with self._db.begin() as db:
             gone = _RESPONSES.c.expires_at < now
             ids = list(db.execute(sa.select(_RESPONSES.c.id).where(gone, ~_RESPONSES.c.is_running)).scalars())
-            for table in (_CONVERSATIONS, _CHATS):
+            for table in (_CONVERSATIONS, _CHATS, _FILES):
                 ids += db.execute(sa.select(table.c.id).where(table.c.expires_at < now)).scalars()
             if self._max_bytes:
-                sizes = [sa.select(sa.func.coalesce(sa.func.sum(t.c.size_bytes), 0)) for t in (_RESPONSES, _CHATS)]
+                sizes = [
+                    sa.select(sa.func.coalesce(sa.func.sum(t.c.size_bytes), 0)) for t in (_RESPONSES, _CHATS, _FILES)
+                ]
                 total = sum(int(db.execute(size).scalar_one()) for size in sizes)
                 kept = sa.union_all(
                     sa.select(_RESPONSES.c.id, _RESPONSES.c.size_bytes, _RESPONSES.c.expires_at).where(
                         ~_RESPONSES.c.is_running
                     ),
                     sa.select(_CHATS.c.id, _CHATS.c.size_bytes, _CHATS.c.expires_at),
+                    sa.select(_FILES.c.id, _FILES.c.size_bytes, _FILES.c.expires_at),
                 )
                 oldest = kept.order_by("expires_at")
                 for row in db.execute(oldest) if total > self._max_bytes else ():
@@ -403,12 +510,14 @@ class Store:
                 db.execute(sa.delete(_TOOL_STATES).where(_TOOL_STATES.c.owner_id.in_(some)))
                 db.execute(sa.delete(_RESPONSES).where(_RESPONSES.c.id.in_(some)))
                 db.execute(sa.delete(_CONVERSATIONS).where(_CONVERSATIONS.c.id.in_(some)))
+                db.execute(sa.delete(_OWNERS).where(_OWNERS.c.conversation_id.in_(some)))
                 db.execute(sa.delete(_CHATS).where(_CHATS.c.id.in_(some)))
+                db.execute(sa.delete(_FILES).where(_FILES.c.id.in_(some)))
 
     # Parts of these --------------------------------------------------------------------------------------------------
 
     def _expiry(self, now: float) -> float:
-        return now + self._ttl_s if self._ttl_s else 1e12
+        return now + self._ttl_s if self._ttl_s else _NEVER
 
     def _count_saved(self) -> None:
         self._num_saved += 1
@@ -429,6 +538,25 @@ class Store:
         query = sa.select(_ITEMS).where(_ITEMS.c.owner_id == owner_id, _ITEMS.c.kind == kind)
         with self._db.connect() as db:
             return [_entry(row) for row in db.execute(query.order_by(_ITEMS.c.position))]
+
+    def _create(
+        self, db: Connection, metadata: Json, entries: Sequence[Entry], current_date: str | None, owner: str
+    ) -> Json:
+        conversation_id, now = new_id("conv"), time.time()
+        row = {"id": conversation_id, "created_at": now, "metadata": dumps(metadata)}
+        db.execute(sa.insert(_CONVERSATIONS).values(**row, expires_at=self._expiry(now)))
+        db.execute(sa.insert(_OWNERS).values(conversation_id=conversation_id, owner=owner))
+        self._append(db, conversation_id, entries, current_date)
+        return _conversation(conversation_id, now, metadata)
+
+    def _has_words(self, db: Connection, conversation: Json, words: Sequence[str]) -> bool:
+        text = " ".join(str(value) for value in conversation["metadata"].values()).casefold()
+        missing = [word for word in words if word not in text]
+        if missing:
+            bodies = db.execute(sa.select(_ITEMS.c.body).where(_ITEMS.c.owner_id == conversation["id"])).scalars()
+            text = "\n".join(_said(_json(body)) for body in bodies).casefold()
+            missing = [word for word in missing if word not in text]
+        return not missing
 
     def _conversation_row(self, conversation_id: str) -> Any:
         known = _known(conversation_id, "conversation")
@@ -504,6 +632,13 @@ def _entry(row: Any) -> Entry:
     return Entry(_json(row.body), tuple(Spoken.from_dict(one) for one in spoken))
 
 
+def _said(item: Json) -> str:
+    """The text of a message; nothing of other items."""
+    content = item.get("content") if item.get("type") == "message" else None
+    parts = content if isinstance(content, list) else []
+    return "\n".join(str(part["text"]) for part in parts if isinstance(part, dict) and "text" in part)
+
+
 def _json(data: bytes) -> Json:
     loaded: Json = json.loads(data)
     return loaded
@@ -515,6 +650,22 @@ def _conversation(conversation_id: str, created_at: float, metadata: Json) -> Js
         "object": "conversation",
         "created_at": int(created_at),
         "metadata": metadata,
+    }
+
+
+_OF_FILE = [column for column in _FILES.c if column.name != "body"]
+
+
+def _file(row: Any) -> Json:
+    return {
+        "id": row.id,
+        "object": "file",
+        "bytes": row.size_bytes,
+        "created_at": int(row.created_at),
+        "expires_at": int(row.expires_at) if row.expires_at < _NEVER else None,
+        "filename": row.filename,
+        "purpose": row.purpose,
+        "status": "processed",
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -23,6 +24,11 @@ _MIN_GAP_S = 0.002
 _KEEPALIVE = b": keepalive\n\n"
 # Bytes that may wait for a slow client before the response itself waits.
 _MAX_BUFFERED = 1 << 20
+
+
+def caller_of(request: Request) -> str:
+    """The name of the key that the request was made with; "" without keys."""
+    return request.scope.get("ossia.caller") or ""
 
 
 class JSONResponse(Response):
@@ -51,17 +57,19 @@ class EventStream(Response):
         self._ready = asyncio.Event()
         self._drained = asyncio.Event()
         self._is_done = False
+        # When the piece that is being sent was begun.
+        self._sending_since_s = math.inf
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         tasks = [asyncio.ensure_future(work) for work in (self._write(send), self._read(), self._until_gone(receive))]
         writing, reading, gone = tasks
-        keeping = asyncio.ensure_future(self._keep_alive())
+        watching = [asyncio.ensure_future(work) for work in (self._keep_alive(), self._until_stalled())]
         try:
-            await asyncio.wait([writing, gone], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([writing, gone, watching[1]], return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (*tasks, keeping):
+            for task in (*tasks, *watching):
                 task.cancel()
-            await asyncio.gather(*tasks, keeping, return_exceptions=True)
+            await asyncio.gather(*tasks, *watching, return_exceptions=True)
             await self._chunks.aclose()
         for task in (reading, writing):
             if not task.cancelled() and (error := task.exception()) is not None and not isinstance(error, OSError):
@@ -91,8 +99,9 @@ class EventStream(Response):
             data, self._buffer, self._num_buffered = b"".join(self._buffer), [], 0
             self._drained.set()
             if data:
-                async with asyncio.timeout(STALL_S):
-                    await send({"type": "http.response.body", "body": data, "more_body": True})
+                self._sending_since_s = sent_s
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+                self._sending_since_s = math.inf
             if self._is_done and not self._buffer:
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
                 return
@@ -102,6 +111,12 @@ class EventStream(Response):
             await asyncio.sleep(KEEPALIVE_S)
             if not self._buffer:
                 self._put(_KEEPALIVE)
+
+    async def _until_stalled(self) -> None:
+        # One look now and then: a timeout around each piece would cost more than the piece.
+        clock = asyncio.get_running_loop().time
+        while clock() - self._sending_since_s < STALL_S:
+            await asyncio.sleep(STALL_S / 8)
 
     async def _until_gone(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":

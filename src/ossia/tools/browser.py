@@ -10,7 +10,7 @@ with a text, in the words that it was trained on where there are such; what a pa
 
 `ToolOutput.details`: {"action": the action of a web_search_call: {type: search, query, queries, sources} |
 {type: open_page, url} | {type: find_in_page, pattern, url}, "cursor": the view that was pushed or null,
-"arguments": {...} as they were understood}.
+"arguments": {...} as they were understood, "results": of a search [{title, url, text}], the text as it was shown}.
 """
 
 from __future__ import annotations
@@ -144,13 +144,16 @@ class Browser:
                 raise _UsageError(f"This conversation has seen {_MAX_VIEWS} views, the most that it may.")
             text = await getattr(self, f"_{name}")(action, **read)
         except _UsageError as error:
+            action.pop("results", None)
             return ToolOutput(str(error), True, {"action": action, "cursor": None, "arguments": read})
         # A fault of ours must not end the conversation.
         except Exception:
             _log.exception("browser function=%s failed", name)
             text = "The browser met an error of its own; go on without it."
             return ToolOutput(text, True, {"action": action, "cursor": None, "arguments": read})
-        return ToolOutput(text, False, {"action": action, "cursor": num_views, "arguments": read})
+        results = action.pop("results", [])
+        details = {"action": action, "cursor": num_views, "arguments": read, "results": results}
+        return ToolOutput(text, False, details)
 
     async def close(self) -> None:
         """Nothing is held: the back end belongs to whoever opened it."""
@@ -209,6 +212,7 @@ class Browser:
             for hit in hits[:num_hits]
         ]
         action["sources"] = [{"type": "url", "url": hit.url} for hit in hits]
+        action["results"] = [{"title": hit.title, "url": hit.url, "text": hit.snippet} for hit in hits]
         page = search_page(shorten(clean(query)), hits)
         return self._push(self._add(page), 0, -1)
 

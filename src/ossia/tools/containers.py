@@ -31,6 +31,8 @@ class Container:
     used_at: float
     # Paths that were put there by way of the API.
     uploaded: set[str] = field(default_factory=set)
+    # Ids of uploaded files of which it has had a copy.
+    copied: set[str] = field(default_factory=set)
 
 
 class ContainerFile(NamedTuple):
@@ -151,6 +153,21 @@ class Containers:
         self.use(container_id)
         container.uploaded.add(path)
         return await self.file(container_id, _file_id(container_id, path))
+
+    def has_copy(self, container_id: str, file_id: str) -> bool:
+        """Whether an uploaded file was put into the container, in the session that it has now."""
+        if not self._sessions.has_session(container_id):
+            return False
+        container = self._known.get(container_id)
+        return container is not None and file_id in container.copied
+
+    async def copy(self, container_id: str, file_id: str, name: str, data: bytes) -> ContainerFile:
+        """Put an uploaded file into /mnt/data. Raises as `write`."""
+        if not self._sessions.has_session(container_id):
+            self.get(container_id).copied.clear()
+        made = await self.write(container_id, name, data)
+        self.get(container_id).copied.add(file_id)
+        return made
 
     async def remove(self, container_id: str, file_id: str) -> None:
         """Raises NotFoundError, UnavailableError; InputError if the file cannot be removed."""

@@ -1,6 +1,6 @@
 """Tools of ossia offered to others over the Model Context Protocol, by standard input and output or by HTTP.
 
-    server = ToolServer(lambda: [make("apply_patch", settings)])
+    server = ToolServer(lambda: [workshop.make("python"), workshop.make("browser")])
     await server.run_stdio()            or
     uvicorn.run(server.http_app(), ...)
 
@@ -8,6 +8,8 @@ Each session of a client has tools of its own, made when it first asks and close
 files of one are never another's. A session of HTTP ends when the client says so or has been silent for ``idle_s``; one
 of standard input ends with it. Because tools have a state, HTTP is served in the versions of the protocol that have
 sessions; newer clients fall back to these by themselves.
+
+A picture of python's output is an image of the answer.
 
 Names       a function of the namespace `functions` keeps its name, those of others are `browser_search`; a namespace
             that is called itself, as python is, is one tool with its text as argument
@@ -188,8 +190,9 @@ class ToolServer:
         async def call_tool(context: Any, params: types.CallToolRequestParams) -> types.CallToolResult:
             session = session_of(context)
             output = await session.call(params.name, params.arguments or {}, str(context.request_id))
-            content = types.TextContent(text=output.text)
-            return types.CallToolResult(content=[content], is_error=output.is_error)
+            content: list[types.ContentBlock] = [types.TextContent(text=output.text)]
+            content += [types.ImageContent(data=data, mime_type=kind) for kind, data in _images(output)]
+            return types.CallToolResult(content=content, is_error=output.is_error)
 
         async def with_sessions_only(ctx: Any, call_next: Callable[[Any], Any]) -> Any:
             if ctx.protocol_version in MODERN_PROTOCOL_VERSIONS:
@@ -223,6 +226,13 @@ class ToolServer:
 
     def _session(self) -> _Session:
         return _Session(self._make_tools, self._audit, self._sessions)
+
+
+def _images(output: ToolOutput) -> list[tuple[str, str]]:
+    """Types and base64 of the pictures of an answer."""
+    urls = [str(one["url"]) for one in output.details.get("outputs") or () if one.get("type") == "image"]
+    parts = [url.removeprefix("data:").partition(";base64,") for url in urls]
+    return [(kind, data) for kind, _, data in parts if data]
 
 
 class _Session:

@@ -19,6 +19,7 @@ import contextlib
 import json
 import logging
 import re
+import secrets
 from collections import OrderedDict
 from collections.abc import Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -208,6 +209,10 @@ class PythonSessions:
         """The tool of the conversation ``key``."""
         return PythonTool(self, key)
 
+    def own_tool(self) -> PythonTool:
+        """The tool of a conversation that nobody comes back to: its session ends with the tool."""
+        return PythonTool(self, secrets.token_hex(16), is_own=True)
+
     async def session(self, key: str) -> PythonSession:
         """The conversation's session, new or again. Raises LimitError if all are in use, UnavailableError if closed."""
         if self._is_closed:
@@ -318,9 +323,10 @@ class PythonSessions:
 class PythonTool:
     """The tool of one conversation."""
 
-    def __init__(self, sessions: PythonSessions, key: str) -> None:
+    def __init__(self, sessions: PythonSessions, key: str, *, is_own: bool = False) -> None:
         self._sessions = sessions
         self._key = key
+        self._is_own = is_own
 
     @property
     def namespace(self) -> ToolNamespace:
@@ -348,7 +354,9 @@ class PythonTool:
         return ToolOutput(text, execution.status != "ok", _details(execution, self._sessions.tier))
 
     async def close(self) -> None:
-        """Nothing is held: the session is the conversation's, and ends when it is idle."""
+        """End the session if it is the tool's own; else it is the conversation's, and ends when it is idle."""
+        if self._is_own:
+            await self._sessions.end_session(self._key)
 
 
 def read_code(arguments: str) -> str:

@@ -25,8 +25,9 @@ import torch
 from torch import nn
 
 from ossia.errors import InputError
-from ossia.model.adapter import Adapter, LoraPair
+from ossia.model.adapter import Adapter
 from ossia.model.transformer import Weights
+from ossia.ops import LoraPair
 from ossia.ops.autograd import Embedding, Experts, Linear, Lora
 
 TARGETS = ("q", "k", "v", "o", "experts", "router", "embedding", "unembedding")

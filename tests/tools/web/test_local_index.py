@@ -247,4 +247,5 @@ def test_the_state_of_a_folder_is_told_without_its_words(backend):
     backend.refresh()
     state = asyncio.run(backend_state(backend))
     assert (state["documents"], state["unreadable"], state["key"], state["parsing"]) == (5, 0, "not needed", "works")
+    assert set(state["parser"]) == {"landlock", "seccomp"}
     assert state["index_bytes"] > 10_000 and state["backend"].startswith("local:")

@@ -3,6 +3,10 @@ from __future__ import annotations
 import asyncio
 import codecs
 import io
+import json
+import socket
+import subprocess
+import sys
 
 import pytest
 from tests.tools.web.pages import PAGES
@@ -198,6 +202,67 @@ def test_a_child_is_warm_alone_and_limited(parser):
     assert resource.prlimit(pid, resource.RLIMIT_FSIZE)[1] == 0
     assert resource.prlimit(pid, resource.RLIMIT_CPU)[1] == 120
     assert os.getsid(pid) != os.getsid(0)
+
+
+ATTEMPTS = """
+import ctypes, json, os, socket, subprocess, sys, threading, _thread
+from ossia.tools.web import parse_child
+import lxml, protego, pypdf
+layers = parse_child.confine()
+worked = []
+def attempt(name, function):
+    try:
+        function()
+        worked.append(name)
+    except (OSError, RuntimeError, ValueError):
+        pass
+def started():
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+attempt("module", lambda: open(json.__file__).read())
+attempt("codec", lambda: b"".decode("shift_jis") + b"".decode("hz"))
+attempt("secret", lambda: open(sys.argv[1]).read())
+attempt("passwd", lambda: open("/etc/passwd").read())
+attempt("environ", lambda: open("/proc/self/environ").read())
+attempt("list", lambda: os.listdir(os.path.dirname(sys.argv[1])))
+attempt("write", lambda: open(sys.argv[1], "w"))
+attempt("write a module", lambda: open(json.__file__, "r+"))
+attempt("make", lambda: os.mkdir(sys.argv[1] + ".d"))
+attempt("remove", lambda: os.unlink(sys.argv[1]))
+attempt("change", lambda: os.chmod(sys.argv[1], 0o777))
+attempt("connect", lambda: socket.create_connection(("127.0.0.1", int(sys.argv[2])), 1))
+attempt("pair", lambda: socket.socketpair())
+attempt("run", lambda: subprocess.run(["true"]))
+attempt("exec", lambda: os.execv("/bin/true", ["true"]))
+attempt("fork", started)
+attempt("thread", lambda: _thread.start_new_thread(int, ()))
+attempt("signal", lambda: os.kill(os.getppid(), 0))
+attempt("limits", lambda: __import__("resource").setrlimit(4, (0, 0)))
+attempt("namespace", lambda: ctypes.CDLL(None, use_errno=True).unshare(0x10000000) and open("/no"))
+print(json.dumps([layers, worked]))
+"""
+
+
+def test_what_parses_can_read_its_modules_and_do_nothing_else(tmp_path):
+    (tmp_path / "secret").write_text("secret")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        command = [sys.executable, "-c", ATTEMPTS, str(tmp_path / "secret"), str(server.getsockname()[1])]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    layers, worked = json.loads(done.stdout)
+    missing = [name for name in ("landlock", "seccomp") if not layers[name]]
+    if missing:
+        pytest.skip(f"the layers {missing} could not be tested on this machine")
+    assert worked == ["module", "codec"], done.stderr
+    assert (tmp_path / "secret").read_text() == "secret"
+
+
+def test_a_child_says_what_confines_it(parser):
+    layers = parser.layers()
+    if not (layers["landlock"] and layers["seccomp"]):
+        pytest.skip(f"a layer could not be tested on this machine: {layers}")
+    with open(f"/proc/{parser._idle[-1]._process.pid}/status") as file:
+        assert "Seccomp:\t2" in file.read()
 
 
 def test_a_child_that_died_is_replaced_without_a_word(parser):

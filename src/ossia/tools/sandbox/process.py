@@ -7,6 +7,7 @@ checked, and an answer that is not one ends the sandbox.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -17,7 +18,7 @@ import struct
 import subprocess
 import time
 from concurrent.futures import Executor
-from typing import Any, get_args
+from typing import IO, Any, get_args
 
 from ossia.errors import InputError, NotFoundError, UnavailableError
 from ossia.tools.sandbox.cgroup import Cgroup
@@ -35,6 +36,8 @@ _MAX_NAME_BYTES = 4096
 _MAX_ERROR_BYTES = 1 << 19
 _MIME = re.compile(r"[a-z0-9.+-]{1,60}/[a-z0-9.+-]{1,60}")
 _LENGTH = struct.Struct("!I")
+# What a pipe takes and gives at once, at the most.
+_MAX_READ_BYTES, _MAX_WRITE_BYTES = 1 << 18, 1 << 16
 
 _log = logging.getLogger(__name__)
 
@@ -60,8 +63,7 @@ class ProcessSandbox:
         self._greetings: asyncio.Queue[Answer] = asyncio.Queue()
         # The call that was cancelled and has not ended yet.
         self._leftover: asyncio.Future[Answer] | None = None
-        self._source: asyncio.ReadTransport | None = None
-        self._writer: asyncio.StreamWriter | None = None
+        self._pipes: _Pipes | None = None
         self._listener: asyncio.Task[None] | None = None
         self._ending: asyncio.Future[None] | None = None
         self._last_words = ""
@@ -147,22 +149,15 @@ class ProcessSandbox:
 
     async def _greet(self) -> None:
         loop = asyncio.get_running_loop()
-        assert self._process.stdin is not None and self._process.stdout is not None
         reader = asyncio.StreamReader(limit=1 << 20)
-        self._source, _ = await loop.connect_read_pipe(
-            lambda: asyncio.StreamReaderProtocol(reader), self._process.stdout
-        )
-        transport, protocol = await loop.connect_write_pipe(
-            lambda: asyncio.streams.FlowControlMixin(loop=loop), self._process.stdin
-        )
-        self._writer = asyncio.StreamWriter(transport, protocol, None, loop)
+        self._pipes = _Pipes(self._process, reader)
         self._listener = loop.create_task(self._listen(reader))
-        self._writer.write(modules(self._launch.is_source))
+        self._pipes.write(modules(self._launch.is_source))
         hello, _ = await self._next_greeting()
         if hello.get("op") != "hello":
             raise UnavailableError(f"{self.tier}: unexpected words at the start of the sandbox")
         self._cgroup = await loop.run_in_executor(self._executor, self._enter_cgroup)
-        self._writer.write(wire.pack(self._launch.settings))
+        self._pipes.write(wire.pack(self._launch.settings))
         ready, _ = await self._next_greeting()
         if ready.get("op") != "ready":
             raise UnavailableError(f"{self.tier}: {str(ready.get('error', 'the sandbox did not start'))[:2000]}")
@@ -195,12 +190,12 @@ class ProcessSandbox:
     ) -> tuple[int, asyncio.Future[Answer]]:
         number = next(self._numbers)
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        if self._ending is not None or self._writer is None:
+        if self._ending is not None or self._pipes is None:
             answer.set_exception(UnavailableError("the python sandbox has ended"))
             return number, answer
         if is_answered:
             self._answers[number] = answer
-        self._writer.write(wire.pack(header | {"id": number}, body))
+        self._pipes.write(wire.pack(header | {"id": number}, body))
         return number, answer
 
     async def _settle(self) -> bool:
@@ -247,7 +242,7 @@ class ProcessSandbox:
                     self._greetings.put_nowait((header, body))
                 elif not answer.done():
                     answer.set_result((header, body))
-        except (asyncio.IncompleteReadError, ConnectionError, ValueError, RecursionError):
+        except (asyncio.IncompleteReadError, ValueError, RecursionError):
             pass
         self._greetings.put_nowait(({}, b""))
         self._end()
@@ -270,17 +265,10 @@ class ProcessSandbox:
         self._answers.clear()
         if self._launch.dies_with_parent:
             self._process.kill()
-        # The event loop closes what it watches; it would go on watching a number that means another file by then.
-        if self._writer is not None:
-            # Already closed where the other end went first.
-            if not self._writer.transport.is_closing():
-                self._writer.transport.abort()
-        elif self._process.stdin is not None:
-            self._process.stdin.close()
-        if self._source is not None:
-            self._source.close()
-        elif self._process.stdout is not None:
-            self._process.stdout.close()
+        if self._pipes is not None:
+            self._pipes.close()
+        else:
+            _close(self._process.stdin, self._process.stdout)
         if self._listener is not None and self._listener is not asyncio.current_task():
             self._listener.cancel()
         self._ending = asyncio.get_running_loop().run_in_executor(None, self._wait_for_end)
@@ -301,6 +289,78 @@ class ProcessSandbox:
         self._launch.clean_up()
         if self._cgroup is not None:
             self._cgroup.remove()
+
+
+class _Pipes:
+    """Standard input and output of a process, watched by the event loop and closed by nobody else, once.
+
+    The event loop's own transports are no choice: those of uvloop close the number of a pipe a second time, when it may
+    be that of another thread's file already.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader) -> None:
+        assert process.stdin is not None and process.stdout is not None
+        self._files = process.stdin, process.stdout
+        self._in, self._out = process.stdin.fileno(), process.stdout.fileno()
+        self._reader = reader
+        # What the pipe had no room for.
+        self._waiting = bytearray()
+        self._is_closed = False
+        self._loop = asyncio.get_running_loop()
+        for fd in (self._in, self._out):
+            os.set_blocking(fd, False)
+        self._loop.add_reader(self._out, self._read)
+
+    def write(self, data: bytes) -> None:
+        """Send ``data``, now or when there is room; if the other end is gone, its silence tells so."""
+        if self._is_closed:
+            return
+        is_waiting = bool(self._waiting)
+        self._waiting += data
+        if not is_waiting:
+            self._flush()
+            if self._waiting:
+                self._loop.add_writer(self._in, self._flush)
+
+    def close(self) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._loop.remove_reader(self._out)
+        self._loop.remove_writer(self._in)
+        self._waiting.clear()
+        _close(*self._files)
+
+    def _flush(self) -> None:
+        try:
+            while self._waiting:
+                del self._waiting[: os.write(self._in, self._waiting[:_MAX_WRITE_BYTES])]
+        except BlockingIOError:
+            return
+        except OSError:
+            self._waiting.clear()
+        self._loop.remove_writer(self._in)
+
+    def _read(self) -> None:
+        try:
+            data = os.read(self._out, _MAX_READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if data:
+            self._reader.feed_data(data)
+        else:
+            self._loop.remove_reader(self._out)
+            self._reader.feed_eof()
+
+
+def _close(*files: IO[bytes] | None) -> None:
+    for file in files:
+        # What was still to be written is for nobody.
+        with contextlib.suppress(OSError):
+            if file is not None:
+                file.close()
 
 
 def split_path(path: str) -> list[str]:

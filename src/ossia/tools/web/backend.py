@@ -199,7 +199,7 @@ def backend_of(settings: Config, *, progress: Callable[[Any], None] | None = Non
 
 
 async def backend_state(backend: Backend) -> dict[str, Any]:
-    """What `Backend.describe` says, and whether a document can be parsed here."""
+    """What `Backend.describe` says, whether a document can be parsed here, and what confines the parser."""
     import asyncio
 
     state = await asyncio.to_thread(backend.describe)
@@ -207,6 +207,7 @@ async def backend_state(backend: Backend) -> dict[str, Any]:
     try:
         rendered = await parser.render_async("html", b"<title>a</title><p>b</p>", "https://example.com/")
         state["parsing"] = "works" if rendered.text == "b" else "does not work: it changed a text"
+        state["parser"] = await asyncio.to_thread(parser.layers)
     except OssiaError as error:
         state["parsing"] = f"does not work: {error.message}"
     finally:

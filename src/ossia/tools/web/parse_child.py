@@ -5,7 +5,8 @@ A child reads one job after the other from its standard input and writes the ans
     job      8 bytes: sizes of header and body, big endian; the header as JSON {kind, url, charset, ...}; the body
     answer   4 bytes: its size; JSON {title, text, links} or {error} or, for robots.txt, {allowed}
 
-It has an empty environment, no files to open, a bound on memory and on processor time, and it dies with its parent.
+It has an empty environment, a bound on memory and on processor time, and it dies with its parent. Where the system
+allows it, Landlock leaves it no file but Python's own modules, and seccomp nothing to do but to compute and to read.
 Who asks waits at most so long, then the child is killed, and the next job gets another one.
 """
 
@@ -100,6 +101,11 @@ class Parser:
         except asyncio.CancelledError:
             job.cancel()
             raise
+
+    def layers(self) -> dict[str, Any]:
+        """What confines a child here: {"landlock": the ABI, 0 for none, "seccomp": bool}. Blocks; raises ParseError."""
+        answer = self._ask({"kind": "layers"}, b"")
+        return {name: answer[name] for name in ("landlock", "seccomp")}
 
     async def may_fetch(self, robots: bytes, url: str, agent: str) -> bool:
         """Whether a robots.txt lets ``agent`` fetch a URL. Raises ParseError."""
@@ -252,6 +258,7 @@ def main(memory_bytes: int) -> None:
         (resource.RLIMIT_NPROC, 0),
     ):
         resource.setrlimit(limit, (value, value))
+    layers = confine()
     while len(head := jobs.read(_HEAD.size)) == _HEAD.size:
         num_header, num_body = _HEAD.unpack(head)
         header = json.loads(jobs.read(num_header))
@@ -261,6 +268,8 @@ def main(memory_bytes: int) -> None:
             if header["kind"] == "robots":
                 rules = protego.Protego.parse(body.decode("utf-8", "replace"))
                 answer = {"allowed": rules.can_fetch(header["url"], header["agent"])}
+            elif header["kind"] == "layers":
+                answer = dict(layers)
             else:
                 rendered = page_text.render(header["kind"], body, header["url"], header["charset"], header["seconds"])
                 answer = rendered._asdict()
@@ -275,6 +284,38 @@ def main(memory_bytes: int) -> None:
         data = json.dumps(answer).encode()
         answers.write(_SIZE.pack(len(data)) + data)
         answers.flush()
+
+
+def confine() -> dict[str, Any]:
+    """Give up, for ever, whatever parsing does not take; what the system has taken, as `Parser.layers` tells it."""
+    layers: dict[str, Any] = {"landlock": 0, "seccomp": False}
+    if not sys.platform.startswith("linux"):
+        return layers
+    from ossia.tools.sandbox.inside import landlock, seccomp
+
+    # Codecs, and what the libraries import when they first need it.
+    with suppress(OSError):
+        layers["landlock"] = landlock.restrict(_module_folders(), [], [])
+    with suppress(OSError):
+        seccomp.install_computing()
+        layers["seccomp"] = True
+    return layers
+
+
+def _module_folders() -> list[str]:
+    """Where Python and the parsers are installed; not the whole of sys.path, in which a folder of the user's may be."""
+    import sysconfig
+
+    import lxml  # type: ignore[import-untyped]
+    import protego
+    import pypdf
+
+    import ossia
+
+    packages = {os.path.dirname(os.path.dirname(str(one.__file__))) for one in (lxml, protego, pypdf)}
+    own = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), os.path.dirname(str(ossia.__file__))}
+    system = {"/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/nix/store"}
+    return sorted(packages | own | system)
 
 
 def _die_with_parent() -> None:

@@ -14,7 +14,7 @@ import errno
 import os
 import platform
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 _PLAIN = """
     access alarm arch_prctl brk capget chdir clock_getres clock_gettime clock_nanosleep close close_range
@@ -34,6 +34,15 @@ _PLAIN = """
     statx symlink symlinkat sysinfo tgkill time timer_create timer_delete timer_getoverrun
     timer_gettime timer_settime timerfd_create timerfd_gettime timerfd_settime times tkill truncate umask
     uname unlink unlinkat vfork wait4 waitid write writev
+"""
+# What it takes to compute, and to read files: nothing is made, changed, sent or started. For a parser.
+_COMPUTING = """
+    access brk clock_getres clock_gettime clock_nanosleep close exit exit_group faccessat faccessat2 fstat
+    fstatfs futex getcpu getcwd getdents getdents64 getegid geteuid getgid getpid getppid getrandom getrlimit getrusage
+    gettid gettimeofday getuid lseek lstat madvise membarrier mprotect mremap munmap nanosleep newfstatat poll ppoll
+    pread64 preadv pselect6 read readlink readlinkat readv restart_syscall rseq rt_sigaction rt_sigprocmask rt_sigreturn
+    sched_getaffinity sched_yield select set_robust_list sigaltstack stat statfs statx sysinfo time times uname write
+    writev
 """
 
 _NUMBERS = {
@@ -123,8 +132,15 @@ def install(hide_metadata: bool) -> None:
 
     Raises OSError.
     """
-    machine = platform.machine()
-    program = build(machine, hide_metadata)
+    _install(build(platform.machine(), hide_metadata))
+
+
+def install_computing() -> None:
+    """Leave this process and its threads nothing but to compute, and to read files, for ever. Raises OSError."""
+    _install(build_computing(platform.machine()))
+
+
+def _install(program: Program) -> None:
     packed = b"".join(struct.pack("HBBI", *one) for one in program)
     buffer = ctypes.create_string_buffer(packed, len(packed))
 
@@ -134,20 +150,33 @@ def install(hide_metadata: bool) -> None:
     argument = Filter(len(program), ctypes.cast(buffer, ctypes.c_void_p))
     libc = ctypes.CDLL(None, use_errno=True)
     # PR_SET_NO_NEW_PRIVS; then SECCOMP_SET_MODE_FILTER.
-    if libc.prctl(38, 1, 0, 0, 0) or libc.syscall(_MACHINES[machine][1], 1, 0, ctypes.byref(argument)):
+    if libc.prctl(38, 1, 0, 0, 0) or libc.syscall(_MACHINES[platform.machine()][1], 1, 0, ctypes.byref(argument)):
         number = ctypes.get_errno()
         raise OSError(number, f"seccomp: {os.strerror(number)}")
 
 
 def build(machine: str, hide_metadata: bool) -> Program:
     """The filter as instructions: code, jump if true, jump if false, operand. Raises OSError for an unknown machine."""
+    return _build(machine, _PLAIN.split(), _special(hide_metadata))
+
+
+def build_computing(machine: str) -> Program:
+    """The same for a process that only computes."""
+    special = _special(hide_metadata=False)
+    # Refused: O_WRONLY, O_RDWR, O_CREAT, O_TRUNC, and O_TMPFILE without the flag that differs from machine to machine.
+    writes = 0o3 | 0o100 | 0o1000 | 0o20000000
+    kept = {name: special[name] for name in ("ioctl", "fcntl", "prlimit64", "mmap", "clone3", "memfd_create")}
+    for index, name in ((1, "open"), (2, "openat")):
+        kept[name] = [_argument(index), (_JSET, 0, 1, writes), *_fail(errno.EPERM), *_give(_ALLOW)]
+    return _build(machine, _COMPUTING.split(), kept)
+
+
+def _build(machine: str, plain: Sequence[str], special: Mapping[str, Program]) -> Program:
     if machine not in _NUMBERS:
         raise OSError(f"the filter of system calls is not written for {machine}; expected x86_64 or aarch64")
     numbers = {name: int(number) for name, _, number in (pair.partition("=") for pair in _NUMBERS[machine].split())}
-    actions: dict[int, Program] = {numbers[name]: _give(_ALLOW) for name in _PLAIN.split() if name in numbers}
-    for name, action in _special(hide_metadata).items():
-        if name in numbers:
-            actions[numbers[name]] = action
+    actions: dict[int, Program] = {numbers[name]: _give(_ALLOW) for name in plain if name in numbers}
+    actions |= {numbers[name]: action for name, action in special.items() if name in numbers}
     ranges: list[tuple[int, int, Program]] = []
     for number in sorted(actions):
         if ranges and ranges[-1][1] == number - 1 and ranges[-1][2] == actions[number]:

@@ -1,0 +1,191 @@
+"""`ossia train`: fine-tune a model. A recipe (TOML) says how; every setting is a flag as well.
+
+A method of training is a class of settings and a function; its command, with all flags and their help, is made of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+import types
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+import typer
+
+from ossia.errors import ConfigError, UnavailableError
+from ossia.train.config import DpoConfig, Settings, SftConfig, read_settings
+from ossia.train.rollout_config import DistillConfig, RlConfig, by_effort, read_options
+
+if TYPE_CHECKING:
+    from ossia.train.run import Outcome
+
+app = typer.Typer(help="Fine-tune a model; `recipes/` has examples.", no_args_is_help=True)
+
+_INTERRUPTED = 130
+
+
+def command(kind: type[Settings], train: Callable[..., Outcome], text: str) -> Callable[..., None]:
+    """A command of ``train(settings, resume=..., say=...)`` with a flag for each setting of ``kind``."""
+
+    def run(recipe: Path | None = None, resume: bool = False, **flags: Any) -> None:
+        settings = read_settings(kind, recipe, flags)
+        _require_torch()
+        outcome = train(settings, resume=resume, say=_say)
+        if outcome.is_interrupted:
+            raise typer.Exit(_INTERRUPTED)
+
+    hints = get_type_hints(kind)
+    flags = {field.name: _flag(field, hints[field.name]) for field in dataclasses.fields(kind)}
+    annotations: dict[str, Any] = {
+        "recipe": Annotated[Path | None, typer.Argument(help="TOML file with settings; flags stand above it.")],
+        "resume": Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")],
+        **flags,
+    }
+    defaults = {"resume": False}
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [inspect.Parameter(n, keyword, default=defaults.get(n), annotation=a) for n, a in annotations.items()]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = annotations
+    run.__doc__ = text
+    return run
+
+
+def _flag(field: dataclasses.Field[Any], hint: Any) -> Any:
+    """The option of a setting; None where it is not given, so that the recipe keeps its say."""
+    if get_origin(hint) in (Union, types.UnionType):
+        [hint] = [one for one in get_args(hint) if one is not type(None)]
+    name = f"--{field.name.replace('_', '-')}"
+    names = (f"{name}/--no-{field.name.replace('_', '-')}",) if hint is bool else (name,)
+    if hint == tuple[str, ...]:
+        hint = str
+    shown = _shown(field.default)
+    text = field.metadata["text"] + (f" [default: {shown}]" if shown else "")
+    return Annotated[hint | None, typer.Option(*names, help=text, rich_help_panel=field.metadata["group"] or "Run")]
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, tuple):
+        return ",".join(default)
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    return "" if default is None else str(default)
+
+
+def _require_torch() -> None:
+    if find_spec("torch") is None:
+        raise UnavailableError("training needs PyTorch, which is not installed: pip install 'ossia[train]'")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _sft(settings: SftConfig, **options: Any) -> Outcome:
+    from ossia.train.sft import sft
+
+    return sft(settings, **options)
+
+
+def _dpo(settings: DpoConfig, **options: Any) -> Outcome:
+    from ossia.train.dpo import dpo
+
+    return dpo(settings, **options)
+
+
+def _rl(settings: RlConfig, **options: Any) -> Outcome:
+    from ossia.train.rl import rl
+
+    return rl(settings, **options)
+
+
+def _distill(settings: DistillConfig, **options: Any) -> Outcome:
+    from ossia.train.distill import distill
+
+    return distill(settings, **options)
+
+
+app.command("sft")(
+    command(
+        SftConfig,
+        _sft,
+        """Fine-tune on conversations: answers become likely.
+
+        Give a recipe, flags, or both. The result is in --out: of LoRA the folder adapter/, which `ossia serve` and PEFT
+        load. Ctrl-C ends in good order, and --resume goes on exactly.
+
+        Example: ossia train sft --model gpt-oss-20b --data conversations.jsonl --out runs/mine
+        """,
+    )
+)
+app.command("dpo")(
+    command(
+        DpoConfig,
+        _dpo,
+        """Fine-tune on pairs of answers: the better one becomes the likelier one.
+
+        A row of the data has a chosen and a rejected answer to one prompt; the rest is as for `ossia train sft`.
+
+        Example: ossia train dpo --model gpt-oss-20b --data pairs.jsonl --out runs/mine
+        """,
+    )
+)
+app.command("rl")(
+    command(
+        RlConfig,
+        _rl,
+        """Reinforce: the model does exercises, with tools, and what is rewarded more than its group becomes likelier.
+
+        A task makes exercises and judges answers: arithmetic, calculator, or a class of your own as module:Class.
+        Rewards, lengths and how far engine and trainer are apart go to OUT/metrics.jsonl, and as curves to
+        OUT/curves.png.
+
+        Example: ossia train rl --model gpt-oss-20b --task arithmetic --out runs/sums
+        """,
+    )
+)
+app.command("distill")(
+    command(
+        DistillConfig,
+        _distill,
+        """Distil: a student learns a teacher's probabilities, from the teacher's answers or on its own.
+
+        The teacher is a checkpoint or a server (`ossia serve`, vLLM) with the student's vocabulary.
+
+        Example: ossia train distill --model small --teacher http://127.0.0.1:8000/v1 --task arithmetic --out runs/small
+        """,
+    )
+)
+
+
+@app.command("gold")
+def gold(
+    out: Annotated[Path, typer.Argument(help="JSONL file to write; it must not be there yet.")],
+    task: Annotated[str, typer.Option(help="Tasks: names, or module:Class, each with =WEIGHT; commas between.")],
+    count: Annotated[int, typer.Option(min=1, help="Conversations to write.")] = 1000,
+    task_option: Annotated[str, typer.Option(help="Arguments of a single task, name=value; commas between.")] = "",
+    efforts: Annotated[str, typer.Option(help="How often each effort is asked for, such as low=1,high=2.")] = "",
+    split: Annotated[str, typer.Option(help="Which instances: train, or held_out.")] = "train",
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same conversations.")] = 0,
+) -> None:
+    """Write gold transcripts of tasks as conversations for `ossia train sft`.
+
+    Example: ossia train gold sums.jsonl --task arithmetic --count 5000
+    """
+    from ossia.train.tasks import SPLITS, gold_conversations, make_mix
+
+    sides = [one for one in SPLITS if one == split]
+    if not sides:
+        raise ConfigError(f"--split is {split!r}; expected one of: {', '.join(SPLITS)}")
+    if out.exists():
+        raise ConfigError(f"{out} is there already; give another name")
+    names = [one.strip() for one in task.split(",") if one.strip()]
+    options = tuple(one.strip() for one in task_option.split(",") if one.strip())
+    mix = make_mix(names, read_options(options), by_effort("efforts", efforts) or None)
+    with open(out, "x", encoding="utf-8") as file:
+        for row in gold_conversations(mix, sides[0], seed, count):
+            file.write(row.to_json() + "\n")
+    _say(f"{count} conversations are in {out}")

@@ -1,0 +1,143 @@
+"""AdamW and Muon over named parameters, as one optimiser that is saved and restored by the parameters' names.
+
+Only matrices decay: biases, norms and sinks are kept out of it by their names, since the biases of a layer's experts
+have two dimensions as well.
+
+Sources  AdamW, arXiv:1711.05101. Muon, https://kellerjordan.github.io/posts/muon, with the scale of arXiv:2502.16982
+         that lets it share AdamW's learning rate and decay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ossia.errors import CheckpointError
+
+_VECTORS = ("bias", "norm", "sinks")
+_NOT_INNER = ("embedding", "router")
+"""Matrices that stay with AdamW: their rows are tokens or experts, which are no directions of one space."""
+
+
+class Optimizer:
+    """All parameters' optimisers as one. ``learning_rate`` is set before each step."""
+
+    def __init__(
+        self,
+        named: Iterable[tuple[str, Tensor]],
+        *,
+        kind: Literal["adamw", "muon"] = "adamw",
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.95),
+        epsilon: float = 1e-8,
+        momentum: float = 0.95,
+    ) -> None:
+        self.named = dict(named)
+        inner = [name for name, p in self.named.items() if kind == "muon" and is_inner_matrix(name, p)]
+        matrices = [p for name, p in self.named.items() if name not in inner and is_matrix(name, p)]
+        vectors = [p for name, p in self.named.items() if name not in inner and not is_matrix(name, p)]
+        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        groups = [group for group in groups if group["params"]]
+        self._parts: list[torch.optim.Optimizer] = []
+        if groups:
+            self._parts.append(torch.optim.AdamW(groups, betas=betas, eps=epsilon, fused=True))
+        if inner:
+            self._parts.append(Muon([self.named[name] for name in inner], momentum=momentum, weight_decay=weight_decay))
+
+    def step(self, learning_rate: float) -> None:
+        """Move every parameter that has a gradient."""
+        for part in self._parts:
+            for group in part.param_groups:
+                group["lr"] = learning_rate
+            part.step()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients, and give their memory back."""
+        for parameter in self.named.values():
+            parameter.grad = None
+
+    def state(self) -> dict[str, Tensor]:
+        """What the optimiser remembers: ``parameter name/what`` to a tensor."""
+        return {
+            f"{name}/{key}": value
+            for name, parameter in self.named.items()
+            for part in self._parts
+            for key, value in part.state.get(parameter, {}).items()
+        }
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave. Raises CheckpointError for parameters that are not these."""
+        unknown = {key.rpartition("/")[0] for key in state} - set(self.named)
+        if unknown:
+            raise CheckpointError(
+                f"the checkpoint's optimiser remembers {min(unknown)}, which is not trained here; resume with the "
+                "settings of the run"
+            )
+        for part in self._parts:
+            for group in part.param_groups:
+                for parameter in group["params"]:
+                    part.state.pop(parameter, None)
+        owners = {id(p): part for part in self._parts for group in part.param_groups for p in group["params"]}
+        for key, value in state.items():
+            name, _, what = key.rpartition("/")
+            parameter = self.named[name]
+            # Fused AdamW counts its steps where the parameter lies, and takes for granted that what it remembers of a
+            # parameter has its strides.
+            laid = value.to(parameter.device)
+            if laid.shape == parameter.shape:
+                laid = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            owners[id(parameter)].state[parameter][what] = laid
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal by five Newton-Schulz steps. Parameters [..., O, I]: leading axes are many matrices."""
+
+    def __init__(self, params: Iterable[Tensor], *, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Move every parameter that has a gradient; ``closure`` is not used."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._move(parameter, parameter.grad, group)
+
+    def _move(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        momentum = state["momentum"].lerp_(gradient, 1 - group["momentum"])
+        update = orthogonalize(torch.lerp(gradient, momentum, group["momentum"]))
+        # An update of AdamW has a root mean square of about 0.2; an orthogonal one of 1 / sqrt(larger side).
+        scale = 0.2 * math.sqrt(max(parameter.shape[-2:]))
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(update.to(parameter.dtype), alpha=-group["lr"] * scale)
+
+
+def orthogonalize(g_OI: Tensor) -> Tensor:
+    """U V^T of G = U S V^T, roughly: singular values come out between 0.7 and 1.2, which serves as well as 1."""
+    # bfloat16 is enough for the iteration, and fast where a GPU has units for it; a CPU gains nothing.
+    x_OI = g_OI.to(torch.bfloat16 if g_OI.is_cuda else torch.float32)
+    is_tall = x_OI.shape[-2] > x_OI.shape[-1]
+    if is_tall:
+        x_OI = x_OI.mT
+    x_OI = x_OI / (x_OI.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram_OO = x_OI @ x_OI.mT
+        x_OI = 3.4445 * x_OI + (-4.7750 * gram_OO + 2.0315 * gram_OO @ gram_OO) @ x_OI
+    return x_OI.mT if is_tall else x_OI
+
+
+def is_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay is for this parameter."""
+    return parameter.ndim >= 2 and not any(word in name for word in _VECTORS)
+
+
+def is_inner_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether Muon is for this parameter; "embedding" is also in the name of the unembedding."""
+    return is_matrix(name, parameter) and not any(word in name for word in _NOT_INNER)

@@ -1,0 +1,181 @@
+"""Training on tasks: every step sees new exercises, made as it goes, so that nothing is read from files or seen twice.
+
+    copying and recall     plain texts, every token of which is learned        (share `language`)
+    gold transcripts       of the tasks, whole ("all") or the model's own words alone ("answers")
+
+It begins from any checkpoint: random weights of a new shape, or an earlier stage. What step k sees follows from the
+seed and k alone, so that a run that was killed goes on as if nothing had been.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor
+
+from ossia.errors import ConfigError, NotFoundError, TrainingError
+from ossia.harmony import Tokenizer
+from ossia.model.hub import resolve_model
+from ossia.model.weights import Checkpoint
+from ossia.train.checkpoint import Checkpoints
+from ossia.train.config import TrainConfig, setting
+from ossia.train.data import Sample, TrainBatch, to_batch
+from ossia.train.expansion import TrainRules, expand
+from ossia.train.fit import evaluate, fingerprint, make_optimizer, make_schedule, set_up_torch, table
+from ossia.train.formats import Dialogue
+from ossia.train.module import Model
+from ossia.train.packing import pack
+from ossia.train.run import Outcome, Run, RunFolder, Say, load_parameters
+from ossia.train.sft import Likelihood
+from ossia.train.tasks import Split, TaskMix, gold_conversation, make_mix
+from ossia.train.tasks.language import draw_copy, draw_recall
+from ossia.train.trainer import Trainer
+
+_HELD_OUT_SEED = 1_000_003
+
+
+@dataclass(frozen=True, slots=True)
+class PretrainConfig(TrainConfig):
+    """Training on generated tasks."""
+
+    begin_with: str = setting("", "Folder of a run with whose last weights to begin, in place of the model's.")
+    tasks: tuple[str, ...] = setting((), "Tasks by name, each with =WEIGHT where it is not 1.", is_required=True)
+    learn: Literal["all", "answers"] = setting("answers", "Every token of a transcript, or the model's own alone.")
+    language: float = setting(0.0, "Share of samples that are copying and recall, as plain texts.", low=0, high=1)
+    pass_tokens: int = setting(2048, "Tokens that go through the model at once.", low=64)
+    max_tokens: int = setting(2048, "Longer transcripts are left out.", low=64)
+    fake_quant: bool = setting(False, "Multiply with what MXFP4 would keep of the experts.")
+    held_out: int = setting(200, "Held-out instances whose loss an evaluation tells.", low=0)
+
+    def check(self) -> None:
+        TrainConfig.check(self)
+        if not self.steps:
+            raise ConfigError("steps is not set; exercises never end, so say how many steps to train")
+        if self.max_tokens > self.pass_tokens:
+            raise ConfigError(f"max_tokens is {self.max_tokens} and pass_tokens {self.pass_tokens}: samples must fit")
+
+
+def pretrain(settings: PretrainConfig, *, resume: bool = False, say: Say) -> tuple[Outcome, Model]:
+    """Train; checkpoints and metrics go into ``settings.out``. Raises OssiaError, saying what to do."""
+    device = set_up_torch(settings)
+    path = resolve_model(settings.model)
+    tokenizer = Checkpoint.open(path).tokenizer()
+    mix = make_mix(list(settings.tasks))
+    with RunFolder(settings, resume=resume, inputs={"model": fingerprint(path)}) as folder:
+        model = Model.open(
+            path,
+            device=device,
+            trainable="full",
+            checkpoint_activations=settings.recompute,
+            fake_quant=settings.fake_quant,
+            seed=settings.seed,
+        )
+        if settings.begin_with:
+            load_parameters(model.state(), _last_weights(Path(settings.begin_with)))
+        table(model, say)
+        objective = Likelihood(model, settings.balance_weight)
+        held_out = _held_out(settings, mix, tokenizer)
+        trainer = Trainer(
+            objective,
+            make_optimizer(settings, model),
+            make_schedule(settings, settings.steps),
+            highest_rate=settings.highest_rate,
+            clip=settings.clip,
+            max_skipped=settings.max_skipped,
+            device=device,
+        )
+        run = Run(
+            folder,
+            trainer,
+            TaskFeed(settings, mix, tokenizer),
+            num_steps=settings.steps,
+            parameters=model.state(),
+            evaluate=(lambda: evaluate(model, objective, held_out, device)) if held_out else None,
+            say=say,
+        )
+        model.train()
+        outcome = run.train()
+    return outcome, model
+
+
+class TaskFeed:
+    """Passes of a run on tasks, a `Feed`: each step takes the next draws until it has its tokens."""
+
+    def __init__(self, settings: PretrainConfig, mix: TaskMix, tokenizer: Tokenizer) -> None:
+        self._settings, self._mix, self._tokenizer = settings, mix, tokenizer
+        self._next_draw = 0
+
+    def next_step(self) -> list[TrainBatch]:
+        wanted = self._settings.step_tokens or self._settings.pass_tokens
+        samples: list[Sample] = []
+        num_tokens = num_left_out = 0
+        while True:
+            sample = draw_sample(self._settings, self._mix, self._tokenizer, "train", self._next_draw)
+            if sample is not None and num_tokens + len(sample) > wanted and samples:
+                break
+            self._next_draw += 1
+            if sample is not None:
+                samples.append(sample)
+                num_tokens += len(sample)
+            else:
+                num_left_out += 1
+                if num_left_out > 1000:
+                    raise TrainingError(f"1000 transcripts in a row are longer than {self._settings.max_tokens} tokens")
+        return [to_batch(one) for one in pack(samples, self._settings.pass_tokens)]
+
+    @property
+    def position(self) -> Mapping[str, Any]:
+        return {"next_draw": self._next_draw}
+
+    def seek(self, position: Mapping[str, Any]) -> None:
+        self._next_draw = int(position["next_draw"])
+
+
+def draw_sample(
+    settings: PretrainConfig, mix: TaskMix, tokenizer: Tokenizer, split: Split, number: int
+) -> Sample | None:
+    """Draw ``number`` as tokens; None for one of more than ``settings.max_tokens``."""
+    rng = random.Random(f"language {settings.seed} {number}")
+    if rng.random() < settings.language:
+        text = (draw_copy if rng.random() < 0.5 else draw_recall)(rng, split == "held_out")
+        ids = [tokenizer.special("<|startoftext|>"), *tokenizer.encode(text), tokenizer.special("<|endoftext|>")]
+        sample = Sample(np.array(ids, np.int32), _all_but_first(len(ids)))
+    else:
+        conversation = gold_conversation(mix.draw(split, settings.seed, number))
+        dialogue = Dialogue(conversation.messages, (1.0,) * len(conversation.messages), None)
+        # One turn with its tools is one sample, since no thought of it is left out.
+        expanded = next(expand(dialogue, tokenizer, TrainRules("all"), drop_analysis="never"))
+        weights_L = expanded.weights_L
+        if settings.learn == "all":
+            weights_L = _all_but_first(len(weights_L))
+        sample = Sample(expanded.token_ids_L, weights_L, spans=expanded.spans)
+    return sample if len(sample) <= settings.max_tokens else None
+
+
+def _all_but_first(length: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    weights_L = np.ones(length, np.float32)
+    weights_L[0] = 0
+    return weights_L
+
+
+def _last_weights(folder: Path) -> Mapping[str, Tensor]:
+    checkpoints = Checkpoints(folder / "checkpoints", keep=1)
+    steps = checkpoints.steps()
+    if not steps:
+        raise NotFoundError(f"{folder} has no checkpoint of a run to begin with")
+    return checkpoints.load(steps[-1]).trainable
+
+
+def _held_out(settings: PretrainConfig, mix: TaskMix, tokenizer: Tokenizer) -> list[TrainBatch]:
+    def samples() -> Iterator[Sample]:
+        for number in range(settings.held_out):
+            sample = draw_sample(settings, mix, tokenizer, "held_out", _HELD_OUT_SEED + number)
+            if sample is not None:
+                yield sample
+
+    return [to_batch(one) for one in pack(list(samples()), settings.pass_tokens)]

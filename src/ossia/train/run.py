@@ -1,0 +1,391 @@
+"""A run from its folder to its end: steps, evaluations, checkpoints, a stop in good order, and the way back in.
+
+    OUT/
+        settings.json       every setting, as resolved
+        metrics.jsonl       a line for each step and evaluation
+        checkpoints/        the newest ones, and the best
+        adapter/            of LoRA: the result, as PEFT's folder
+
+A run that was killed at any moment and is resumed writes the same loss curve, bit for bit, as one that was not: a
+checkpoint holds the parameters, the optimiser, the random states and the position in the data, and the log takes back
+the lines of steps that are done again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import IO, Any, Generic, Literal, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from ossia.errors import ConfigError, InputError
+from ossia.train.checkpoint import Checkpoints, Snapshot, open_run_folder
+from ossia.train.config import TrainConfig, as_dict, changed_settings
+from ossia.train.metrics import Metrics, Progress, open_sinks
+from ossia.train.trainer import B, StepReport, Trainer, random_state, set_random_state
+
+Say = Callable[[str], None]
+"""Takes a line for the user."""
+
+Evaluate = Callable[[], Mapping[str, float]]
+"""Numbers on held-out data; "loss" is the one that decides which checkpoint is the best."""
+
+
+class Feed(Protocol[B]):
+    """Passes of a run, step by step."""
+
+    def next_step(self) -> list[B]:
+        """The passes of the next step; nothing when the data is at its end."""
+
+    @property
+    def position(self) -> Mapping[str, Any]:
+        """What `seek` goes on from, as JSON values: the place behind the last step that was handed out."""
+
+    def seek(self, position: Mapping[str, Any]) -> None:
+        """Go on from a position."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended."""
+
+    folder: Path
+    step: int
+    loss: float | None
+    reason: Literal["done", "early", "interrupted"]
+    best_step: int | None = None
+
+    @property
+    def is_interrupted(self) -> bool:
+        return self.reason == "interrupted"
+
+
+class RunFolder:
+    """The folder of a run, held by one process at a time."""
+
+    def __init__(self, settings: TrainConfig, *, resume: bool, inputs: Mapping[str, str]) -> None:
+        """Open or begin. ``inputs`` name the model and the data by their content, so that a change is seen.
+
+        Raises InputError for a folder that has a run which is not to be resumed, or that another process is using,
+        ConfigError naming each setting that differs from those of the run that is resumed.
+        """
+        self.path = Path(settings.out)
+        self.settings = settings
+        self.inputs = dict(inputs)
+        self.checkpoints = Checkpoints(self.path / "checkpoints", keep=settings.keep)
+        steps = self.checkpoints.steps()
+        if steps and not resume:
+            raise InputError(
+                f"{self.path} has a run that got to step {steps[-1]}. Go on with it with --resume, or give another "
+                "folder as out"
+            )
+        open_run_folder(self.path, needed_bytes=0)
+        self._lock = self._locked()
+        self.resumed: Snapshot | None = self.checkpoints.load(steps[-1]) if steps else None
+        if self.resumed is not None:
+            self._check_same(self.resumed.state)
+        (self.path / "settings.json").write_text(json.dumps(as_dict(settings), indent=1) + "\n", encoding="utf-8")
+
+    def check_space(self, needed_bytes: int) -> None:
+        """Raise UnavailableError unless this much can still be written."""
+        open_run_folder(self.path, needed_bytes=needed_bytes)
+
+    def close(self) -> None:
+        """Let another process have it."""
+        self._lock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _locked(self) -> IO[bytes]:
+        file = open(self.path / ".lock", "wb")  # noqa: SIM115 (held until `close`)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            raise InputError(f"{self.path}: another process is training into this folder; give another one") from None
+        return file
+
+    def _check_same(self, state: Mapping[str, Any]) -> None:
+        changes = changed_settings(state["settings"], self.settings)
+        changes += [
+            f"{name} holds something else now"
+            for name, content in state["inputs"].items()
+            if self.inputs.get(name) != content
+        ]
+        if changes:
+            raise ConfigError(
+                f"the run in {self.path} cannot go on with changed settings: {'; '.join(changes)}. Change them back, "
+                "or give another folder as out"
+            )
+
+
+class Run(Generic[B]):
+    """Steps until the end, with what goes on beside them."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        trainer: Trainer[B],
+        feed: Feed[B],
+        *,
+        num_steps: int,
+        parameters: Mapping[str, Tensor],
+        evaluate: Evaluate | None,
+        say: Say,
+    ) -> None:
+        self.folder = folder
+        self.settings = folder.settings
+        self.trainer = trainer
+        self.feed = feed
+        self.num_steps = num_steps
+        self.parameters = parameters
+        self.evaluate = evaluate
+        self.say = say
+        self.num_tokens = 0
+        self.best: tuple[float, int] | None = None
+        self.num_worse = 0
+        self.loss: float | None = None
+        self._evaluated_step = -1
+        if folder.resumed is not None:
+            self._restore(folder.resumed)
+
+    def train(self) -> Outcome:
+        """Go on to the last step, an early end, or an interruption; the last step is saved in each case.
+
+        Raises TrainingError, UnavailableError; the checkpoints before are whole then.
+        """
+        with ExitStack() as stack:
+            interrupts = stack.enter_context(Interrupts(self.say))
+            sinks = open_sinks(
+                self.folder.path,
+                self.folder.path.name,
+                tensorboard=self.settings.tensorboard,
+                wandb=self.settings.wandb,
+            )
+            metrics = Metrics(self.folder.path / "metrics.jsonl", last_step=self.trainer.num_steps_done, sinks=sinks)
+            stack.callback(metrics.close)
+            progress = stack.enter_context(Progress(self.num_steps, self.trainer.num_steps_done))
+            reason = self._loop(metrics, progress, interrupts)
+        step = self.trainer.num_steps_done
+        return Outcome(self.folder.path, step, self.loss, reason, self.best[1] if self.best else None)
+
+    @property
+    def _has_lost_patience(self) -> bool:
+        return bool(self.settings.patience) and self.num_worse >= self.settings.patience
+
+    def load_best(self) -> None:
+        """Put the parameters of the best checkpoint in place, if any evaluation was finite."""
+        if self.best is None:
+            return
+        load_parameters(self.parameters, self.folder.checkpoints.load(self.best[1]).trainable)
+
+    def _loop(
+        self, metrics: Metrics, progress: Progress, interrupts: Interrupts
+    ) -> Literal["done", "early", "interrupted"]:
+        if self.trainer.num_steps_done == 0 and self.evaluate is not None:
+            # What the model can do before: the curve's first point.
+            self._evaluate(metrics, progress)
+        if self._has_lost_patience:
+            # A run that had ended early is resumed: it has.
+            return "early"
+        # Epochs end with the data, whatever was counted beforehand.
+        while not self.settings.steps or self.trainer.num_steps_done < self.num_steps:
+            began_s = time.perf_counter()
+            passes = self.feed.next_step()
+            if not passes:
+                break
+            report = self.trainer.step(passes)
+            tokens_per_s = report.num_tokens / (time.perf_counter() - began_s)
+            self.loss = report.loss
+            self.num_tokens += report.num_tokens
+            metrics.write("step", report.step, _line(report, self.num_tokens, tokens_per_s))
+            progress.advance(
+                report.step, loss=report.loss, tokens_per_s=tokens_per_s, learning_rate=report.learning_rate
+            )
+            if report.is_skipped:
+                self.say(
+                    f"step {report.step} was skipped: loss {report.loss}, norm of the gradient {report.gradient_norm}"
+                )
+            if reason := self._after_step(metrics, progress, interrupts):
+                return reason
+        self._finish(metrics, progress)
+        return "done"
+
+    def _after_step(
+        self, metrics: Metrics, progress: Progress, interrupts: Interrupts
+    ) -> Literal["early", "interrupted"] | None:
+        step = self.trainer.num_steps_done
+        is_better = False
+        if self.evaluate is not None and self.settings.eval_every and step % self.settings.eval_every == 0:
+            is_better = self._evaluate(metrics, progress)
+        is_early = self._has_lost_patience
+        is_due = bool(self.settings.save_every) and step % self.settings.save_every == 0
+        if is_due or is_better or is_early or interrupts.is_wanted:
+            self._save(metrics, progress)
+        if interrupts.is_wanted:
+            self.say(f"stopped after step {step} of {self.num_steps}; the same command with --resume goes on")
+            return "interrupted"
+        if is_early:
+            than = f"than that of step {self.best[1]}" if self.best else "that is finite"
+            self.say(f"ended early at step {step}: no better held-out loss {than}")
+            return "early"
+        return None
+
+    def _finish(self, metrics: Metrics, progress: Progress) -> None:
+        step = self.trainer.num_steps_done
+        if self.evaluate is not None and self._evaluated_step != step:
+            self._evaluate(metrics, progress)
+        if step not in self.folder.checkpoints.steps():
+            self._save(metrics, progress)
+
+    def _evaluate(self, metrics: Metrics, progress: Progress) -> bool:
+        """Whether the held-out loss is the lowest so far, of any step but the first state."""
+        assert self.evaluate is not None
+        progress.describe("evaluating")
+        numbers = self.evaluate()
+        progress.describe("training")
+        step = self._evaluated_step = self.trainer.num_steps_done
+        metrics.write("evaluation", step, numbers)
+        self.say(f"step {step}: held-out " + ", ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
+        if step == 0:
+            return False
+        is_better = math.isfinite(numbers["loss"]) and (self.best is None or numbers["loss"] < self.best[0])
+        self.num_worse = 0 if is_better else self.num_worse + 1
+        if is_better:
+            self.best = (numbers["loss"], step)
+        return is_better
+
+    def _save(self, metrics: Metrics, progress: Progress) -> None:
+        progress.describe("saving")
+        metrics.sync()
+        trainer = self.trainer
+        state = {
+            "step": trainer.num_steps_done,
+            "settings": as_dict(self.settings),
+            "inputs": self.folder.inputs,
+            "position": self.feed.position,
+            "num_steps": self.num_steps,
+            "num_tokens": self.num_tokens,
+            "num_skipped": trainer.num_skipped,
+            "loss": self.loss,
+            "best": self.best,
+            "num_worse": self.num_worse,
+            "evaluated_step": self._evaluated_step,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+        snapshot = Snapshot(state, self.parameters, trainer.optimizer.state(), random_state())
+        self.folder.checkpoints.save(snapshot, best_step=self.best[1] if self.best else None)
+        progress.describe("training")
+
+    def _restore(self, snapshot: Snapshot) -> None:
+        state = snapshot.state
+        load_parameters(self.parameters, snapshot.trainable)
+        self.trainer.optimizer.load_state(snapshot.optimizer)
+        self.trainer.num_steps_done = state["step"]
+        self.trainer.num_skipped = state["num_skipped"]
+        self.feed.seek(state["position"])
+        self.num_tokens, self.loss = state["num_tokens"], state["loss"]
+        self.best = tuple(state["best"]) if state["best"] else None
+        self.num_worse, self._evaluated_step = state["num_worse"], state["evaluated_step"]
+        set_random_state(snapshot.random)
+        here = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+        for name, value in here.items():
+            if state[name] != value:
+                self.say(f"{name} was {state[name]}, now {value}: the last digits of the loss may differ")
+        self.say(f"going on after step {state['step']} of {self.num_steps}")
+
+
+def load_parameters(parameters: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Put saved numbers into parameters of the same names. Raises ConfigError where they are others."""
+    if set(saved) != set(parameters) or any(saved[name].shape != parameters[name].shape for name in saved):
+        odd = sorted(set(saved) ^ set(parameters)) or sorted(n for n in saved if saved[n].shape != parameters[n].shape)
+        raise ConfigError(f"the checkpoint trains other parameters than these settings do, such as {odd[0]}")
+    with torch.no_grad():
+        for name, values in saved.items():
+            parameters[name].copy_(values)
+
+
+class Interrupts:
+    """SIGINT (Ctrl-C) and SIGTERM ask for an end after the step; a second one ends at once."""
+
+    def __init__(self, say: Say) -> None:
+        self.is_wanted = False
+        self._say = say
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.is_wanted:
+            raise KeyboardInterrupt
+        self.is_wanted = True
+        self._say("finishing this step and saving; once more ends at once")
+
+
+def _line(report: StepReport, num_tokens: int, tokens_per_s: float) -> dict[str, Any]:
+    line = {
+        "loss": report.loss,
+        "learning_rate": report.learning_rate,
+        "gradient_norm": report.gradient_norm,
+        "tokens": num_tokens,
+        "trained": report.weight,
+        "tokens_per_s": round(tokens_per_s, 1),
+    }
+    line |= report.shown
+    return line | {"skipped": True} if report.is_skipped else line
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that a process may still take there; None where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return None
+    limits = [_cgroup_room(Path("/sys/fs/cgroup")), free]
+    return min(room for room in limits if room is not None)
+
+
+def _cgroup_room(folder: Path) -> int | None:
+    """What a container's bound leaves."""
+    try:
+        bound = (folder / "memory.max").read_text().strip()
+        used = int((folder / "memory.current").read_text())
+        cache = next(
+            int(line.split()[1])
+            for line in (folder / "memory.stat").read_text().splitlines()
+            if line.startswith("inactive_file ")
+        )
+    except (OSError, ValueError, StopIteration):
+        return None
+    return None if bound == "max" else int(bound) - used + cache

@@ -1,0 +1,50 @@
+"""Supervised fine-tuning: the answers in the data become likely.
+
+    loss = - sum of weight * log p(token | tokens before it) / sum of weights       over all trained tokens of a step
+
+Which tokens are trained: `ossia.train.expansion`. Where routers are trained, a small loss keeps tokens spread over the
+experts besides; with frozen routers it is off, whatever the checkpoint's config.json says.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ossia.train.config import SftConfig
+from ossia.train.data import TrainBatch
+from ossia.train.fit import balance_of, fit, watched_router
+from ossia.train.losses import nll_sum
+from ossia.train.module import Model
+from ossia.train.result import try_result, write_result
+from ossia.train.run import Outcome, Say
+from ossia.train.trainer import Terms
+
+
+def sft(settings: SftConfig, *, resume: bool = False, say: Say) -> Outcome:
+    """Train, write the result into ``settings.out``, and try it. Raises OssiaError, saying what to do."""
+    fitted = fit(settings, "samples", lambda model: Likelihood(model, settings.balance_weight), resume=resume, say=say)
+    if not fitted.outcome.is_interrupted:
+        write_result(fitted.model, settings, say)
+        try_result(fitted, settings, say)
+    return fitted.outcome
+
+
+class Likelihood:
+    """An `ossia.train.trainer.Objective`: trained tokens become likely."""
+
+    def __init__(self, model: Model, balance_weight: float = 0.0) -> None:
+        self._model = model
+        self._balance_weight = balance_weight
+
+    def weight(self, batch: TrainBatch) -> float:
+        return float(batch.weights_R.sum())
+
+    def terms(self, batch: TrainBatch) -> Terms:
+        with watched_router(self._model, is_wanted=self._balance_weight > 0) as seen:
+            logprobs_R = self._model.logprobs(batch.batch, batch.targets_R)
+        loss_sum = nll_sum(logprobs_R, torch.as_tensor(batch.weights_R))
+        if not seen:
+            return Terms(loss_sum)
+        balance = balance_of(seen)
+        weight = self.weight(batch)
+        return Terms(loss_sum, {"balance": balance.item() * weight}, self._balance_weight * balance * weight)

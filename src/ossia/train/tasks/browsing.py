@@ -1,0 +1,150 @@
+"""Questions about an invented world, answered from its pages with a citation, through the real browser tool.
+
+A question of one hop asks for a fact of the thing it names; one of two hops for a fact of something that the first
+page leads to ("Who is the mayor of the town that makes the Velkor 300?"). Right is an answer with the fact, and a
+citation of the very line that says it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ossia.harmony import Effort, Message
+from ossia.tools.base import Tool
+from ossia.tools.browser import Browser
+from ossia.train.tasks.base import Instance, Reward, Transcript
+from ossia.train.tasks.invented import InventedTask, call, compact, final, result, think
+from ossia.train.tasks.world import QUESTIONS, Entry, Fact, World
+
+_LINE = re.compile(r"^L(\d+): (.*)$", re.MULTILINE)
+_CITATION = re.compile("【(\\d+)†L(\\d+)(?:-L\\d+)?】")
+_CURSOR = re.compile(r"^\[(\d+)\]")
+_LINK = re.compile("【(\\d+)†([^†】]*)(?:†[^】]*)?】")
+
+# A fact behind another: how the second question names the thing in the middle.
+_MIDDLE = {
+    "mayor": "the mayor of {name}",
+    "born": "the town where {name} was born",
+    "maker": "the town that makes the {name}",
+    "designer": "the designer of the {name}",
+}
+_SENTENCES = {
+    "founded": "{name} was founded in {value}",
+    "river": "{name} lies on the river {value}",
+    "population": "{value} people live in {name}",
+    "mayor": "The mayor of {name} is {value}",
+    "known": "{name} is known for {value}",
+    "born": "{name} was born in {value}",
+    "job": "{name} is a {value}",
+    "pet": "{name} keeps a {value}",
+    "maker": "The {name} is made in {value}",
+    "price": "The {name} costs {value}",
+    "weight": "The {name} weighs {value}",
+    "designer": "The {name} was designed by {value}",
+}
+
+
+class _Quest(NamedTuple):
+    """What is asked: facts in the order in which their pages are read, the last of which is the answer."""
+
+    question: str
+    hops: tuple[tuple[Entry, Fact], ...]
+
+
+class Browsing(InventedTask):
+    name = "browsing"
+
+    def __init__(self, two_hops: float = 0.35, towns: int = 2) -> None:
+        """``two_hops``: share of questions that need a second page; ``towns``: a third of the world's pages."""
+        self.two_hops, self.towns = two_hops, towns
+
+    def draw(self, rng: random.Random, held_out: bool) -> Instance:
+        world = World(rng, held_out, self.towns)
+        quest = self._quest(rng, world, held_out)
+        entry, fact = quest.hops[-1]
+        answer = _SENTENCES[fact.kind].format(name=entry.name, value=fact.value)
+        return Instance(quest.question, quest.question, answer, {"world": world, "quest": quest})
+
+    def tools(self, instance: Instance) -> Sequence[Tool]:
+        return (Browser(instance.data["world"]),)
+
+    def check(self, instance: Instance, answer: str) -> float:
+        _, fact = instance.data["quest"].hops[-1]
+        return float(fact.value in answer)
+
+    def score(self, instance: Instance, transcript: Transcript) -> Reward:
+        reward = super().score(instance, transcript)
+        _, fact = instance.data["quest"].hops[-1]
+        cited = float(_is_cited(fact, transcript))
+        right = reward.parts["exact"]
+        value = reward.value if not right else reward.value * (0.5 + 0.5 * cited)
+        return Reward(value, {**reward.parts, "found": right, "cited": cited, "exact": right * cited})
+
+    def gold(self, instance: Instance, effort: Effort) -> Sequence[Message]:
+        return asyncio.run(_gold(instance, effort))
+
+    def _quest(self, rng: random.Random, world: World, held_out: bool) -> _Quest:
+        entry = rng.choice(world.entries)
+        fact = rng.choice(entry.facts)
+        if rng.random() >= self.two_hops:
+            return _Quest(QUESTIONS[fact.kind].pick(rng, held_out, name=entry.name), ((entry, fact),))
+        first = rng.choice([one for one in world.entries for f in one.facts if f.leads_to])
+        link = rng.choice([f for f in first.facts if f.leads_to])
+        second = world.entry(link.leads_to)
+        fact = rng.choice(second.facts)
+        middle = _MIDDLE[link.kind].format(name=first.name)
+        return _Quest(QUESTIONS[fact.kind].pick(rng, held_out, name=middle), ((first, link), (second, fact)))
+
+
+async def _gold(instance: Instance, effort: Effort) -> list[Message]:
+    """Search for the first thing, open it, follow the link if there are two hops, answer with the line."""
+    browser = Browser(instance.data["world"])
+    out: list[Message] = []
+
+    async def use(function: str, thought: str, **arguments: object) -> str:
+        out.extend(think(thought if effort is not Effort.LOW else ""))
+        asked = call(f"browser.{function}", compact(arguments))
+        shown = (await browser.run(function, asked.text)).text
+        out.extend((asked, result(asked, shown)))
+        return shown
+
+    hops = instance.data["quest"].hops
+    shown = await use("search", f"I search for {hops[0][0].name}.", query=hops[0][0].name)
+    for number, (entry, _) in enumerate(hops):
+        where = "I open it." if number == 0 else f"It is {entry.name}. I open that."
+        shown = await use("open", where, id=_link_to(shown, entry.name))
+    entry, fact = hops[-1]
+    cursor = _CURSOR.match(shown)
+    assert cursor is not None
+    line = next(
+        n for n, text in _LINE.findall(shown) if fact.value in _LINK.sub(r"\2", text) and not text.startswith("#")
+    )
+    out.append(final(f"{instance.answer} 【{cursor[1]}†L{line}】."))
+    await browser.close()
+    return out
+
+
+def _link_to(shown: str, name: str) -> int:
+    return next(int(number) for number, text in _LINK.findall(shown) if text == name)
+
+
+def _is_cited(fact: Fact, transcript: Transcript) -> bool:
+    """Whether the answer has citations, and each is of a shown line that says the fact."""
+    views = _views(transcript)
+    lines = [
+        views.get(int(cursor), {}).get(int(line), "") for cursor, line in _CITATION.findall(transcript.answer or "")
+    ]
+    return bool(lines) and all(fact.value in _LINK.sub(r"\2", line) for line in lines)
+
+
+def _views(transcript: Transcript) -> dict[int, dict[int, str]]:
+    """Lines of each view that the browser showed, by cursor and number."""
+    views: dict[int, dict[int, str]] = {}
+    for message in transcript.messages:
+        if message.name and message.name.startswith("browser") and (cursor := _CURSOR.match(message.text)):
+            views[int(cursor[1])] = {int(number): text for number, text in _LINE.findall(message.text)}
+    return views

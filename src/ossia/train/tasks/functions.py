@@ -1,0 +1,262 @@
+"""Calls of functions that were never seen: invented names, invented parameters, values to be copied from the request.
+
+A request names one of two to four declared functions by what it does, and gives its values in another order or another
+wording than the declaration. One request in eight fits none of them; the right answer then is to say so.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from ossia.harmony import Effort, Message, ToolNamespace
+from ossia.harmony.messages import ToolDescription
+from ossia.tools.base import Tool, ToolOutput
+from ossia.train.tasks import words
+from ossia.train.tasks.base import Instance, Reward, Transcript
+from ossia.train.tasks.invented import InventedTask, call, compact, final, result, same_json, think
+from ossia.train.tasks.phrases import Phrases
+
+OPENING = Phrases(
+    "[Please |Can you |Could you |Now |I want to |I need to |Help me |Let us |Would you |I would like to |]"
+    "{request}[.|| now.| today.]"
+)
+NONE_FITS = "None of my functions can do that."
+_NONE_FITS_SHARE = 0.12
+
+
+class FunctionCalls(InventedTask):
+    name = "functions"
+
+    def __init__(self, most: int = 4) -> None:
+        """``most`` functions are declared at most."""
+        self.most = most
+
+    def draw(self, rng: random.Random, held_out: bool) -> Instance:
+        functions = [draw_function(rng, held_out) for _ in range(rng.randint(1, self.most))]
+        # Two functions of one name could not be told apart.
+        functions = list({function.name: function for function in functions}.values())
+        fits = rng.random() >= _NONE_FITS_SHARE
+        wanted = functions[0] if fits else draw_function(rng, held_out)
+        rng.shuffle(functions)
+        request = OPENING.pick(rng, held_out, request=wanted.request)
+        request = request[0].upper() + request[1:]
+        arguments = {parameter.key: parameter.value for parameter in wanted.parameters}
+        found = _outcome(rng, wanted, held_out)
+        answer = found.sentence if fits else NONE_FITS
+        data = {
+            "functions": tuple(functions),
+            "wanted": wanted if fits else None,
+            "arguments": arguments,
+            "found": found,
+        }
+        return Instance(f"{wanted.name} {request}", request, answer, data)
+
+    def tools(self, instance: Instance) -> Sequence[Tool]:
+        return (_Functions(instance),)
+
+    def score(self, instance: Instance, transcript: Transcript) -> Reward:
+        """Right is: exactly the one call that was asked for, and the answer that its result gives."""
+        reward = super().score(instance, transcript)
+        wanted: Function | None = instance.data["wanted"]
+        if wanted is None:
+            called = float(not transcript.calls)
+        else:
+            called = float(
+                len(transcript.calls) == 1
+                and transcript.calls[0].recipient == f"functions.{wanted.name}"
+                and same_json(transcript.calls[0].text, instance.data["arguments"])
+            )
+        parts = {**reward.parts, "called": called, "exact": reward.parts["exact"] * called}
+        return Reward(reward.value * (0.2 + 0.8 * called), parts)
+
+    def gold(self, instance: Instance, effort: Effort) -> Sequence[Message]:
+        wanted: Function | None = instance.data["wanted"]
+        names = ", ".join(function.name for function in instance.data["functions"])
+        if wanted is None:
+            thought = "No function fits." if effort is not Effort.HIGH else f"I have {names}. None fits."
+            return (*think(thought if effort is not Effort.LOW else ""), final(NONE_FITS))
+        thought = {
+            Effort.LOW: "",
+            Effort.MEDIUM: f"I call {wanted.name}.",
+            Effort.HIGH: f"I have {names}. I call {wanted.name} with {', '.join(instance.data['arguments'])}.",
+        }[effort]
+        asked = call(f"functions.{wanted.name}", compact(instance.data["arguments"]))
+        return (*think(thought), asked, result(asked, instance.data["found"].text), final(instance.answer))
+
+
+class _Outcome(NamedTuple):
+    """What a function gives back, and the sentence that says so."""
+
+    text: str
+    sentence: str
+
+
+def _outcome(rng: random.Random, function: Function, held_out: bool) -> _Outcome:
+    if function.name.startswith(("get", "find", "count", "check", "show")):
+        value: Any = rng.choice(
+            (
+                words.number_of_digits(rng, rng.randint(1, 4)),
+                rng.choice(words.COLORS),
+                words.place(rng, held_out),
+                words.person(rng, held_out),
+            )
+        )
+        thing = function.description.rstrip(".").split()[-1]
+        return _Outcome(compact({"result": value}), f"The {thing} is {value}.")
+    return _Outcome(compact({"ok": True}), "Done.")
+
+
+class _Functions:
+    """The declared functions as one tool: the wanted call gives the outcome, every other one an error."""
+
+    def __init__(self, instance: Instance) -> None:
+        self._data = instance.data
+        self.namespace = ToolNamespace.functions([one.declaration() for one in instance.data["functions"]])
+
+    async def run(self, name: str, arguments: str) -> ToolOutput:
+        wanted = self._data["wanted"]
+        if wanted is not None and name == wanted.name and same_json(arguments, self._data["arguments"]):
+            return ToolOutput(self._data["found"].text)
+        return ToolOutput(json.dumps({"error": "not found"}), is_error=True)
+
+    async def close(self) -> None:
+        pass
+
+
+class Parameter(NamedTuple):
+    key: str
+    schema: dict[str, Any]
+    said: str
+    """How a request names the value, such as "in {}"."""
+    value: Any
+
+
+class Function(NamedTuple):
+    """A function, and what a request for it says."""
+
+    name: str
+    description: str
+    request: str
+    parameters: tuple[Parameter, ...]
+    required: tuple[str, ...]
+
+    def declaration(self) -> ToolDescription:
+        properties = {p.key: p.schema for p in self.parameters}
+        schema = {
+            "type": "object",
+            "properties": properties,
+            "required": list(self.required),
+            "additionalProperties": False,
+        }
+        return ToolDescription(self.name, self.description, schema)
+
+
+_ACTIONS = {
+    "get": ("Gets", "get"),
+    "find": ("Finds", "find"),
+    "set": ("Sets", "set"),
+    "add": ("Adds", "add"),
+    "remove": ("Removes", "remove"),
+    "check": ("Checks", "check"),
+    "count": ("Counts", "count"),
+    "send": ("Sends", "send"),
+    "open": ("Opens", "open"),
+    "close": ("Closes", "close"),
+    "book": ("Books", "book"),
+    "show": ("Shows", "show"),
+}
+
+# Key, kind, how it is said; an asterisk is the value.
+_KINDS: tuple[tuple[str, str, str], ...] = (
+    ("city", "place", "in *"),
+    ("town", "place", "near *"),
+    ("origin", "place", "from *"),
+    ("target", "place", "to *"),
+    ("person", "person", "for *"),
+    ("owner", "person", "of *"),
+    ("author", "person", "by *"),
+    ("guest", "person", "with *"),
+    ("day", "weekday", "on *"),
+    ("month", "month", "in *"),
+    ("days", "number", "for * days"),
+    ("hours", "number", "for * hours"),
+    ("limit", "number", "up to *"),
+    ("count", "number", "* times"),
+    ("year", "year", "in *"),
+    ("color", "color", "in *"),
+    ("unit", "unit", "in *"),
+    ("loud", "flag", "loudly"),
+    ("fast", "flag", "fast"),
+    ("secret", "flag", "in secret"),
+)
+_UNITS = ("meters", "miles", "grams", "liters", "degrees", "seconds")
+
+
+def draw_function(rng: random.Random, held_out: bool) -> Function:
+    """A function about an invented thing, with one to three parameters and a request that gives their values."""
+    action = rng.choice(list(_ACTIONS))
+    third, plain = _ACTIONS[action]
+    thing = words.invented_word(rng, held_out)
+    name = f"{action}_{thing}" if rng.random() < 0.8 else f"{action}{thing.title()}"
+    parameters: list[Parameter] = []
+    if rng.random() < 0.35:
+        parameters.append(_invented_parameter(rng, held_out))
+    for key, kind, said in rng.sample(_KINDS, rng.choice((1, 1, 2, 2, 3)) - len(parameters) or 1):
+        # Two of one kind would be told apart by their preposition alone.
+        if not any(kind == _kind_of(p.key) or said.split("*")[0] == p.said.split("*")[0] for p in parameters):
+            parameters.append(_parameter(rng, held_out, key, kind, said))
+    spoken = [p.said.replace("*", _spoken(p.value)) for p in parameters]
+    if rng.random() < 0.3:
+        spoken.reverse()
+    required = tuple(p.key for p in parameters if p.schema["type"] != "boolean")
+    adjective = f"{rng.choice(words.ADJECTIVES)} " if rng.random() < 0.3 else ""
+    return Function(
+        name,
+        f"{third} the {adjective}{thing}.",
+        " ".join([f"{plain} the {adjective}{thing}", *spoken]),
+        tuple(parameters),
+        required,
+    )
+
+
+def _invented_parameter(rng: random.Random, held_out: bool) -> Parameter:
+    key = words.invented_word(rng, held_out)
+    kind = rng.choice(("place", "number", "color"))
+    return _parameter(rng, held_out, key, kind, f"with {key} *")
+
+
+def _parameter(rng: random.Random, held_out: bool, key: str, kind: str, said: str) -> Parameter:
+    schema: dict[str, Any]
+    value: Any
+    match kind:
+        case "number":
+            schema, value = {"type": "integer"}, words.number_of_digits(rng, rng.choice((1, 2, 2, 3)))
+        case "year":
+            schema, value = {"type": "integer"}, rng.randrange(1700, 2060)
+        case "flag":
+            schema, value = {"type": "boolean"}, True
+        case "unit":
+            units = rng.sample(_UNITS, 3)
+            schema, value = {"type": "string", "enum": units}, rng.choice(units)
+        case "color":
+            schema, value = {"type": "string"}, rng.choice(words.COLORS)
+        case "weekday":
+            schema, value = {"type": "string"}, rng.choice(words.WEEKDAYS)
+        case "month":
+            schema, value = {"type": "string"}, rng.choice(words.MONTHS)
+        case "person":
+            schema, value = {"type": "string"}, words.person(rng, held_out)
+        case _:
+            schema, value = {"type": "string"}, words.place(rng, held_out)
+    return Parameter(key, schema, said, value)
+
+
+def _kind_of(key: str) -> str:
+    return next((kind for known, kind, _ in _KINDS if known == key), "")
+
+
+def _spoken(value: Any) -> str:
+    return "" if value is True else str(value)

@@ -1,0 +1,40 @@
+"""What comes before any task: copying, recalling, and plain sentences. Texts for pretraining, not conversations.
+
+Copying at short distance first is what makes a small model find the heads that copy (Olsson et al., *In-context
+Learning and Induction Heads*, 2022).
+"""
+
+from __future__ import annotations
+
+import random
+
+from ossia.train.tasks import words
+
+
+def draw_copy(rng: random.Random, held_out: bool = False) -> str:
+    """A run of invented words and numbers, twice or three times."""
+    parts = [_token(rng, held_out) for _ in range(rng.randint(3, 10))]
+    run = rng.choice((" ", ", ", "\n", "_", '","')).join(parts)
+    return rng.choice((" | ", "\n", " = ", " ; ")).join([run] * rng.randint(2, 3))
+
+
+def draw_recall(rng: random.Random, held_out: bool = False) -> str:
+    """Pairs of a key and a value, then some of the keys again with their values."""
+    joint = rng.choice((": ", " = ", " is ", '":"', "->"))
+    pairs = list({_token(rng, held_out): _token(rng, held_out) for _ in range(rng.randint(3, 8))}.items())
+    asked = rng.choices(pairs, k=rng.randint(2, 5))
+    return "\n".join(f"{key}{joint}{value}" for key, value in [*pairs, *asked])
+
+
+def _token(rng: random.Random, held_out: bool) -> str:
+    match rng.randrange(5):
+        case 0:
+            return str(words.number_of_digits(rng, rng.randint(1, 6)))
+        case 1:
+            return words.person(rng, held_out)
+        case 2:
+            return words.place(rng, held_out)
+        case 3:
+            return f"{rng.choice(words.VERBS)}_{words.invented_word(rng, held_out)}"
+        case _:
+            return words.invented_word(rng, held_out)

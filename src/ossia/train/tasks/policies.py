@@ -1,0 +1,166 @@
+"""Verdicts by a written policy, as gpt-oss-safeguard gives them: which rule a text breaks, if any.
+
+A policy has two to four numbered rules over features of a message: what it is about, whether it names a price or a
+person, whether it shouts or asks. A rule forbids a feature, or a feature unless another is there, or two together. Some
+pairs of features never occur in one rule of the training side: they make the "unseen combinations" of a test.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ossia.harmony import DeveloperContent, Effort, Message, Role
+from ossia.train.tasks import words
+from ossia.train.tasks.base import Instance
+from ossia.train.tasks.invented import InventedTask, compact, final, same_json, think
+from ossia.train.tasks.phrases import Phrases
+
+TOPICS = {
+    "weapons": ("knife", "sword", "bow", "spear", "dagger"),
+    "medicine": ("pill", "syrup", "ointment", "tablet", "drops"),
+    "gambling": ("bet", "dice", "lottery", "casino", "poker"),
+    "travel": ("train", "ticket", "hotel", "harbor", "journey"),
+    "pets": ("cat", "dog", "hamster", "parrot", "pony"),
+    "money": ("loan", "bank", "coin", "credit", "debt"),
+    "food": ("soup", "bread", "cheese", "cake", "salad"),
+}
+
+# A mark of a message beside its topic: how a rule names it.
+MARKS = {
+    "price": "name a price",
+    "person": "name a person",
+    "place": "name a place",
+    "shouting": "are in capitals",
+    "question": "ask a question",
+}
+
+_PLAIN = Phrases(
+    "[We|They|I] [sell|have|like|want|need|bought|found] a [new|good|small|large|fine|cheap] {thing}{extra}.",
+    "[This|That|The|My] {thing} is [new|good|small|large|fine|cheap]{extra}.",
+    "[Here is|Look at|Come and see] [my|our|the] [new|good|fine] {thing}{extra}.",
+)
+_QUESTION = Phrases(
+    "[Do you|Does anyone|Who would] [sell|have|want|like|need] a [new|good|small|large] {thing}{extra}?",
+    "[Where is|What about] [my|our|the|your] {thing}{extra}?",
+)
+
+
+_HEAD = "Judge the message by the policy. Answer in JSON: violation (0 or 1) and the first rule that is broken."
+
+
+class Policies(InventedTask):
+    """Verdicts on messages; ``combinations``: held-out instances have a rule that was never seen as a whole."""
+
+    name = "policies"
+
+    def __init__(self, combinations: bool = True) -> None:
+        self.combinations = combinations
+
+    def draw(self, rng: random.Random, held_out: bool) -> Instance:
+        rules = [draw_rule(rng, False) for _ in range(rng.randint(2, 4))]
+        if held_out and self.combinations:
+            rules[rng.randrange(len(rules))] = draw_rule(rng, True)
+        # Half of the messages break a rule, as far as a few tries can tell.
+        breaks = rng.random() < 0.5
+        for _ in range(20):
+            text = draw_text(rng, rng.choice(rules) if breaks else None, held_out)
+            broken = [number for number, rule in enumerate(rules, 1) if rule.is_broken_by(text)]
+            if bool(broken) == breaks:
+                break
+        verdict = {"violation": 1, "rule": f"R{broken[0]}"} if broken else {"violation": 0, "rule": None}
+        policy = "\n".join([_HEAD, *(f"R{number}: {rule.wording()}" for number, rule in enumerate(rules, 1))])
+        prompt = (Message(Role.DEVELOPER, DeveloperContent(policy)), Message(Role.USER, text.text))
+        data = {"rules": tuple(rules), "text": text, "verdict": verdict}
+        return Instance(f"{policy}\n{text.text}", prompt, compact(verdict), data)
+
+    def check(self, instance: Instance, answer: str) -> float:
+        return float(same_json(answer, instance.data["verdict"]))
+
+    def gold(self, instance: Instance, effort: Effort) -> Sequence[Message]:
+        if effort is Effort.LOW:
+            return (final(instance.answer),)
+        text, rules = instance.data["text"], instance.data["rules"]
+        lines = [f"R{number}: {rule.finding(text)}" for number, rule in enumerate(rules, 1)]
+        if effort is Effort.HIGH:
+            marks = [mark for mark in MARKS if mark in text.marks] or ["nothing more"]
+            lines.insert(0, f"The message: {text.topic}, {', '.join(marks)}.")
+        return (*think("\n".join(lines)), final(instance.answer))
+
+
+class Text(NamedTuple):
+    """A message and what is true of it."""
+
+    text: str
+    topic: str
+    marks: frozenset[str]
+
+
+class Rule(NamedTuple):
+    """Breaks if the topic matches (or None: any topic), all of ``marks`` are there and none of ``unless``."""
+
+    topic: str | None
+    mark: str | None
+    unless: str | None
+
+    def is_broken_by(self, text: Text) -> bool:
+        return (
+            (self.topic is None or self.topic == text.topic)
+            and (self.mark is None or self.mark in text.marks)
+            and (self.unless is None or self.unless not in text.marks)
+        )
+
+    def wording(self) -> str:
+        about = f"about {self.topic}" if self.topic else ""
+        that = f"that {MARKS[self.mark]}" if self.mark else ""
+        unless = f", unless they {MARKS[self.unless]}" if self.unless else ""
+        return " ".join(part for part in ("No messages", about, that) if part) + unless + "."
+
+    def finding(self, text: Text) -> str:
+        """Why a text breaks the rule or not: each part of the rule, and whether it is there."""
+        parts = [self.topic == text.topic] if self.topic else []
+        parts += [self.mark in text.marks] if self.mark else []
+        parts += [self.unless not in text.marks] if self.unless else []
+        names = [part for part in self if part]
+        found = ", ".join(f"{name} {'yes' if holds else 'no'}" for name, holds in zip(names, parts, strict=True))
+        return f"{found}, {'broken' if all(parts) else 'kept'}"
+
+    @property
+    def is_held_out(self) -> bool:
+        """Whether this combination of a rule's parts is kept for tests. Rules of one part are all trained."""
+        parts = [part for part in self if part]
+        return len(parts) > 1 and words.is_held_out(" ".join(str(part) for part in self))
+
+
+def draw_rule(rng: random.Random, held_out: bool) -> Rule:
+    while True:
+        kind = rng.randrange(4)
+        topic = rng.choice(list(TOPICS)) if kind != 1 else None
+        mark = rng.choice(list(MARKS)) if kind in (1, 2) else None
+        unless = rng.choice(list(MARKS)) if kind == 3 else None
+        rule = Rule(topic, mark, unless)
+        if rule.is_held_out == held_out:
+            return rule
+
+
+def draw_text(rng: random.Random, rule: Rule | None, held_out: bool) -> Text:
+    """A message; of the rule's topic and with its mark, if one is given."""
+    topic = rule.topic if rule and rule.topic else rng.choice(list(TOPICS))
+    marks = {mark for mark in MARKS if rng.random() < 0.25}
+    if rule and rule.mark:
+        marks.add(rule.mark)
+    if rule and rule.unless and rng.random() < 0.5:
+        marks.symmetric_difference_update({rule.unless})
+    extra = ""
+    if "place" in marks:
+        extra += f" in {words.place(rng, held_out)}"
+    if "person" in marks:
+        extra += f" for {words.first_name(rng, held_out)}"
+    if "price" in marks:
+        extra += f" at {rng.randrange(2, 900)} coins"
+    forms = _QUESTION if "question" in marks else _PLAIN
+    text = forms.pick(rng, thing=rng.choice(TOPICS[topic]), extra=extra)
+    if "shouting" in marks:
+        text = text.upper()
+    return Text(text, topic, frozenset(marks))

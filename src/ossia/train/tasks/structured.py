@@ -1,0 +1,195 @@
+"""Facts of a few sentences as JSON of a given schema: the right values under keys that were never seen together.
+
+The records are of invented people, places, goods and events. The schema renames and reorders what it asks for and
+leaves out some of it, so that the answer has to be read off the schema and not off the text.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from ossia.harmony import DeveloperContent, Effort, Message, Role
+from ossia.harmony.messages import ResponseFormat
+from ossia.train.tasks import words
+from ossia.train.tasks.base import Instance
+from ossia.train.tasks.invented import InventedTask, compact, final, same_json, think
+from ossia.train.tasks.phrases import Phrases
+
+ASK = Phrases(
+    "[Extract|Return|Give me|Write|List|Read] the [facts|data|fields|details][.|:| as JSON.| as JSON:]",
+    "[Turn this into|Convert this to|Put this in] [JSON|the format|the schema][.|:]",
+    "[Fill|Complete] the [schema|format|form] from [this|the text][.|:]",
+)
+
+
+class Structured(InventedTask):
+    name = "structured"
+
+    def draw(self, rng: random.Random, held_out: bool) -> Instance:
+        record = draw_record(rng, held_out)
+        response_format, expected = draw_schema(rng, record, held_out)
+        ask = ASK.pick(rng, held_out)
+        request = f"{record.text} {ask}" if rng.random() < 0.5 else f"{ask} {record.text}"
+        prompt = (
+            Message(Role.DEVELOPER, DeveloperContent(response_formats=(response_format,))),
+            Message(Role.USER, request),
+        )
+        return Instance(request, prompt, compact(expected), {"expected": expected, "schema": response_format.schema})
+
+    def check(self, instance: Instance, answer: str) -> float:
+        return float(same_json(answer, instance.data["expected"]))
+
+    def gold(self, instance: Instance, effort: Effort) -> Sequence[Message]:
+        thought = {Effort.LOW: "", Effort.MEDIUM: "", Effort.HIGH: f"Keys: {', '.join(instance.data['expected'])}."}
+        return (*think(thought[effort]), final(instance.answer))
+
+
+class Field(NamedTuple):
+    """One fact: names that a schema may give it (the first describes it best), its JSON type, its value."""
+
+    keys: tuple[str, ...]
+    json_type: str
+    value: Any
+
+
+class Record(NamedTuple):
+    """Sentences and the facts in them."""
+
+    title: str
+    text: str
+    fields: tuple[Field, ...]
+
+
+def draw_record(rng: random.Random, held_out: bool) -> Record:
+    return rng.choice(_KINDS)(rng, held_out)
+
+
+def draw_schema(rng: random.Random, record: Record, held_out: bool) -> tuple[ResponseFormat, dict[str, Any]]:
+    """A schema over some fields of the record in some order, and the answer."""
+    fields = rng.sample(record.fields, rng.randint(2, len(record.fields)))
+    properties: dict[str, Any] = {}
+    expected: dict[str, Any] = {}
+    for field in fields:
+        key = rng.choice(field.keys)
+        properties[key] = {"type": field.json_type}
+        if rng.random() < 0.1:
+            # A key that says nothing needs a description.
+            key, properties = words.invented_word(rng, held_out), dict(properties)
+            described = properties.popitem()
+            properties[key] = {"type": field.json_type, "description": described[0]}
+        expected[key] = field.value
+    schema = {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+    return ResponseFormat(record.title, schema), expected
+
+
+def _about_person(rng: random.Random, held_out: bool) -> Record:
+    name, age, job = words.person(rng, held_out), rng.randrange(18, 90), rng.choice(words.JOBS)
+    town, pet = words.place(rng, held_out), rng.choice(words.ANIMALS)
+    text = rng.choice(
+        (
+            f"{name} is a {job} from {town}, {age} years old, and keeps a {pet}.",
+            f"{name}, {age}, lives in {town} with a {pet} and works as a {job}.",
+            f"In {town} lives a {job} called {name}. At {age} there is still a {pet} in the house.",
+            f"The {job} {name} of {town} is {age} and has a {pet}.",
+        )
+    )
+    return Record(
+        "person",
+        text,
+        (
+            Field(("name", "person", "full_name", "who"), "string", name),
+            Field(("age", "years", "age_years"), "integer", age),
+            Field(("job", "work", "profession"), "string", job),
+            Field(("town", "city", "home", "lives_in"), "string", town),
+            Field(("pet", "animal"), "string", pet),
+        ),
+    )
+
+
+def _about_order(rng: random.Random, held_out: bool) -> Record:
+    buyer, thing = words.person(rng, held_out), words.product(rng, held_out)
+    count, price, day = rng.randrange(2, 60), rng.randrange(3, 900), rng.choice(words.WEEKDAYS)
+    color, paid = rng.choice(words.COLORS), rng.random() < 0.5
+    paid_text = "It is paid." if paid else "It is not paid yet."
+    text = rng.choice(
+        (
+            f"{buyer} ordered {count} {color} {thing} at {price} each for {day}. {paid_text}",
+            f"Order for {day}: {count} pieces of {thing} in {color}, {price} each, for {buyer}. {paid_text}",
+            f"On {day} we send {buyer} {count} {thing}, {color}, price {price}. {paid_text}",
+        )
+    )
+    return Record(
+        "order",
+        text,
+        (
+            Field(("buyer", "customer", "name"), "string", buyer),
+            Field(("product", "item", "article"), "string", thing),
+            Field(("count", "pieces", "quantity"), "integer", count),
+            Field(("price", "cost", "unit_price"), "integer", price),
+            Field(("day", "weekday", "delivery"), "string", day),
+            Field(("color",), "string", color),
+            Field(("paid", "is_paid"), "boolean", paid),
+        ),
+    )
+
+
+def _about_event(rng: random.Random, held_out: bool) -> Record:
+    what = rng.choice(("concert", "market", "talk", "race", "play", "fair", "meeting"))
+    town, month, day = words.place(rng, held_out), rng.choice(words.MONTHS), rng.randrange(1, 29)
+    guests, host, hour = rng.randrange(10, 900), words.person(rng, held_out), rng.randrange(8, 23)
+    text = rng.choice(
+        (
+            f"The {what} in {town} is on {day} {month} at {hour}. {host} hosts it, {guests} guests will come.",
+            f"{host} holds a {what} in {town} on {day} {month}, {hour} o'clock, for {guests} guests.",
+            f"{guests} guests are expected at the {what} of {host}: {town}, {day} {month}, {hour}.",
+        )
+    )
+    return Record(
+        "event",
+        text,
+        (
+            Field(("event", "kind", "what"), "string", what),
+            Field(("town", "place", "where"), "string", town),
+            Field(("month",), "string", month),
+            Field(("day", "day_of_month"), "integer", day),
+            Field(("guests", "visitors"), "integer", guests),
+            Field(("host", "person"), "string", host),
+            Field(("hour", "time"), "integer", hour),
+        ),
+    )
+
+
+def _about_thing(rng: random.Random, held_out: bool) -> Record:
+    name, thing = words.product(rng, held_out), rng.choice(words.THINGS)
+    material, color, weight = rng.choice(words.MATERIALS), rng.choice(words.COLORS), rng.randrange(2, 900)
+    maker, year = words.place(rng, held_out), rng.randrange(1700, 2030)
+    text = rng.choice(
+        (
+            f"The {name} is a {color} {thing} of {material}, {weight} grams, made in {maker} since {year}.",
+            f"Since {year} they make the {name} in {maker}, a {thing} of {material}, {color}, of {weight} grams.",
+            f"{name}: {thing}, {material}, {color}, {weight} grams, {maker}, {year}.",
+        )
+    )
+    return Record(
+        "thing",
+        text,
+        (
+            Field(("name", "product", "title"), "string", name),
+            Field(("kind", "thing", "type_of_thing"), "string", thing),
+            Field(("material", "made_of"), "string", material),
+            Field(("color",), "string", color),
+            Field(("weight", "grams"), "integer", weight),
+            Field(("town", "made_in", "origin"), "string", maker),
+            Field(("year", "since"), "integer", year),
+        ),
+    )
+
+
+_KINDS: tuple[Callable[[random.Random, bool], Record], ...] = (_about_person, _about_order, _about_event, _about_thing)

@@ -1,0 +1,78 @@
+"""A small byte-pair vocabulary with harmony's special tokens, made from texts.
+
+    tokenizer = train_vocabulary(texts, vocab_size=2048)
+    (folder / "tokenizer.json").write_text(tokenizer.to_tokenizer_json())
+
+Two things differ from o200k, both so that a small model can copy. Digits are single tokens. A blank joins the word
+behind it only if that is one of the most common words of the texts: every other word, an invented name above all, has
+the same tokens after a blank, an underscore, a quote or a line break.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+from ossia.errors import ConfigError
+from ossia.harmony import Tokenizer
+
+SPECIAL_TOKENS = (
+    "<|startoftext|>",
+    "<|endoftext|>",
+    "<|return|>",
+    "<|constrain|>",
+    "<|channel|>",
+    "<|start|>",
+    "<|end|>",
+    "<|message|>",
+    "<|call|>",
+)
+_REST_OF_PATTERN = r"[a-z]+|[A-Z]+(?![a-z])|[A-Z][a-z]*|[0-9]| ?[^\sA-Za-z0-9]+|\s+"
+_JOINED_WORD = re.compile(r" ([a-z]+)(?![a-z])")
+
+
+def train_vocabulary(
+    texts: Iterable[str], vocab_size: int, *, num_common_words: int = 400, min_frequency: int = 4
+) -> Tokenizer:
+    """A vocabulary of exactly ``vocab_size`` ids: 256 bytes, merges, and the special tokens as the last ids.
+
+    Merges come from the most frequent pairs of ``texts`` (library `tokenizers`); nothing is merged across the ends of a
+    text. Raises ConfigError if the texts do not have enough pairs, or if there is no room for bytes and special tokens.
+    """
+    # Imported here: an extra of training, not needed by anything that runs a model.
+    from tokenizers import Regex, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as LibraryTokenizer
+
+    room = vocab_size - len(SPECIAL_TOKENS)
+    if room < 256:
+        raise ConfigError(f"{vocab_size} ids have no room for 256 bytes and {len(SPECIAL_TOKENS)} special tokens")
+    texts = list(texts)
+    pattern = splitting_pattern(texts, num_common_words)
+    library = LibraryTokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=room,
+        min_frequency=min_frequency,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    library.train_from_iterator(texts, trainer)
+    document = json.loads(library.to_str())
+    if (found := len(document["model"]["vocab"])) < room:
+        raise ConfigError(f"the texts give {found} tokens of {room} that were asked for; give more texts or fewer ids")
+    document["added_tokens"] = [{"id": room + i, "content": name} for i, name in enumerate(SPECIAL_TOKENS)]
+    return Tokenizer.from_document(document, "vocabulary")
+
+
+def splitting_pattern(texts: Iterable[str], num_common_words: int) -> str:
+    """The regular expression that cuts a text into the pieces within which tokens are merged."""
+    counts = Counter(word for text in texts for word in _JOINED_WORD.findall(text))
+    common = sorted(word for word, _ in counts.most_common(num_common_words))
+    return rf" (?:{'|'.join(common)})(?![a-z])|{_REST_OF_PATTERN}" if common else _REST_OF_PATTERN

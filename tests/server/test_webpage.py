@@ -1,0 +1,399 @@
+"""The chat page in a real Chromium: as people use it, on a desk and on a phone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from tests.responses.scripts import FINAL, REASONED, Scripted, model
+from tests.responses.tool_scripts import browser, final, make_boxes, python
+from tests.server.conftest import Served
+
+from ossia.server.limits import Keys
+from ossia.server.store import Store
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+if CHROMIUM is None:
+    pytest.skip("no Chromium is installed", allow_module_level=True)
+
+DESK, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 844}
+THOUGHT = "<|channel|>analysis<|message|>I look it up.<|end|><|start|>assistant"
+RICH = final(
+    "The river is **70 kilometres** long【1†L12】.\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n\\[ x^2 \\]\n\n"
+    '```python\nprint(1)\n```\n\n<img src=x onerror="window.hacked=1"> <script>window.hacked=1</script> '
+    "[evil](javascript:window.hacked=1) ![spy](https://elsewhere.example/spy.png)"
+)
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def tools(tmp_path_factory) -> Iterator[Any]:
+    """A server with python and a browser over a folder."""
+    folder = tmp_path_factory.mktemp("page")
+    served = Served(
+        model(engine=Scripted(FINAL)),
+        Store(f"sqlite:///{folder / 'db'}"),
+        tools=make_boxes(folder),
+        context=131_072,
+    )
+    yield served
+    served.stop()
+
+
+class Opened:
+    """A tab, and what went wrong in it."""
+
+    def __init__(self, chromium: Any, served: Served, viewport: dict[str, int]) -> None:
+        self.context = chromium.new_context(viewport=viewport, accept_downloads=True)
+        self.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        self.page = self.context.new_page()
+        self.elsewhere: list[str] = []
+        self.errors: list[str] = []
+        self.page.on("request", self._note)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.served = served
+        self.page.goto(f"{served.url}/")
+        self.page.wait_for_selector("#compose")
+
+    def _note(self, request: Any) -> None:
+        if not request.url.startswith((self.served.url, "data:", "blob:")):
+            self.elsewhere.append(request.url)
+
+    def ask(self, text: str) -> None:
+        self.page.fill("#compose", text)
+        self.page.press("#compose", "Enter")
+
+    def until(self, expression: str) -> None:
+        """Until an expression is true there; the own wait of Playwright needs eval, which the policy forbids."""
+        for _ in range(300):
+            if self.page.evaluate(expression):
+                return
+            self.page.wait_for_timeout(50)
+        raise AssertionError(f"never came true: {expression}")
+
+    def wait(self) -> None:
+        """Until the answer is there."""
+        self.page.wait_for_selector(".numbers")
+
+
+@pytest.fixture
+def tab(chromium) -> Iterator[Any]:
+    opened: list[Opened] = []
+
+    def open_tab(served: Served, viewport: dict[str, int] = DESK) -> Opened:
+        opened.append(Opened(chromium, served, viewport))
+        return opened[-1]
+
+    yield open_tab
+    for one in opened:
+        one.context.close()
+        assert one.errors == []
+        assert one.elsewhere == [], "the page asked something of another server"
+
+
+def needs_python(served: Served) -> None:
+    if "python" not in served.http.get("/v1/served").json()["tools"]:
+        pytest.skip("this machine proves no sandbox")
+
+
+def test_an_answer_streams_and_its_thoughts_are_behind_a_toggle(tab, served):
+    opened = tab(served)
+    opened.ask("What is 2 + 2?")
+    opened.wait()
+    page = opened.page
+    assert page.inner_text(".answered .prose") == "The answer is 4."
+    assert not page.is_visible(".thoughts")
+    page.click(".reasoning summary")
+    assert page.inner_text(".thoughts") == "2 and 2 make 4."
+    assert "tokens/s" in page.inner_text(".numbers")
+    assert page.inner_text("h1") == "What is 2 + 2?"
+
+
+def test_what_a_model_writes_is_shown_and_never_run(tab, served):
+    served.play(RICH)
+    opened = tab(served)
+    opened.ask("Show me everything")
+    opened.wait()
+    page = opened.page
+    assert page.evaluate("window.hacked") is None
+    assert page.locator(".prose script, .prose img, .prose [onerror], .prose a[href^='javascript']").count() == 0
+    assert page.locator(".prose table td").count() == 2
+    assert page.locator(".prose .katex").count() == 1
+    assert page.locator(".prose .hljs-built_in").count() == 1
+    assert page.get_attribute(".prose a", "href") == "https://elsewhere.example/spy.png"
+
+
+def test_the_policy_lets_no_script_run_but_the_pages_own(served):
+    answer = served.http.get("/")
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "script-src 'self';" in policy
+    assert "frame-ancestors 'none'" in policy
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert "http://" not in answer.text
+    assert "https://" not in answer.text
+    assert served.http.get("/web/../app.py").status_code == 404
+    again = served.http.get("/web/app.js", headers={"if-none-match": served.http.get("/web/app.js").headers["etag"]})
+    assert again.status_code == 304
+
+
+def test_calls_show_code_output_and_pictures_and_citations_open_their_lines(tab, tools):
+    needs_python(tools)
+    code = "import matplotlib.pyplot as plt\nplt.plot([1, 2]); plt.show()\n6 * 7"
+    tools.play(THOUGHT + browser("search", query="river number 7"), browser("open", id=0), THOUGHT + python(code), RICH)
+    opened = tab(tools)
+    opened.ask("How long is river number 7?")
+    opened.wait()
+    page = opened.page
+    assert page.inner_text(".call >> nth=0") == "Searched for “river number 7”"
+    assert page.get_attribute(".figure", "src").startswith("data:image/png;base64,")
+    assert page.inner_text(".logs").strip() == "42"
+    page.click(".cite")
+    assert "rivers.html" in page.inner_text("dialog")
+    assert "kilometres long and flows slowly." in page.inner_text("dialog blockquote")
+    page.keyboard.press("Escape")
+    opened.until("!document.querySelector('dialog')")
+
+
+def test_files_are_put_where_python_finds_them(tab, tools):
+    needs_python(tools)
+    tools.play(python("print(open('/mnt/data/numbers.txt').read())"), final("Done."))
+    opened = tab(tools)
+    page = opened.page
+    page.set_input_files("input[type=file]", {"name": "numbers.txt", "mimeType": "text/plain", "buffer": b"1 2 3"})
+    page.wait_for_selector(".files .file")
+    opened.ask("Read it")
+    opened.wait()
+    assert "/mnt/data/numbers.txt" in page.inner_text(".bubble")
+    page.click(".call summary")
+    assert page.inner_text(".logs").strip() == "1 2 3"
+
+
+def test_a_stopped_answer_stays_and_the_next_turn_knows_it(tab, served):
+    served.play("<|channel|>final<|message|>" + "word " * 400 + "<|return|>", REASONED + FINAL, delay_s=0.02)
+    opened = tab(served)
+    page = opened.page
+    opened.ask("Tell me a lot")
+    opened.until("document.querySelector('.answered .prose')?.innerText.length > 40")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("text=stopped")
+    served.until_idle()
+    served.engine.delay_s = 0
+    opened.ask("Go on")
+    opened.wait()
+    prompt = served.service.model.tokenizer.decode(served.engine.prompts[-1])
+    assert "Tell me a lot" in prompt
+    assert "word word word" in prompt
+    assert prompt.rstrip().endswith("Go on<|end|><|start|>assistant")
+
+
+def test_conversations_are_listed_searched_renamed_forked_and_deleted(tab, serve):
+    served = serve(REASONED + FINAL)
+    opened = tab(served)
+    page = opened.page
+    for text in ("First apples", "Then pears"):
+        opened.ask(text)
+        opened.wait()
+        page.click("text=New chat")
+    titles = ".sidebar .title"
+    opened.until(f"document.querySelectorAll('{titles}').length === 2")
+    page.fill("#search", "APPLES first")
+    opened.until(f"document.querySelectorAll('{titles}').length === 1")
+    page.click(titles)
+    page.wait_for_selector(".answered")
+    page.fill("#search", "")
+    opened.until(f"document.querySelectorAll('{titles}').length === 2")
+    page.click("text=Fork")
+    opened.until(f"document.querySelectorAll('{titles}').length === 3")
+    assert page.inner_text("h1") == "First apples (copy)"
+    page.click("[aria-label='Rename First apples (copy)']")
+    page.fill(".sidebar li input", "Plums")
+    page.keyboard.press("Enter")
+    opened.until("document.querySelector('h1').innerText === 'Plums'")
+    page.reload()
+    page.wait_for_selector(".answered")
+    assert page.inner_text("h1") == "Plums"
+    page.click("[aria-label='Delete Plums']")
+    page.click(".doomed >> text=Delete >> nth=-1")
+    opened.until(f"document.querySelectorAll('{titles}').length === 2")
+    opened.until("document.querySelector('h1').innerText === 'New chat'")
+
+
+def test_a_question_can_be_edited_which_leaves_the_old_answer_where_it_was(tab, serve):
+    served = serve(REASONED + FINAL)
+    opened = tab(served)
+    page = opened.page
+    for text in ("One", "Two"):
+        opened.ask(text)
+        opened.until(f"document.querySelectorAll('.answered').length === {1 if text == 'One' else 2}")
+        page.wait_for_selector("button.send >> text=Send")
+    page.locator(".asked >> text=Edit").last.click()
+    opened.until("document.querySelector('#compose').value === 'Two'")
+    assert page.locator(".asked").count() == 1
+    opened.until("document.querySelectorAll('.sidebar .title').length === 2")
+
+
+def test_a_conversation_is_exported_for_people_and_for_programs(tab, served):
+    opened = tab(served)
+    opened.ask("What is 2 + 2?")
+    opened.wait()
+    page = opened.page
+    saved = {}
+    for button in ("Markdown", "JSON"):
+        page.click("header >> text=Export")
+        with page.expect_download() as download:
+            page.click(f"dialog >> text={button}")
+        saved[button] = (download.value.suggested_filename, download.value.path().read_text())
+    name, text = saved["Markdown"]
+    assert name == "What is 2  2.md"
+    assert "# What is 2 + 2?" in text
+    assert "The answer is 4." in text
+    items = json.loads(saved["JSON"][1])["items"]
+    assert [item["type"] for item in items] == ["message", "reasoning", "message"]
+
+
+def test_developers_see_the_exact_tokens_and_their_probabilities(tab, served):
+    opened = tab(served)
+    page = opened.page
+    page.click("[aria-label=Settings]")
+    page.check("dialog input[type=checkbox]")
+    page.keyboard.press("Escape")
+    opened.ask("What is 2 + 2?")
+    opened.wait()
+    page.click("header >> text=Tokens")
+    page.wait_for_selector(".tokens .final")
+    shown = "".join(page.locator(".tokens .token").all_inner_texts())
+    assert "<|start|>assistant<|channel|>analysis<|message|>2 and 2 make 4.<|end|>" in shown
+    assert page.locator(".tokens .user").count() > 0
+    hover = page.locator(".tokens .final").first.get_attribute("title")
+    assert "probability 60.7 %" in hover
+
+
+def test_a_server_with_keys_asks_for_one(tab, serve):
+    served = serve(REASONED + FINAL, keys=Keys([(hashlib.sha256(b"a secret of some length").hexdigest(), "alice")]))
+    opened = tab(served)
+    page = opened.page
+    page.wait_for_selector("text=This server asks for a key")
+    page.fill("dialog input", "wrong")
+    page.click("text=Use it")
+    page.wait_for_selector("text=The server does not know this key.")
+    page.fill("dialog input", "a secret of some length")
+    page.click("text=Use it")
+    page.wait_for_selector("dialog", state="detached")
+    opened.ask("What is 2 + 2?")
+    opened.wait()
+    assert page.inner_text(".answered .prose") == "The answer is 4."
+
+
+def test_a_fault_is_told_and_what_was_written_stays(tab, served):
+    opened = tab(served)
+    page = opened.page
+    page.route("**/v1/responses", lambda route: route.abort())
+    opened.ask("Hello?")
+    page.wait_for_selector("[role=alert]")
+    assert "cannot be reached" in page.inner_text("[role=alert]")
+    assert page.inner_text(".bubble") == "Hello?"
+
+
+def test_the_keyboard_is_enough(tab, served):
+    opened = tab(served)
+    page = opened.page
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    opened.until("document.activeElement.id === 'compose' || location.hash === '#compose'")
+    page.focus("#compose")
+    page.keyboard.type("two")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("lines")
+    page.keyboard.press("Enter")
+    opened.wait()
+    assert page.inner_text(".bubble") == "two\nlines"
+    page.keyboard.press("Control+k")
+    opened.until("document.activeElement.id === 'search'")
+    page.keyboard.press("Control+Shift+O")
+    opened.until("document.querySelector('h1').innerText === 'New chat'")
+
+
+def test_conversations_are_listed_by_key_alone(serve):
+    served = serve(keys=Keys([(hashlib.sha256(name.encode()).hexdigest(), name) for name in ("alice", "bob")]))
+
+    def ask(name: str, method: str, path: str, **fields: Any) -> Any:
+        return served.http.request(method, path, headers={"authorization": f"Bearer {name}"}, **fields)
+
+    ids = [
+        ask("alice", "POST", "/v1/conversations", json={"metadata": {"title": f"t{i}"}}).json()["id"] for i in range(3)
+    ]
+    assert [one["id"] for one in ask("alice", "GET", "/v1/conversations").json()["data"]] == ids[::-1]
+    assert ask("bob", "GET", "/v1/conversations").json()["data"] == []
+    page = ask("alice", "GET", "/v1/conversations?limit=2").json()
+    assert page["has_more"]
+    rest = ask("alice", "GET", f"/v1/conversations?limit=2&after={page['last_id']}").json()
+    assert [one["id"] for one in rest["data"]] == ids[:1]
+    assert not rest["has_more"]
+    assert [one["id"] for one in ask("alice", "GET", "/v1/conversations?query=T1").json()["data"]] == [ids[1]]
+    ask("alice", "DELETE", f"/v1/conversations/{ids[1]}")
+    assert ask("alice", "GET", "/v1/conversations?query=T1").json()["data"] == []
+
+
+def test_a_fork_goes_on_from_the_exact_tokens_and_leaves_the_original_alone(serve):
+    served = serve(REASONED + FINAL)
+    conversation = served.openai.conversations.create(metadata={"title": "one"})
+    for text in ("first", "second"):
+        served.openai.responses.create(model="gpt-oss-20b", input=text, conversation=conversation.id)
+    items = served.http.get(f"/v1/conversations/{conversation.id}/items?order=asc").json()["data"]
+    body = {"item_id": items[2]["id"], "metadata": {"title": "two"}}
+    fork = served.http.post(f"/v1/conversations/{conversation.id}/fork", json=body).json()
+    assert fork["id"] != conversation.id
+    assert fork["metadata"] == {"title": "two"}
+    served.openai.responses.create(model="gpt-oss-20b", input="second", conversation=fork["id"])
+    assert served.engine.prompts[-1] == served.engine.prompts[-2]
+    assert len(served.http.get(f"/v1/conversations/{conversation.id}/items").json()["data"]) == len(items)
+    missing = served.http.post(f"/v1/conversations/{conversation.id}/fork", json={"item_id": "msg_of_nobody"})
+    assert missing.status_code == 404
+
+
+def test_the_tokens_of_a_request_are_those_that_the_model_reads(served):
+    conversation = served.openai.conversations.create()
+    served.openai.responses.create(model="gpt-oss-20b", input="first", conversation=conversation.id)
+    asked = {"input": "second", "conversation": conversation.id}
+    told = served.http.post("/v1/responses/tokens", json=asked).json()["data"]
+    served.openai.responses.create(model="gpt-oss-20b", **asked)
+    assert [one["id"] for one in told] == served.engine.prompts[-1]
+    assert told[0] == {"id": told[0]["id"], "text": "<|start|>", "is_special": True}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("viewport", [DESK, PHONE], ids=["desk", "phone"])
+def test_nothing_stands_in_the_way_of_those_who_cannot_see_or_point(tab, served, viewport, scheme):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+    served.play(REASONED + RICH)
+    opened = tab(served, viewport)
+    page = opened.page
+    page.emulate_media(color_scheme=scheme)
+    opened.ask("Show me everything")
+    opened.wait()
+    page.click(".reasoning summary")
+    if viewport is PHONE:
+        assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+        page.click("[aria-label=Conversations]")
+        found = [axe.Axe().run(page).response["violations"]]
+        page.click(".sidebar [aria-label=Close]")
+    else:
+        page.click("[aria-label=Settings]")
+        found = [axe.Axe().run(page).response["violations"]]
+        page.keyboard.press("Escape")
+    found.append(axe.Axe().run(page).response["violations"])
+    faults = [f"{one['id']}: {node['html'][:200]}" for part in found for one in part for node in one["nodes"]]
+    assert faults == []

@@ -1,0 +1,171 @@
+"""The tasks of the embedded model: right answers, wrong answers, and two sides with nothing in common."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections import Counter
+
+import pytest
+
+from ossia.harmony import Channel, Effort, Message, Role
+from ossia.train.tasks import Transcript, gold_conversation, make, make_mix
+from ossia.train.tasks.about import ABSTENTION
+from ossia.train.tasks.invented import final, same_json
+from ossia.train.tasks.phrases import Phrases, expand
+from ossia.train.tasks.policies import Rule, Text
+from ossia.train.tasks.sums import Sum
+from ossia.train.tasks.words import invented_word, is_held_out
+
+NAMES = ["sums", "python", "functions", "browsing", "structured", "policies", "hierarchy", "about"]
+
+
+def draws(name: str, split: str, count: int, seed: int = 0):
+    mix = make_mix([name])
+    return [mix.draw(split, seed, number) for number in range(count)]
+
+
+@pytest.mark.parametrize("split", ["train", "held_out"])
+@pytest.mark.parametrize("name", NAMES)
+def test_gold_is_worth_everything_and_silence_nothing(name, split):
+    for draw in draws(name, split, 20):
+        gold = tuple(draw.task.gold(draw.instance, draw.effort))
+        assert draw.task.score(draw.instance, Transcript(gold)).value == pytest.approx(1.0)
+        assert draw.task.score(draw.instance, Transcript(gold[:-1])).value == 0
+        case = draw.instance.data.get("case")
+        # Of a secret anything may be said but the secret.
+        said = f"It is {case.word}." if case and case.errand is None else "something else altogether"
+        wrong = Transcript((*gold[:-1], final(said)))
+        assert draw.task.score(draw.instance, wrong).value <= 0.1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_seed_and_a_number_give_the_same_exercise(name):
+    for one, again in zip(draws(name, "train", 5), draws(name, "train", 5), strict=True):
+        assert gold_conversation(one).to_json() == gold_conversation(again).to_json()
+
+
+@pytest.mark.parametrize("name", ["sums", "python", "functions", "structured", "policies", "hierarchy"])
+def test_no_held_out_request_is_a_trained_one(name):
+    def requests(split: str) -> set[str]:
+        return {draw.instance.key for draw in draws(name, split, 300)}
+
+    assert not requests("train") & requests("held_out")
+
+
+def test_names_of_functions_are_of_the_side_that_was_asked_for():
+    for split in ("train", "held_out"):
+        for draw in draws("functions", split, 50):
+            for function in draw.instance.data["functions"]:
+                thing = function.description.rstrip(".").split()[-1]
+                assert is_held_out(thing) == (split == "held_out")
+
+
+def test_effort_is_the_length_of_the_thoughts():
+    task = make("sums", {"digits": 5, "exact": True})
+    instance = task.instance(random.Random(1))
+    lengths = [sum(len(m.text) for m in task.gold(instance, effort)[:-1]) for effort in Effort]
+    assert lengths[0] == 0
+    assert lengths[0] < lengths[1] < lengths[2]
+
+
+def test_every_step_of_a_sum_is_true():
+    rng = random.Random(0)
+    for _ in range(300):
+        a, b = sorted((rng.randrange(10 ** rng.randint(1, 8)) for _ in range(2)), reverse=True)
+        for sign, result in (("+", a + b), ("-", a - b)):
+            one = Sum(a, sign, b)
+            steps = re.findall(r"([\d+-]+)=(-?\d+)", one.thoughts(Effort.MEDIUM))
+            assert len(steps) == len(str(a))
+            assert all(eval(left) == int(right) for left, right in steps)
+            lines = one.thoughts(Effort.HIGH).splitlines()
+            assert lines[-1] == f"So {result}."
+            assert int("".join(reversed(lines[-2].split()))) == result
+
+
+def test_a_call_with_a_wrong_value_or_another_function_is_not_right():
+    draw = next(
+        d for d in draws("functions", "train", 50) if d.instance.data["wanted"] and d.instance.data["arguments"]
+    )
+    gold = list(draw.task.gold(draw.instance, Effort.LOW))
+    called = next(i for i, message in enumerate(gold) if message.recipient and message.role is Role.ASSISTANT)
+    arguments = json.loads(gold[called].text)
+    for changed, recipient in (
+        ({**arguments, next(iter(arguments)): "no such thing"}, gold[called].recipient),
+        (arguments, "functions.other"),
+    ):
+        call = Message(
+            Role.ASSISTANT, json.dumps(changed), channel=Channel.COMMENTARY, recipient=recipient, content_type="json"
+        )
+        reward = draw.task.score(draw.instance, Transcript((*gold[:called], call, *gold[called + 1 :])))
+        assert reward.value < 0.5
+        assert reward.parts["exact"] == 0
+
+
+def test_an_answer_with_the_fact_and_a_wrong_citation_is_half_right():
+    draw = draws("browsing", "train", 1)[0]
+    gold = tuple(draw.task.gold(draw.instance, Effort.LOW))
+    for answer in (gold[-1].text.split("【")[0], re.sub("†L\\d+", "†L1", gold[-1].text)):
+        reward = draw.task.score(draw.instance, Transcript((*gold[:-1], final(answer))))
+        assert reward.parts["found"] == 1
+        assert reward.parts["cited"] == reward.parts["exact"] == 0
+        assert 0 < reward.value < 1
+
+
+def test_some_questions_need_a_second_page():
+    hops = Counter(len(draw.instance.data["quest"].hops) for draw in draws("browsing", "train", 40))
+    assert hops[1] > 10
+    assert hops[2] > 5
+
+
+@pytest.mark.parametrize(
+    ("rule", "text", "is_broken"),
+    [
+        (Rule("pets", None, None), Text("", "pets", frozenset()), True),
+        (Rule("pets", None, None), Text("", "food", frozenset()), False),
+        (Rule(None, "price", None), Text("", "food", frozenset({"price"})), True),
+        (Rule("pets", "price", None), Text("", "pets", frozenset()), False),
+        (Rule("pets", None, "place"), Text("", "pets", frozenset({"place"})), False),
+        (Rule("pets", None, "place"), Text("", "pets", frozenset({"price"})), True),
+    ],
+)
+def test_a_rule_is_broken_by_what_it_says(rule, text, is_broken):
+    assert rule.is_broken_by(text) is is_broken
+    assert rule.finding(text).endswith("broken" if is_broken else "kept")
+
+
+def test_held_out_policies_have_a_rule_that_was_never_trained():
+    for split in ("train", "held_out"):
+        for draw in draws("policies", split, 60):
+            assert any(rule.is_held_out for rule in draw.instance.data["rules"]) == (split == "held_out")
+
+
+def test_verdicts_are_of_both_kinds():
+    verdicts = Counter(draw.instance.data["verdict"]["violation"] for draw in draws("policies", "train", 200))
+    assert min(verdicts.values()) > 60
+
+
+def test_what_the_model_cannot_know_is_said_to_be_unknown():
+    answers = Counter(draw.instance.answer == ABSTENTION for draw in draws("about", "train", 300))
+    assert 80 < answers[True] < 160
+
+
+def test_json_is_compared_by_value_and_type():
+    assert same_json('{"b": true, "a": 1}', {"a": 1, "b": True})
+    assert not same_json('{"a": true}', {"a": 1})
+    assert not same_json('{"a": "1"}', {"a": 1})
+    assert not same_json('{"a": 1, "b": 2}', {"a": 1})
+    assert not same_json("[1]", {"a": 1})
+    assert not same_json("{", {})
+
+
+def test_phrases_have_two_sides_and_every_form_is_on_one():
+    assert expand("[a|b] {x}[?|]") == ["a {x}?", "a {x}", "b {x}?", "b {x}"]
+    phrases = Phrases("[a|b|c|d|e|f|g|h] {x}[?|.|!|]")
+    trained, held_out = phrases.forms(False), phrases.forms(True)
+    assert len(trained) + len(held_out) == 32
+    assert held_out
+    rng = random.Random(0)
+    assert {phrases.pick(rng, True, x=1) for _ in range(200)} == {form.format(x=1) for form in held_out}
+    assert all(is_held_out(invented_word(rng, True)) for _ in range(50))

@@ -1,0 +1,220 @@
+"""From rollouts to the optimiser: the trainer sees what the engine saw, and learns from what was sampled alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.train.small import TOKENIZER, Vowels, make_engine, write_model
+
+from ossia import ops as backends
+from ossia.train.actor import engine_weights
+from ossia.train.advantage import Objective
+from ossia.train.module import Model
+from ossia.train.optimizers import Optimizer
+from ossia.train.policy import EMPTY, Lesson, PolicyObjective, PolicyTrainer, make_passes
+from ossia.train.rollout import Exercise, Rollout, RolloutConfig, Rollouts
+from ossia.train.schedule import Schedule
+from ossia.train.tasks import TaskMix
+from ossia.train.trainer import to_device
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("policy") / "model")
+
+
+def sampled(path: Path, backend: str = "reference", count: int = 6, **settings: object) -> list[Rollout]:
+    config = RolloutConfig(**({"max_tokens": 40} | settings))
+    with Rollouts(make_engine(path, backends.load(backend)), TOKENIZER, config, routing=True) as rollouts:
+        mix = TaskMix({Vowels(): 1})
+        return rollouts.run([Exercise(mix.draw("train", 0, i), i) for i in range(count)])
+
+
+@pytest.fixture(scope="module")
+def rollouts(path) -> list[Rollout]:
+    return sampled(path)
+
+
+def lessons(rollouts: list[Rollout], advantage: float = 1.0) -> list[Lesson]:
+    return [Lesson(one, np.full(one.num_sampled, advantage, np.float32)) for one in rollouts]
+
+
+def passes(rollouts: list[Rollout], advantage: float = 1.0, **settings: object):
+    return make_passes(lessons(rollouts, advantage), **({"pass_tokens": 400, "average": "token"} | settings))
+
+
+def with_a_tools_answer(rollout: Rollout) -> Rollout:
+    """The same tokens, of which some in the middle were a tool's and not the model's."""
+    sampled_L = rollout.sampled_L.copy()
+    first = int(np.flatnonzero(sampled_L)[0])
+    sampled_L[first + 3 : first + 9] = False
+    return replace(rollout, sampled_L=sampled_L)
+
+
+# The same numbers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trainable", ["full", "lora"])
+def test_the_trainers_log_probabilities_are_those_of_the_rollout(path, rollouts, trainable):
+    model = Model.open(path, trainable=trainable)
+    largest = 0.0
+    for one in passes(rollouts):
+        logprobs = PolicyObjective(model, Objective(), temperature=1.0).logprobs(one, torch.device("cpu"))
+        largest = max(largest, np.abs(logprobs - one.model_R).max())
+        np.testing.assert_allclose(logprobs, one.drawn_R, atol=1e-5)
+    assert largest < 1e-5
+
+
+def test_they_are_so_at_another_temperature_too(path):
+    model = Model.open(path, trainable="full")
+    for one in passes(sampled(path, temperature=0.7)):
+        logprobs = PolicyObjective(model, Objective(), temperature=0.7).logprobs(one, torch.device("cpu"))
+        np.testing.assert_allclose(logprobs, one.drawn_R, atol=2e-5)
+        assert np.abs(logprobs - one.model_R).max() > 0.01
+
+
+def test_the_kernels_log_probabilities_are_near_the_trainers(path):
+    """Keys and values in bfloat16 and activations of 8 bits are what they differ by."""
+    model = Model.open(path, trainable="full")
+    for one in passes(sampled(path, "cpu")):
+        logprobs = PolicyObjective(model, Objective(), temperature=1.0).logprobs(one, torch.device("cpu"))
+        assert np.abs(logprobs - one.model_R).mean() < 0.02
+
+
+def test_the_trainer_by_itself_chooses_the_experts_that_the_engine_recorded(path, rollouts):
+    model = Model.open(path, trainable="full")
+    for one in passes(rollouts):
+        chosen = model.recorded_routing(one.batch)
+        is_last = np.zeros(one.num_tokens, bool)
+        is_last[one.batch.query_starts_N1[1:] - 1] = True
+        for recorded_TA, layer in zip(one.experts, chosen, strict=True):
+            np.testing.assert_array_equal(recorded_TA[~is_last], layer.experts_TA.numpy()[~is_last])
+
+
+def test_recorded_experts_are_taken_in_place_of_the_routers_own(path, rollouts):
+    model = Model.open(path, trainable="full")
+    one = passes(rollouts)[0]
+    objective = PolicyObjective(model, Objective(), temperature=1.0)
+    others = replace(one, experts=tuple((experts + 1) % 4 for experts in one.experts))
+    as_recorded, as_other, by_itself = (
+        objective.logprobs(each, torch.device("cpu")) for each in (one, others, replace(one, experts=()))
+    )
+    np.testing.assert_allclose(as_recorded, by_itself, atol=1e-6)
+    assert np.abs(as_other - by_itself).max() > 0.01
+
+
+def test_the_engine_with_trained_weights_is_the_engine_of_the_checkpoint(path):
+    model = Model.open(path, trainable="full")
+    for backend in ("reference", "cpu"):
+        ops = backends.load(backend)
+        one, other = make_engine(path, ops), make_engine(path, ops)
+        other.replace_weights(engine_weights(model, ops))
+        with (
+            Rollouts(one, TOKENIZER, RolloutConfig(max_tokens=16)) as first,
+            Rollouts(other, TOKENIZER, RolloutConfig(max_tokens=16)) as second,
+        ):
+            exercise = Exercise(TaskMix({Vowels(): 1}).draw("train", 0, 0), 1)
+            a, b = first.run([exercise])[0], second.run([exercise])[0]
+        np.testing.assert_allclose(a.model_logprobs_L[:30], b.model_logprobs_L[:30], atol=2e-2)
+
+
+# What is learned from ------------------------------------------------------------------------------------------------
+
+
+def test_a_tools_tokens_carry_no_gradient(path, rollouts):
+    model = Model.open(path, trainable="full")
+    rollout = with_a_tools_answer(rollouts[0])
+    [one] = passes([rollout])
+    assert one.targets_R.tolist() == rollout.token_ids_L[rollout.sampled_L].tolist()
+    PolicyObjective(model, Objective(correction="none"), temperature=1.0).terms(to_device(one, torch.device("cpu")))[
+        0
+    ].backward()
+    got = {name: parameter.grad.clone() for name, parameter in model.state().items()}
+    model.zero_grad()
+    # By hand: the log-probability of each token that was sampled, and of no other.
+    rows = np.flatnonzero(rollout.sampled_L) - 1
+    logits_RV = model(replace(one.batch, logit_rows_R=rows.astype(np.int32)))
+    targets = torch.from_numpy(rollout.token_ids_L[rows + 1]).long()
+    (-logits_RV.log_softmax(-1).gather(1, targets[:, None]).sum()).backward()
+    for name, parameter in model.state().items():
+        torch.testing.assert_close(got[name], parameter.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_rollouts_without_an_advantage_are_left_out_and_still_count(rollouts):
+    mixed = lessons(rollouts[:2], 0.5) + lessons(rollouts[2:], 0.0)
+    made = make_passes(mixed, pass_tokens=4000, average="token")
+    assert sum(one.num_sequences for one in made) == 2
+    assert sum(one.norm for one in made) == sum(one.num_sampled for one in rollouts)
+    everything = make_passes(mixed, pass_tokens=4000, average="token", keep_all=True)
+    assert sum(one.num_sequences for one in everything) == len(rollouts)
+
+
+def test_by_sequence_every_rollout_counts_alike(rollouts):
+    made = passes(rollouts, average="sequence")
+    assert sum(one.norm for one in made) == pytest.approx(len(rollouts))
+    assert sum(float(one.weights_R.sum()) for one in made) == pytest.approx(len(rollouts), rel=1e-5)
+
+
+def test_how_rollouts_are_packed_changes_no_gradient(path, rollouts):
+    model = Model.open(path, trainable="full")
+    gradients = []
+    for pass_tokens in (1, 100_000):
+        objective = PolicyObjective(model, Objective(ratio="sequence"), temperature=1.0)
+        made = passes(rollouts, pass_tokens=pass_tokens, average="sequence")
+        model.zero_grad()
+        for one in made:
+            objective.terms(to_device(one, torch.device("cpu"))).loss_sum.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.state().values()]))
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+
+
+# Steps ---------------------------------------------------------------------------------------------------------------
+
+
+def make_trainer(model: Model, objective: Objective | None = None) -> PolicyTrainer:
+    return PolicyTrainer(
+        PolicyObjective(model, objective or Objective(), temperature=1.0),
+        Optimizer(model.state().items()),
+        Schedule("constant", 10),
+        highest_rate=1e-3,
+    )
+
+
+def parameters(model: Model) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.state().values()])
+
+
+def test_a_step_of_equal_rewards_changes_nothing(path, rollouts):
+    model = Model.open(path, trainable="full")
+    before = parameters(model)
+    assert passes(rollouts, 0.0) == []
+    report = make_trainer(model).step([EMPTY])
+    assert report.step == 1 and report.loss == report.gradient_norm == 0 and not report.is_skipped
+    assert torch.equal(parameters(model), before)
+
+
+def test_a_step_makes_rewarded_tokens_likelier(path, rollouts):
+    model = Model.open(path, trainable="full")
+    trainer = make_trainer(model)
+    made = passes(rollouts)
+    before = trainer.objective.logprobs(made[0], torch.device("cpu")).mean()
+    report = trainer.step(made)
+    assert trainer.objective.logprobs(made[0], torch.device("cpu")).mean() > before + 0.01
+    assert report.shown["mismatch_max"] < 1e-5
+    assert report.shown["entropy"] == pytest.approx(-before, abs=0.3)
+    assert report.shown["kl_old"] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_step_of_several_updates_counts_once_and_compares_with_the_policy_that_sampled(path, rollouts):
+    model = Model.open(path, trainable="full")
+    trainer = make_trainer(model)
+    made = passes(rollouts)
+    made = [replace(one, old_R=trainer.objective.logprobs(one, torch.device("cpu"))) for one in made]
+    report = trainer.step([replace(one, update=update) for update in range(3) for one in made])
+    assert report.step == trainer.num_steps_done == 1
+    assert report.shown["kl_old"] > 0
+    assert report.num_tokens == 3 * sum(one.num_tokens for one in made)

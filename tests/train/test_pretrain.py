@@ -1,0 +1,142 @@
+"""Training on tasks: what a step sees, exact resume, a loss that falls."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ossia.errors import ConfigError, NotFoundError
+from ossia.harmony import Tokenizer
+from ossia.model.config import ModelConfig
+from ossia.model.random_checkpoint import write_random_checkpoint
+from ossia.train.metrics import read_metrics
+from ossia.train.pretrain import PretrainConfig, TaskFeed, draw_sample, pretrain
+from ossia.train.tasks import gold_conversations, make_mix
+from ossia.train.vocabulary import train_vocabulary
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    texts = [
+        part
+        for conversation in gold_conversations(make_mix(["sums", "about"]), "train", 0, 300)
+        for message in conversation
+        for part in [message.text or "user assistant analysis final system"]
+    ]
+    return train_vocabulary(texts, 400, min_frequency=1)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tokenizer) -> Path:
+    config = ModelConfig(
+        num_layers=2,
+        hidden_size=32,
+        intermediate_size=32,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=16,
+        vocab_size=400,
+        num_experts=4,
+        num_active_experts=2,
+        sliding_window=32,
+        stop_token_ids=(tokenizer.special("<|return|>"),),
+        pad_token_id=None,
+    )
+    folder = tmp_path_factory.mktemp("pretrain") / "start"
+    return write_random_checkpoint(folder, config, layout="hf-bf16", tokenizer_json=tokenizer.to_tokenizer_json())
+
+
+@pytest.fixture
+def settings(checkpoint, tmp_path) -> PretrainConfig:
+    return PretrainConfig(
+        model=str(checkpoint),
+        out=str(tmp_path / "run"),
+        trainable="full",
+        tasks=("sums", "about"),
+        steps=6,
+        step_tokens=900,
+        pass_tokens=600,
+        max_tokens=400,
+        held_out=4,
+        learning_rate=3e-3,
+        save_every=3,
+        eval_every=0,
+        threads=1,
+    )
+
+
+def test_a_step_has_its_tokens_and_a_feed_goes_on_from_its_position(settings, tokenizer):
+    mix = make_mix(list(settings.tasks))
+    feed = TaskFeed(settings, mix, tokenizer)
+    feed.next_step()
+    position = feed.position
+    second = feed.next_step()
+    assert 500 < sum(one.num_tokens for one in second) <= 900
+    assert all(one.num_tokens <= 600 for one in second)
+    again = TaskFeed(settings, mix, tokenizer)
+    again.seek(position)
+    for one, other in zip(second, again.next_step(), strict=True):
+        assert np.array_equal(one.batch.token_ids_T, other.batch.token_ids_T)
+        assert np.array_equal(one.targets_R, other.targets_R)
+
+
+def test_answers_are_what_the_model_says_and_all_is_everything(settings, tokenizer):
+    mix = make_mix(["sums"])
+    answers = draw_sample(settings, mix, tokenizer, "train", 1)
+    everything = draw_sample(replace(settings, learn="all"), mix, tokenizer, "train", 1)
+    assert answers is not None
+    assert everything is not None
+    assert np.array_equal(answers.token_ids_L, everything.token_ids_L)
+    assert everything.num_trained == len(everything) - 1
+    said = tokenizer.decode(answers.token_ids_L[answers.weights_L > 0].tolist())
+    assert said.endswith("<|return|>")
+    assert "system" not in said
+    assert answers.token_ids_L[-1] == tokenizer.special("<|return|>")
+
+
+def test_plain_language_is_mixed_in(settings, tokenizer):
+    mix = make_mix(["sums"])
+    sample = draw_sample(replace(settings, language=1.0), mix, tokenizer, "train", 0)
+    assert sample is not None
+    assert sample.token_ids_L[0] == tokenizer.special("<|startoftext|>")
+    assert sample.token_ids_L[-1] == tokenizer.special("<|endoftext|>")
+
+
+def test_the_loss_falls_and_a_run_that_ended_early_goes_on_bit_for_bit(settings, tmp_path):
+    outcome, model = pretrain(settings, say=lambda _: None)
+    losses = [line["loss"] for line in read_metrics(outcome.folder / "metrics.jsonl") if line["event"] == "step"]
+    assert losses[-1] < losses[0] - 0.5
+    # The same run, ended behind its third step: later checkpoints are gone.
+    other = replace(settings, out=str(tmp_path / "other"))
+    pretrain(other, say=lambda _: None)
+    for folder in (tmp_path / "other" / "checkpoints").iterdir():
+        if int(folder.name.rpartition("-")[2]) > 3:
+            for file in folder.iterdir():
+                file.unlink()
+            folder.rmdir()
+    _, resumed = pretrain(other, resume=True, say=lambda _: None)
+    again = [line["loss"] for line in read_metrics(tmp_path / "other" / "metrics.jsonl") if line["event"] == "step"]
+    assert again == losses
+    assert all(torch.equal(value, resumed.state()[name]) for name, value in model.state().items())
+
+
+def test_a_run_begins_with_the_weights_of_another(settings, tmp_path):
+    outcome, model = pretrain(settings, say=lambda _: None)
+    following = replace(
+        settings, out=str(tmp_path / "next"), begin_with=str(outcome.folder), learning_rate=0.0, steps=1
+    )
+    _, begun = pretrain(following, say=lambda _: None)
+    assert all(torch.equal(value, begun.state()[name]) for name, value in model.state().items())
+    with pytest.raises(NotFoundError, match="no checkpoint"):
+        pretrain(replace(settings, out=str(tmp_path / "x"), begin_with=str(tmp_path)), say=lambda _: None)
+
+
+def test_settings_that_cannot_be_are_refused(settings):
+    with pytest.raises(ConfigError, match="how many steps"):
+        replace(settings, steps=0).check()
+    with pytest.raises(ConfigError, match="must fit"):
+        replace(settings, max_tokens=4096).check()

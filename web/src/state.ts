@@ -1,0 +1,295 @@
+// What the page knows, and what can be done: signals, and the actions that change them.
+import { computed, signal } from "@preact/signals";
+import { ApiError, call, savedKey, saveKey, stream } from "./api";
+import { applied, textOf } from "./items";
+import type { Conversation, Effort, Item, ResponseBody, Served, Token, Usage } from "./types";
+
+export interface Settings {
+  effort: Effort;
+  python: boolean;
+  browser: boolean;
+  instructions: string;
+  developer: boolean;
+  theme: "auto" | "light" | "dark";
+}
+
+const SETTINGS = "ossia.settings";
+const FIRST: Settings = { effort: "medium", python: true, browser: true, instructions: "", developer: false, theme: "auto" };
+const INCLUDE = ["code_interpreter_call.outputs", "web_search_call.action.sources"];
+
+export const settings = signal<Settings>({ ...FIRST, ...JSON.parse(localStorage.getItem(SETTINGS) ?? "{}") });
+export const served = signal<Served | null>(null);
+export const needsKey = signal(false);
+export const fault = signal("");
+export const conversations = signal<Conversation[]>([]);
+export const hasMore = signal(false);
+export const search = signal("");
+export const current = signal<Conversation | null>(null);
+export const items = signal<Item[]>([]);
+/** Items of the answer under way, after `items`. */
+export const answer = signal<Item[]>([]);
+export const isBusy = signal(false);
+export const lastUsage = signal<(Usage & { seconds: number; first: number }) | null>(null);
+export const announcement = signal("");
+export const files = signal<{ name: string; size: number }[]>([]);
+export const isUploading = signal(false);
+export const shown = computed(() => [...items.value, ...answer.value]);
+
+let abort: AbortController | null = null;
+let requests = 0;
+
+export function change(by: Partial<Settings>): void {
+  settings.value = { ...settings.value, ...by };
+  localStorage.setItem(SETTINGS, JSON.stringify(settings.value));
+}
+
+/** Run an action; what goes wrong is shown. */
+export async function attempt<T>(action: () => Promise<T>): Promise<T | undefined> {
+  try {
+    fault.value = "";
+    return await action();
+  } catch (error) {
+    if (error instanceof ApiError && error.status === 401) needsKey.value = true;
+    else fault.value = error instanceof Error ? error.message : String(error);
+    return undefined;
+  }
+}
+
+export async function start(): Promise<void> {
+  await attempt(async () => {
+    served.value = await call<Served>("GET", "/v1/served");
+    needsKey.value = false;
+    await list();
+    const id = location.hash.slice(1);
+    if (id.startsWith("conv_")) await open(id);
+  });
+}
+
+export async function useKey(key: string): Promise<void> {
+  saveKey(key.trim());
+  await start();
+  if (needsKey.value) fault.value = savedKey() ? "The server does not know this key." : "";
+}
+
+export async function list(more = false): Promise<void> {
+  const number = ++requests;
+  const query = new URLSearchParams({ limit: "30", query: search.value });
+  const last = conversations.value.at(-1);
+  if (more && last) query.set("after", last.id);
+  const page = await call<{ data: Conversation[]; has_more: boolean }>("GET", `/v1/conversations?${query}`);
+  // Answers may overtake each other while somebody types.
+  if (number !== requests) return;
+  conversations.value = more ? [...conversations.value, ...page.data] : page.data;
+  hasMore.value = page.has_more;
+}
+
+export function fresh(): void {
+  if (isBusy.value) return;
+  current.value = null;
+  items.value = [];
+  answer.value = [];
+  lastUsage.value = null;
+  files.value = [];
+  history.replaceState(null, "", location.pathname);
+}
+
+export async function open(id: string): Promise<void> {
+  if (isBusy.value) return;
+  const found = await call<Conversation>("GET", `/v1/conversations/${id}`);
+  const all: Item[] = [];
+  for (let after = ""; ; ) {
+    const query = new URLSearchParams({ order: "asc", limit: "100" });
+    for (const one of INCLUDE) query.append("include[]", one);
+    if (after) query.set("after", after);
+    const page = await call<{ data: Item[]; has_more: boolean; last_id: string }>(
+      "GET",
+      `/v1/conversations/${id}/items?${query}`,
+    );
+    all.push(...page.data);
+    if (!page.has_more) break;
+    after = page.last_id;
+  }
+  current.value = found;
+  items.value = all;
+  answer.value = [];
+  lastUsage.value = null;
+  files.value = [];
+  history.replaceState(null, "", `#${id}`);
+}
+
+export async function rename(conversation: Conversation, title: string): Promise<void> {
+  const metadata = { ...conversation.metadata, title: title.slice(0, 200) };
+  replaced(await call<Conversation>("POST", `/v1/conversations/${conversation.id}`, { metadata }));
+}
+
+export async function remove(conversation: Conversation): Promise<void> {
+  await call("DELETE", `/v1/conversations/${conversation.id}`);
+  conversations.value = conversations.value.filter((one) => one.id !== conversation.id);
+  if (current.value?.id === conversation.id) fresh();
+}
+
+/** A copy of the conversation up to an item, opened; of nothing, where there is no such item. */
+export async function fork(itemId: string | null): Promise<void> {
+  const from = current.value;
+  if (!from || isBusy.value) return;
+  if (itemId === null) return fresh();
+  const metadata: Record<string, string> = { ...from.metadata, title: `${titleOf(from)} (copy)`.slice(0, 200) };
+  const copy = await call<Conversation>("POST", `/v1/conversations/${from.id}/fork`, { item_id: itemId, metadata });
+  await list();
+  await open(copy.id);
+}
+
+export const titleOf = (conversation: Conversation): string => conversation.metadata["title"] || "Untitled";
+
+function replaced(conversation: Conversation): void {
+  conversations.value = conversations.value.map((one) => (one.id === conversation.id ? conversation : one));
+  if (current.value?.id === conversation.id) current.value = conversation;
+}
+
+async function ensureConversation(text: string): Promise<Conversation> {
+  if (current.value) return current.value;
+  const title = text.trim().split("\n")[0]!.slice(0, 80) || "Files";
+  const made = await call<Conversation>("POST", "/v1/conversations", { metadata: { title } });
+  current.value = made;
+  conversations.value = [made, ...conversations.value];
+  history.replaceState(null, "", `#${made.id}`);
+  return made;
+}
+
+/** Put files where the python tool finds them. */
+export async function upload(given: Iterable<File>): Promise<void> {
+  isUploading.value = true;
+  try {
+    const conversation = await ensureConversation("Files");
+    for (const file of given) {
+      const send = async (container: string): Promise<unknown> => {
+        const form = new FormData();
+        form.append("file", file, file.name);
+        return call("POST", `/v1/containers/${container}/files`, form);
+      };
+      let container = conversation.metadata["container"] ?? "";
+      try {
+        if (!container) throw new ApiError("no container yet", 404);
+        await send(container);
+      } catch (error) {
+        if (!(error instanceof ApiError && error.status === 404)) throw error;
+        container = (await call<{ id: string }>("POST", "/v1/containers", { name: "chat" })).id;
+        conversation.metadata = { ...conversation.metadata, container };
+        replaced(await call("POST", `/v1/conversations/${conversation.id}`, { metadata: conversation.metadata }));
+        await send(container);
+      }
+      files.value = [...files.value, { name: file.name, size: file.size }];
+    }
+  } finally {
+    isUploading.value = false;
+  }
+}
+
+/** The part of a request that the prompt depends on. */
+function asked(conversation: Conversation | null): Record<string, unknown> {
+  const { effort, python, browser, instructions } = settings.value;
+  const tools: Record<string, unknown>[] = [];
+  const has = served.value?.tools ?? {};
+  const container = conversation?.metadata["container"];
+  if (python && "python" in has) tools.push({ type: "code_interpreter", container: container ?? { type: "auto" } });
+  if (browser && "browser" in has) tools.push({ type: "web_search" });
+  return {
+    model: served.value?.model,
+    conversation: conversation?.id,
+    instructions: instructions || undefined,
+    reasoning: { effort },
+    tools,
+  };
+}
+
+export async function send(text: string): Promise<void> {
+  if (isBusy.value) return;
+  const names = files.value.map((file) => `/mnt/data/${file.name}`);
+  const input = names.length ? `${text}\n\nFiles: ${names.join(", ")}`.trim() : text;
+  isBusy.value = true;
+  lastUsage.value = null;
+  const began = performance.now();
+  let first = 0;
+  let response: ResponseBody | null = null;
+  let underWay: Item[] = [];
+  try {
+    const conversation = await ensureConversation(text);
+    const said: Item = { id: `local_${began}`, type: "message", role: "user", content: [{ type: "input_text", text: input }] };
+    items.value = [...items.value, said];
+    files.value = [];
+    abort = new AbortController();
+    const include = settings.value.developer ? [...INCLUDE, "message.output_text.logprobs"] : INCLUDE;
+    const top = settings.value.developer ? { top_logprobs: 5 } : {};
+    const body = { ...asked(conversation), ...top, input, include, stream: true };
+    // Faster than the eye, drawing would only take time from the model.
+    let drawn = 0;
+    try {
+      for await (const event of stream("/v1/responses", body, abort.signal)) {
+        const now = performance.now();
+        if (event.response) response = event.response;
+        if (event.type === "error") throw new Error(event.message ?? "The server met an error.");
+        if (!first && event.type.endsWith(".delta")) first = now;
+        underWay = applied(underWay, event, now);
+        if (now - drawn > 40 || !event.type.endsWith(".delta")) [answer.value, drawn] = [underWay, now];
+      }
+    } finally {
+      answer.value = underWay;
+    }
+    if (response?.status === "failed") throw new Error(response.error?.message ?? "The response failed.");
+    if (response?.status === "incomplete") fault.value = `The answer is not complete: ${response.incomplete_details?.reason}.`;
+    const end = performance.now();
+    if (response?.usage) lastUsage.value = { ...response.usage, seconds: (end - began) / 1000, first: (first - began) / 1000 };
+    items.value = [...items.value, ...answer.value];
+    answer.value = [];
+    announcement.value = "The answer is complete.";
+    await settle(conversation);
+  } catch (error) {
+    await interrupted(input, error);
+  } finally {
+    isBusy.value = false;
+    abort = null;
+  }
+}
+
+/** Items under the ids that the server gave them, so that they can be forked from; what the page measured is kept. */
+async function settle(conversation: Conversation): Promise<void> {
+  const query = new URLSearchParams({ order: "desc", limit: "1" });
+  const user = items.value.findLastIndex((item) => item.id.startsWith("local_"));
+  if (user >= 0) {
+    query.set("limit", String(Math.min(100, items.value.length - user)));
+    const page = await call<{ data: Item[] }>("GET", `/v1/conversations/${conversation.id}/items?${query}`);
+    const id = page.data.at(-1);
+    if (id?.role === "user") items.value = items.value.with(user, { ...items.value[user]!, id: id.id });
+  }
+  await list();
+}
+
+/** After a stop or a fault: what was said so far stays, here and on the server, so that the next turn knows it. */
+async function interrupted(input: string, error: unknown): Promise<void> {
+  const wasStopped = error instanceof DOMException && error.name === "AbortError";
+  const said = answer.value.filter((item) => item.type === "message").map(textOf).join("\n");
+  const done = answer.value.map((item) => (item.ended ? item : { ...item, ended: performance.now(), status: "incomplete" }));
+  items.value = [...items.value, ...done];
+  answer.value = [];
+  if (!wasStopped) {
+    if (error instanceof ApiError && error.status === 401) needsKey.value = true;
+    else fault.value = error instanceof Error ? error.message : String(error);
+  }
+  const conversation = current.value;
+  if (!conversation || (!wasStopped && !said)) return;
+  const kept: Record<string, unknown>[] = [{ type: "message", role: "user", content: input }];
+  if (said) kept.push({ type: "message", role: "assistant", content: [{ type: "output_text", text: said }] });
+  await attempt(() => call("POST", `/v1/conversations/${conversation.id}/items`, { items: kept }));
+  announcement.value = "The answer was stopped.";
+  await attempt(() => settle(conversation));
+}
+
+export function stop(): void {
+  abort?.abort();
+}
+
+/** The conversation as the model reads it, every thought included. */
+export async function tokens(): Promise<Token[]> {
+  const body = { ...asked(current.value), reasoning: { effort: settings.value.effort, context: "all_turns" } };
+  return (await call<{ data: Token[] }>("POST", "/v1/responses/tokens", body)).data;
+}
