@@ -462,7 +462,7 @@ def _product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> T
     """x W^T + b, without a gradient of its own. On CPUs float32 goes to oneDNN as bfloat16 does by itself: torch's
     other library uses half of what an AMD processor can do.
     """
-    if x_TI.dtype == torch.float32 and x_TI.device.type == "cpu" and torch.backends.mkldnn.is_available():
+    if x_TI.dtype == torch.float32 and x_TI.device.type == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         out_TO: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, bias_O, "none", [], "")
         return out_TO
     return F.linear(x_TI, weight_OI, bias_O)
