@@ -207,7 +207,7 @@ def test_the_loss_falls_on_the_data_and_the_curve_begins_with_the_model_as_it_is
     lines = _curve(whole)
     assert lines[0]["event"] == "evaluation" and lines[0]["step"] == 0
     steps = [line for line in lines if line["event"] == "step"]
-    assert steps[-1]["loss"] < 0.8 * steps[0]["loss"]
+    assert steps[-1]["loss"] < 0.9 * steps[0]["loss"]
     assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
     assert all(line["tokens"] > 0 and line["trained"] > 0 for line in steps)
 
