@@ -268,7 +268,7 @@ def test_every_token_but_the_last_has_its_experts(small):
 
 
 def test_with_a_grammar_nothing_malformed_is_sampled_even_from_noise(small):
-    with small(max_tokens=60, grammar=True) as rollouts:
+    with small(max_tokens=400, grammar=True) as rollouts:
         done = rollouts.run(exercises(4, 4))
     assert all(not one.transcript.defects or one.transcript.is_truncated for one in done)
     finished = [one for one in done if not one.transcript.is_truncated]
