@@ -8,6 +8,7 @@ for delta in model.generate("Why is the sky blue?", effort="low"):
 from __future__ import annotations
 
 import datetime
+import logging
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from typing import Any, Self
 from ossia import ops as backends
 from ossia.config import Config, from_arguments
 from ossia.engine import Engine, EngineConfig, FinishReason, Runner, SamplingParams, TokenOutput
-from ossia.errors import InputError, NotFoundError, OssiaError
+from ossia.errors import InputError, NotFoundError, OssiaError, UnavailableError
 from ossia.harmony import (
     Channel,
     Conversation,
@@ -39,8 +40,12 @@ from ossia.harmony import (
 )
 from ossia.model.adapted import check_base_copies
 from ossia.model.adapter import Adapter, read_adapter
-from ossia.model.hub import resolve_model
+from ossia.model.config import ModelConfig
+from ossia.model.hub import downloaded, resolve_model
+from ossia.model.memory import available_bytes, own_bytes, weight_bytes
 from ossia.model.weights import Checkpoint, load_weights
+
+_log = logging.getLogger(__name__)
 
 Messages = str | Conversation | Sequence[Message | Mapping[str, Any]]
 """One user message as text, or a conversation; messages as dicts take the form of `ossia.harmony.messages`."""
@@ -70,6 +75,7 @@ class LocalModel:
         """Open what the settings name; see `load`."""
         require_model(config)
         checkpoint = Checkpoint.open(resolve_model(config.model))
+        check_memory(config, checkpoint.config)
         ops = backends.load(config.backend, **backend_options(config))
         options = EngineConfig(
             kv_memory_bytes=config.kv_memory,
@@ -319,9 +325,31 @@ def _effort(effort: Effort | str | None) -> Effort:
 def require_model(config: Config) -> None:
     """Raise NotFoundError, saying how to name one, unless the settings name a model."""
     if not config.model:
+        here = downloaded()
+        found = f"Here already: {', '.join(here)}. " if here else ""
         raise NotFoundError(
-            "no model was named. Give --model (or OSSIA_MODEL): a checkpoint folder, a .gguf file, or the name of one "
-            "that was fetched with `ossia pull gpt-oss-20b`."
+            f"no model was named. {found}Give --model (or OSSIA_MODEL): a checkpoint folder, a .gguf file, or the name "
+            "of one that was fetched with `ossia pull gpt-oss-20b`."
+        )
+
+
+def check_memory(config: Config, shape: ModelConfig) -> None:
+    """Raise UnavailableError, with numbers, where a model cannot run; warn where it would be read from the disk."""
+    if config.backend != "cpu":
+        return
+    own, weights = own_bytes(shape, config.dense, config.kv_memory), weight_bytes(shape, config.dense)
+    available, _ = available_bytes()
+    if own > available:
+        raise UnavailableError(
+            f"the model needs {own / 2**30:.1f} GiB that cannot be swapped for its file (keys and values "
+            f"{config.kv_memory / 2**30:.1f} GiB of it), and {available / 2**30:.1f} GiB are free. Free some, or give "
+            "less with --kv-memory or --dense bf16"
+        )
+    if weights + config.kv_memory > available:
+        _log.warning(
+            "the weights take %.1f GiB and %.1f GiB are free: experts will be read from the disk again and again",
+            weights / 2**30,
+            available / 2**30,
         )
 
 

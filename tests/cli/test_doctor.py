@@ -19,6 +19,7 @@ from ossia.cli import findings
 from ossia.cli.findings import Finding
 from ossia.config import Config, McpServer
 from ossia.errors import UnavailableError
+from ossia.model.memory import available_bytes, weight_bytes
 from ossia.model.random_checkpoint import SHAPES, write_random_checkpoint
 from ossia.tools.sandbox.tiers import TierReport
 
@@ -131,13 +132,13 @@ def test_what_weights_take_is_what_a_checkpoint_of_that_shape_has(tmp_path):
     shape = replace(shape, stop_token_ids=(1,), pad_token_id=0)
     found = inspect_checkpoint(write_random_checkpoint(tmp_path / "made", shape))
     table = shape.vocab_size * shape.hidden_size * 2
-    told_bytes = findings.weight_bytes(shape, "bf16")
+    told_bytes = weight_bytes(shape, "bf16")
     assert abs(found.size_bytes - table - told_bytes) < 0.02 * told_bytes
-    assert findings.weight_bytes(shape, "q8") < told_bytes
+    assert weight_bytes(shape, "q8") < told_bytes
 
 
 def test_the_memory_of_this_machine_is_read():
-    available, total = findings.available_bytes()
+    available, total = available_bytes()
     assert 0 < available <= total
 
 

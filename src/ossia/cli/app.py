@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ossia.cli import bench, chat, checkpoint, data, doctor, export, generate, mcp, prompts, pull, serve, train
+from ossia.cli import bench, chat, checkpoint, data, doctor, export, generate, mcp, prompts, ps, pull, serve, train
 
 app = typer.Typer(
     name="ossia",
@@ -38,6 +38,7 @@ app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
 app.command("mcp")(mcp.mcp)
+app.command("ps")(ps.ps)
 app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)
 app.command("export")(export.export)

@@ -28,13 +28,12 @@ from typing import Any, Literal
 from ossia import config
 from ossia.config import Config
 from ossia.errors import ConfigError, OssiaError
+from ossia.model.memory import PROGRAM_BYTES, available_bytes, weight_bytes
 
 State = Literal["ok", "info", "warn", "bad"]
 _GIB = 1 << 30
 # Of the published models: what a download takes.
 _DOWNLOADS = {"gpt-oss-20b": 12.8 * _GIB, "gpt-oss-120b": 60.8 * _GIB}
-# Interpreter, libraries, buffers, and the two tables' pages that are in use.
-_PROGRAM_BYTES = 0.4 * _GIB
 _MIN_FREE_BYTES = 1 * _GIB
 # How packages of the system are installed, by the program that does it.
 _INSTALLERS = {
@@ -199,7 +198,7 @@ def look_at_memory(settings: Config, memory: tuple[int, int]) -> Iterator[Findin
     )
     for name, shape in (("gpt-oss-20b", SHAPES["20b"]), ("gpt-oss-120b", SHAPES["120b"])):
         weights = weight_bytes(shape, settings.dense)
-        need = int(weights + settings.kv_memory + _PROGRAM_BYTES)
+        need = int(weights + settings.kv_memory + PROGRAM_BYTES)
         parts = f"weights {_gib(weights)}, keys and values {_gib(settings.kv_memory)}"
         words = f"{name} needs {_gib(need)} ({parts}): "
         details = {"model": name, "needed_bytes": need}
@@ -212,51 +211,12 @@ def look_at_memory(settings: Config, memory: tuple[int, int]) -> Iterator[Findin
         yield Finding("memory", "warn" if is_wanted else "info", words, advice if is_wanted else "", details)
 
 
-def weight_bytes(shape: Any, dense: str) -> int:
-    """What the weights of a model take in memory: experts as they lie in the file, and the dense matrices.
-
-    The embedding table is left out: one row is read for each token.
-    """
-    # MXFP4 is 17 bytes for 32 weights, and so are 34 bytes of 8-bit weights.
-    expert = 3 * shape.hidden_size * shape.intermediate_size * 17 / 32
-    heads = shape.head_dim * (2 * shape.num_heads + 2 * shape.num_kv_heads)
-    matrices = shape.num_layers * shape.hidden_size * heads + shape.vocab_size * shape.hidden_size
-    routers = shape.num_layers * shape.num_experts * shape.hidden_size * 2
-    return int(shape.num_layers * shape.num_experts * expert + matrices * (34 / 32 if dense == "q8" else 2) + routers)
-
-
-def available_bytes() -> tuple[int, int]:
-    """Free memory and all memory, bounded by the control group that this process is in."""
-    available = total = 0
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        sizes = {name: int(value.split()[0]) * 1024 for name, _, value in (line.partition(":") for line in lines)}
-        available, total = sizes["MemAvailable"], sizes["MemTotal"]
-    except OSError:
-        pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-        available = total = pages * size
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        with contextlib.suppress(OSError, ValueError):
-            bound = int(Path("/sys/fs/cgroup", limit).read_text())
-            left = bound - int(Path("/sys/fs/cgroup", used).read_text())
-            if bound < total:
-                total, available = bound, min(available, max(left, 0))
-    return available, total
-
-
 def look_at_models(settings: Config) -> Iterator[Finding]:
     """The model of the settings, and which published ones are here."""
-    from ossia.model.hub import PUBLISHED, resolve_model
+    from ossia.model.hub import downloaded, resolve_model
     from ossia.model.inspection import inspect_checkpoint
 
-    here = []
-    for name in PUBLISHED:
-        with contextlib.suppress(OssiaError):
-            resolve_model(name)
-            here.append(name)
+    here = downloaded()
     if here:
         yield Finding("model", "ok", f"downloaded: {', '.join(here)}", details={"downloaded": here})
     elif not settings.model:

@@ -281,6 +281,7 @@ async def _serve(service: Service, settings: Config, required: list[str]) -> Non
     """Prove what was asked for, then serve, in one event loop. Raises UnavailableError for a tool that is off."""
     import uvicorn
 
+    from ossia.cli.ps import listed
     from ossia.server.app import create_app
     from ossia.server.protocol import Protocol
 
@@ -305,4 +306,5 @@ async def _serve(service: Service, settings: Config, required: list[str]) -> Non
         access_log=False,
         timeout_graceful_shutdown=_GRACE_S,
     )
-    await uvicorn.Server(config).serve()
+    with listed(f"http://{settings.host}:{settings.port}", service.model.name):
+        await uvicorn.Server(config).serve()

@@ -5,13 +5,14 @@ Nothing here is a store of ossia's own: what transformers or vLLM have downloade
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from ossia.errors import InputError, NotFoundError, UnavailableError
+from ossia.errors import InputError, NotFoundError, OssiaError, UnavailableError
 
 # Names that need no owner.
 PUBLISHED = ("gpt-oss-20b", "gpt-oss-120b", "gpt-oss-safeguard-20b", "gpt-oss-safeguard-120b")
@@ -50,6 +51,16 @@ def resolve_model(name_or_path: str | Path, revision: str | None = None) -> Path
             f"{f' --revision {revision}' if revision else ''}`, or give the path of a checkpoint."
         ) from None
     return Path(folder)
+
+
+def downloaded() -> list[str]:
+    """Names of the published models that are complete in the Hugging Face cache."""
+    here = []
+    for name in PUBLISHED:
+        with contextlib.suppress(OssiaError):
+            resolve_model(name)
+            here.append(name)
+    return here
 
 
 def pull(name: str, revision: str | None = None, *, show_progress: bool = False) -> Path:
