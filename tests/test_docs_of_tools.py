@@ -89,7 +89,7 @@ def test_settings_in_the_docs_have_those_names():
 
 def test_five_lines_of_python_answer(tmp_path, capsys):
     path = write_random_checkpoint(tmp_path / "tiny", "tiny")
-    code = blocks("README.md", "python")[0]
+    code = blocks("README.md", "python")[1]
     assert 'ossia.load("gpt-oss-20b")' in code and "max_tokens=400" in code
     code = code.replace('"gpt-oss-20b"', repr(str(path))).replace("max_tokens=400", "max_tokens=20, seed=1")
     run(code.replace('if delta.channel == "final":', "if delta.text:"))
@@ -107,7 +107,7 @@ def tooled(tmp_path_factory):
 
 
 def test_a_client_is_answered(tooled, capsys):
-    code = blocks("README.md", "python")[1]
+    code = blocks("README.md", "python")[0]
     assert 'base_url="http://127.0.0.1:8000/v1"' in code
     tooled.play(REASONED + FINAL)
     run(code.replace("http://127.0.0.1:8000", tooled.url))

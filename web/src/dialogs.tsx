@@ -1,7 +1,7 @@
 // What opens over the page: settings, the key, export, a cited source, exact tokens.
 import { signal } from "@preact/signals";
 import type { ComponentChildren } from "preact";
-import { useEffect, useRef, useState } from "preact/hooks";
+import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import { savedKey } from "./api";
 import { markdownOf, partsOf } from "./items";
 import { Url } from "./messages";
@@ -22,7 +22,8 @@ export function Dialogs() {
 
 function Dialog({ title, wide, onClose, children }: { title: string; wide?: boolean; onClose: () => void; children: ComponentChildren }) {
   const box = useRef<HTMLDialogElement>(null);
-  useEffect(() => {
+  // Before it is painted: Esc must close what is seen.
+  useLayoutEffect(() => {
     const before = document.activeElement as HTMLElement | null;
     box.current!.showModal();
     return () => before?.focus();
