@@ -341,7 +341,7 @@ def check_memory(config: Config, shape: ModelConfig) -> None:
     available, _ = available_bytes()
     if own > available:
         raise UnavailableError(
-            f"the model needs {own / 2**30:.1f} GiB that cannot be swapped for its file (keys and values "
+            f"the model needs {own / 2**30:.1f} GiB beside its mapped file (keys and values "
             f"{config.kv_memory / 2**30:.1f} GiB of it), and {available / 2**30:.1f} GiB are free. Free some, or give "
             "less with --kv-memory or --dense bf16"
         )
