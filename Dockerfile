@@ -10,7 +10,9 @@ FROM python:3.12-slim-bookworm
 # bubblewrap is the strongest sandbox of the python tool; it needs user namespaces, which many container runtimes forbid.
 # Without them the tool proves Landlock, or stays off and says so.
 RUN apt-get update && apt-get install --yes --no-install-recommends bubblewrap && rm -rf /var/lib/apt/lists/* \
-    && useradd --uid 10001 --create-home ossia
+    && useradd --uid 10001 --no-create-home ossia \
+    # A new volume takes the owner of the folder that it covers.
+    && mkdir /data /models && chown ossia:ossia /data /models
 COPY --from=build /opt/ossia /opt/ossia
 ENV PATH=/opt/ossia/bin:$PATH HOME=/data XDG_DATA_HOME=/data HF_HOME=/models
 USER ossia

@@ -50,17 +50,17 @@ class Arithmetic(Task):
         if effort is Effort.LOW:
             return (final,)
         a, b, sign = instance.data["a"], instance.data["b"], instance.data["sign"]
-        steps = _steps(a, b, sign)
+        steps = written_steps(a, b, sign)
         if effort is Effort.MEDIUM:
             thought = " ".join(steps)
         else:
             opposite = "-" if sign == "+" else "+"
-            back = [f"{instance.answer}{opposite}{b}={a}", *_steps(int(instance.answer), b, opposite)]
+            back = [f"{instance.answer}{opposite}{b}={a}", *written_steps(int(instance.answer), b, opposite)]
             thought = "\n".join([*steps, f"so {instance.answer}", "check", *back])
         return (Message(Role.ASSISTANT, thought, channel=Channel.ANALYSIS), final)
 
 
-def _steps(a: int, b: int, sign: str) -> list[str]:
+def written_steps(a: int, b: int, sign: str) -> list[str]:
     """A step for each digit from the right: "7+6=13", "4+8+1=13" with the carry, "3-5-1=-3" with what was borrowed."""
     top, bottom = str(a)[::-1], str(b)[::-1]
     steps, carry = [], 0

@@ -25,6 +25,7 @@ from typing import NamedTuple
 from ossia.errors import ConfigError
 from ossia.harmony import Effort, Message
 from ossia.train.tasks import words
+from ossia.train.tasks.arithmetic import written_steps
 from ossia.train.tasks.base import Instance
 from ossia.train.tasks.invented import InventedTask, final, think
 from ossia.train.tasks.phrases import Phrases
@@ -84,19 +85,6 @@ class Sums(InventedTask):
         return words.number_of_digits(rng, self.digits if self.exact else rng.randint(1, self.digits))
 
 
-class _Step(NamedTuple):
-    """One place: both digits, what was carried in ("" or "+1", "-1"), the value, the digit that stays."""
-
-    x: str
-    y: str
-    carried: str
-    value: int
-
-    @property
-    def digit(self) -> str:
-        return str(self.value % 10)
-
-
 class Sum(NamedTuple):
     """a + b, or a - b with a >= b."""
 
@@ -112,27 +100,12 @@ class Sum(NamedTuple):
         """The chain of thought of that effort; "" at low."""
         if effort is Effort.LOW:
             return ""
-        steps = self.steps()
-        written = [f"{step.x}{self.sign}{step.y}{step.carried}={step.value}" for step in steps]
+        steps = written_steps(self.a, self.b, self.sign)
         if effort is Effort.MEDIUM:
-            return " ".join(written)
-        digits = [step.digit for step in steps] + (["1"] if steps[-1].value > 9 else [])
-        return "\n".join(
-            [
-                f"{self.a}: {' '.join(step.x for step in steps)}",
-                f"{self.b}: {' '.join(step.y for step in steps)}",
-                *(f"{line}, {step.digit}" for line, step in zip(written, steps, strict=True)),
-                " ".join(digits),
-                f"So {self.result}.",
-            ]
-        )
-
-    def steps(self) -> list[_Step]:
-        """Every place from the last to the first."""
-        length = len(str(max(self.a, self.b)))
-        steps, carry = [], 0
-        for x, y in zip(str(self.a).zfill(length)[::-1], str(self.b).zfill(length)[::-1], strict=True):
-            value = int(x) + int(y) + carry if self.sign == "+" else int(x) - int(y) - carry
-            steps.append(_Step(x, y, f"{self.sign}1" if carry else "", value))
-            carry = int(value > 9 or value < 0)
-        return steps
+            return " ".join(steps)
+        # "4+0+1=5": both digits stand at the same places in every step.
+        digits = [str(int(step.rpartition("=")[2]) % 10) for step in steps]
+        lines = [f"{self.a}: {' '.join(step[0] for step in steps)}", f"{self.b}: {' '.join(step[2] for step in steps)}"]
+        lines += [f"{step}, {digit}" for step, digit in zip(steps, digits, strict=True)]
+        leading = ["1"] if len(str(self.result)) > len(steps) else []
+        return "\n".join([*lines, " ".join(digits + leading), f"So {self.result}."])
