@@ -39,7 +39,7 @@ from ossia.train.actor import Actor
 from ossia.train.advantage import Objective
 from ossia.train.curves import draw_curves
 from ossia.train.data import to_batch
-from ossia.train.fit import fingerprint, make_optimizer, make_schedule, open_model, set_up_torch, table
+from ossia.train.fit import fingerprint, make_trainer, open_model, set_up_torch, table
 from ossia.train.module import Model
 from ossia.train.packing import plan
 from ossia.train.policy import (
@@ -54,7 +54,7 @@ from ossia.train.policy import (
     write_rollouts,
 )
 from ossia.train.result import write_result
-from ossia.train.rl import make_trainer
+from ossia.train.rl import make_policy_trainer
 from ossia.train.rollout import Exercise, Rollout, Rollouts, rollout_seed
 from ossia.train.rollout_config import DistillConfig
 from ossia.train.run import Outcome, Run, RunFolder, Say
@@ -273,15 +273,7 @@ def _offline(
         model = open_model(settings, path, device)
         table(model, say)
         objective = ForwardKl(model)
-        trainer: Trainer[TeachingPass] = Trainer(
-            objective,
-            make_optimizer(settings, model),
-            make_schedule(settings, settings.steps),
-            highest_rate=settings.highest_rate,
-            clip=settings.clip,
-            max_skipped=settings.max_skipped,
-            device=device,
-        )
+        trainer: Trainer[TeachingPass] = make_trainer(settings, model, objective, settings.steps, device)
         run = Run(
             run_folder,
             trainer,
@@ -416,7 +408,7 @@ def _on_policy(
         objective = kind(model, Objective(clip_high=math.inf), temperature=settings.temperature)
         judge = TeacherJudge(settings, mix, rollouts, teacher, folder.path / "rollouts")
         feed = PolicyFeed(actor, judge, objective, settings, device=device)
-        trainer: PolicyTrainer = make_trainer(settings, model, objective, device)
+        trainer: PolicyTrainer = make_policy_trainer(settings, model, objective, device)
         trainer.numbers = lambda: feed.numbers
         run = Run(
             folder,

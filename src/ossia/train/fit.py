@@ -32,7 +32,7 @@ from ossia.train.optimizers import Optimizer
 from ossia.train.run import Outcome, Run, RunFolder, Say, available_bytes
 from ossia.train.schedule import Schedule
 from ossia.train.stream import PackStream
-from ossia.train.trainer import Objective, Trainer, memory_errors, to_device
+from ossia.train.trainer import B, Objective, Trainer, memory_errors, to_device
 
 Kind = Literal["samples", "pairs"]
 # A trained number, its gradient, and AdamW's two memories, in float32.
@@ -79,15 +79,7 @@ def fit(
         folder.check_space(needed_bytes * (settings.keep + 2))
         _check_memory(num_trained(model) * (_BYTES_PER_NUMBER - 4), device, settings)
         aim = objective(model)
-        trainer = Trainer(
-            aim,
-            make_optimizer(settings, model),
-            make_schedule(settings, num_steps),
-            highest_rate=settings.highest_rate,
-            clip=settings.clip,
-            max_skipped=settings.max_skipped,
-            device=device,
-        )
+        trainer = make_trainer(settings, model, aim, num_steps, device)
         run = Run(
             folder,
             trainer,
@@ -177,6 +169,21 @@ def make_optimizer(settings: TrainConfig, model: Model) -> Optimizer:
 def make_schedule(settings: TrainConfig, num_steps: int) -> Schedule:
     """The learning rate over the run."""
     return Schedule.of_shares(settings.schedule, num_steps, settings.warmup, settings.decay, settings.final_rate)
+
+
+def make_trainer(
+    settings: TrainConfig, model: Model, objective: Objective[B], num_steps: int, device: torch.device
+) -> Trainer[B]:
+    """What moves all that is trained, towards an objective."""
+    return Trainer(
+        objective,
+        make_optimizer(settings, model),
+        make_schedule(settings, num_steps),
+        highest_rate=settings.highest_rate,
+        clip=settings.clip,
+        max_skipped=settings.max_skipped,
+        device=device,
+    )
 
 
 def num_trained(model: Model) -> int:

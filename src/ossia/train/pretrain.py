@@ -26,7 +26,7 @@ from ossia.train.checkpoint import Checkpoints
 from ossia.train.config import TrainConfig, setting
 from ossia.train.data import Sample, TrainBatch, to_batch
 from ossia.train.expansion import TrainRules, expand
-from ossia.train.fit import evaluate, fingerprint, make_optimizer, make_schedule, set_up_torch, table
+from ossia.train.fit import evaluate, fingerprint, make_trainer, set_up_torch, table
 from ossia.train.formats import Dialogue
 from ossia.train.module import Model
 from ossia.train.packing import pack
@@ -34,7 +34,6 @@ from ossia.train.run import Outcome, Run, RunFolder, Say, load_parameters
 from ossia.train.sft import Likelihood
 from ossia.train.tasks import Split, TaskMix, gold_conversation, make_mix
 from ossia.train.tasks.language import draw_copy, draw_recall
-from ossia.train.trainer import Trainer
 
 _HELD_OUT_SEED = 1_000_003
 
@@ -80,15 +79,7 @@ def pretrain(settings: PretrainConfig, *, resume: bool = False, say: Say) -> tup
         table(model, say)
         objective = Likelihood(model, settings.balance_weight)
         held_out = _held_out(settings, mix, tokenizer)
-        trainer = Trainer(
-            objective,
-            make_optimizer(settings, model),
-            make_schedule(settings, settings.steps),
-            highest_rate=settings.highest_rate,
-            clip=settings.clip,
-            max_skipped=settings.max_skipped,
-            device=device,
-        )
+        trainer = make_trainer(settings, model, objective, settings.steps, device)
         run = Run(
             folder,
             trainer,

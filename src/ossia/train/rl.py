@@ -77,7 +77,7 @@ def rl(settings: RlConfig, *, resume: bool, say: Say) -> Outcome:
             reference=reference_logprobs(settings, path, model, objective, device) if settings.kl else None,
             device=device,
         )
-        trainer = make_trainer(settings, model, objective, device)
+        trainer = make_policy_trainer(settings, model, objective, device)
         trainer.numbers = lambda: feed.numbers
         run = Run(
             folder,
@@ -99,7 +99,7 @@ def rl(settings: RlConfig, *, resume: bool, say: Say) -> Outcome:
     return outcome
 
 
-def make_trainer(
+def make_policy_trainer(
     settings: RolloutSettings, model: Model, objective: PolicyObjective, device: torch.device
 ) -> PolicyTrainer:
     return PolicyTrainer(
