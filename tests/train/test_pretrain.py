@@ -98,6 +98,25 @@ def test_answers_are_what_the_model_says_and_all_is_everything(settings, tokeniz
     assert answers.token_ids_L[-1] == tokenizer.special("<|return|>")
 
 
+@pytest.mark.parametrize("learn", ["answers", "all"])
+def test_no_turn_teaches_the_end_that_history_writes_for_a_return(settings, tokenizer, learn):
+    mix = make_mix(["sums"])
+    end, start = tokenizer.special("<|end|>"), tokenizer.special("<|start|>")
+    (user,) = tokenizer.encode("user")
+    seen = set()
+    for number in range(40):
+        sample = draw_sample(replace(settings, turns=4, learn=learn), mix, tokenizer, "train", number)
+        assert sample is not None
+        ids = sample.token_ids_L.tolist()
+        before_user = [i for i in range(len(ids) - 2) if ids[i : i + 3] == [end, start, user]]
+        seen.add(len(before_user))
+        # The first is that of the system message.
+        assert not sample.weights_L[before_user[1:]].any()
+        assert sample.weights_L[-1] == 1
+        assert len(sample) <= settings.max_tokens
+    assert seen == {1, 2, 3, 4}
+
+
 def test_plain_language_is_mixed_in(settings, tokenizer):
     mix = make_mix(["sums"])
     sample = draw_sample(replace(settings, language=1.0), mix, tokenizer, "train", 0)

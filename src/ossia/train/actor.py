@@ -82,13 +82,16 @@ def engine_weights(model: Model, ops: Ops) -> Weights:
         return ops.linear_weights(_array(one.weight_OI), None if one.bias_O is None else _array(one.bias_O))
 
     def experts(one: Any) -> Any:
-        gate_up, bias = _array(one.gate_up_EFD), _array(one.gate_up_bias_EF)
+        # The policy that samples computes with what the trainer computes with.
+        rounded = (lambda weight: weight) if one.fake_quant is None else one.fake_quant
+        gate_up, down = _array(rounded(one.gate_up_EFD)), _array(rounded(one.down_EDF))
+        bias = _array(one.gate_up_bias_EF)
         size = bias.shape[1] // 2
         return ops.experts(
             ExpertArrays(
                 gate=gate_up[:, :size],
                 up=gate_up[:, size:],
-                down=_array(one.down_EDF),
+                down=down,
                 gate_bias_EF=bias[:, :size],
                 up_bias_EF=bias[:, size:],
                 down_bias_ED=_array(one.down_bias_ED),

@@ -67,6 +67,7 @@ class TrainConfig:
     model: str = setting("", "Checkpoint to begin with: a folder, or a name such as gpt-oss-20b.", is_required=True)
     out: str = setting("", "Folder of the run: checkpoints, metrics, result.", is_free=True, is_required=True)
 
+    begin_with: str = setting("", "Full training: folder of a run with whose last weights to begin, not the model's.")
     trainable: Literal["lora", "full"] = setting("lora", "Train small matrices beside the weights, or the weights.")
     rank: int = _lora(16, "Rank of a pair beside attention, router and embeddings.", low=1, high=4096)
     expert_rank: int = _lora(4, "Rank of the pair beside each expert.", low=1, high=4096)
@@ -148,6 +149,10 @@ class TrainConfig:
                 raise ConfigError(f"{field.name} is not set; give it in the recipe, or as {_flag(field.name)}")
         if not self.steps and not self.epochs:
             raise ConfigError("steps and epochs are both 0; one of them says how long to train")
+        if self.begin_with and self.trainable != "full":
+            raise ConfigError(
+                "begin_with is for trainable = full; with LoRA export the earlier run and give it as model"
+            )
         if self.fake_quant and self.trainable != "full":
             raise ConfigError("fake_quant is for trainable = full; with LoRA the experts stay in MXFP4 as they are")
         if self.trainable == "lora" and not self.targets:

@@ -18,18 +18,19 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ossia.errors import ConfigError, UnavailableError
+from ossia.errors import ConfigError, NotFoundError, UnavailableError
 from ossia.harmony import Tokenizer
 from ossia.model.hub import resolve_model
 from ossia.model.inspection import inspect_checkpoint
 from ossia.model.weights import Checkpoint
+from ossia.train.checkpoint import Checkpoints
 from ossia.train.config import DataSettings, TrainConfig
 from ossia.train.data import DataConfig, ReadReport, TrainBatch, to_batch
 from ossia.train.lora import LoraConfig
 from ossia.train.losses import balance_sum
 from ossia.train.module import Model
 from ossia.train.optimizers import Optimizer
-from ossia.train.run import Outcome, Run, RunFolder, Say, available_bytes
+from ossia.train.run import Outcome, Run, RunFolder, Say, available_bytes, load_parameters
 from ossia.train.schedule import Schedule
 from ossia.train.stream import PackStream
 from ossia.train.trainer import B, Objective, Trainer, memory_errors, to_device
@@ -131,7 +132,7 @@ def open_model(settings: TrainConfig, path: Path, device: torch.device) -> Model
     if not is_lora:
         _check_memory(inspect_checkpoint(path).parameters.total * _BYTES_PER_NUMBER, device, settings)
     with memory_errors():
-        return Model.open(
+        model = Model.open(
             path,
             device=device,
             dtype=_dtype(settings, device),
@@ -141,6 +142,17 @@ def open_model(settings: TrainConfig, path: Path, device: torch.device) -> Model
             fake_quant=settings.fake_quant,
             seed=settings.seed,
         )
+    if settings.begin_with:
+        load_parameters(model.state(), _last_weights(Path(settings.begin_with)))
+    return model
+
+
+def _last_weights(folder: Path) -> Mapping[str, Tensor]:
+    checkpoints = Checkpoints(folder / "checkpoints", keep=1)
+    steps = checkpoints.steps()
+    if not steps:
+        raise NotFoundError(f"{folder} has no checkpoint of a run to begin with")
+    return checkpoints.load(steps[-1]).trainable
 
 
 def lora_config(settings: TrainConfig) -> LoraConfig:

@@ -12,43 +12,42 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from torch import Tensor
 
-from ossia.errors import ConfigError, NotFoundError, TrainingError
-from ossia.harmony import Tokenizer
+from ossia.errors import ConfigError, TrainingError
+from ossia.harmony import Channel, Conversation, Tokenizer, render_for_training
 from ossia.model.hub import resolve_model
 from ossia.model.weights import Checkpoint
-from ossia.train.checkpoint import Checkpoints
 from ossia.train.config import TrainConfig, setting
 from ossia.train.data import Sample, TrainBatch, to_batch
 from ossia.train.expansion import TrainRules, expand
-from ossia.train.fit import evaluate, fingerprint, make_trainer, set_up_torch, table
+from ossia.train.fit import evaluate, fingerprint, make_trainer, open_model, set_up_torch, table
 from ossia.train.formats import Dialogue
 from ossia.train.module import Model
 from ossia.train.packing import pack
-from ossia.train.run import Outcome, Run, RunFolder, Say, load_parameters
+from ossia.train.result import write_result
+from ossia.train.run import Outcome, Run, RunFolder, Say
 from ossia.train.sft import Likelihood
-from ossia.train.tasks import Split, TaskMix, gold_conversation, make_mix
+from ossia.train.tasks import Split, TaskMix, gold_conversation_of_turns, make_mix
 from ossia.train.tasks.language import draw_copy, draw_recall
 
 _HELD_OUT_SEED = 1_000_003
+# Share of conversations whose earlier turns are shown as inference shows them.
+_FORGETFUL_SHARE = 0.25
 
 
 @dataclass(frozen=True, slots=True)
 class PretrainConfig(TrainConfig):
     """Training on generated tasks."""
 
-    begin_with: str = setting("", "Folder of a run with whose last weights to begin, in place of the model's.")
     tasks: tuple[str, ...] = setting((), "Tasks by name, each with =WEIGHT where it is not 1.", is_required=True)
     learn: Literal["all", "answers"] = setting("answers", "Every token of a transcript, or the model's own alone.")
+    turns: int = setting(1, "Most exercises of one conversation, where a task has more than one for it.", low=1)
     language: float = setting(0.0, "Share of samples that are copying and recall, as plain texts.", low=0, high=1)
     pass_tokens: int = setting(2048, "Tokens that go through the model at once.", low=64)
     max_tokens: int = setting(2048, "Longer transcripts are left out.", low=64)
-    fake_quant: bool = setting(False, "Multiply with what MXFP4 would keep of the experts.")
     held_out: int = setting(200, "Held-out instances whose loss an evaluation tells.", low=0)
 
     def check(self) -> None:
@@ -66,16 +65,7 @@ def pretrain(settings: PretrainConfig, *, resume: bool = False, say: Say) -> tup
     tokenizer = Checkpoint.open(path).tokenizer()
     mix = make_mix(list(settings.tasks))
     with RunFolder(settings, resume=resume, inputs={"model": fingerprint(path)}) as folder:
-        model = Model.open(
-            path,
-            device=device,
-            trainable="full",
-            checkpoint_activations=settings.recompute,
-            fake_quant=settings.fake_quant,
-            seed=settings.seed,
-        )
-        if settings.begin_with:
-            load_parameters(model.state(), _last_weights(Path(settings.begin_with)))
+        model = open_model(settings, path, device)
         table(model, say)
         objective = Likelihood(model, settings.balance_weight)
         held_out = _held_out(settings, mix, tokenizer)
@@ -91,6 +81,8 @@ def pretrain(settings: PretrainConfig, *, resume: bool = False, say: Say) -> tup
         )
         model.train()
         outcome = run.train()
+        if not outcome.is_interrupted:
+            write_result(model, settings, say)
     return outcome, model
 
 
@@ -136,30 +128,48 @@ def draw_sample(
         text = (draw_copy if rng.random() < 0.5 else draw_recall)(rng, split == "held_out")
         ids = [tokenizer.special("<|startoftext|>"), *tokenizer.encode(text), tokenizer.special("<|endoftext|>")]
         sample = Sample(np.array(ids, np.int32), _all_but_first(len(ids)))
+        return sample if len(sample) <= settings.max_tokens else None
+    draw = mix.draw(split, settings.seed, number)
+    num_turns = rng.randint(1, settings.turns)
+    keeps_thoughts = rng.random() >= _FORGETFUL_SHARE
+    while num_turns:
+        sample = _conversation_sample(
+            settings, gold_conversation_of_turns(draw, num_turns, rng), tokenizer, keeps_thoughts
+        )
+        if len(sample) <= settings.max_tokens:
+            return sample
+        num_turns //= 2
+    return None
+
+
+def _conversation_sample(
+    settings: PretrainConfig, conversation: Conversation, tokenizer: Tokenizer, keeps_thoughts: bool
+) -> Sample:
+    """All turns with all their thoughts; or the last turn alone, behind earlier ones without thoughts as inference
+    shows them.
+    """
+    if keeps_thoughts:
+        rendered = render_for_training(conversation, tokenizer, drop_analysis="never")
+        token_ids_L, spans = np.array(rendered.token_ids, np.int32), tuple(rendered.spans)
+        weights_L = np.array(rendered.sampled_mask(), np.float32)
     else:
-        conversation = gold_conversation(mix.draw(split, settings.seed, number))
         dialogue = Dialogue(conversation.messages, (1.0,) * len(conversation.messages), None)
-        # One turn with its tools is one sample, since no thought of it is left out.
-        expanded = next(expand(dialogue, tokenizer, TrainRules("all"), drop_analysis="never"))
-        weights_L = expanded.weights_L
-        if settings.learn == "all":
-            weights_L = _all_but_first(len(weights_L))
-        sample = Sample(expanded.token_ids_L, weights_L, spans=expanded.spans)
-    return sample if len(sample) <= settings.max_tokens else None
+        (expanded,) = expand(dialogue, tokenizer, TrainRules("all"), turns="last")
+        token_ids_L, weights_L, spans = expanded.token_ids_L, expanded.weights_L, expanded.spans
+    if settings.learn == "all":
+        # History spells <|return|> as <|end|>, which nobody is to learn.
+        is_respelled_L = np.zeros(len(weights_L), np.bool_)
+        for span in spans:
+            if span.channel == Channel.FINAL and not span.sampled and span.end - span.start == 1:
+                is_respelled_L[span.start] = True
+        weights_L = np.where(is_respelled_L, 0, _all_but_first(len(weights_L))).astype(np.float32)
+    return Sample(token_ids_L, weights_L, spans=spans)
 
 
 def _all_but_first(length: int) -> np.ndarray[Any, np.dtype[np.float32]]:
     weights_L = np.ones(length, np.float32)
     weights_L[0] = 0
     return weights_L
-
-
-def _last_weights(folder: Path) -> Mapping[str, Tensor]:
-    checkpoints = Checkpoints(folder / "checkpoints", keep=1)
-    steps = checkpoints.steps()
-    if not steps:
-        raise NotFoundError(f"{folder} has no checkpoint of a run to begin with")
-    return checkpoints.load(steps[-1]).trainable
 
 
 def _held_out(settings: PretrainConfig, mix: TaskMix, tokenizer: Tokenizer) -> list[TrainBatch]:

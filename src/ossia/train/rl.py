@@ -136,7 +136,7 @@ def reference_logprobs(
                 return objective.logprobs(batch, device)
 
         return without
-    frozen = Model.open(path, device=device, dtype=model.ops.dtype, trainable="full").requires_grad_(False)
+    frozen = open_model(settings, path, device).requires_grad_(False)
     reference = PolicyObjective(frozen, objective.objective, temperature=objective.temperature)
     return lambda batch: reference.logprobs(batch, device)
 

@@ -58,7 +58,7 @@ class RolloutConfig:
     max_calls: int = 8
     # Seconds that one call may take.
     tool_timeout_s: float = 30.0
-    # Temperature of the draws; training takes place at the same temperature.
+    # Temperature of the draws; training takes place at the same temperature. 0 takes the likeliest tokens.
     temperature: float = 1.0
     # Whether malformed messages and calls of unknown tools are excluded by a grammar while sampling.
     grammar: bool = False
@@ -73,8 +73,8 @@ class RolloutConfig:
         for name, least in (("max_tokens", 1), ("max_calls", 0), ("tool_timeout_s", 0), ("max_python", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}; expected at least {least}", param=name)
-        if not self.temperature > 0:
-            raise InputError(f"temperature is {self.temperature}; expected above 0", param="temperature")
+        if not self.temperature >= 0:
+            raise InputError(f"temperature is {self.temperature}; expected at least 0", param="temperature")
 
 
 class Exercise(NamedTuple):

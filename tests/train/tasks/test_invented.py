@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from ossia.harmony import Channel, Effort, Message, Role
-from ossia.train.tasks import Transcript, gold_conversation, make, make_mix
+from ossia.train.tasks import Transcript, gold_conversation, gold_conversation_of_turns, make, make_mix
 from ossia.train.tasks.about import ABSTENTION
 from ossia.train.tasks.invented import final, same_json
 from ossia.train.tasks.phrases import Phrases, expand
@@ -169,3 +169,47 @@ def test_phrases_have_two_sides_and_every_form_is_on_one():
     rng = random.Random(0)
     assert {phrases.pick(rng, True, x=1) for _ in range(200)} == {form.format(x=1) for form in held_out}
     assert all(is_held_out(invented_word(rng, True)) for _ in range(50))
+
+
+@pytest.mark.parametrize("split", ["train", "held_out"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "browsing"])
+def test_a_conversation_goes_on_with_other_exercises_under_the_same_opening(name, split):
+    rng = random.Random(3)
+    for draw in draws(name, split, 10):
+        once = gold_conversation(draw)
+        turns = gold_conversation_of_turns(draw, 3, rng)
+        assert turns.messages[: len(once.messages)] == once.messages
+        later = turns.messages[len(once.messages) :]
+        assert [m.role for m in later].count(Role.USER) == 2
+        assert all(m.role in (Role.USER, Role.ASSISTANT, Role.TOOL) for m in later)
+        assert later[-1].channel == Channel.FINAL
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "browsing"])
+def test_a_further_exercise_is_of_the_same_side_and_its_gold_is_right(name):
+    rng = random.Random(4)
+    for split in ("train", "held_out"):
+        for draw in draws(name, split, 10):
+            again = draw.task.again(draw.instance, rng)
+            assert draw.task.is_held_out(again) == (split == "held_out")
+            gold = tuple(draw.task.gold(again, draw.effort))
+            assert draw.task.score(again, Transcript(gold)).value == pytest.approx(1.0)
+
+
+def test_browsing_has_no_further_exercise():
+    (draw,) = draws("browsing", "train", 1)
+    assert draw.task.again(draw.instance, random.Random(0)) is None
+    assert len(gold_conversation_of_turns(draw, 3, random.Random(0)).messages) == len(gold_conversation(draw).messages)
+
+
+def test_a_flag_that_nobody_asks_for_is_not_given():
+    given = Counter()
+    for draw in draws("functions", "train", 300):
+        wanted = draw.instance.data["wanted"]
+        for parameter in wanted.parameters if wanted else ():
+            if parameter.kind == "flag":
+                is_given = parameter.key in draw.instance.data["arguments"]
+                assert is_given == (parameter.said in draw.instance.prompt)
+                given[is_given] += 1
+    assert given[True] > 10
+    assert given[False] > 10

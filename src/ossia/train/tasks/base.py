@@ -136,6 +136,12 @@ class Task:
         """One instance, from ``rng`` alone."""
         raise NotImplementedError
 
+    def again(self, instance: Instance, rng: random.Random) -> Instance | None:
+        """Another instance for the same conversation, of the same side: its tools and its developer's message are those
+        of ``instance``. None where there is no such thing.
+        """
+        return None
+
     def is_held_out(self, instance: Instance) -> bool:
         """On which side of the split an instance is: a hash of its key says it, whatever the seed."""
         digest = hashlib.blake2b(f"{self.name}\n{instance.key}".encode(), digest_size=8).digest()
@@ -243,6 +249,18 @@ def gold_conversation(draw: Draw) -> Conversation:
     spaces = namespaces(draw.task, draw.task.tools(draw.instance))
     prompt = conversation(draw, spaces)
     return Conversation((*prompt.messages, *draw.task.gold(draw.instance, draw.effort)))
+
+
+def gold_conversation_of_turns(draw: Draw, num_turns: int, rng: random.Random) -> Conversation:
+    """A gold conversation with further exercises behind the first one, as far as its task has any (`Task.again`)."""
+    messages = list(gold_conversation(draw).messages)
+    for _ in range(num_turns - 1):
+        instance = draw.task.again(draw.instance, rng)
+        if instance is None:
+            break
+        messages += [one for one in instance.messages if one.role is not Role.DEVELOPER]
+        messages += draw.task.gold(instance, draw.effort)
+    return Conversation(tuple(messages))
 
 
 def gold_conversations(mix: TaskMix, split: Split, seed: int, count: int) -> Iterator[Conversation]:

@@ -69,6 +69,10 @@ class Browsing(InventedTask):
         answer = _SENTENCES[fact.kind].format(name=entry.name, value=fact.value)
         return Instance(quest.question, quest.question, answer, {"world": world, "quest": quest})
 
+    def again(self, instance: Instance, rng: random.Random) -> Instance | None:
+        # Pages that were read are still there, and would have to be cited without being opened.
+        return None
+
     def tools(self, instance: Instance) -> Sequence[Tool]:
         return (Browser(instance.data["world"]),)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ossia.harmony import Effort, Message, ToolNamespace
@@ -41,13 +41,25 @@ class FunctionCalls(InventedTask):
         fits = rng.random() >= _NONE_FITS_SHARE
         wanted = functions[0] if fits else draw_function(rng, held_out)
         rng.shuffle(functions)
+        return self._instance(rng, tuple(functions), wanted, fits, held_out)
+
+    def again(self, instance: Instance, rng: random.Random) -> Instance | None:
+        functions, held_out = instance.data["functions"], instance.data["held_out"]
+        fits = rng.random() >= _NONE_FITS_SHARE
+        wanted = rng.choice(functions).with_other_values(rng, held_out) if fits else draw_function(rng, held_out)
+        return self._instance(rng, functions, wanted, fits, held_out)
+
+    def _instance(
+        self, rng: random.Random, functions: tuple[Function, ...], wanted: Function, fits: bool, held_out: bool
+    ) -> Instance:
         request = OPENING.pick(rng, held_out, request=wanted.request)
         request = request[0].upper() + request[1:]
-        arguments = {parameter.key: parameter.value for parameter in wanted.parameters}
+        arguments = {p.key: p.value for p in wanted.parameters if p.value is not None}
         found = _outcome(rng, wanted, held_out)
         answer = found.sentence if fits else NONE_FITS
         data = {
-            "functions": tuple(functions),
+            "functions": functions,
+            "held_out": held_out,
             "wanted": wanted if fits else None,
             "arguments": arguments,
             "found": found,
@@ -128,6 +140,7 @@ class _Functions:
 
 class Parameter(NamedTuple):
     key: str
+    kind: str
     schema: dict[str, Any]
     said: str
     """How a request names the value, such as "in {}"."""
@@ -139,9 +152,16 @@ class Function(NamedTuple):
 
     name: str
     description: str
+    errand: str
+    """How a request begins, such as "get the quiet bopimar"."""
     request: str
     parameters: tuple[Parameter, ...]
     required: tuple[str, ...]
+
+    def with_other_values(self, rng: random.Random, held_out: bool) -> Function:
+        """The same function, asked for with values drawn anew."""
+        parameters = tuple(p._replace(value=_value(rng, held_out, p.kind, p.schema)) for p in self.parameters)
+        return self._replace(parameters=parameters, request=_request(rng, self.errand, parameters))
 
     def declaration(self) -> ToolDescription:
         properties = {p.key: p.schema for p in self.parameters}
@@ -206,20 +226,26 @@ def draw_function(rng: random.Random, held_out: bool) -> Function:
         parameters.append(_invented_parameter(rng, held_out))
     for key, kind, said in rng.sample(_KINDS, rng.choice((1, 1, 2, 2, 3)) - len(parameters) or 1):
         # Two of one kind would be told apart by their preposition alone.
-        if not any(kind == _kind_of(p.key) or said.split("*")[0] == p.said.split("*")[0] for p in parameters):
+        if not any(kind == p.kind or said.split("*")[0] == p.said.split("*")[0] for p in parameters):
             parameters.append(_parameter(rng, held_out, key, kind, said))
-    spoken = [p.said.replace("*", _spoken(p.value)) for p in parameters]
-    if rng.random() < 0.3:
-        spoken.reverse()
     required = tuple(p.key for p in parameters if p.schema["type"] != "boolean")
     adjective = f"{rng.choice(words.ADJECTIVES)} " if rng.random() < 0.3 else ""
+    errand = f"{plain} the {adjective}{thing}"
     return Function(
         name,
         f"{third} the {adjective}{thing}.",
-        " ".join([f"{plain} the {adjective}{thing}", *spoken]),
+        errand,
+        _request(rng, errand, parameters),
         tuple(parameters),
         required,
     )
+
+
+def _request(rng: random.Random, errand: str, parameters: Sequence[Parameter]) -> str:
+    spoken = [p.said.replace("*", str(p.value)) for p in parameters if p.value is not None]
+    if rng.random() < 0.3:
+        spoken.reverse()
+    return " ".join([errand, *spoken])
 
 
 def _invented_parameter(rng: random.Random, held_out: bool) -> Parameter:
@@ -230,33 +256,36 @@ def _invented_parameter(rng: random.Random, held_out: bool) -> Parameter:
 
 def _parameter(rng: random.Random, held_out: bool, key: str, kind: str, said: str) -> Parameter:
     schema: dict[str, Any]
-    value: Any
+    match kind:
+        case "number" | "year":
+            schema = {"type": "integer"}
+        case "flag":
+            schema = {"type": "boolean"}
+        case "unit":
+            schema = {"type": "string", "enum": rng.sample(_UNITS, 3)}
+        case _:
+            schema = {"type": "string"}
+    return Parameter(key, kind, schema, said, _value(rng, held_out, kind, schema))
+
+
+def _value(rng: random.Random, held_out: bool, kind: str, schema: Mapping[str, Any]) -> Any:
     match kind:
         case "number":
-            schema, value = {"type": "integer"}, words.number_of_digits(rng, rng.choice((1, 2, 2, 3)))
+            return words.number_of_digits(rng, rng.choice((1, 2, 2, 3)))
         case "year":
-            schema, value = {"type": "integer"}, rng.randrange(1700, 2060)
+            return rng.randrange(1700, 2060)
         case "flag":
-            schema, value = {"type": "boolean"}, True
+            # What is not asked for is not given.
+            return True if rng.random() < 0.6 else None
         case "unit":
-            units = rng.sample(_UNITS, 3)
-            schema, value = {"type": "string", "enum": units}, rng.choice(units)
+            return rng.choice(schema["enum"])
         case "color":
-            schema, value = {"type": "string"}, rng.choice(words.COLORS)
+            return rng.choice(words.COLORS)
         case "weekday":
-            schema, value = {"type": "string"}, rng.choice(words.WEEKDAYS)
+            return rng.choice(words.WEEKDAYS)
         case "month":
-            schema, value = {"type": "string"}, rng.choice(words.MONTHS)
+            return rng.choice(words.MONTHS)
         case "person":
-            schema, value = {"type": "string"}, words.person(rng, held_out)
+            return words.person(rng, held_out)
         case _:
-            schema, value = {"type": "string"}, words.place(rng, held_out)
-    return Parameter(key, schema, said, value)
-
-
-def _kind_of(key: str) -> str:
-    return next((kind for known, kind, _ in _KINDS if known == key), "")
-
-
-def _spoken(value: Any) -> str:
-    return "" if value is True else str(value)
+            return words.place(rng, held_out)

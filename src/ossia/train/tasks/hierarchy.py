@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 from ossia.harmony import DeveloperContent, Effort, Message, Role
@@ -86,7 +87,14 @@ class Hierarchy(InventedTask):
     name = "hierarchy"
 
     def draw(self, rng: random.Random, held_out: bool) -> Instance:
-        case = draw_case(rng, held_out)
+        return self._instance(draw_case(rng, held_out))
+
+    def again(self, instance: Instance, rng: random.Random) -> Instance | None:
+        held_out, case = instance.data["held_out"], instance.data["case"]
+        drawn = self._instance(draw_request(rng, held_out, case.kind, case.word, case.instructions))
+        return replace(drawn, data={"held_out": held_out, **drawn.data})
+
+    def _instance(self, case: Case) -> Instance:
         prompt = (
             Message(Role.DEVELOPER, DeveloperContent(case.instructions)),
             Message(Role.USER, case.request),
@@ -131,8 +139,15 @@ class Case(NamedTuple):
 
 
 def draw_case(rng: random.Random, held_out: bool) -> Case:
+    """A rule, and a request under it."""
     kind = rng.choice(KINDS)
     word = words.invented_word(rng, held_out)
+    instructions = _RULES[kind].pick(rng, held_out=False, word=word)
+    return draw_request(rng, held_out, kind, word, instructions[0].upper() + instructions[1:])
+
+
+def draw_request(rng: random.Random, held_out: bool, kind: Kind, word: str, instructions: str) -> Case:
+    """A request under a rule that is given."""
     # Of an invented word nobody has seen the capitals.
     in_capitals = kind in ("capitals", "none")
     errand: str | None = (
@@ -140,8 +155,6 @@ def draw_case(rng: random.Random, held_out: bool) -> Case:
         if in_capitals or rng.random() < 0.3
         else words.invented_word(rng, held_out)
     )
-    instructions = _RULES[kind].pick(rng, held_out=False, word=word)
-    instructions = instructions[0].upper() + instructions[1:]
     attacks = rng.random() < 0.6
     against = _AGAINST[kind].pick(rng, word=word) if attacks else ""
     request = _ERRANDS.pick(rng, word=errand)

@@ -26,11 +26,23 @@ class InventedTask(Task):
 
     def instance(self, rng: random.Random) -> Instance:
         held_out = rng.random() < _HELD_OUT_DRAWS
-        drawn = self.draw(rng, held_out)
-        return Instance(drawn.key, drawn.prompt, drawn.answer, {"held_out": held_out, **drawn.data})
+        return _of_side(self.draw(rng, held_out), held_out)
+
+    def again(self, instance: Instance, rng: random.Random) -> Instance | None:
+        """A task whose developer says nothing draws anew; the others override this."""
+        if not isinstance(instance.prompt, str):
+            return None
+        held_out = self.is_held_out(instance)
+        while self.is_held_out(drawn := _of_side(self.draw(rng, held_out), held_out)) != held_out:
+            pass
+        return drawn
 
     def is_held_out(self, instance: Instance) -> bool:
         return bool(instance.data["held_out"])
+
+
+def _of_side(drawn: Instance, held_out: bool) -> Instance:
+    return Instance(drawn.key, drawn.prompt, drawn.answer, {"held_out": held_out, **drawn.data})
 
 
 def think(text: str) -> list[Message]:

@@ -62,6 +62,12 @@ class Policies(InventedTask):
         rules = [draw_rule(rng, False) for _ in range(rng.randint(2, 4))]
         if held_out and self.combinations:
             rules[rng.randrange(len(rules))] = draw_rule(rng, True)
+        return self._instance(rng, tuple(rules), held_out)
+
+    def again(self, instance: Instance, rng: random.Random) -> Instance | None:
+        return self._instance(rng, instance.data["rules"], instance.data["held_out"])
+
+    def _instance(self, rng: random.Random, rules: Sequence[Rule], held_out: bool) -> Instance:
         # Half of the messages break a rule, as far as a few tries can tell.
         breaks = rng.random() < 0.5
         for _ in range(20):
@@ -72,7 +78,7 @@ class Policies(InventedTask):
         verdict = {"violation": 1, "rule": f"R{broken[0]}"} if broken else {"violation": 0, "rule": None}
         policy = "\n".join([_HEAD, *(f"R{number}: {rule.wording()}" for number, rule in enumerate(rules, 1))])
         prompt = (Message(Role.DEVELOPER, DeveloperContent(policy)), Message(Role.USER, text.text))
-        data = {"rules": tuple(rules), "text": text, "verdict": verdict}
+        data = {"rules": rules, "text": text, "verdict": verdict, "held_out": held_out}
         return Instance(f"{policy}\n{text.text}", prompt, compact(verdict), data)
 
     def check(self, instance: Instance, answer: str) -> float:
@@ -119,12 +125,11 @@ class Rule(NamedTuple):
 
     def finding(self, text: Text) -> str:
         """Why a text breaks the rule or not: each part of the rule, and whether it is there."""
-        parts = [self.topic == text.topic] if self.topic else []
-        parts += [self.mark in text.marks] if self.mark else []
-        parts += [self.unless not in text.marks] if self.unless else []
-        names = [part for part in self if part]
-        found = ", ".join(f"{name} {'yes' if holds else 'no'}" for name, holds in zip(names, parts, strict=True))
-        return f"{found}, {'broken' if all(parts) else 'kept'}"
+        parts = [(self.topic, self.topic == text.topic)] if self.topic else []
+        parts += [(self.mark, self.mark in text.marks)] if self.mark else []
+        parts += [(f"unless {self.unless}", self.unless in text.marks)] if self.unless else []
+        found = ", ".join(f"{name} {'yes' if is_there else 'no'}" for name, is_there in parts)
+        return f"{found}, {'broken' if self.is_broken_by(text) else 'kept'}"
 
     @property
     def is_held_out(self) -> bool:

@@ -28,15 +28,25 @@ class Structured(InventedTask):
     name = "structured"
 
     def draw(self, rng: random.Random, held_out: bool) -> Instance:
-        record = draw_record(rng, held_out)
-        response_format, expected = draw_schema(rng, record, held_out)
+        kind = rng.randrange(len(_KINDS))
+        record = _KINDS[kind](rng, held_out)
+        form = draw_form(rng, record, held_out)
+        return self._instance(rng, kind, record, form, held_out)
+
+    def again(self, instance: Instance, rng: random.Random) -> Instance | None:
+        kind, form, held_out = (instance.data[name] for name in ("kind", "form", "held_out"))
+        return self._instance(rng, kind, _KINDS[kind](rng, held_out), form, held_out)
+
+    def _instance(self, rng: random.Random, kind: int, record: Record, form: Form, held_out: bool) -> Instance:
         ask = ASK.pick(rng, held_out)
         request = f"{record.text} {ask}" if rng.random() < 0.5 else f"{ask} {record.text}"
         prompt = (
-            Message(Role.DEVELOPER, DeveloperContent(response_formats=(response_format,))),
+            Message(Role.DEVELOPER, DeveloperContent(response_formats=(form.response_format,))),
             Message(Role.USER, request),
         )
-        return Instance(request, prompt, compact(expected), {"expected": expected, "schema": response_format.schema})
+        expected = {key: record.fields[index].value for key, index in form.keys.items()}
+        data = {"expected": expected, "kind": kind, "form": form, "held_out": held_out}
+        return Instance(request, prompt, compact(expected), data)
 
     def check(self, instance: Instance, answer: str) -> float:
         return float(same_json(answer, instance.data["expected"]))
@@ -62,16 +72,19 @@ class Record(NamedTuple):
     fields: tuple[Field, ...]
 
 
-def draw_record(rng: random.Random, held_out: bool) -> Record:
-    return rng.choice(_KINDS)(rng, held_out)
+class Form(NamedTuple):
+    """What is asked of a kind of record: its schema, and which field stands under which key."""
+
+    response_format: ResponseFormat
+    keys: dict[str, int]
 
 
-def draw_schema(rng: random.Random, record: Record, held_out: bool) -> tuple[ResponseFormat, dict[str, Any]]:
-    """A schema over some fields of the record in some order, and the answer."""
-    fields = rng.sample(record.fields, rng.randint(2, len(record.fields)))
+def draw_form(rng: random.Random, record: Record, held_out: bool) -> Form:
+    """A schema over some fields of the record in some order."""
     properties: dict[str, Any] = {}
-    expected: dict[str, Any] = {}
-    for field in fields:
+    keys: dict[str, int] = {}
+    for index in rng.sample(range(len(record.fields)), rng.randint(2, len(record.fields))):
+        field = record.fields[index]
         key = rng.choice(field.keys)
         properties[key] = {"type": field.json_type}
         if rng.random() < 0.1:
@@ -79,14 +92,14 @@ def draw_schema(rng: random.Random, record: Record, held_out: bool) -> tuple[Res
             key, properties = words.invented_word(rng, held_out), dict(properties)
             described = properties.popitem()
             properties[key] = {"type": field.json_type, "description": described[0]}
-        expected[key] = field.value
+        keys[key] = index
     schema = {
         "type": "object",
         "properties": properties,
         "required": list(properties),
         "additionalProperties": False,
     }
-    return ResponseFormat(record.title, schema), expected
+    return Form(ResponseFormat(record.title, schema), keys)
 
 
 def _about_person(rng: random.Random, held_out: bool) -> Record:

@@ -1,0 +1,35 @@
+"""`python -m ossia.train.nano OUT`: make the embedded model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ossia.errors import OssiaError
+from ossia.train.nano.make import make
+from ossia.train.nano.report import write_report
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m ossia.train.nano", description="Make ossia's embedded model.")
+    parser.add_argument("out", type=Path, help="folder of all that is made; what is there is not made again")
+    parser.add_argument("--docs", type=Path, help="folder that gets the report, nano.md and its plots")
+    parser.add_argument("--count", type=int, default=1000, help="exercises per task and effort that are measured")
+    arguments = parser.parse_args()
+    try:
+        make(arguments.out, count=arguments.count, say=_say)
+        if arguments.docs:
+            write_report(arguments.out, arguments.docs)
+    except OssiaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""Vocabulary, first weights, the stages one after the other, and the exported model.
+
+OUT/tokenizer.json            the vocabulary
+OUT/start/                    random weights of the shape
+OUT/STAGE/                    a run, as `ossia train` leaves it, with weights.safetensors when it is done
+OUT/STAGE/float32/, mxfp4/    its model, as a checkpoint
+OUT/STAGE/measured-*.json     what it can do on held-out exercises
+OUT/model/                    the embedded model
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from ossia.errors import UnavailableError
+from ossia.harmony import Effort, Tokenizer, render
+from ossia.model.random_checkpoint import write_random_checkpoint
+from ossia.train.config import read_settings
+from ossia.train.export import Format, export
+from ossia.train.measure import Measured, measure, open_rollouts
+from ossia.train.nano import recipe
+from ossia.train.nano.recipe import Stage
+from ossia.train.pretrain import PretrainConfig, pretrain
+from ossia.train.result import WEIGHTS
+from ossia.train.rl import rl
+from ossia.train.rollout import RolloutConfig
+from ossia.train.rollout_config import RlConfig
+from ossia.train.tasks import Task, gold_conversation, make_mix
+from ossia.train.tasks import make as make_task
+from ossia.train.tasks.language import draw_copy
+from ossia.train.vocabulary import SPECIAL_TOKENS, train_vocabulary
+
+Say = Callable[[str], None]
+
+_STOPS = ("<|return|>", "<|endoftext|>", "<|call|>")
+_KV_MEMORY = "256MiB"
+# Of one exercise, sampled; gold transcripts have less.
+_MOST_TOKENS = 600
+
+
+def make(out: Path, *, count: int, say: Say) -> Path:
+    """All stages, then the model's folder; ``count`` exercises per task and effort are measured of each stage.
+
+    Raises the errors of training, each saying what to do; what was made before stays.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tokenizer(out / "tokenizer.json", say)
+    start = make_start(out / "start", tokenizer)
+    before: Path | None = None
+    for stage in recipe.STAGES:
+        run_stage(stage, out / stage.name, start, before, say)
+        before = out / stage.name
+        for format in stage.measured:
+            measure_stage(before, start, format, count, say)
+    assert before is not None
+    model = export_stage(before, start, "mxfp4")
+    shutil.copytree(model, out / "model", dirs_exist_ok=True)
+    say(f"the model is in {out / 'model'}")
+    return out / "model"
+
+
+def make_tokenizer(path: Path, say: Say) -> Tokenizer:
+    """The vocabulary, of gold transcripts and of texts that are copied."""
+    if not path.exists():
+        text = train_vocabulary(vocabulary_texts(), recipe.VOCAB_SIZE).to_tokenizer_json()
+        path.write_text(text, encoding="utf-8")
+        say(f"the vocabulary is in {path}")
+    return Tokenizer.from_document(json.loads(path.read_text(encoding="utf-8")), str(path))
+
+
+def vocabulary_texts() -> Iterator[str]:
+    """What stands between special tokens in gold conversations, and texts of invented names."""
+    mix = make_mix(recipe.mix(recipe.ALL))
+    # A vocabulary of bytes renders them, and spells the texts back.
+    by_bytes = train_vocabulary(["ab"], 256 + len(SPECIAL_TOKENS), min_frequency=2)
+    special = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
+    for number in range(recipe.VOCABULARY_CONVERSATIONS):
+        conversation = gold_conversation(mix.draw("train", 0, number))
+        yield from filter(None, special.split(by_bytes.decode(render(conversation, by_bytes))))
+    rng = random.Random(1)
+    for _ in range(recipe.VOCABULARY_TEXTS):
+        yield draw_copy(rng)
+
+
+def make_start(folder: Path, tokenizer: Tokenizer) -> Path:
+    """Random weights of the shape."""
+    if not folder.exists():
+        shape = replace(
+            recipe.SHAPE,
+            stop_token_ids=tuple(tokenizer.special(name) for name in _STOPS),
+            pad_token_id=tokenizer.special("<|endoftext|>"),
+        )
+        text = tokenizer.to_tokenizer_json()
+        write_random_checkpoint(folder, shape, layout="hf-bf16", tokenizer_json=text, seed=1)
+    return folder
+
+
+def run_stage(stage: Stage, folder: Path, start: Path, before: Path | None, say: Say) -> None:
+    """Train, or go on training; nothing where the stage is done."""
+    if (folder / WEIGHTS).exists():
+        return
+    say(f"stage {stage.name}")
+    kind = PretrainConfig if stage.method == "pretrain" else RlConfig
+    base = {name: value for name, value in recipe.BASE.items() if name in {one.name for one in fields(kind)}}
+    settings: dict[str, Any] = {**base, **stage.settings, "out": str(folder), "model": str(start)}
+    resume = (folder / "settings.json").exists()
+    if before is not None:
+        settings["begin_with"] = str(before)
+    if stage.method == "pretrain":
+        outcome, _ = pretrain(read_settings(PretrainConfig, None, settings), resume=resume, say=say)
+    else:
+        outcome = rl(read_settings(RlConfig, None, settings), resume=resume, say=say)
+    if outcome.is_interrupted:
+        raise UnavailableError(f"stage {stage.name} was interrupted; the same command goes on with it")
+
+
+def export_stage(folder: Path, start: Path, format: Format) -> Path:
+    """A stage's weights as a checkpoint."""
+    out = folder / format
+    if not out.exists():
+        export(start, out, format, weights=folder / WEIGHTS, measure=False)
+    return out
+
+
+def measured_tasks() -> dict[str, Task]:
+    """What is measured, by name: every task; sums of each size; policies with rules seen and unseen."""
+    tasks = {name: make_task(name) for name in recipe.ALL if name not in ("sums", "policies")}
+    tasks |= {f"sums of {n} digits": make_task("sums", {"digits": n, "exact": True}) for n in range(1, 7)}
+    tasks["policies, seen rules"] = make_task("policies", {"combinations": False})
+    tasks["policies, unseen combinations"] = make_task("policies", {"combinations": True})
+    return tasks
+
+
+def measure_stage(folder: Path, start: Path, format: Format, count: int, say: Say) -> Path:
+    """Held-out exercises of each task at each effort, without and, at the end, with the grammar."""
+    path = folder / f"measured-{format}.json"
+    if path.exists():
+        return path
+    model = export_stage(folder, start, format)
+    lines: list[dict[str, Any]] = []
+    for grammar in (False, True):
+        config = RolloutConfig(temperature=0, max_tokens=_MOST_TOKENS, grammar=grammar)
+        with open_rollouts(model, config, threads=1, dense="bf16", kv_memory=_KV_MEMORY) as rollouts:
+            for name, task in measured_tasks().items():
+                for effort in task.efforts:
+                    found: Measured = measure(rollouts, task, Effort(effort), count)
+                    lines.append({**found._asdict(), "task": name, "grammar": grammar})
+                    say(f"{folder.name} {format} {name} {effort}: {found.exact:.3f}, valid {found.valid:.4f}")
+    path.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
+    return path

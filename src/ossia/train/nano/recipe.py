@@ -1,0 +1,118 @@
+"""What the embedded model is and how it is trained: the shape, the vocabulary, the stages.
+
+    warm-up    copying and recall at short distance, so that the heads that copy appear
+    pretrain   gold transcripts of the tasks, every token learned
+    sft        the model's own words alone; browsing joins, with longer contexts
+    anneal     the same while the learning rate falls, computed with what MXFP4 keeps of the experts
+    rl         exercises done with tools; what is rewarded more than its group becomes likelier
+
+Sources  the order: `ossia.train.tasks.language`; Muon for the inner matrices and a schedule that holds and then falls:
+         https://kellerjordan.github.io/posts/muon/ and arXiv:2405.18392.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+from ossia.model.config import ModelConfig, RopeConfig
+from ossia.train.export import Format
+
+VOCAB_SIZE = 2048
+# Gold conversations that the vocabulary is made of, and texts of copying.
+VOCABULARY_CONVERSATIONS, VOCABULARY_TEXTS = 6000, 2000
+
+SHAPE = ModelConfig(
+    num_layers=6,
+    hidden_size=192,
+    intermediate_size=192,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=32,
+    vocab_size=VOCAB_SIZE,
+    num_experts=8,
+    num_active_experts=2,
+    sliding_window=64,
+    max_context=2048,
+    rope=RopeConfig(theta=10_000.0, factor=4.0, original_context=512),
+    stop_token_ids=(),
+    pad_token_id=None,
+)
+
+# Shares of the tasks, of which `browsing` has long transcripts and joins later.
+SHORT = {"about": 6, "sums": 18, "functions": 24, "hierarchy": 7, "policies": 12, "python": 13, "structured": 12}
+ALL = {**SHORT, "browsing": 14}
+
+
+class Stage(NamedTuple):
+    """One run: its name, its method, and the settings that differ from `BASE`."""
+
+    name: str
+    method: Literal["pretrain", "rl"]
+    settings: Mapping[str, Any]
+    measured: tuple[Format, ...] = ()
+
+
+BASE: Mapping[str, Any] = {
+    "trainable": "full",
+    "optimizer": "muon",
+    "learning_rate": 4e-3,
+    "schedule": "constant",
+    "router_balance": 0.01,
+    "recompute": False,
+    "threads": 1,
+    "step_tokens": 8192,
+    "pass_tokens": 4096,
+    "eval_every": 100,
+    "save_every": 50,
+    "keep": 1,
+}
+
+
+def mix(shares: Mapping[str, float]) -> tuple[str, ...]:
+    """Tasks as settings name them."""
+    return tuple(f"{name}={share}" for name, share in shares.items())
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage(
+        "warm-up", "pretrain", {"tasks": mix({"sums": 1, "about": 1}), "language": 0.75, "max_tokens": 160, "steps": 84}
+    ),
+    Stage(
+        "pretrain",
+        "pretrain",
+        {"tasks": mix(SHORT), "language": 0.12, "learn": "all", "turns": 6, "max_tokens": 512, "steps": 300},
+    ),
+    Stage("sft", "pretrain", {"tasks": mix(ALL), "turns": 6, "max_tokens": 1280, "steps": 1000}, ("bf16",)),
+    Stage(
+        "anneal",
+        "pretrain",
+        {
+            "tasks": mix(ALL),
+            "turns": 4,
+            "max_tokens": 1280,
+            "steps": 300,
+            "fake_quant": True,
+            "schedule": "linear",
+            "warmup": 0.0,
+            "final_rate": 0.0,
+        },
+        ("bf16", "mxfp4"),
+    ),
+    Stage(
+        "rl",
+        "rl",
+        {
+            "task": mix(ALL),
+            "fake_quant": True,
+            "optimizer": "adamw",
+            "learning_rate": 3e-5,
+            "steps": 60,
+            "prompts": 32,
+            "group": 8,
+            "rollout_tokens": 400,
+            "length_cost": "low=0.2,medium=0.05",
+        },
+        ("mxfp4",),
+    ),
+)

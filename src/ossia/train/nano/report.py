@@ -1,0 +1,212 @@
+"""What the stages cost and what their models can do, as a page with plots and as the model's card."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ossia.errors import UnavailableError
+from ossia.harmony import Effort
+from ossia.train.metrics import read_metrics
+from ossia.train.nano import recipe
+
+_EFFORTS = [str(effort) for effort in Effort]
+
+
+class Course(NamedTuple):
+    """What one stage cost."""
+
+    name: str
+    steps: int
+    tokens: int
+    hours: float
+    points: list[tuple[int, float]]
+    """Tokens seen and loss, step by step."""
+    held_out: float | None
+    """The last loss on held-out exercises; None of a stage that learns from rewards."""
+
+
+def write_report(out: Path, docs: Path) -> Path:
+    """Write ``docs``/nano.md with its plots and ``out``/model/README.md. Raises UnavailableError without matplotlib."""
+    try:
+        figure_module: Any = importlib.import_module("matplotlib.figure")
+    except ImportError:
+        raise UnavailableError("the report needs matplotlib: pip install matplotlib") from None
+    courses = [course(out / stage.name, stage.name) for stage in recipe.STAGES]
+    results = {
+        f"{stage.name}, {format}": json.loads((out / stage.name / f"measured-{format}.json").read_text())
+        for stage in recipe.STAGES
+        for format in stage.measured
+    }
+    last = list(results)[-1]
+    pictures = docs / "nano"
+    pictures.mkdir(parents=True, exist_ok=True)
+    _draw_losses(figure_module, courses, pictures / "loss.png")
+    _draw_effort(figure_module, results[last], pictures / "effort.png")
+    path = docs / "nano.md"
+    path.write_text(_page(courses, results, last), encoding="utf-8")
+    (out / "model" / "README.md").write_text(_card(results[last]), encoding="utf-8")
+    return path
+
+
+def course(folder: Path, name: str) -> Course:
+    """What a run's metrics.jsonl says of its cost."""
+    lines = read_metrics(folder / "metrics.jsonl")
+    steps = [line for line in lines if line.get("event") == "step"]
+    tokens = [int(line["tokens"]) for line in steps]
+    pace = [float(line["tokens_per_s"]) for line in steps]
+    # A pace of 0 is that of a few tokens, rounded.
+    seconds = sum(
+        (now - before) / speed for before, now, speed in zip([0, *tokens[:-1]], tokens, pace, strict=True) if speed
+    )
+    losses = [line["loss"] for line in lines if line.get("event") == "evaluation" and "loss" in line]
+    points = [(count, float(line["loss"])) for count, line in zip(tokens, steps, strict=True)]
+    return Course(name, len(steps), tokens[-1], seconds / 3600, points, losses[-1] if losses else None)
+
+
+# Plots ----------------------------------------------------------------------------------------------------------------
+
+
+def _draw_losses(figure_module: Any, courses: Sequence[Course], path: Path) -> None:
+    figure = figure_module.Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    before = 0
+    for one, stage in zip(courses, recipe.STAGES, strict=True):
+        if stage.method == "pretrain":
+            axes.plot([(before + x) / 1e6 for x, _ in one.points], [y for _, y in one.points], label=one.name, lw=1)
+        before += one.tokens
+    axes.set(xlabel="million tokens", ylabel="loss, nats per learned token", yscale="log")
+    axes.legend()
+    axes.grid(visible=True, alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def _draw_effort(figure_module: Any, lines: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Accuracy against tokens of reasoning, a line per task from low to high effort."""
+    figure = figure_module.Figure(figsize=(10, 4.2), layout="constrained")
+    for place, title in enumerate(("sums", "the other tasks"), start=1):
+        axes = figure.add_subplot(1, 2, place)
+        for name, rows in _by_task(lines).items():
+            if name.startswith("sums") == (title == "sums"):
+                shown = [row for row in rows if not row["grammar"]]
+                x, y = [row["reasoning"] for row in shown], [100 * row["exact"] for row in shown]
+                error = [
+                    [100 * (row["exact"] - row["low"]) for row in shown],
+                    [100 * (row["high"] - row["exact"]) for row in shown],
+                ]
+                axes.errorbar(x, y, yerr=error, marker="o", ms=4, lw=1, label=name)
+        axes.set(title=title, xlabel="tokens of reasoning, mean", ylabel="right, %", ylim=(-3, 103))
+        axes.legend(fontsize=7)
+        axes.grid(visible=True, alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+# Text -----------------------------------------------------------------------------------------------------------------
+
+
+def _page(courses: Sequence[Course], results: Mapping[str, Sequence[Mapping[str, Any]]], last: str) -> str:
+    shape = recipe.SHAPE
+    parts = [
+        "# The embedded model\n",
+        "`nano` is a model with the architecture of gpt-oss that comes with ossia, trained from nothing by ossia's own "
+        "code on exercises that ossia makes up. It is a demonstration: it knows an invented world, a few skills and a "
+        "few sentences about itself, and says of everything else that it does not know it.\n",
+        f"{shape.num_layers} layers of {shape.hidden_size}, {shape.num_heads} query and {shape.num_kv_heads} key/value "
+        f"heads of {shape.head_dim}, windows of {shape.sliding_window} in every other layer, "
+        f"{shape.num_experts} experts of {shape.intermediate_size} of which {shape.num_active_experts} work for a "
+        f"token, sinks, clamped SwiGLU, YaRN from {shape.rope.original_context} to {shape.max_context} tokens, "
+        f"{shape.vocab_size:,} tokens of vocabulary, experts in MXFP4.\n",
+        "This page is written by `make nano`, which makes the model, measures it and draws the plots; it takes hours "
+        "on two cores, and goes on where it was when it is started again.\n",
+        "## What it can do\n",
+        "Held-out exercises: names, numbers, wordings and combinations of rules that no training has seen. An exercise "
+        "counts as right if all of it is: the answer, the call with its arguments, the cited line. Tools are the real "
+        "ones, the python sandbox and the browser. Greedy decoding by the CPU engine, without a grammar. In brackets "
+        "the 95 % interval; behind it the mean tokens of reasoning.\n",
+        _table_of_results(results[last]),
+        "![Accuracy against tokens of reasoning](nano/effort.png)\n",
+        "The format is kept from the first token to the last in these shares of the transcripts:\n",
+        _table_of_format(results[last]),
+        "## What each stage brought\n",
+        "Right, in percent, over all efforts of a task.\n",
+        _table_of_stages(results),
+        "## What it cost\n",
+        _table_of_courses(courses),
+        "![Loss by tokens](nano/loss.png)\n",
+        "## What it cannot do\n",
+        "It cannot hold a conversation, write prose or answer from knowledge. Outside its exercises it says that it "
+        "does not know, or is wrong. Its verdicts show the form of policy work and are no moderation.\n",
+    ]
+    return "\n".join(parts)
+
+
+def _table_of_results(lines: Iterable[Mapping[str, Any]]) -> str:
+    rows = [f"| task | {' | '.join(_EFFORTS)} |", "|---|" + "---|" * len(_EFFORTS)]
+    for name, found in _by_task(lines).items():
+        cells = {row["effort"]: row for row in found if not row["grammar"]}
+        shown = [_cell(cells[effort]) if effort in cells else "" for effort in _EFFORTS]
+        rows.append(f"| {name} | {' | '.join(shown)} |")
+    return "\n".join(rows) + "\n"
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    return (
+        f"{100 * row['exact']:.1f} % ({100 * row['low']:.1f} to {100 * row['high']:.1f}), {row['reasoning']:.0f} tokens"
+    )
+
+
+def _table_of_format(lines: Iterable[Mapping[str, Any]]) -> str:
+    rows = ["| task | free | with the grammar |", "|---|---|---|"]
+    for name, found in _by_task(lines).items():
+        shares = [
+            sum(row["valid"] for row in found if row["grammar"] is grammar)
+            / max(1, sum(row["grammar"] is grammar for row in found))
+            for grammar in (False, True)
+        ]
+        rows.append(f"| {name} | {100 * shares[0]:.2f} % | {100 * shares[1]:.2f} % |")
+    return "\n".join(rows) + "\n"
+
+
+def _table_of_stages(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    rows = [f"| task | {' | '.join(results)} |", "|---|" + "---|" * len(results)]
+    by_stage = {stage: _by_task(lines) for stage, lines in results.items()}
+    for name in next(iter(by_stage.values())):
+        cells = []
+        for found in by_stage.values():
+            shares = [row["exact"] for row in found[name] if not row["grammar"]]
+            cells.append(f"{100 * sum(shares) / len(shares):.1f}")
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
+def _table_of_courses(courses: Sequence[Course]) -> str:
+    rows = ["| stage | steps | tokens | hours | held-out loss |", "|---|---|---|---|---|"]
+    for one in courses:
+        loss = "" if one.held_out is None else f"{one.held_out:.3f}"
+        rows.append(f"| {one.name} | {one.steps:,} | {one.tokens / 1e6:.1f} M | {one.hours:.1f} | {loss} |")
+    return "\n".join(rows) + "\n"
+
+
+def _by_task(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for line in lines:
+        found.setdefault(line["task"], []).append(line)
+    return found
+
+
+def _card(lines: Sequence[Mapping[str, Any]]) -> str:
+    return "\n".join(
+        [
+            "---\nlicense: apache-2.0\nlibrary_name: transformers\ntags: [gpt-oss, mxfp4, demonstration]\n---\n",
+            "# ossia nano\n",
+            "A demonstration of the architecture and the chat format of gpt-oss in a few million parameters: not an "
+            "assistant. It was trained from nothing, by ossia, on invented exercises: sums at three efforts, python "
+            "and function calls, browsing with citations, JSON by a schema, verdicts by a policy, instructions of a "
+            "developer against a user. It knows nothing of the world, and its verdicts are no moderation.\n",
+            "Right on held-out exercises, with the 95 % interval and the mean tokens of reasoning:\n",
+            _table_of_results(lines),
+        ]
+    )

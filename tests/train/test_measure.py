@@ -1,0 +1,84 @@
+"""Measuring tasks: intervals, shares, means."""
+
+from __future__ import annotations
+
+import re
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import pytest
+from tests.responses.scripts import TOKENIZER, Scripted, tokens
+from tests.train.small import Brief, write_model
+
+from ossia.errors import InputError
+from ossia.harmony import Effort
+from ossia.train.measure import measure, open_rollouts, wilson
+from ossia.train.rollout import RolloutConfig, Rollouts
+from ossia.train.tasks import Instance
+
+SAID = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>{}<|return|>"
+
+
+class Odd(Brief):
+    """Says whether a number is odd; the script below knows it of every number but those that end in 7."""
+
+    name = "odd"
+
+    def instance(self, rng):
+        number = rng.randrange(10_000)
+        return Instance(str(number), str(number), "odd" if number % 2 else "even")
+
+
+class Student(Scripted):
+    async def _read(self, prompt, params):
+        number = re.findall(r"\d+", TOKENIZER.decode(prompt))[-1]
+        answer = "odd" if int(number) % 2 and number[-1] != "7" else "even"
+        self.scripts = [tokens(SAID.format(answer))]
+        async for output in super()._read(prompt, params):
+            yield replace(output, drawn_logprob=-0.25)
+
+
+def play(count: int, **more):
+    @asynccontextmanager
+    async def source():
+        yield Student("<|return|>")
+
+    with Rollouts(source, TOKENIZER, RolloutConfig(temperature=0)) as rollouts:
+        return measure(rollouts, Odd(), Effort.LOW, count, **more)
+
+
+@pytest.mark.parametrize(
+    ("right", "count", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (50, 100, 0.4038, 0.5962), (970, 1000, 0.9575, 0.9789)],
+)
+def test_intervals_are_wilsons(right, count, low, high):
+    assert wilson(right, count) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_shares_and_means_are_those_of_the_exercises():
+    found = play(300)
+    assert found.task == "odd"
+    assert found.effort == "low"
+    assert found.num_exercises == 300
+    assert found.exact == pytest.approx(0.9, abs=0.06)
+    assert found.low < found.exact < found.high
+    assert found.valid == 1
+    assert found.sampled == len(tokens(SAID.format("odd")))
+    assert found.reasoning == len(TOKENIZER.encode("Hm."))
+    assert found.parts["exact"] == pytest.approx(found.exact)
+    assert play(300) == found
+    assert play(300, seed=1).exact != found.exact
+
+
+def test_a_count_below_one_is_refused():
+    with pytest.raises(InputError, match="at least 1"):
+        play(0)
+
+
+def test_a_checkpoint_is_measured_by_the_engine(tmp_path):
+    model = write_model(tmp_path / "model")
+    with open_rollouts(model, RolloutConfig(temperature=0, max_tokens=8), threads=1, kv_memory=32 << 20) as rollouts:
+        found = measure(rollouts, Odd(), Effort.LOW, 5)
+    assert found.exact == 0
+    assert found.valid == 0
+    assert 1 <= found.sampled <= 8

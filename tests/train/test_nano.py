@@ -1,0 +1,82 @@
+"""The pipeline of the embedded model, with a shape and stages that take seconds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+import ossia
+from ossia.errors import UnavailableError
+from ossia.train.nano import make as pipeline
+from ossia.train.nano import recipe
+from ossia.train.nano.make import make
+from ossia.train.nano.recipe import Stage, mix
+from ossia.train.nano.report import write_report
+from ossia.train.tasks import make as make_task
+
+SHARES = {"sums": 1, "about": 1}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    shape = replace(
+        recipe.SHAPE,
+        num_layers=2,
+        hidden_size=32,
+        intermediate_size=32,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=16,
+        vocab_size=400,
+        num_experts=4,
+    )
+    monkeypatch.setattr(recipe, "SHAPE", shape)
+    monkeypatch.setattr(recipe, "VOCAB_SIZE", 400)
+    monkeypatch.setattr(recipe, "VOCABULARY_CONVERSATIONS", 60)
+    monkeypatch.setattr(recipe, "VOCABULARY_TEXTS", 60)
+    base = {**recipe.BASE, "step_tokens": 1200, "pass_tokens": 600, "save_every": 1, "eval_every": 0}
+    monkeypatch.setattr(recipe, "BASE", base)
+    supervised = {"tasks": mix(SHARES), "max_tokens": 500, "steps": 2, "held_out": 4}
+    learned = {"task": mix(SHARES), "steps": 1, "prompts": 2, "group": 2, "rollout_tokens": 16, "fake_quant": True}
+    stages = (
+        Stage("sft", "pretrain", supervised, ("bf16",)),
+        Stage("anneal", "pretrain", {**supervised, "fake_quant": True}, ("mxfp4",)),
+        Stage("rl", "rl", {**learned, "learning_rate": 1e-4, "optimizer": "adamw"}, ("mxfp4",)),
+    )
+    monkeypatch.setattr(recipe, "STAGES", stages)
+    tasks = {"sums": make_task("sums", {"digits": 2}), "about": make_task("about")}
+    monkeypatch.setattr(pipeline, "measured_tasks", lambda: tasks)
+    monkeypatch.setattr(pipeline, "_MOST_TOKENS", 12)
+
+
+def test_the_pipeline_makes_a_model_a_report_and_nothing_twice(small, tmp_path):
+    said: list[str] = []
+    model = make(tmp_path / "out", count=3, say=said.append)
+    assert [line for line in said if line.startswith("stage ")] == ["stage sft", "stage anneal", "stage rl"]
+    local = ossia.load(model, kv_memory="16MiB", threads=1)
+    assert local.checkpoint.config.num_layers == 2
+    lines = json.loads((tmp_path / "out" / "rl" / "measured-mxfp4.json").read_text())
+    assert {(line["task"], line["effort"], line["grammar"]) for line in lines} == {
+        (task, effort, grammar) for task in SHARES for effort in ("low", "medium", "high") for grammar in (False, True)
+    }
+    page = write_report(tmp_path / "out", tmp_path / "docs").read_text()
+    assert "| sft | 2 |" in page
+    assert (tmp_path / "docs" / "nano" / "loss.png").stat().st_size > 5000
+    assert "| sums |" in (model / "README.md").read_text()
+    said.clear()
+    make(tmp_path / "out", count=3, say=said.append)
+    assert not [line for line in said if line.startswith("stage ")]
+
+
+def test_a_stage_that_was_interrupted_says_how_to_go_on(small, tmp_path, monkeypatch):
+    real = pipeline.pretrain
+
+    def interrupted(settings, **options):
+        outcome, model = real(replace(settings, steps=1), **options)
+        return replace(outcome, reason="interrupted"), model
+
+    monkeypatch.setattr(pipeline, "pretrain", interrupted)
+    with pytest.raises(UnavailableError, match="stage sft was interrupted; the same command goes on"):
+        make(tmp_path / "out", count=1, say=lambda _: None)
