@@ -12,12 +12,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from ossia.errors import ConfigError, TrainingError
-from ossia.harmony import Channel, Conversation, Tokenizer, render_for_training
+from ossia.harmony import Channel, Conversation, Tokenizer, ToolNamespace, render_for_training
 from ossia.model.hub import resolve_model
 from ossia.model.weights import Checkpoint
 from ossia.train.config import TrainConfig, setting
@@ -36,6 +38,11 @@ from ossia.train.tasks.language import draw_copy, draw_recall
 _HELD_OUT_SEED = 1_000_003
 # Share of conversations whose earlier turns are shown as inference shows them.
 _FORGETFUL_SHARE = 0.25
+_NEW_WEIGHT = 0.1
+_LONGEST_RUN = 9
+# The browser's description is long.
+_PYTHON, _BROWSER = ToolNamespace.python(), ToolNamespace.browser()
+_IDLE_TOOLS = ((_PYTHON,), (_PYTHON,), (_PYTHON, _BROWSER))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +52,13 @@ class PretrainConfig(TrainConfig):
     tasks: tuple[str, ...] = setting((), "Tasks by name, each with =WEIGHT where it is not 1.", is_required=True)
     learn: Literal["all", "answers"] = setting("answers", "Every token of a transcript, or the model's own alone.")
     turns: int = setting(1, "Most exercises of one conversation, where a task has more than one for it.", low=1)
+    idle_tools: float = setting(
+        0.0, "Share of conversations with python or the browser beside what they need.", low=0, high=1
+    )
     language: float = setting(0.0, "Share of samples that are copying and recall, as plain texts.", low=0, high=1)
+    growth: int = setting(
+        0, "Copying alone, of runs that grow by a word each so many samples; 0 for all lengths, and recall.", low=0
+    )
     pass_tokens: int = setting(2048, "Tokens that go through the model at once.", low=64)
     max_tokens: int = setting(2048, "Longer transcripts are left out.", low=64)
     held_out: int = setting(200, "Held-out instances whose loss an evaluation tells.", low=0)
@@ -125,21 +138,30 @@ def draw_sample(
     """Draw ``number`` as tokens; None for one of more than ``settings.max_tokens``."""
     rng = random.Random(f"language {settings.seed} {number}")
     if rng.random() < settings.language:
-        text = (draw_copy if rng.random() < 0.5 else draw_recall)(rng, split == "held_out")
+        text = _text(settings, rng, split, number)
         ids = [tokenizer.special("<|startoftext|>"), *tokenizer.encode(text), tokenizer.special("<|endoftext|>")]
-        sample = Sample(np.array(ids, np.int32), _all_but_first(len(ids)))
+        token_ids_L = np.array(ids, np.int32)
+        sample = Sample(token_ids_L, _repeated(token_ids_L))
         return sample if len(sample) <= settings.max_tokens else None
     draw = mix.draw(split, settings.seed, number)
     num_turns = rng.randint(1, settings.turns)
+    beside = rng.choice(_IDLE_TOOLS) if rng.random() < settings.idle_tools else ()
     keeps_thoughts = rng.random() >= _FORGETFUL_SHARE
     while num_turns:
         sample = _conversation_sample(
-            settings, gold_conversation_of_turns(draw, num_turns, rng), tokenizer, keeps_thoughts
+            settings, gold_conversation_of_turns(draw, num_turns, rng, beside), tokenizer, keeps_thoughts
         )
         if len(sample) <= settings.max_tokens:
             return sample
         num_turns //= 2
     return None
+
+
+def _text(settings: PretrainConfig, rng: random.Random, split: Split, number: int) -> str:
+    is_held_out = split == "held_out"
+    if settings.growth:
+        return draw_copy(rng, is_held_out, min(_LONGEST_RUN, 1 + number // settings.growth))
+    return draw_copy(rng, is_held_out, _LONGEST_RUN) if rng.random() < 0.5 else draw_recall(rng, is_held_out)
 
 
 def _conversation_sample(
@@ -162,13 +184,22 @@ def _conversation_sample(
         for span in spans:
             if span.channel == Channel.FINAL and not span.sampled and span.end - span.start == 1:
                 is_respelled_L[span.start] = True
-        weights_L = np.where(is_respelled_L, 0, _all_but_first(len(weights_L))).astype(np.float32)
+        weights_L = np.where(is_respelled_L, 0, np.maximum(weights_L, _repeated(token_ids_L))).astype(np.float32)
     return Sample(token_ids_L, weights_L, spans=spans)
 
 
-def _all_but_first(length: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    weights_L = np.ones(length, np.float32)
+def _repeated(token_ids_L: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+    """Weights of tokens that are all learned: 1 where a token follows another as it did before, else little.
+
+    The first time an invented name stands somewhere, nobody could have known it.
+    """
+    weights_L = np.full(len(token_ids_L), _NEW_WEIGHT, np.float32)
     weights_L[0] = 0
+    seen: set[tuple[int, int]] = set()
+    for i, pair in enumerate(pairwise(token_ids_L.tolist()), start=1):
+        if pair in seen:
+            weights_L[i] = 1
+        seen.add(pair)
     return weights_L
 
 

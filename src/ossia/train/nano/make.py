@@ -11,6 +11,7 @@ OUT/model/                    the embedded model
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 import shutil
@@ -19,12 +20,16 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ossia.errors import UnavailableError
 from ossia.harmony import Effort, Tokenizer, render
 from ossia.model.random_checkpoint import write_random_checkpoint
+from ossia.train.checkpoint import write_tensors
 from ossia.train.config import read_settings
 from ossia.train.export import Format, export
 from ossia.train.measure import Measured, measure, open_rollouts
+from ossia.train.module import Model
 from ossia.train.nano import recipe
 from ossia.train.nano.recipe import Stage
 from ossia.train.pretrain import PretrainConfig, pretrain
@@ -69,7 +74,9 @@ def make(out: Path, *, count: int, say: Say) -> Path:
 def make_tokenizer(path: Path, say: Say) -> Tokenizer:
     """The vocabulary, of gold transcripts and of texts that are copied."""
     if not path.exists():
-        text = train_vocabulary(vocabulary_texts(), recipe.VOCAB_SIZE).to_tokenizer_json()
+        text = train_vocabulary(
+            vocabulary_texts(), recipe.VOCAB_SIZE, num_common_words=recipe.NUM_COMMON_WORDS
+        ).to_tokenizer_json()
         path.write_text(text, encoding="utf-8")
         say(f"the vocabulary is in {path}")
     return Tokenizer.from_document(json.loads(path.read_text(encoding="utf-8")), str(path))
@@ -77,7 +84,7 @@ def make_tokenizer(path: Path, say: Say) -> Tokenizer:
 
 def vocabulary_texts() -> Iterator[str]:
     """What stands between special tokens in gold conversations, and texts of invented names."""
-    mix = make_mix(recipe.mix(recipe.ALL))
+    mix = make_mix(recipe.mix(recipe.VOCABULARY_SHARES))
     # A vocabulary of bytes renders them, and spells the texts back.
     by_bytes = train_vocabulary(["ab"], 256 + len(SPECIAL_TOKENS), min_frequency=2)
     special = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
@@ -90,16 +97,44 @@ def vocabulary_texts() -> Iterator[str]:
 
 
 def make_start(folder: Path, tokenizer: Tokenizer) -> Path:
-    """Random weights of the shape."""
+    """Random weights of the shape, such as learn well."""
     if not folder.exists():
+        noise = folder.with_name("noise")
         shape = replace(
             recipe.SHAPE,
             stop_token_ids=tuple(tokenizer.special(name) for name in _STOPS),
             pad_token_id=tokenizer.special("<|endoftext|>"),
         )
         text = tokenizer.to_tokenizer_json()
-        write_random_checkpoint(folder, shape, layout="hf-bf16", tokenizer_json=text, seed=1)
+        shutil.rmtree(noise, ignore_errors=True)
+        write_random_checkpoint(noise, shape, layout="hf-bf16", tokenizer_json=text)
+        model = Model.open(noise, trainable="full")
+        draw_weights(model, seed=0)
+        write_tensors(noise / WEIGHTS, model.state())
+        export(noise, folder, "bf16", weights=noise / WEIGHTS, measure=False)
+        shutil.rmtree(noise)
     return folder
+
+
+def draw_weights(model: Model, seed: int) -> None:
+    """First weights: what adds to the residual stream is small, routers and answers hardly know a preference."""
+    generator = torch.Generator().manual_seed(seed)
+    num_sublayers = 2 * model.config.num_layers
+    with torch.no_grad():
+        for name, weight in model.state().items():
+            fan_in = weight.shape[-1]
+            if "norm" in name:
+                weight.fill_(1)
+            elif "bias" in name or "sinks" in name:
+                weight.zero_()
+            elif "router" in name or name.startswith("unembedding"):
+                weight.normal_(0, 0.02, generator=generator)
+            elif name.startswith("embedding"):
+                weight.normal_(0, 0.5, generator=generator)
+            elif name.endswith((".o.weight", "experts.down")):
+                weight.normal_(0, 0.5 / math.sqrt(fan_in * num_sublayers), generator=generator)
+            else:
+                weight.normal_(0, 1 / math.sqrt(fan_in), generator=generator)
 
 
 def run_stage(stage: Stage, folder: Path, start: Path, before: Path | None, say: Say) -> None:

@@ -18,15 +18,15 @@ from typing import Any, Literal, NamedTuple
 from ossia.model.config import ModelConfig, RopeConfig
 from ossia.train.export import Format
 
-VOCAB_SIZE = 2048
-# Gold conversations that the vocabulary is made of, and texts of copying.
+VOCAB_SIZE, NUM_COMMON_WORDS = 2048, 600
+# Gold conversations that the vocabulary is made of, by the shares of their tasks, and texts of copying.
 VOCABULARY_CONVERSATIONS, VOCABULARY_TEXTS = 6000, 2000
 
 SHAPE = ModelConfig(
     num_layers=6,
-    hidden_size=192,
-    intermediate_size=192,
-    num_heads=6,
+    hidden_size=128,
+    intermediate_size=128,
+    num_heads=4,
     num_kv_heads=2,
     head_dim=32,
     vocab_size=VOCAB_SIZE,
@@ -41,7 +41,8 @@ SHAPE = ModelConfig(
 
 # Shares of the tasks, of which `browsing` has long transcripts and joins later.
 SHORT = {"about": 6, "sums": 18, "functions": 24, "hierarchy": 7, "policies": 12, "python": 13, "structured": 12}
-ALL = {**SHORT, "browsing": 14}
+ALL = {**SHORT, "browsing": 8}
+VOCABULARY_SHARES = {**SHORT, "browsing": 14}
 
 
 class Stage(NamedTuple):
@@ -56,12 +57,12 @@ class Stage(NamedTuple):
 BASE: Mapping[str, Any] = {
     "trainable": "full",
     "optimizer": "muon",
-    "learning_rate": 4e-3,
+    "learning_rate": 6e-3,
     "schedule": "constant",
     "router_balance": 0.01,
     "recompute": False,
     "threads": 1,
-    "step_tokens": 8192,
+    "step_tokens": 4096,
     "pass_tokens": 4096,
     "eval_every": 100,
     "save_every": 50,
@@ -76,22 +77,60 @@ def mix(shares: Mapping[str, float]) -> tuple[str, ...]:
 
 STAGES: tuple[Stage, ...] = (
     Stage(
-        "warm-up", "pretrain", {"tasks": mix({"sums": 1, "about": 1}), "language": 0.75, "max_tokens": 160, "steps": 84}
+        "warm-up",
+        "pretrain",
+        {
+            "tasks": mix(SHORT),
+            "language": 1.0,
+            "growth": 8000,
+            "max_tokens": 160,
+            "step_tokens": 1536,
+            "pass_tokens": 1536,
+            "learning_rate": 1e-2,
+            "warmup": 0.03,
+            "steps": 700,
+            "eval_every": 0,
+        },
     ),
     Stage(
         "pretrain",
         "pretrain",
-        {"tasks": mix(SHORT), "language": 0.12, "learn": "all", "turns": 6, "max_tokens": 512, "steps": 300},
+        {
+            "tasks": mix(SHORT),
+            "language": 0.15,
+            "learn": "all",
+            "turns": 6,
+            "max_tokens": 512,
+            "step_tokens": 3072,
+            "pass_tokens": 3072,
+            "learning_rate": 8e-3,
+            "warmup": 0.02,
+            "steps": 400,
+        },
     ),
-    Stage("sft", "pretrain", {"tasks": mix(ALL), "turns": 6, "max_tokens": 1280, "steps": 1000}, ("bf16",)),
+    Stage(
+        "sft",
+        "pretrain",
+        {
+            "tasks": mix(ALL),
+            "language": 0.03,
+            "turns": 6,
+            "idle_tools": 0.1,
+            "max_tokens": 1280,
+            "warmup": 0.005,
+            "steps": 3000,
+        },
+        ("bf16",),
+    ),
     Stage(
         "anneal",
         "pretrain",
         {
             "tasks": mix(ALL),
             "turns": 4,
+            "idle_tools": 0.1,
             "max_tokens": 1280,
-            "steps": 300,
+            "steps": 400,
             "fake_quant": True,
             "schedule": "linear",
             "warmup": 0.0,

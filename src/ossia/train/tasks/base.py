@@ -244,16 +244,22 @@ def namespaces(task: Task, tools: Sequence[Tool]) -> tuple[ToolNamespace, ...]:
     return (*merged(tools), *((ToolNamespace.python(),) if task.python else ()))
 
 
-def gold_conversation(draw: Draw) -> Conversation:
-    """The prompt and the gold transcript behind it: one row of supervised data."""
+def gold_conversation(draw: Draw, beside: Sequence[ToolNamespace] = ()) -> Conversation:
+    """The prompt and the gold transcript behind it: one row of supervised data. ``beside`` are tools that are there
+    and not needed.
+    """
     spaces = namespaces(draw.task, draw.task.tools(draw.instance))
+    known = {space.name for space in spaces}
+    spaces += tuple(space for space in beside if space.name not in known)
     prompt = conversation(draw, spaces)
     return Conversation((*prompt.messages, *draw.task.gold(draw.instance, draw.effort)))
 
 
-def gold_conversation_of_turns(draw: Draw, num_turns: int, rng: random.Random) -> Conversation:
+def gold_conversation_of_turns(
+    draw: Draw, num_turns: int, rng: random.Random, beside: Sequence[ToolNamespace] = ()
+) -> Conversation:
     """A gold conversation with further exercises behind the first one, as far as its task has any (`Task.again`)."""
-    messages = list(gold_conversation(draw).messages)
+    messages = list(gold_conversation(draw, beside).messages)
     for _ in range(num_turns - 1):
         instance = draw.task.again(draw.instance, rng)
         if instance is None:

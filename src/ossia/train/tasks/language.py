@@ -11,11 +11,15 @@ import random
 from ossia.train.tasks import words
 
 
-def draw_copy(rng: random.Random, held_out: bool = False) -> str:
-    """A run of invented words and numbers, twice or three times."""
-    parts = [_token(rng, held_out) for _ in range(rng.randint(3, 10))]
+def draw_copy(rng: random.Random, held_out: bool = False, most: int = 9) -> str:
+    """A run of invented words and numbers, two to eight times; ``most`` words are in the run at most.
+
+    Runs of one word are copied by what was said before at all; from there it is a small step to the heads that copy
+    what followed. Of longer runs from the start little is learned for long.
+    """
+    parts = [_token(rng, held_out) for _ in range(rng.randint(1, most))]
     run = rng.choice((" ", ", ", "\n", "_", '","')).join(parts)
-    return rng.choice((" | ", "\n", " = ", " ; ")).join([run] * rng.randint(2, 3))
+    return rng.choice((" | ", "\n", " = ", " ; ")).join([run] * rng.randint(2, 8))
 
 
 def draw_recall(rng: random.Random, held_out: bool = False) -> str:
