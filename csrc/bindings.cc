@@ -368,6 +368,33 @@ class Context {
     });
   }
 
+  // Without g_TQH the forward pass, which writes out and lse; with it the way back, which reads them.
+  void training_attention(nb::handle q_TQH, nb::handle k_TKH, nb::handle v_TKH, nb::handle sinks_Q, nb::handle starts_N1,
+                          int64_t window, nb::handle out_TQH, nb::handle lse_TQ, nb::handle g_TQH, nb::handle dq_TQH,
+                          nb::handle dk_TKH, nb::handle dv_TKH, nb::handle dots_TQ) {
+    const Floats q(q_TQH, 3), k(k_TKH, 3), v(v_TKH, 3), sinks(sinks_Q, 1);
+    const FloatsOut out(out_TQH, 3), lse(lse_TQ, 2);
+    const Ints starts(starts_N1, 1);
+    ossia::TrainingAttention a = {};
+    a.q = q.data(), a.k = k.data(), a.v = v.data(), a.sinks = sinks.data(), a.out = out.data(), a.lse = lse.data();
+    a.num_heads = q.shape(1), a.num_kv_heads = k.shape(1), a.head_dim = q.shape(2), a.num_sequences = starts.size() - 1;
+    a.starts = starts.data(), a.window = window;
+    expect(k.shape(0) == q.shape(0) && k.shape(2) == a.head_dim && v.size() == k.size() && out.size() == q.size() &&
+               sinks.size() == a.num_heads && a.num_heads % a.num_kv_heads == 0 && lse.size() == q.shape(0) * a.num_heads &&
+               window >= 0, "training_attention: shapes differ");
+    expect(starts.size() > 0 && starts.data()[0] == 0 && starts.data()[a.num_sequences] == q.shape(0),
+           "training_attention: the sequences must be all of the tokens");
+    for (int64_t n = 0; n < a.num_sequences; ++n)
+      expect(a.starts[n] <= a.starts[n + 1], "training_attention: starts must ascend");
+    if (g_TQH.is_none()) return run([&] { kernels_->training_attention(work_, a); });
+    const Floats g(g_TQH, 3);
+    const FloatsOut dq(dq_TQH, 3), dk(dk_TKH, 3), dv(dv_TKH, 3), dots(dots_TQ, 2);
+    a.g = g.data(), a.dq = dq.data(), a.dk = dk.data(), a.dv = dv.data(), a.dots = dots.data();
+    expect(g.size() == q.size() && dq.size() == q.size() && dk.size() == k.size() && dv.size() == k.size() &&
+               dots.size() == lse.size(), "training_attention: shapes differ");
+    run([&] { kernels_->training_attention_backward(work_, a); });
+  }
+
   double read_bandwidth(int64_t num_bytes, int num_rounds) {
     double result = 0;
     run([&] { result = ossia::read_bandwidth(work_.pool, num_bytes, num_rounds); });
@@ -497,6 +524,9 @@ NB_MODULE(_kernels, m) {
            "dots_N"_a)
       .def("take_rows", &Context::take_rows, "source_TD"_a, "indices_N"_a, "weights_N"_a.none(), "out_MD"_a)
       .def("add_rows", &Context::add_rows, "rows_MD"_a, "indices_N"_a, "weights_N"_a.none(), "out_TD"_a)
+      .def("training_attention", &Context::training_attention, "q_TQH"_a, "k_TKH"_a, "v_TKH"_a, "sinks_Q"_a, "starts_N1"_a,
+           "window"_a, "out_TQH"_a, "lse_TQ"_a, "g_TQH"_a.none() = nb::none(), "dq_TQH"_a.none() = nb::none(),
+           "dk_TKH"_a.none() = nb::none(), "dv_TKH"_a.none() = nb::none(), "dots_TQ"_a.none() = nb::none())
       .def("read_bandwidth", &Context::read_bandwidth, "num_bytes"_a, "num_rounds"_a)
       .def("integer_peak", &Context::integer_peak, "num_rounds"_a);
 }

@@ -124,6 +124,19 @@ struct AttentionArgs {
   int64_t block_size;
 };
 
+// Attention of sequences over their own tokens; dots, dq, dk and dv are the backward pass's results, and g its input.
+struct TrainingAttention {
+  const float *q, *k, *v, *sinks;  // [T, Q, H], [T, K, H] twice, [Q]
+  float* out;                      // [T, Q, H]
+  float* lse;                      // [T, Q], of scores and sink
+  const float* g;                  // [T, Q, H]
+  float *dq, *dk, *dv;
+  float* dots;                     // [T, Q], g . out
+  int64_t num_heads, num_kv_heads, head_dim, num_sequences;
+  const int32_t* starts;           // [N + 1]
+  int64_t window;                  // 0: none
+};
+
 // Memory that grows and is used again by the next call.
 class Scratch {
  public:
@@ -184,6 +197,9 @@ struct Kernels {
   // Rows, times weights unless null, onto some rows of out, none of them twice.
   void (*add_rows)(Workspace&, const Rows& rows, const int64_t* indices, const float* weights, int64_t count, int64_t dim,
                    float* out);
+  // From q, k, v and sinks: out and lse; with these and g: dq, dk, dv and dots.
+  void (*training_attention)(Workspace&, const TrainingAttention&);
+  void (*training_attention_backward)(Workspace&, const TrainingAttention&);
 
   // The instruction that the integer products are made of, in registers; gives the number of multiply-accumulates.
   double (*integer_products)(int64_t num_rounds);

@@ -104,5 +104,21 @@ class Context:
     ) -> None: ...
     def take_rows(self, source_TD: Any, indices_N: Any, weights_N: Any, out_MD: Any) -> None: ...
     def add_rows(self, rows_MD: Any, indices_N: Any, weights_N: Any, out_TD: Any) -> None: ...
+    def training_attention(
+        self,
+        q_TQH: Any,
+        k_TKH: Any,
+        v_TKH: Any,
+        sinks_Q: Any,
+        starts_N1: Any,
+        window: int,
+        out_TQH: Any,
+        lse_TQ: Any,
+        g_TQH: Any = None,
+        dq_TQH: Any = None,
+        dk_TKH: Any = None,
+        dv_TKH: Any = None,
+        dots_TQ: Any = None,
+    ) -> None: ...
     def read_bandwidth(self, num_bytes: int, num_rounds: int) -> float: ...
     def integer_peak(self, num_rounds: int) -> float: ...

@@ -400,6 +400,54 @@ void test_training(const Kernels& kernels, int64_t rows, int64_t dim) {
   check(distance(sum, expected_sum) < 2e-3, name + " take_rows, add_rows");
 }
 
+// Attention with its way back: what it yields, and the slopes by differences of sum(out g) in double.
+void test_training_attention(const Kernels& kernels, int64_t window) {
+  const std::string name = kernels.name;
+  Workspace work(2);
+  const int64_t tokens = 53, heads = 4, kv_heads = 2, dim = 18;
+  const std::vector<int32_t> starts = {0, 41, 41, 53};
+  const std::vector<float> q = normal(tokens * heads * dim), g = normal(q.size()), sinks = normal(heads);
+  const std::vector<float> k = normal(tokens * kv_heads * dim), v = normal(k.size());
+  const auto attend = [&](const std::vector<double>& q, const std::vector<double>& k, const std::vector<double>& v) {
+    std::vector<double> out(q.size());
+    for (size_t n = 0; n + 1 < starts.size(); ++n)
+      for (int64_t t = starts[n]; t < starts[n + 1]; ++t)
+        for (int64_t head = 0; head < heads; ++head) {
+          double total = std::exp(static_cast<double>(sinks[head]));
+          double* o = out.data() + (t * heads + head) * dim;
+          for (int64_t j = std::max<int64_t>(starts[n], window ? t - window + 1 : 0); j <= t; ++j) {
+            const int64_t key = (j * kv_heads + head / (heads / kv_heads)) * dim;
+            double score = 0;
+            for (int64_t h = 0; h < dim; ++h) score += q[(t * heads + head) * dim + h] * k[key + h];
+            const double power = std::exp(score / std::sqrt(static_cast<double>(dim)));
+            total += power;
+            for (int64_t h = 0; h < dim; ++h) o[h] += power * v[key + h];
+          }
+          for (int64_t h = 0; h < dim; ++h) o[h] /= total;
+        }
+    return out;
+  };
+  std::vector<float> out(q.size()), lse(tokens * heads), dots(lse.size()), dq(q.size()), dk(k.size()), dv(v.size());
+  ossia::TrainingAttention args = {q.data(), k.data(), v.data(), sinks.data(), out.data(), lse.data(), g.data(), dq.data(),
+                                   dk.data(), dv.data(), dots.data(), heads, kv_heads, dim, 3, starts.data(), window};
+  kernels.training_attention(work, args);
+  kernels.training_attention_backward(work, args);
+  const std::vector<double> wide[3] = {{q.begin(), q.end()}, {k.begin(), k.end()}, {v.begin(), v.end()}};
+  check(distance(out, attend(wide[0], wide[1], wide[2])) < 1e-6, name + " training_attention");
+  const std::vector<float>* slopes[3] = {&dq, &dk, &dv};
+  for (int which = 0; which < 3; ++which)
+    for (size_t at = which; at < wide[which].size(); at += 397) {
+      double sums[2] = {0, 0};
+      for (const int side : {0, 1}) {
+        std::vector<double> moved[3] = {wide[0], wide[1], wide[2]};
+        moved[which][at] += side ? 1e-4 : -1e-4;
+        const std::vector<double> result = attend(moved[0], moved[1], moved[2]);
+        for (size_t i = 0; i < result.size(); ++i) sums[side] += result[i] * g[i];
+      }
+      check(std::abs((*slopes[which])[at] - (sums[1] - sums[0]) / 2e-4) < 1e-5, name + " training_attention_backward");
+    }
+}
+
 }  // namespace
 
 // With an argument: only that instruction set, which must be there (an emulator takes its time).
@@ -426,6 +474,7 @@ int main(int num_arguments, char** arguments) {
     test_elementwise(*kernels);
     test_training(*kernels, 70, 33);
     test_training(*kernels, 600, 64);
+    for (const int64_t window : {0, 1, 21}) test_training_attention(*kernels, window);
     std::printf("%s: tested\n", isa);
   }
   std::printf("%d instruction sets, %d failures\n", num_sets, failures);

@@ -66,6 +66,51 @@ def test_rope_is_that_of_torch_and_turns_back(isa: str, dtype: torch.dtype, head
     assert_close(fused(isa).rope(turned.float(), cos, -sin), x.double(), dtype)
 
 
+SEQUENCES = {
+    "one token": ([0, 1], None),
+    "one sequence over tiles of queries": ([0, 77], None),
+    "documents, one of them empty": ([0, 33, 33, 34, 100], None),
+    "window of one": ([0, 40], 1),
+    "window": ([0, 90, 93], 17),
+    "window longer than a tile": ([0, 150], 70),
+    "window longer than the sequence": ([0, 20], 64),
+    "no tokens": ([0, 0], None),
+}
+
+
+@usable
+@dtypes
+@pytest.mark.parametrize("head_dim", [2, 32, 40])
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_attention_and_its_gradients_are_those_of_torch(isa: str, dtype: torch.dtype, head_dim: int, name: str) -> None:
+    starts, window = SEQUENCES[name]
+    q, g = (numbers(starts[-1], 6, head_dim, seed=seed, dtype=dtype) for seed in (0, 1))
+    k, v = (numbers(starts[-1], 2, head_dim, seed=seed, scale=2, dtype=dtype) for seed in (2, 3))
+    sinks = numbers(6, seed=4, scale=3)
+    met = fused(isa).attention(q, k, v, sinks, starts, window)
+    expected = PLAIN.attention(*double(q, k, v, sinks), starts, window)
+    assert met[0].dtype == dtype
+    assert_close(met[0], expected[0], dtype)
+    assert_close(met[1], expected[1])
+    out, lse = expected[0].to(dtype), expected[1].float()
+    slopes = fused(isa).attention_backward(g, q, k, v, sinks, out, lse, starts, window)
+    expected_slopes = PLAIN.attention_backward(*double(g, q, k, v, sinks, out, lse), starts, window)
+    assert [each.dtype for each in slopes] == [dtype] * 3 + [torch.float32]
+    for one, each in zip(slopes, expected_slopes, strict=True):
+        # A key that one query sees alone has the difference of two equal numbers for its slope.
+        size = torch.maximum(each.abs().max(), g.double().abs().max()) if each.numel() else torch.tensor(0.0)
+        torch.testing.assert_close(one.double(), each, rtol=0, atol=4 * TOLERANCE[dtype] * size.item())
+
+
+@usable
+def test_attention_with_large_scores_or_sinks_does_not_overflow(isa: str) -> None:
+    q, k, v = numbers(40, 2, 16, scale=100), numbers(40, 1, 16, seed=1, scale=100), numbers(40, 1, 16, seed=2)
+    for sinks in (torch.tensor([1e4, -1e4]), torch.zeros(2)):
+        met = fused(isa).attention(q, k, v, sinks, [0, 40], None)
+        for one, expected in zip(met, PLAIN.attention(*double(q, k, v, sinks), [0, 40], None), strict=True):
+            torch.testing.assert_close(one.double(), expected, rtol=1e-4, atol=1e-4)
+
+
 def gates_at_the_limits(num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
     gate_up = numbers(num_rows, 2 * width, scale=4, dtype=dtype)
     for i, special in enumerate((LIMIT, -LIMIT, 7.25, -7.25, 100.0, -100.0, 1e30, -1e30, 0.0)):

@@ -6,7 +6,7 @@
     LoRA        every matrix may have a pair beside it: y = W x + scaling * b (a x); only the pair gets a gradient
     attention   exact sinks; memory grows with the number of tokens, not with its square
     precision   matrix products and attention in ``dtype``; residual stream, norms, softmax, router, SwiGLU and the
-                log-probabilities in float32
+                log-probabilities in float32, and on CPUs attention to sequences that are not too long
 
 There is no cache: each sequence of a batch attends to its own tokens. Weights are modules, so that their parameters
 have owners: `Vector`, `Embedding`, `Linear`, `Experts`, each with frozen tensors as buffers and trained ones as
@@ -47,6 +47,9 @@ _LOGIT_ROWS = 2_048
 # An expert's tokens are filled up to a multiple of so many: the CPU's products are compiled and kept for every number
 # of rows that occurs.
 _FILLED_ROWS = {torch.bfloat16: 16, torch.float32: 16}
+# The longest sequence that `Fused` attends in: beyond it the scores of a few queries leave the cache, or, in a window,
+# each thread's copies of a head take more memory than they are worth.
+_FUSED_TOKENS, _FUSED_WINDOWED_TOKENS = 2_048, 16_384
 # Queries that see their keys at one time where torch has no kernel that needs less.
 _QUERY_BLOCK = 256
 
@@ -288,7 +291,10 @@ class AutogradOps:
     ) -> Tensor:
         assert cache is None, "training keeps no cache"
         starts = [int(start) for start in batch.query_starts_N1]
-        return _apply(_Attention, q_TQH, k_TKH, v_TKH, sinks_Q.value, starts, window)
+        longest = max((end - start for start, end in pairwise(starts)), default=0)
+        is_long = longest > (_FUSED_TOKENS if window is None else _FUSED_WINDOWED_TOKENS)
+        elementwise = Plain() if is_long else self._elementwise
+        return _apply(_Attention, q_TQH, k_TKH, v_TKH, sinks_Q.value, starts, window, elementwise)
 
     def route(self, logits_TE: Tensor, num_active: int) -> Routing:
         # A stable sort gives equal logits to the lower index.
@@ -443,6 +449,41 @@ class Plain:
         out_TQH[..., half:] = second_TQP * cos_T1P + first_TQP * sin_T1P
         return out_TQH
 
+    def attention(
+        self, q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, sinks_Q: Tensor, starts: Sequence[int], window: int | None
+    ) -> tuple[Tensor, Tensor]:
+        out_TQH = torch.empty_like(q_TQH, memory_format=torch.contiguous_format)
+        lse_TQ = torch.empty(q_TQH.shape[:2], dtype=sinks_Q.dtype, device=q_TQH.device)
+        for own in _sequences(starts):
+            kernel = _kernel(own, window)
+            out, lse = kernel.forward(q_TQH[own], k_TKH[own], v_TKH[own])
+            torch.mul(out, torch.sigmoid(lse - sinks_Q)[..., None], out=out_TQH[own])
+            lse_TQ[own] = torch.logaddexp(lse, sinks_Q)
+        return out_TQH, lse_TQ
+
+    def attention_backward(
+        self,
+        g_TQH: Tensor,
+        q_TQH: Tensor,
+        k_TKH: Tensor,
+        v_TKH: Tensor,
+        sinks_Q: Tensor,
+        out_TQH: Tensor,
+        lse_TQ: Tensor,
+        starts: Sequence[int],
+        window: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dq_TQH, dk_TKH, dv_TKH = (
+            torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_TQH, k_TKH, v_TKH)
+        )
+        for own in _sequences(starts):
+            kernel = _kernel(own, window)
+            dq_TQH[own], dk_TKH[own], dv_TKH[own] = kernel.backward(
+                g_TQH[own], q_TQH[own], k_TKH[own], v_TKH[own], out_TQH[own], lse_TQ[own]
+            )
+        dots_TQ = (g_TQH.to(lse_TQ.dtype) * out_TQH).sum(dim=-1)
+        return dq_TQH, dk_TKH, dv_TKH, dots_TQ
+
     def swiglu(self, gate_up_SF: Tensor, limit: float) -> Tensor:
         return _swiglu(gate_up_SF, limit).to(gate_up_SF.dtype)
 
@@ -558,35 +599,23 @@ class _Attention(torch.autograd.Function):
         sinks_Q: Tensor,
         starts: Sequence[int],
         window: int | None,
+        elementwise: Elementwise,
     ) -> Tensor:
-        out_TQH = torch.empty_like(q_TQH, memory_format=torch.contiguous_format)
-        lse_TQ = torch.empty(q_TQH.shape[:2], dtype=sinks_Q.dtype, device=q_TQH.device)
-        for own in _sequences(starts):
-            kernel = _kernel(own, window)
-            out, lse = kernel.forward(q_TQH[own], k_TKH[own], v_TKH[own])
-            torch.mul(out, torch.sigmoid(lse - sinks_Q)[..., None], out=out_TQH[own])
-            lse_TQ[own] = torch.logaddexp(lse, sinks_Q)
+        out_TQH, lse_TQ = elementwise.attention(q_TQH, k_TKH, v_TKH, sinks_Q, starts, window)
         ctx.save_for_backward(q_TQH, k_TKH, v_TKH, sinks_Q, out_TQH, lse_TQ)
-        ctx.starts, ctx.window = starts, window
+        ctx.starts, ctx.window, ctx.elementwise = starts, window, elementwise
         return out_TQH
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_TQH: Tensor) -> tuple[Tensor | None, ...]:
-        q_TQH, k_TKH, v_TKH, sinks_Q, out_TQH, lse_TQ = ctx.saved_tensors
-        dq_TQH, dk_TKH, dv_TKH = (
-            torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_TQH, k_TKH, v_TKH)
+        # Once: a checkpoint unpacks what was saved a single time.
+        *saved, sinks_Q, out_TQH, lse_TQ = ctx.saved_tensors
+        dq_TQH, dk_TKH, dv_TKH, dots_TQ = ctx.elementwise.attention_backward(
+            g_TQH, *saved, sinks_Q, out_TQH, lse_TQ, ctx.starts, ctx.window
         )
-        for own in _sequences(ctx.starts):
-            kernel = _kernel(own, ctx.window)
-            dq_TQH[own], dk_TKH[own], dv_TKH[own] = kernel.backward(
-                g_TQH[own], q_TQH[own], k_TKH[own], v_TKH[own], out_TQH[own], lse_TQ[own]
-            )
-        dsinks_Q = None
-        if ctx.needs_input_grad[3]:
-            per_row_TQ = (g_TQH.to(lse_TQ.dtype) * out_TQH).sum(dim=-1)
-            dsinks_Q = -(torch.exp(sinks_Q - lse_TQ) * per_row_TQ).sum(dim=0)
-        return dq_TQH, dk_TKH, dv_TKH, dsinks_Q, None, None
+        dsinks_Q = -(torch.exp(sinks_Q - lse_TQ) * dots_TQ).sum(dim=0) if ctx.needs_input_grad[3] else None
+        return dq_TQH, dk_TKH, dv_TKH, dsinks_Q, None, None, None
 
 
 def _sequences(starts: Sequence[int]) -> Iterator[slice]:

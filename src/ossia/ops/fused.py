@@ -6,6 +6,7 @@ rows that belong to one expert, g is the gradient of a result.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,44 @@ class Fused:
         out_TQH = _empty(x_TQH)
         self._kernels.rope(_array(x_TQH), _array(cos_TP), _array(sin_TP), _array(out_TQH))
         return out_TQH
+
+    def attention(
+        self, q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, sinks_Q: Tensor, starts: Sequence[int], window: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """(out_TQH, the log-sum-exp of scores and sink, lse_TQ); computed in float32, whatever the dtype of q.
+
+        Memory of a thread: 64 numbers for each token of the longest sequence, and six copies of a head's keys.
+        """
+        out_TQH = torch.empty(q_TQH.shape, dtype=torch.float32)
+        lse_TQ = torch.empty(q_TQH.shape[:2], dtype=torch.float32)
+        q, k, v, sinks = (_array(tensor.float()) for tensor in (q_TQH, k_TKH, v_TKH, sinks_Q))
+        places = (np.array(starts, np.int32), window or 0)
+        self._kernels.training_attention(q, k, v, sinks, *places, _array(out_TQH), _array(lse_TQ))
+        return out_TQH.to(q_TQH.dtype), lse_TQ
+
+    def attention_backward(
+        self,
+        g_TQH: Tensor,
+        q_TQH: Tensor,
+        k_TKH: Tensor,
+        v_TKH: Tensor,
+        sinks_Q: Tensor,
+        out_TQH: Tensor,
+        lse_TQ: Tensor,
+        starts: Sequence[int],
+        window: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(dq_TQH, dk_TKH, dv_TKH, g . out of each head [T, Q])."""
+        dq_TQH, dk_TKH, dv_TKH, dots_TQ = (
+            torch.empty(like.shape, dtype=torch.float32) for like in (q_TQH, k_TKH, v_TKH, lse_TQ)
+        )
+        q, k, v, sinks, out, lse, g = (
+            _array(tensor.float()) for tensor in (q_TQH, k_TKH, v_TKH, sinks_Q, out_TQH, lse_TQ, g_TQH)
+        )
+        places = (np.array(starts, np.int32), window or 0)
+        dq, dk, dv, dots = (_array(tensor) for tensor in (dq_TQH, dk_TKH, dv_TKH, dots_TQ))
+        self._kernels.training_attention(q, k, v, sinks, *places, out, lse, g, dq, dk, dv, dots)
+        return dq_TQH.to(q_TQH.dtype), dk_TKH.to(k_TKH.dtype), dv_TKH.to(v_TKH.dtype), dots_TQ
 
     def swiglu(self, gate_up_SF: Tensor, limit: float) -> Tensor:
         """[S, F] of gate and up beside each other, [S, 2F]."""
