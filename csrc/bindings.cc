@@ -1,6 +1,6 @@
 // The Python module ossia._kernels: the only file that knows Python. Its typed face is src/ossia/_kernels.pyi.
 //
-// Arrays come in as buffers (C-contiguous, float32 or int32), weights as addresses that Python keeps alive. Shapes and
+// Arrays come in as buffers (C-contiguous, of floats or integers), weights as addresses that Python keeps alive. Shapes and
 // indices are checked here; kernels trust them. Kernels run without the interpreter's lock, one call at a time.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
@@ -36,6 +36,8 @@ constexpr char kCode<float> = 'f';
 template <>
 constexpr char kCode<int32_t> = 'i';
 template <>
+constexpr char kCode<int64_t> = 'l';
+template <>
 constexpr char kCode<int8_t> = 'b';
 template <>
 constexpr char kCode<uint16_t> = 'H';
@@ -49,9 +51,10 @@ class Buffer {
     const int writable = std::is_const_v<T> ? 0 : PyBUF_WRITABLE;
     if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT | writable)) throw nb::python_error();
     const char* format = view_.format ? view_.format : "B";
-    const bool same = format[0] == kCode<Value> && format[1] == 0;
-    // int32 is 'i' or, where both are 4 bytes, 'l'.
-    const bool same_int = std::is_same_v<Value, int32_t> && format[0] == 'l' && view_.itemsize == 4;
+    const bool same = format[0] == kCode<Value> && format[1] == 0 && view_.itemsize == sizeof(Value);
+    // int32 is 'i' or, where both are 4 bytes, 'l'; int64 is 'l' or 'q'.
+    const bool same_int = (std::is_same_v<Value, int32_t> && format[0] == 'l' && view_.itemsize == 4) ||
+                          (std::is_same_v<Value, int64_t> && format[0] == 'q');
     if ((!same && !same_int) || view_.ndim != ndim) {
       const std::string met = std::string(format) + " with " + std::to_string(view_.ndim) + " axes";
       PyBuffer_Release(&view_);
@@ -72,6 +75,57 @@ class Buffer {
 using Floats = Buffer<const float>;
 using FloatsOut = Buffer<float>;
 using Ints = Buffer<const int32_t>;
+using Longs = Buffer<const int64_t>;
+
+// A view of rows in float32, or in uint16 for bfloat16.
+template <bool kWritable>
+class RowsBuffer {
+  template <class T>
+  using Of = Buffer<std::conditional_t<kWritable, T, const T>>;
+
+ public:
+  RowsBuffer(nb::handle object, int ndim) {
+    if (nb::cast<int64_t>(object.attr("itemsize")) == 2) {
+      bf16_.emplace(object, ndim);
+    } else {
+      floats_.emplace(object, ndim);
+    }
+  }
+  bool is_bf16() const { return bf16_.has_value(); }
+  int64_t shape(int axis) const { return bf16_ ? bf16_->shape(axis) : floats_->shape(axis); }
+  int64_t size() const { return bf16_ ? bf16_->size() : floats_->size(); }
+  // Kernels write only into what they call a result.
+  ossia::Rows rows() const {
+    if (bf16_) return {nullptr, const_cast<uint16_t*>(bf16_->data())};
+    return {const_cast<float*>(floats_->data()), nullptr};
+  }
+
+ private:
+  std::optional<Of<float>> floats_;
+  std::optional<Of<uint16_t>> bf16_;
+};
+using RowsIn = RowsBuffer<false>;
+using RowsOut = RowsBuffer<true>;
+
+// Indices [n], and a weight for each unless None.
+class Picks {
+ public:
+  Picks(nb::handle indices_N, nb::handle weights_N, int64_t limit) : indices_(indices_N, 1) {
+    bool within = true;
+    for (int64_t n = 0; n < count(); ++n) within &= static_cast<uint64_t>(indices()[n]) < static_cast<uint64_t>(limit);
+    expect(within, "an index is outside the rows");
+    if (weights_N.is_none()) return;
+    weights_.emplace(weights_N, 1);
+    expect(weights_->size() == count(), "every index needs a weight");
+  }
+  int64_t count() const { return indices_.size(); }
+  const int64_t* indices() const { return indices_.data(); }
+  const float* weights() const { return weights_ ? weights_->data() : nullptr; }
+
+ private:
+  Longs indices_;
+  std::optional<Floats> weights_;
+};
 
 void expect_within(const int32_t* values, int64_t count, int64_t limit, const char* message) {
   bool within = true;
@@ -142,12 +196,15 @@ class Context {
     run([&] { kernels_->rms_norm(work_, x.data(), scale.data(), eps, x.shape(0), x.shape(1), out.data()); });
   }
 
-  void rope(nb::handle x_TQH, nb::handle cos_TP, nb::handle sin_TP) {
-    const FloatsOut x(x_TQH, 3);
+  void rope(nb::handle x_TQH, nb::handle cos_TP, nb::handle sin_TP, nb::handle out_TQH) {
+    const RowsIn x(x_TQH, 3);
+    const RowsOut out(out_TQH, 3);
     const Floats cos(cos_TP, 2), sin(sin_TP, 2);
-    expect(cos.size() == x.shape(0) * (x.shape(2) / 2) && sin.size() == cos.size() && x.shape(2) % 2 == 0,
-           "rope: shapes differ");
-    run([&] { kernels_->rope(work_, x.data(), cos.data(), sin.data(), x.shape(0), x.shape(1), x.shape(2)); });
+    expect(cos.size() == x.shape(0) * (x.shape(2) / 2) && sin.size() == cos.size() && x.shape(2) % 2 == 0 &&
+               out.size() == x.size() && out.is_bf16() == x.is_bf16(), "rope: shapes differ");
+    run([&] {
+      kernels_->rope(work_, x.rows(), cos.data(), sin.data(), x.shape(0), x.shape(1), x.shape(2), out.rows());
+    });
   }
 
   void rope_angles(nb::handle positions_T, nb::handle inv_freq_P, double concentration, nb::handle cos_TP, nb::handle sin_TP) {
@@ -255,6 +312,87 @@ class Context {
       fits(out);
       run([&] { kernels_->dequantize(work_, source, out.data(), nullptr); });
     }
+  }
+
+  void rms_norm_backward(nb::handle x_TD, nb::handle scale_D, float eps, nb::handle g_TD, nb::handle dx_TD, nb::handle dscale_D) {
+    const Floats x(x_TD, 2), scale(scale_D, 1), g(g_TD, 2);
+    const FloatsOut dx(dx_TD, 2), dscale(dscale_D, 1);
+    expect(scale.size() == x.shape(1) && g.size() == x.size() && dx.size() == x.size() && dscale.size() == scale.size(),
+           "rms_norm_backward: shapes differ");
+    run([&] {
+      kernels_->rms_norm_backward(work_, x.data(), scale.data(), eps, g.data(), x.shape(0), x.shape(1), dx.data(), dscale.data());
+    });
+  }
+
+  void swiglu(nb::handle gate_up_NF, float limit, nb::handle inner_NF) {
+    const RowsIn gate_up(gate_up_NF, 2);
+    const RowsOut inner(inner_NF, 2);
+    expect(inner.shape(0) == gate_up.shape(0) && 2 * inner.shape(1) == gate_up.shape(1) && inner.is_bf16() == gate_up.is_bf16(),
+           "swiglu: shapes differ");
+    run([&] { kernels_->swiglu(work_, gate_up.rows(), limit, inner.shape(0), inner.shape(1), inner.rows()); });
+  }
+
+  void swiglu_backward(nb::handle gate_up_NF, nb::handle dinner_NF, nb::handle weights_N, float limit, nb::handle dpre_NF,
+                       nb::handle dots_N) {
+    const RowsIn gate_up(gate_up_NF, 2), dinner(dinner_NF, 2);
+    const RowsOut dpre(dpre_NF, 2);
+    const Floats weights(weights_N, 1);
+    const FloatsOut dots(dots_N, 1);
+    const int64_t rows = gate_up.shape(0), dim = dinner.shape(1);
+    expect(dinner.shape(0) == rows && gate_up.shape(1) == 2 * dim && dpre.shape(0) == rows && dpre.shape(1) == 2 * dim &&
+               weights.size() == rows && dots.size() == rows && dinner.is_bf16() == gate_up.is_bf16() &&
+               dpre.is_bf16() == gate_up.is_bf16(), "swiglu_backward: shapes differ");
+    run([&] {
+      kernels_->swiglu_backward(work_, gate_up.rows(), dinner.rows(), weights.data(), limit, rows, dim, dpre.rows(), dots.data());
+    });
+  }
+
+  void take_rows(nb::handle source_TD, nb::handle indices_N, nb::handle weights_N, nb::handle out_MD) {
+    const RowsIn source(source_TD, 2);
+    const RowsOut out(out_MD, 2);
+    const Picks picks(indices_N, weights_N, source.shape(0));
+    expect(out.shape(1) == source.shape(1) && out.shape(0) >= picks.count(), "take_rows: shapes differ");
+    run([&] {
+      kernels_->take_rows(work_, source.rows(), picks.indices(), picks.weights(), picks.count(), out.shape(0), out.shape(1),
+                          out.rows());
+    });
+  }
+
+  void add_rows(nb::handle rows_MD, nb::handle indices_N, nb::handle weights_N, nb::handle out_TD) {
+    const RowsIn rows(rows_MD, 2);
+    const FloatsOut out(out_TD, 2);
+    const Picks picks(indices_N, weights_N, out.shape(0));
+    expect(out.shape(1) == rows.shape(1) && rows.shape(0) >= picks.count(), "add_rows: shapes differ");
+    run([&] {
+      kernels_->add_rows(work_, rows.rows(), picks.indices(), picks.weights(), picks.count(), out.shape(1), out.data());
+    });
+  }
+
+  // Without g_TQH the forward pass, which writes out and lse; with it the way back, which reads them.
+  void training_attention(nb::handle q_TQH, nb::handle k_TKH, nb::handle v_TKH, nb::handle sinks_Q, nb::handle starts_N1,
+                          int64_t window, nb::handle out_TQH, nb::handle lse_TQ, nb::handle g_TQH, nb::handle dq_TQH,
+                          nb::handle dk_TKH, nb::handle dv_TKH, nb::handle dots_TQ) {
+    const Floats q(q_TQH, 3), k(k_TKH, 3), v(v_TKH, 3), sinks(sinks_Q, 1);
+    const FloatsOut out(out_TQH, 3), lse(lse_TQ, 2);
+    const Ints starts(starts_N1, 1);
+    ossia::TrainingAttention a = {};
+    a.q = q.data(), a.k = k.data(), a.v = v.data(), a.sinks = sinks.data(), a.out = out.data(), a.lse = lse.data();
+    a.num_heads = q.shape(1), a.num_kv_heads = k.shape(1), a.head_dim = q.shape(2), a.num_sequences = starts.size() - 1;
+    a.starts = starts.data(), a.window = window;
+    expect(k.shape(0) == q.shape(0) && k.shape(2) == a.head_dim && v.size() == k.size() && out.size() == q.size() &&
+               sinks.size() == a.num_heads && a.num_heads % a.num_kv_heads == 0 && lse.size() == q.shape(0) * a.num_heads &&
+               window >= 0, "training_attention: shapes differ");
+    expect(starts.size() > 0 && starts.data()[0] == 0 && starts.data()[a.num_sequences] == q.shape(0),
+           "training_attention: the sequences must be all of the tokens");
+    for (int64_t n = 0; n < a.num_sequences; ++n)
+      expect(a.starts[n] <= a.starts[n + 1], "training_attention: starts must ascend");
+    if (g_TQH.is_none()) return run([&] { kernels_->training_attention(work_, a); });
+    const Floats g(g_TQH, 3);
+    const FloatsOut dq(dq_TQH, 3), dk(dk_TKH, 3), dv(dv_TKH, 3), dots(dots_TQ, 2);
+    a.g = g.data(), a.dq = dq.data(), a.dk = dk.data(), a.dv = dv.data(), a.dots = dots.data();
+    expect(g.size() == q.size() && dq.size() == q.size() && dk.size() == k.size() && dv.size() == k.size() &&
+               dots.size() == lse.size(), "training_attention: shapes differ");
+    run([&] { kernels_->training_attention_backward(work_, a); });
   }
 
   double read_bandwidth(int64_t num_bytes, int num_rounds) {
@@ -369,7 +507,7 @@ NB_MODULE(_kernels, m) {
       .def_prop_ro("num_threads", &Context::num_threads)
       .def("embed", &Context::embed, "table"_a, "ids_T"_a, "out_TD"_a)
       .def("rms_norm", &Context::rms_norm, "x_TD"_a, "scale_D"_a, "eps"_a, "out_TD"_a)
-      .def("rope", &Context::rope, "x_TQH"_a, "cos_TP"_a, "sin_TP"_a)
+      .def("rope", &Context::rope, "x_TQH"_a, "cos_TP"_a, "sin_TP"_a, "out_TQH"_a)
       .def("rope_angles", &Context::rope_angles, "positions_T"_a, "inv_freq_P"_a, "concentration"_a, "cos_TP"_a, "sin_TP"_a)
       .def("linear", &Context::linear, "x_TI"_a, "weight"_a, "bias_O"_a.none(), "out_TO"_a, "loras"_a.none() = nb::none(),
            "lora_T"_a.none() = nb::none())
@@ -380,6 +518,15 @@ NB_MODULE(_kernels, m) {
            "query_starts_N1"_a, "key_lengths_N"_a, "table_NB"_a, "window"_a, "out_TQH"_a)
       .def("pack_q8", &Context::pack_q8, "source"_a, "first_row"_a, "data"_a, "scales"_a)
       .def("dequantize", &Context::dequantize, "stack"_a, "index"_a, "out_OI"_a)
+      .def("rms_norm_backward", &Context::rms_norm_backward, "x_TD"_a, "scale_D"_a, "eps"_a, "g_TD"_a, "dx_TD"_a, "dscale_D"_a)
+      .def("swiglu", &Context::swiglu, "gate_up_NF"_a, "limit"_a, "inner_NF"_a)
+      .def("swiglu_backward", &Context::swiglu_backward, "gate_up_NF"_a, "dinner_NF"_a, "weights_N"_a, "limit"_a, "dpre_NF"_a,
+           "dots_N"_a)
+      .def("take_rows", &Context::take_rows, "source_TD"_a, "indices_N"_a, "weights_N"_a.none(), "out_MD"_a)
+      .def("add_rows", &Context::add_rows, "rows_MD"_a, "indices_N"_a, "weights_N"_a.none(), "out_TD"_a)
+      .def("training_attention", &Context::training_attention, "q_TQH"_a, "k_TKH"_a, "v_TKH"_a, "sinks_Q"_a, "starts_N1"_a,
+           "window"_a, "out_TQH"_a, "lse_TQ"_a, "g_TQH"_a.none() = nb::none(), "dq_TQH"_a.none() = nb::none(),
+           "dk_TKH"_a.none() = nb::none(), "dv_TKH"_a.none() = nb::none(), "dots_TQ"_a.none() = nb::none())
       .def("read_bandwidth", &Context::read_bandwidth, "num_bytes"_a, "num_rounds"_a)
       .def("integer_peak", &Context::integer_peak, "num_rounds"_a);
 }

@@ -117,6 +117,26 @@ void dequantize_to(Workspace& work, const Matrix& source, Number* out) {
   }
 }
 
+template <class Number>
+void rotate_pairs(Workspace& work, const Number* x, const float* cos, const float* sin, int64_t num_tokens, int64_t heads,
+                  int64_t dim, Number* out) {
+  const int64_t pairs = dim / 2;
+  work.pool.for_each(num_tokens, num_tokens * heads * dim >= kWorthSharing, [&](int64_t t, int) {
+    const float* c = cos + t * pairs;
+    const float* s = sin + t * pairs;
+    for (int64_t h = 0; h < heads; ++h) {
+      const int64_t first = (t * heads + h) * dim, second = first + pairs;
+      for (int64_t i = 0; i < pairs; i += kLanes) {
+        const int64_t left = pairs - i;
+        const Vf a = load_up_to(x + first + i, left), b = load_up_to(x + second + i, left);
+        const Vf cos_lanes = load_up_to(c + i, left), sin_lanes = load_up_to(s + i, left);
+        store_up_to(out + first + i, left, sub(mul(a, cos_lanes), mul(b, sin_lanes)));
+        store_up_to(out + second + i, left, add(mul(b, cos_lanes), mul(a, sin_lanes)));
+      }
+    }
+  });
+}
+
 }  // namespace
 
 void dequantize(Workspace& work, const Matrix& source, float* floats, uint16_t* bf16) {
@@ -167,27 +187,13 @@ void rms_norm(Workspace& work, const float* x, const float* scale, float eps, in
   });
 }
 
-void rope(Workspace& work, float* x, const float* cos, const float* sin, int64_t num_tokens, int64_t heads, int64_t dim) {
-  const int64_t pairs = dim / 2;
-  work.pool.for_each(num_tokens, num_tokens * heads * dim >= kWorthSharing, [&](int64_t t, int) {
-    const float* c = cos + t * pairs;
-    const float* s = sin + t * pairs;
-    for (int64_t h = 0; h < heads; ++h) {
-      float* first = x + (t * heads + h) * dim;
-      float* second = first + pairs;
-      int64_t i = 0;
-      for (; i + kLanes <= pairs; i += kLanes) {
-        const Vf a = load(first + i), b = load(second + i), cos_lanes = load(c + i), sin_lanes = load(s + i);
-        store(first + i, sub(mul(a, cos_lanes), mul(b, sin_lanes)));
-        store(second + i, add(mul(b, cos_lanes), mul(a, sin_lanes)));
-      }
-      for (; i < pairs; ++i) {
-        const float a = first[i], b = second[i];
-        first[i] = a * c[i] - b * s[i];
-        second[i] = b * c[i] + a * s[i];
-      }
-    }
-  });
+void rope(Workspace& work, const Rows& x, const float* cos, const float* sin, int64_t num_tokens, int64_t heads, int64_t dim,
+          const Rows& out) {
+  if (x.floats) {
+    rotate_pairs(work, x.floats, cos, sin, num_tokens, heads, dim, out.floats);
+  } else {
+    rotate_pairs(work, x.bf16, cos, sin, num_tokens, heads, dim, out.bf16);
+  }
 }
 
 }  // namespace ossia::OSSIA_NS

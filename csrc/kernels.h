@@ -22,6 +22,7 @@ namespace ossia {
 // Headers are compiled once per instruction set: what they define must be inlined, never shared between the sets.
 #define OSSIA_ALWAYS_INLINE inline __attribute__((always_inline))
 
+constexpr float kSwigluAlpha = 1.702f;
 constexpr int kBlock = 32;  // numbers that share a scale: MXFP4, Q8 and the quantised activations
 
 enum class Format : int { kMxfp4Pairs, kMxfp4Halves, kQ8, kBf16, kF16, kF32 };
@@ -47,6 +48,12 @@ struct Matrix {
     if (scales) one.scales += index * scale_stack_stride;
     return one;
   }
+};
+
+// Rows of numbers in float32 or in bfloat16; the other pointer is null.
+struct Rows {
+  float* floats = nullptr;
+  uint16_t* bf16 = nullptr;
 };
 
 // 32 activations as integers: x = q d. `correction` undoes the offset that makes a weight's code unsigned.
@@ -117,6 +124,19 @@ struct AttentionArgs {
   int64_t block_size;
 };
 
+// Attention of sequences over their own tokens; dots, dq, dk and dv are the backward pass's results, and g its input.
+struct TrainingAttention {
+  const float *q, *k, *v, *sinks;  // [T, Q, H], [T, K, H] twice, [Q]
+  float* out;                      // [T, Q, H]
+  float* lse;                      // [T, Q], of scores and sink
+  const float* g;                  // [T, Q, H]
+  float *dq, *dk, *dv;
+  float* dots;                     // [T, Q], g . out
+  int64_t num_heads, num_kv_heads, head_dim, num_sequences;
+  const int32_t* starts;           // [N + 1]
+  int64_t window;                  // 0: none
+};
+
 // Memory that grows and is used again by the next call.
 class Scratch {
  public:
@@ -149,7 +169,9 @@ struct Kernels {
 
   void (*embed)(Workspace&, const Matrix& table, const int32_t* ids, int64_t num_tokens, float* out);
   void (*rms_norm)(Workspace&, const float* x, const float* scale, float eps, int64_t num_tokens, int64_t dim, float* out);
-  void (*rope)(Workspace&, float* x, const float* cos, const float* sin, int64_t num_tokens, int64_t heads, int64_t dim);
+  // `out` may be x itself.
+  void (*rope)(Workspace&, const Rows& x, const float* cos, const float* sin, int64_t num_tokens, int64_t heads, int64_t dim,
+               const Rows& out);
   void (*linear)(Workspace&, const float* x, const Matrix& weight, const float* bias, const LoraRows& loras,
                  int64_t num_tokens, float* out);
   void (*moe)(Workspace&, const float* x, const int32_t* expert_ids, const float* weights, const Experts& experts,
@@ -160,6 +182,25 @@ struct Kernels {
   void (*pack_q8)(Workspace&, const Matrix& source, int64_t first_row, int8_t* data, uint16_t* scales);
   // The numbers of an MXFP4 matrix [rows, cols], exactly, as float32 or as bfloat16: one of the two is null.
   void (*dequantize)(Workspace&, const Matrix& source, float* floats, uint16_t* bf16);
+
+  // Training's (training.cc). The rows of one call are all in float32 or all in bfloat16, but for `take_rows`.
+  void (*rms_norm_backward)(Workspace&, const float* x, const float* scale, float eps, const float* g, int64_t num_tokens,
+                            int64_t dim, float* dx, float* dscale);
+  // inner [n, F] of gate_up [n, 2F]
+  void (*swiglu)(Workspace&, const Rows& gate_up, float limit, int64_t rows, int64_t dim, const Rows& inner);
+  // dpre [n, 2F] of the gradient of inner, times the row's weight, and each row's inner . dinner without it
+  void (*swiglu_backward)(Workspace&, const Rows& gate_up, const Rows& dinner, const float* weights, float limit, int64_t rows,
+                          int64_t dim, const Rows& dpre, float* dots);
+  // Some rows, times weights unless null, and zeros behind them.
+  void (*take_rows)(Workspace&, const Rows& source, const int64_t* indices, const float* weights, int64_t count,
+                    int64_t num_out, int64_t dim, const Rows& out);
+  // Rows, times weights unless null, onto some rows of out, none of them twice.
+  void (*add_rows)(Workspace&, const Rows& rows, const int64_t* indices, const float* weights, int64_t count, int64_t dim,
+                   float* out);
+  // From q, k, v and sinks: out and lse; with these and g: dq, dk, dv and dots.
+  void (*training_attention)(Workspace&, const TrainingAttention&);
+  void (*training_attention_backward)(Workspace&, const TrainingAttention&);
+
   // The instruction that the integer products are made of, in registers; gives the number of multiply-accumulates.
   double (*integer_products)(int64_t num_rounds);
 };

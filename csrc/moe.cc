@@ -20,7 +20,6 @@ constexpr int64_t kLoraWorthSharing = 1 << 14;
 constexpr int64_t kItemRows = kBlock;       // one quantised block of h
 static_assert(kItemRows == kLoraRows);
 constexpr int64_t kMaxTokens = 1024;        // per pass: bounds the memory for h and y
-constexpr float kSwigluAlpha = 1.702f;
 
 struct Tile {
   int64_t first, count;  // slots
@@ -126,8 +125,7 @@ OSSIA_INLINE void gate_up_product(const Matrix& gate, const Matrix& up, int64_t 
 OSSIA_INLINE Vf swiglu(Vf gate, Vf up, float limit) {
   gate = min(set1(limit), gate);
   up = max(set1(-limit), min(set1(limit), up));
-  const Vf sigmoid = div(set1(1.0f), add(set1(1.0f), exp(mul(set1(-kSwigluAlpha), gate))));
-  return mul(mul(gate, sigmoid), add(up, set1(1.0f)));
+  return mul(mul(gate, sigmoid(mul(set1(kSwigluAlpha), gate))), add(up, set1(1.0f)));
 }
 
 // The last item of a matrix whose rows are no multiple of 32 has a bias to match.

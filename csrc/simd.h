@@ -125,6 +125,15 @@ OSSIA_INLINE Vf load_bf16(const uint16_t* p) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
+OSSIA_INLINE void store_bf16(uint16_t* p, Vf a) {  // as float_to_bf16
+  const __m512i bits = _mm512_castps_si512(a);
+  const __m512i top = _mm512_srli_epi32(bits, 16);
+  const __m512i odd = _mm512_and_si512(top, _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __m512i nan = _mm512_or_si512(top, _mm512_set1_epi32(0x40));
+  const __m512i chosen = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), rounded, nan);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(chosen));
+}
 OSSIA_INLINE Vf load_half(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
@@ -157,6 +166,18 @@ OSSIA_INLINE Vf power_of_two(Vf biased) {
 OSSIA_INLINE Vf load_bf16(const uint16_t* p) {
   const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+OSSIA_INLINE void store_bf16(uint16_t* p, Vf a) {
+  const __m256i bits = _mm256_castps_si256(a);
+  const __m256i top = _mm256_srli_epi32(bits, 16);
+  const __m256i odd = _mm256_and_si256(top, _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i nan = _mm256_or_si256(top, _mm256_set1_epi32(0x40));
+  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+  const __m256i chosen = _mm256_blendv_epi8(rounded, nan, is_nan);
+  // Packing works within each half of the register.
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(chosen, chosen), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 }
 OSSIA_INLINE Vf load_half(const uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -204,6 +225,9 @@ OSSIA_INLINE Vf load_bf16(const uint16_t* p) {
   for (int i = 0; i < kLanes; ++i) r[i] = bf16_to_float(load_u16(p + i));
   return r;
 }
+OSSIA_INLINE void store_bf16(uint16_t* p, Vf a) {
+  for (int i = 0; i < kLanes; ++i) p[i] = float_to_bf16(a[i]);
+}
 OSSIA_INLINE Vf load_half(const uint16_t* p) {
   Vf r;
   for (int i = 0; i < kLanes; ++i) r[i] = half_to_float(load_u16(p + i));
@@ -241,6 +265,34 @@ OSSIA_INLINE Vf exp(Vf x) {
   p = fma(p, r, set1(5.0000001201e-1f));
   p = fma(p, mul(r, r), add(r, set1(1.0f)));
   return where_less(x, set1(-87.3f), zero(), mul(p, power_of_two(biased)));
+}
+
+OSSIA_INLINE Vf sigmoid(Vf x) { return div(set1(1.0f), add(set1(1.0f), exp(sub(zero(), x)))); }
+
+// Rows of float32 or, as uint16, of bfloat16. Where fewer than kLanes numbers are left, the other lanes are zero.
+OSSIA_INLINE Vf load_up_to(const float* p, int64_t count) {
+  if (count >= kLanes) return load(p);
+  float lanes[kLanes] = {};
+  std::memcpy(lanes, p, count * sizeof *p);
+  return load(lanes);
+}
+OSSIA_INLINE Vf load_up_to(const uint16_t* p, int64_t count) {
+  if (count >= kLanes) return load_bf16(p);
+  uint16_t lanes[kLanes] = {};
+  std::memcpy(lanes, p, count * sizeof *p);
+  return load_bf16(lanes);
+}
+OSSIA_INLINE void store_up_to(float* p, int64_t count, Vf a) {
+  if (count >= kLanes) return store(p, a);
+  float lanes[kLanes];
+  store(lanes, a);
+  std::memcpy(p, lanes, count * sizeof *p);
+}
+OSSIA_INLINE void store_up_to(uint16_t* p, int64_t count, Vf a) {
+  if (count >= kLanes) return store_bf16(p, a);
+  uint16_t lanes[kLanes];
+  store_bf16(lanes, a);
+  std::memcpy(p, lanes, count * sizeof *p);
 }
 
 }  // namespace ossia::OSSIA_NS

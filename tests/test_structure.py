@@ -31,6 +31,7 @@ HEIGHT = {name: len(LAYERS) - i for i, layer in enumerate(LAYERS) for name in la
 MAY_IMPORT_TORCH = (
     "ops/gpu.py",
     "ops/autograd.py",
+    "ops/fused.py",
     "ops/triton/",
     "engine/gpu_runner.py",
     "engine/parallel.py",

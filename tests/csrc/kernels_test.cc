@@ -341,6 +341,113 @@ void test_elementwise(const Kernels& kernels) {
   check(distance(out, expected) < 1e-6, name + " rms_norm");
 }
 
+// Widths that no register divides, beside the same in double.
+void test_training(const Kernels& kernels, int64_t rows, int64_t dim) {
+  const std::string name = kernels.name;
+  Workspace work(2);
+  std::vector<float> gate_up = normal(rows * 2 * dim, 5.0f), dinner = normal(rows * dim), weights = normal(rows);
+  std::vector<float> inner(rows * dim), dpre(rows * 2 * dim), dots(rows);
+  std::vector<double> expected_inner(inner.size()), expected_dpre(dpre.size()), expected_dots(rows);
+  const double limit = 7.0, alpha = ossia::kSwigluAlpha;
+  for (int64_t n = 0; n < rows; ++n)
+    for (int64_t i = 0; i < dim; ++i) {
+      const int64_t at = n * 2 * dim + i;
+      const double gate = std::min<double>(gate_up[at], limit);
+      const double up = std::clamp<double>(gate_up[at + dim], -limit, limit) + 1;
+      const double sigmoid = 1 / (1 + std::exp(-alpha * gate)), g = dinner[n * dim + i];
+      const bool gate_inside = gate_up[at] <= limit, up_inside = std::abs(gate_up[at + dim]) <= limit;
+      expected_inner[n * dim + i] = gate * sigmoid * up;
+      expected_dots[n] += gate * sigmoid * up * g;
+      expected_dpre[at] = gate_inside * weights[n] * g * up * sigmoid * (1 + alpha * gate * (1 - sigmoid));
+      expected_dpre[at + dim] = up_inside * weights[n] * g * gate * sigmoid;
+    }
+  kernels.swiglu(work, {gate_up.data()}, 7.0f, rows, dim, {inner.data()});
+  check(distance(inner, expected_inner) < 1e-6, name + " swiglu");
+  kernels.swiglu_backward(work, {gate_up.data()}, {dinner.data()}, weights.data(), 7.0f, rows, dim, {dpre.data()}, dots.data());
+  check(distance(dpre, expected_dpre) < 1e-6 && distance(dots, expected_dots) < 1e-5, name + " swiglu_backward");
+
+  const std::vector<float> x = normal(rows * dim, 3.0f), scale = normal(dim);
+  std::vector<float> dx(rows * dim), dscale(dim);
+  std::vector<double> expected_dx(dx.size()), expected_dscale(dim);
+  for (int64_t t = 0; t < rows; ++t) {
+    double squares = 0, products = 0;
+    for (int64_t i = 0; i < dim; ++i) {
+      const double number = x[t * dim + i];
+      squares += number * number;
+      products += number * dinner[t * dim + i] * scale[i];
+    }
+    const double r = 1 / std::sqrt(squares / dim + 1e-5);
+    for (int64_t i = 0; i < dim; ++i) {
+      const double number = x[t * dim + i], g = dinner[t * dim + i];
+      expected_dx[t * dim + i] = r * g * scale[i] - r * r * r * products / dim * number;
+      expected_dscale[i] += r * g * number;
+    }
+  }
+  kernels.rms_norm_backward(work, x.data(), scale.data(), 1e-5f, dinner.data(), rows, dim, dx.data(), dscale.data());
+  check(distance(dx, expected_dx) < 1e-5 && distance(dscale, expected_dscale) < 1e-5, name + " rms_norm_backward");
+
+  // Rows in reverse, through bfloat16 and back onto themselves: each twice itself, to 8 bits.
+  std::vector<int64_t> indices(rows);
+  for (int64_t n = 0; n < rows; ++n) indices[n] = rows - 1 - n;
+  std::vector<uint16_t> narrow((rows + 3) * dim, 1);
+  std::vector<float> sum = x;
+  std::vector<double> expected_sum(x.size());
+  for (size_t i = 0; i < x.size(); ++i) expected_sum[i] = 2.0 * x[i];
+  ossia::Rows source{sum.data()}, taken{nullptr, narrow.data()};
+  kernels.take_rows(work, source, indices.data(), nullptr, rows, rows + 3, dim, taken);
+  check(std::all_of(narrow.end() - 3 * dim, narrow.end(), [](uint16_t bits) { return bits == 0; }), name + " take_rows");
+  kernels.add_rows(work, taken, indices.data(), nullptr, rows, dim, sum.data());
+  check(distance(sum, expected_sum) < 2e-3, name + " take_rows, add_rows");
+}
+
+// Attention with its way back: what it yields, and the slopes by differences of sum(out g) in double.
+void test_training_attention(const Kernels& kernels, int64_t window) {
+  const std::string name = kernels.name;
+  Workspace work(2);
+  const int64_t tokens = 53, heads = 4, kv_heads = 2, dim = 18;
+  const std::vector<int32_t> starts = {0, 41, 41, 53};
+  const std::vector<float> q = normal(tokens * heads * dim), g = normal(q.size()), sinks = normal(heads);
+  const std::vector<float> k = normal(tokens * kv_heads * dim), v = normal(k.size());
+  const auto attend = [&](const std::vector<double>& q, const std::vector<double>& k, const std::vector<double>& v) {
+    std::vector<double> out(q.size());
+    for (size_t n = 0; n + 1 < starts.size(); ++n)
+      for (int64_t t = starts[n]; t < starts[n + 1]; ++t)
+        for (int64_t head = 0; head < heads; ++head) {
+          double total = std::exp(static_cast<double>(sinks[head]));
+          double* o = out.data() + (t * heads + head) * dim;
+          for (int64_t j = std::max<int64_t>(starts[n], window ? t - window + 1 : 0); j <= t; ++j) {
+            const int64_t key = (j * kv_heads + head / (heads / kv_heads)) * dim;
+            double score = 0;
+            for (int64_t h = 0; h < dim; ++h) score += q[(t * heads + head) * dim + h] * k[key + h];
+            const double power = std::exp(score / std::sqrt(static_cast<double>(dim)));
+            total += power;
+            for (int64_t h = 0; h < dim; ++h) o[h] += power * v[key + h];
+          }
+          for (int64_t h = 0; h < dim; ++h) o[h] /= total;
+        }
+    return out;
+  };
+  std::vector<float> out(q.size()), lse(tokens * heads), dots(lse.size()), dq(q.size()), dk(k.size()), dv(v.size());
+  ossia::TrainingAttention args = {q.data(), k.data(), v.data(), sinks.data(), out.data(), lse.data(), g.data(), dq.data(),
+                                   dk.data(), dv.data(), dots.data(), heads, kv_heads, dim, 3, starts.data(), window};
+  kernels.training_attention(work, args);
+  kernels.training_attention_backward(work, args);
+  const std::vector<double> wide[3] = {{q.begin(), q.end()}, {k.begin(), k.end()}, {v.begin(), v.end()}};
+  check(distance(out, attend(wide[0], wide[1], wide[2])) < 1e-6, name + " training_attention");
+  const std::vector<float>* slopes[3] = {&dq, &dk, &dv};
+  for (int which = 0; which < 3; ++which)
+    for (size_t at = which; at < wide[which].size(); at += 397) {
+      double sums[2] = {0, 0};
+      for (const int side : {0, 1}) {
+        std::vector<double> moved[3] = {wide[0], wide[1], wide[2]};
+        moved[which][at] += side ? 1e-4 : -1e-4;
+        const std::vector<double> result = attend(moved[0], moved[1], moved[2]);
+        for (size_t i = 0; i < result.size(); ++i) sums[side] += result[i] * g[i];
+      }
+      check(std::abs((*slopes[which])[at] - (sums[1] - sums[0]) / 2e-4) < 1e-5, name + " training_attention_backward");
+    }
+}
+
 }  // namespace
 
 // With an argument: only that instruction set, which must be there (an emulator takes its time).
@@ -365,6 +472,9 @@ int main(int num_arguments, char** arguments) {
       for (const auto format : {ossia::KvFormat::kBf16, ossia::KvFormat::kQ8, ossia::KvFormat::kF32})
         test_attention(*kernels, format, window);
     test_elementwise(*kernels);
+    test_training(*kernels, 70, 33);
+    test_training(*kernels, 600, 64);
+    for (const int64_t window : {0, 1, 21}) test_training_attention(*kernels, window);
     std::printf("%s: tested\n", isa);
   }
   std::printf("%d instruction sets, %d failures\n", num_sets, failures);

@@ -6,7 +6,7 @@
     LoRA        every matrix may have a pair beside it: y = W x + scaling * b (a x); only the pair gets a gradient
     attention   exact sinks; memory grows with the number of tokens, not with its square
     precision   matrix products and attention in ``dtype``; residual stream, norms, softmax, router, SwiGLU and the
-                log-probabilities in float32
+                log-probabilities in float32, and on CPUs attention to sequences that are not too long
 
 There is no cache: each sequence of a batch attends to its own tokens. Weights are modules, so that their parameters
 have owners: `Vector`, `Embedding`, `Linear`, `Experts`, each with frozen tensors as buffers and trained ones as
@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Any, Literal, NamedTuple, Protocol
 
 import ml_dtypes
@@ -34,6 +34,7 @@ from torch.nn import functional as F
 from ossia import _kernels
 from ossia.ops import Q8, SWIGLU_ALPHA, Batch, ExpertArrays, Mxfp4, Routing
 from ossia.ops.cpu import hold_mxfp4
+from ossia.ops.fused import Fused
 from ossia.ops.mxfp4 import BLOCK, E2M1_VALUES, SCALE_BIAS
 
 Floats = npt.NDArray[Any]
@@ -46,6 +47,9 @@ _LOGIT_ROWS = 2_048
 # An expert's tokens are filled up to a multiple of so many: the CPU's products are compiled and kept for every number
 # of rows that occurs.
 _FILLED_ROWS = {torch.bfloat16: 16, torch.float32: 16}
+# The longest sequence that `Fused` attends in: beyond it the scores of a few queries leave the cache, or, in a window,
+# each thread's copies of a head take more memory than they are worth.
+_FUSED_TOKENS, _FUSED_WINDOWED_TOKENS = 2_048, 16_384
 # Queries that see their keys at one time where torch has no kernel that needs less.
 _QUERY_BLOCK = 256
 
@@ -197,6 +201,8 @@ class AutogradOps:
         self.fake_quant = fake_quant
         is_cpu = self.device.type == "cpu"
         self._kernels = _kernels.Context(_kernels.best_isa(), torch.get_num_threads()) if is_cpu else None
+        fused = None if self._kernels is None or dtype == torch.float64 else Fused(self._kernels)
+        self._elementwise: Elementwise = fused or Plain()
         # Called with the logits_TE and the chosen experts_TA of each router, for losses that look at them.
         self.on_route: Callable[[Tensor, Tensor], None] | None = None
         # Of all that is not in ``dtype``.
@@ -251,7 +257,7 @@ class AutogradOps:
         return x_TD if lora is None else x_TD + lora.scaling * (F.embedding(token_ids_T, lora.a.T) @ lora.b.T)
 
     def rms_norm(self, x_TD: Tensor, scale_D: Vector, eps: float) -> Tensor:
-        return _apply(_RmsNorm, x_TD, scale_D.value, eps)
+        return _apply(_RmsNorm, x_TD, scale_D.value, eps, self._elementwise)
 
     def linear(self, x_TI: Tensor, weights: Linear) -> Tensor:
         x_TI = x_TI.to(weights.dtype)
@@ -271,7 +277,7 @@ class AutogradOps:
         return (angles_TP.cos() * concentration).to(self.wide), (angles_TP.sin() * concentration).to(self.wide)
 
     def rope(self, x_TQH: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
-        return _apply(_Rope, x_TQH, cos_TP[:, None], sin_TP[:, None])
+        return _apply(_Rope, x_TQH, cos_TP, sin_TP, self._elementwise)
 
     def attention(
         self,
@@ -285,7 +291,10 @@ class AutogradOps:
     ) -> Tensor:
         assert cache is None, "training keeps no cache"
         starts = [int(start) for start in batch.query_starts_N1]
-        return _apply(_Attention, q_TQH, k_TKH, v_TKH, sinks_Q.value, starts, window)
+        longest = max((end - start for start, end in pairwise(starts)), default=0)
+        is_long = longest > (_FUSED_TOKENS if window is None else _FUSED_WINDOWED_TOKENS)
+        elementwise = Plain() if is_long else self._elementwise
+        return _apply(_Attention, q_TQH, k_TKH, v_TKH, sinks_Q.value, starts, window, elementwise)
 
     def route(self, logits_TE: Tensor, num_active: int) -> Routing:
         # A stable sort gives equal logits to the lower index.
@@ -316,9 +325,8 @@ class AutogradOps:
         pairs = [tensor for lora in loras for tensor in ((None, None) if lora is None else (lora.a, lora.b))]
         weights = [experts.gate_up_EFD, experts.down_EDF, experts.gate_up_bias_EF, experts.down_bias_ED]
         keep = self.keep_experts and torch.is_grad_enabled()
-        return _apply(
-            _Moe, x_TD, routing.weights_TA, routing.experts_TA, experts, limit, self.dtype, keep, *weights, *pairs
-        )
+        settings = (experts, limit, self.dtype, keep, self._elementwise)
+        return _apply(_Moe, x_TD, routing.weights_TA, routing.experts_TA, *settings, *weights, *pairs)
 
     def logprobs(self, x_RD: Tensor, weights: Linear, targets_R: Tensor, temperature: float = 1.0) -> Tensor:
         """log softmax(unembed(x) / temperature)[target] of each row, float32 [R]. Logits exist a piece at a time."""
@@ -417,25 +425,112 @@ def _shares_memory(tensor: Tensor, values: Floats) -> bool:
     return tensor.device.type == "cpu" and tensor.data_ptr() == values.__array_interface__["data"][0]
 
 
+# Elementwise ----------------------------------------------------------------------------------------------------------
+
+
+class Plain:
+    """What `Fused` does, by torch: on any device, in any dtype."""
+
+    def rms_norm(self, x_TD: Tensor, scale_D: Tensor, eps: float) -> Tensor:
+        return x_TD * _inverse_rms(x_TD, eps) * scale_D
+
+    def rms_norm_backward(self, g_TD: Tensor, x_TD: Tensor, scale_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        inverse_T1 = _inverse_rms(x_TD, eps)
+        normed_TD, scaled_TD = x_TD * inverse_T1, g_TD * scale_D
+        dx_TD = (scaled_TD - normed_TD * (scaled_TD * normed_TD).mean(dim=-1, keepdim=True)) * inverse_T1
+        return dx_TD, (g_TD * normed_TD).sum(dim=0)
+
+    def rope(self, x_TQH: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
+        cos_T1P, sin_T1P = cos_TP[:, None], sin_TP[:, None]
+        first_TQP, second_TQP = x_TQH.chunk(2, dim=-1)
+        out_TQH = torch.empty_like(x_TQH, memory_format=torch.contiguous_format)
+        half = first_TQP.shape[-1]
+        out_TQH[..., :half] = first_TQP * cos_T1P - second_TQP * sin_T1P
+        out_TQH[..., half:] = second_TQP * cos_T1P + first_TQP * sin_T1P
+        return out_TQH
+
+    def attention(
+        self, q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, sinks_Q: Tensor, starts: Sequence[int], window: int | None
+    ) -> tuple[Tensor, Tensor]:
+        out_TQH = torch.empty_like(q_TQH, memory_format=torch.contiguous_format)
+        lse_TQ = torch.empty(q_TQH.shape[:2], dtype=sinks_Q.dtype, device=q_TQH.device)
+        for own in _sequences(starts):
+            kernel = _kernel(own, window)
+            out, lse = kernel.forward(q_TQH[own], k_TKH[own], v_TKH[own])
+            torch.mul(out, torch.sigmoid(lse - sinks_Q)[..., None], out=out_TQH[own])
+            lse_TQ[own] = torch.logaddexp(lse, sinks_Q)
+        return out_TQH, lse_TQ
+
+    def attention_backward(
+        self,
+        g_TQH: Tensor,
+        q_TQH: Tensor,
+        k_TKH: Tensor,
+        v_TKH: Tensor,
+        sinks_Q: Tensor,
+        out_TQH: Tensor,
+        lse_TQ: Tensor,
+        starts: Sequence[int],
+        window: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dq_TQH, dk_TKH, dv_TKH = (
+            torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_TQH, k_TKH, v_TKH)
+        )
+        for own in _sequences(starts):
+            kernel = _kernel(own, window)
+            dq_TQH[own], dk_TKH[own], dv_TKH[own] = kernel.backward(
+                g_TQH[own], q_TQH[own], k_TKH[own], v_TKH[own], out_TQH[own], lse_TQ[own]
+            )
+        dots_TQ = (g_TQH.to(lse_TQ.dtype) * out_TQH).sum(dim=-1)
+        return dq_TQH, dk_TKH, dv_TKH, dots_TQ
+
+    def swiglu(self, gate_up_SF: Tensor, limit: float) -> Tensor:
+        return _swiglu(gate_up_SF, limit).to(gate_up_SF.dtype)
+
+    def swiglu_backward(
+        self, gate_up_SF: Tensor, dinner_SF: Tensor, weights_S: Tensor, limit: float
+    ) -> tuple[Tensor, Tensor]:
+        inner_SF, slope_gate_SF, slope_up_SF = _swiglu_slopes(gate_up_SF, limit)
+        dots_S = (inner_SF * dinner_SF).sum(dim=-1)
+        weighted_SF = dinner_SF.to(inner_SF.dtype) * weights_S[:, None]
+        dpre_SF = torch.cat([slope_gate_SF.mul_(weighted_SF), slope_up_SF.mul_(weighted_SF)], dim=1)
+        return dpre_SF.to(gate_up_SF.dtype), dots_S
+
+    def take_rows(
+        self, source_TD: Tensor, indices_S: Tensor, num_rows: int, dtype: torch.dtype, weights_S: Tensor | None = None
+    ) -> Tensor:
+        rows_SD = source_TD[indices_S]
+        rows_SD = rows_SD if weights_S is None else rows_SD * weights_S[:, None]
+        return F.pad(rows_SD.to(dtype), (0, 0, 0, num_rows - len(rows_SD)))
+
+    def add_rows(self, out_TD: Tensor, indices_S: Tensor, rows_SD: Tensor, weights_S: Tensor | None = None) -> None:
+        rows_SD = rows_SD[: len(indices_S)].to(out_TD.dtype)
+        out_TD.index_add_(0, indices_S, rows_SD if weights_S is None else rows_SD * weights_S[:, None])
+
+
+Elementwise = Plain | Fused
+
+
+def _inverse_rms(x_TD: Tensor, eps: float) -> Tensor:
+    return (x_TD.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+
+
 # Norm, linear, rope ---------------------------------------------------------------------------------------------------
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, scale_D: Tensor, eps: float) -> Tensor:
-        inverse_T1 = (x_TD.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
-        ctx.save_for_backward(x_TD, scale_D, inverse_T1)
-        return x_TD * inverse_T1 * scale_D
+    def forward(ctx: Any, x_TD: Tensor, scale_D: Tensor, eps: float, elementwise: Elementwise) -> Tensor:
+        ctx.save_for_backward(x_TD, scale_D)
+        ctx.eps, ctx.elementwise = eps, elementwise
+        return elementwise.rms_norm(x_TD, scale_D, eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, scale_D, inverse_T1 = ctx.saved_tensors
-        normed_TD = x_TD * inverse_T1
-        dscale_D = (g_TD * normed_TD).sum(dim=0) if ctx.needs_input_grad[1] else None
-        scaled_TD = g_TD * scale_D
-        dx_TD = (scaled_TD - normed_TD * (scaled_TD * normed_TD).mean(dim=-1, keepdim=True)) * inverse_T1
-        return dx_TD, dscale_D, None
+        x_TD, scale_D = ctx.saved_tensors
+        dx_TD, dscale_D = ctx.elementwise.rms_norm_backward(g_TD, x_TD, scale_D, ctx.eps)
+        return dx_TD, dscale_D if ctx.needs_input_grad[1] else None, None, None
 
 
 class _Linear(torch.autograd.Function):
@@ -472,24 +567,16 @@ class _Rope(torch.autograd.Function):
     """The first half of each head against the second half; the way back turns the other way."""
 
     @staticmethod
-    def forward(ctx: Any, x_TQH: Tensor, cos_T1P: Tensor, sin_T1P: Tensor) -> Tensor:
-        ctx.save_for_backward(cos_T1P, sin_T1P)
-        return _rotate(x_TQH, cos_T1P, sin_T1P)
+    def forward(ctx: Any, x_TQH: Tensor, cos_TP: Tensor, sin_TP: Tensor, elementwise: Elementwise) -> Tensor:
+        ctx.save_for_backward(cos_TP, sin_TP)
+        ctx.elementwise = elementwise
+        return elementwise.rope(x_TQH, cos_TP, sin_TP)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_TQH: Tensor) -> tuple[Tensor | None, ...]:
-        cos_T1P, sin_T1P = ctx.saved_tensors
-        return _rotate(g_TQH, cos_T1P, -sin_T1P), None, None
-
-
-def _rotate(x_TQH: Tensor, cos_T1P: Tensor, sin_T1P: Tensor) -> Tensor:
-    first_TQP, second_TQP = x_TQH.chunk(2, dim=-1)
-    out_TQH = torch.empty_like(x_TQH, memory_format=torch.contiguous_format)
-    half = first_TQP.shape[-1]
-    out_TQH[..., :half] = first_TQP * cos_T1P - second_TQP * sin_T1P
-    out_TQH[..., half:] = second_TQP * cos_T1P + first_TQP * sin_T1P
-    return out_TQH
+        cos_TP, sin_TP = ctx.saved_tensors
+        return ctx.elementwise.rope(g_TQH, cos_TP, -sin_TP), None, None, None
 
 
 # Attention ------------------------------------------------------------------------------------------------------------
@@ -512,35 +599,23 @@ class _Attention(torch.autograd.Function):
         sinks_Q: Tensor,
         starts: Sequence[int],
         window: int | None,
+        elementwise: Elementwise,
     ) -> Tensor:
-        out_TQH = torch.empty_like(q_TQH, memory_format=torch.contiguous_format)
-        lse_TQ = torch.empty(q_TQH.shape[:2], dtype=sinks_Q.dtype, device=q_TQH.device)
-        for own in _sequences(starts):
-            kernel = _kernel(own, window)
-            out, lse = kernel.forward(q_TQH[own], k_TKH[own], v_TKH[own])
-            torch.mul(out, torch.sigmoid(lse - sinks_Q)[..., None], out=out_TQH[own])
-            lse_TQ[own] = torch.logaddexp(lse, sinks_Q)
+        out_TQH, lse_TQ = elementwise.attention(q_TQH, k_TKH, v_TKH, sinks_Q, starts, window)
         ctx.save_for_backward(q_TQH, k_TKH, v_TKH, sinks_Q, out_TQH, lse_TQ)
-        ctx.starts, ctx.window = starts, window
+        ctx.starts, ctx.window, ctx.elementwise = starts, window, elementwise
         return out_TQH
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_TQH: Tensor) -> tuple[Tensor | None, ...]:
-        q_TQH, k_TKH, v_TKH, sinks_Q, out_TQH, lse_TQ = ctx.saved_tensors
-        dq_TQH, dk_TKH, dv_TKH = (
-            torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_TQH, k_TKH, v_TKH)
+        # Once: a checkpoint unpacks what was saved a single time.
+        *saved, sinks_Q, out_TQH, lse_TQ = ctx.saved_tensors
+        dq_TQH, dk_TKH, dv_TKH, dots_TQ = ctx.elementwise.attention_backward(
+            g_TQH, *saved, sinks_Q, out_TQH, lse_TQ, ctx.starts, ctx.window
         )
-        for own in _sequences(ctx.starts):
-            kernel = _kernel(own, ctx.window)
-            dq_TQH[own], dk_TKH[own], dv_TKH[own] = kernel.backward(
-                g_TQH[own], q_TQH[own], k_TKH[own], v_TKH[own], out_TQH[own], lse_TQ[own]
-            )
-        dsinks_Q = None
-        if ctx.needs_input_grad[3]:
-            per_row_TQ = (g_TQH.to(lse_TQ.dtype) * out_TQH).sum(dim=-1)
-            dsinks_Q = -(torch.exp(sinks_Q - lse_TQ) * per_row_TQ).sum(dim=0)
-        return dq_TQH, dk_TKH, dv_TKH, dsinks_Q, None, None
+        dsinks_Q = -(torch.exp(sinks_Q - lse_TQ) * dots_TQ).sum(dim=0) if ctx.needs_input_grad[3] else None
+        return dq_TQH, dk_TKH, dv_TKH, dsinks_Q, None, None, None
 
 
 def _sequences(starts: Sequence[int]) -> Iterator[slice]:
@@ -737,68 +812,67 @@ class _Moe(torch.autograd.Function):
         limit: float,
         dtype: torch.dtype,
         keep: bool,
+        elementwise: Elementwise,
         *tensors: Tensor | None,
     ) -> Tensor:
         num_active = experts_TA.shape[1]
         sorted_S = experts_TA.reshape(-1).argsort(stable=True)
         counts = torch.bincount(experts_TA.reshape(-1), minlength=experts.shape[0]).tolist()
         tokens_S = sorted_S // num_active
-        weights_S1 = weights_TA.reshape(-1)[sorted_S][:, None]
+        weights_S = weights_TA.reshape(-1)[sorted_S]
         buffers = _Buffers(experts, dtype)
         out_TD = torch.zeros_like(x_TD)
-        kept = x_TD.new_empty((len(sorted_S), experts.shape[1]), dtype=dtype) if keep else None
-        narrow_TD = x_TD.to(dtype)
+        kept = []
         for group in _groups(counts, tokens_S):
-            num_rows = len(group.tokens)
-            gate_up = _gate_up(_filled(narrow_TD[group.tokens]), group.expert, experts, buffers)
-            if kept is not None:
-                kept[group.rows] = gate_up[:num_rows]
-            inner = _swiglu(gate_up, limit).to(dtype)
-            out = _down(inner, group.expert, experts, buffers)[:num_rows]
-            out_TD.index_add_(0, group.tokens, out.to(out_TD.dtype) * weights_S1[group.rows])
-        ctx.save_for_backward(x_TD, weights_S1, sorted_S, kept, *tensors)
+            x = elementwise.take_rows(x_TD, group.tokens, _filled_rows(group, dtype), dtype)
+            gate_up = _gate_up(x, group.expert, experts, buffers)
+            if keep:
+                kept.append(gate_up)
+            out = _down(elementwise.swiglu(gate_up, limit), group.expert, experts, buffers)
+            elementwise.add_rows(out_TD, group.tokens, out, weights_S[group.rows])
+        ctx.save_for_backward(x_TD, weights_S, sorted_S, *tensors, *kept)
         ctx.experts, ctx.limit, ctx.dtype, ctx.counts, ctx.num_active = experts, limit, dtype, counts, num_active
+        ctx.elementwise, ctx.num_tensors = elementwise, len(tensors)
         return out_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, weights_S1, sorted_S, kept, *tensors = ctx.saved_tensors
-        experts, dtype = ctx.experts, ctx.dtype
+        x_TD, weights_S, sorted_S, *tensors = ctx.saved_tensors
+        tensors, kept = tensors[: ctx.num_tensors], tensors[ctx.num_tensors :]
+        experts, dtype, elementwise = ctx.experts, ctx.dtype, ctx.elementwise
         needs_x, needs_weights = ctx.needs_input_grad[:2]
         gradients = [
             torch.zeros_like(tensor) if needed and tensor is not None else None
-            for tensor, needed in zip(tensors, ctx.needs_input_grad[7:], strict=True)
+            for tensor, needed in zip(tensors, ctx.needs_input_grad[8:], strict=True)
         ]
         d_gate_up, d_down, d_gate_up_bias, d_down_bias, *d_pairs = gradients
         dx_TD = torch.zeros_like(x_TD) if needs_x else None
-        dweights_S = torch.zeros_like(weights_S1[:, 0])
+        dweights_S = torch.zeros_like(weights_S)
         buffers = _Buffers(experts, dtype)
-        narrow_TD = x_TD.to(dtype)
-        for expert, rows, tokens in _groups(ctx.counts, sorted_S // ctx.num_active):
-            num_rows = len(tokens)
-            x, g, weights = (_filled(each, dtype) for each in (narrow_TD[tokens], g_TD[tokens], weights_S1[rows]))
+        for group, gate_up in zip_longest(_groups(ctx.counts, sorted_S // ctx.num_active), kept):
+            expert, rows, tokens = group
+            num_rows = _filled_rows(group, dtype)
+            weights = F.pad(weights_S[rows], (0, num_rows - len(tokens)))
+            x = elementwise.take_rows(x_TD, tokens, num_rows, dtype)
+            g = elementwise.take_rows(g_TD, tokens, num_rows, g_TD.dtype)
             gate_up_OI = buffers.gate_up(expert)
-            gate_up = _gate_up(x, expert, experts, buffers) if kept is None else _filled(kept[rows])
-            inner_wide, slope_gate, slope_up = _swiglu_slopes(gate_up, ctx.limit)
-            inner = inner_wide.to(dtype)
+            gate_up = _gate_up(x, expert, experts, buffers) if gate_up is None else gate_up
+            inner = elementwise.swiglu(gate_up, ctx.limit)
             # Through down, at first without the routing weight, whose own gradient is g . out.
-            g_narrow, g_weighted = g.to(dtype), (g * weights).to(dtype)
+            g_narrow, g_weighted = g.to(dtype), elementwise.take_rows(g_TD, tokens, num_rows, dtype, weights_S[rows])
             dinner = _product(g_narrow, buffers.down(expert).T)
             if experts.down_lora is not None:
                 dinner = dinner + _lora_backward(
-                    experts.down_lora, expert, inner, g_narrow, g_weighted, weights.to(dtype), d_pairs[2:]
+                    experts.down_lora, expert, inner, g_narrow, g_weighted, weights[:, None].to(dtype), d_pairs[2:]
                 )
-            dinner = dinner.to(inner_wide.dtype)
+            dpre, dots = elementwise.swiglu_backward(gate_up, dinner, weights, ctx.limit)
             if needs_weights:
-                bias = experts.down_bias_ED[expert]
-                dweights_S[rows] = ((inner_wide * dinner).sum(dim=-1) + g @ bias)[:num_rows]
+                dweights_S[rows] = (dots + g @ experts.down_bias_ED[expert])[: len(tokens)]
             if d_down is not None:
                 d_down[expert] = _weight_gradient(experts, experts.down_EDF, expert, g_weighted.T @ inner)
             if d_down_bias is not None:
                 d_down_bias[expert] = g_weighted.sum(dim=0)
-            dinner = dinner.mul_(weights)
-            dpre = torch.cat([slope_gate.mul_(dinner), slope_up.mul_(dinner)], dim=1).to(dtype)
             if d_gate_up is not None:
                 d_gate_up[expert] = _weight_gradient(experts, experts.gate_up_EFD, expert, dpre.T @ x)
             if d_gate_up_bias is not None:
@@ -808,16 +882,16 @@ class _Moe(torch.autograd.Function):
                 through = _lora_backward(experts.gate_up_lora, expert, x, dpre, dpre, None, d_pairs[:2])
                 dx = None if dx is None else dx + through
             if dx_TD is not None and dx is not None:
-                dx_TD.index_add_(0, tokens, dx[:num_rows].to(dx_TD.dtype))
+                elementwise.add_rows(dx_TD, tokens, dx)
         dweights_TA = torch.empty_like(dweights_S)
         dweights_TA[sorted_S] = dweights_S
-        return dx_TD, dweights_TA.view(-1, ctx.num_active), None, None, None, None, None, *gradients
+        return dx_TD, dweights_TA.view(-1, ctx.num_active), *[None] * 6, *gradients
 
 
-def _filled(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Rows with zeros behind them, up to the multiple that products in ``dtype``, their own if None, want."""
-    missing = -len(rows) % _FILLED_ROWS.get(dtype or rows.dtype, 1)
-    return F.pad(rows, (0, 0, 0, missing)) if missing else rows
+def _filled_rows(group: _Group, dtype: torch.dtype) -> int:
+    """The rows of a group and the zeros behind them, up to the multiple that products in ``dtype`` want."""
+    multiple = _FILLED_ROWS.get(dtype, 1)
+    return -(-len(group.tokens) // multiple) * multiple
 
 
 class _Buffers:

@@ -209,7 +209,7 @@ class CpuOps:
         return cos_TP, sin_TP
 
     def rope(self, x_TQH: Floats, cos_TP: Floats, sin_TP: Floats) -> Floats:
-        self._context.rope(x_TQH, cos_TP, sin_TP)
+        self._context.rope(x_TQH, cos_TP, sin_TP, x_TQH)
         return x_TQH
 
     def attention(
