@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 import tomllib
@@ -98,3 +99,27 @@ def test_every_recipe_is_read_and_says_how_to_run_it(path):
     if method in kinds:
         settings = read_settings(kinds[method], path, {})
         assert settings.out == tomllib.loads(text)["out"]
+
+
+def test_a_model_is_measured_on_held_out_exercises(folder, capsys, monkeypatch):
+    # PyTorch is for training; measuring must not want it.
+    monkeypatch.setitem(sys.modules, "torch", None)
+    words = ["train", "measure", str(folder / "model"), "--task", "arithmetic,sums", "--count", "3", "--max-tokens", "4"]
+    assert main([*words, "--efforts", "low,high", "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert [(one["task"], one["effort"], one["num_exercises"]) for one in found] == [
+        (task, effort, 3) for task in ("arithmetic", "sums") for effort in ("low", "high")
+    ]
+    assert "arithmetic low: 0.0 %" in err
+    assert main([*words, "--efforts", "low"]) == 0
+    assert "95 % interval" in capsys.readouterr().out
+
+
+def test_measuring_names_what_cannot_be_measured(folder, capsys):
+    assert main(["train", "measure", str(folder / "model"), "--task", "sum"]) == 1
+    assert "there is no task 'sum'; expected one of: about, arithmetic" in capsys.readouterr().err
+    assert main(["train", "measure", str(folder / "model"), "--task", "a,b", "--task-option", "digits=2"]) == 1
+    assert "--task names 2 tasks" in capsys.readouterr().err
+    assert main(["train", "measure", str(folder / "model"), "--task", "sums", "--efforts", "extreme"]) == 1
+    assert "extreme" in capsys.readouterr().err

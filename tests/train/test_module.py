@@ -106,7 +106,7 @@ def test_packed_documents_are_as_if_each_were_alone(small_model, documents):
             together.window_table_NB[:1],
             np.arange(end - start, dtype=np.int32),
         )
-        np.testing.assert_allclose(model.logprobs(alone, targets[start:end]).detach(), met[start:end], atol=1e-5)
+        np.testing.assert_allclose(model.logprobs(alone, targets[start:end]).detach(), met[start:end], atol=5e-5)
 
 
 def test_only_the_rows_that_are_asked_for_are_unembedded(small_model, documents):

@@ -189,3 +189,60 @@ def gold(
         for row in gold_conversations(mix, sides[0], seed, count):
             file.write(row.to_json() + "\n")
     _say(f"{count} conversations are in {out}")
+
+
+@app.command("measure")
+def measure(
+    model: Annotated[str, typer.Argument(help="Checkpoint: a folder, a .gguf file, or a name.")],
+    task: Annotated[str, typer.Option(help="Tasks: names, or module:Class; commas between.")],
+    count: Annotated[int, typer.Option(min=1, help="Held-out exercises of each task at each effort.")] = 200,
+    task_option: Annotated[str, typer.Option(help="Arguments of a single task, name=value; commas between.")] = "",
+    efforts: Annotated[str, typer.Option(help="Efforts, commas between; by default those that a task has.")] = "",
+    adapter: Annotated[Path | None, typer.Option(help="Measure with the LoRA adapter in this folder.")] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest tokens.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens that one exercise may sample.")] = 512,
+    grammar: Annotated[bool, typer.Option("--grammar", help="Exclude malformed messages by a grammar.")] = False,
+    unsafe_python: Annotated[bool, typer.Option("--unsafe-python", help="Run code with no sandbox at all.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same exercises.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="Threads; 0 takes all cores.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure what a model can do: the share of held-out exercises that are right, with its 95 % interval.
+
+    Exercises are done by the engine, with the tasks' tools. Needs no PyTorch.
+
+    Example: ossia train measure gpt-oss-20b --task arithmetic --efforts low,high --count 500
+    """
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from ossia.train.measure import measure as measured
+    from ossia.train.measure import open_rollouts
+    from ossia.train.rollout import RolloutConfig
+    from ossia.train.tasks import make
+
+    names = [one.strip() for one in task.split(",") if one.strip()]
+    options = read_options(tuple(one.strip() for one in task_option.split(",") if one.strip()))
+    if not names or (options and len(names) > 1):
+        raise ConfigError(f"--task names {len(names)} tasks; expected one or more, and one alone with --task-option")
+    wanted = by_effort("efforts", ",".join(f"{one.strip()}=1" for one in efforts.split(",") if one.strip()))
+    tasks = [make(name, options) for name in names]
+    config = RolloutConfig(max_tokens=max_tokens, temperature=temperature, grammar=grammar, unsafe_python=unsafe_python)
+    table = Table("task", "effort", "right", "95 % interval", "valid", "tokens", "of reasoning")
+    found = []
+    with open_rollouts(model, config, adapter=adapter, threads=threads, kv_memory="512MiB") as rollouts:
+        for one in tasks:
+            for effort in wanted or one.efforts:
+                result = measured(rollouts, one, effort, count, seed=seed)
+                found.append(result._asdict())
+                _say(f"{one.name} {effort}: {100 * result.exact:.1f} %")
+                interval = f"{100 * result.low:.1f} to {100 * result.high:.1f} %"
+                shares = [f"{100 * share:.1f} %" for share in (result.exact, result.valid)]
+                means = f"{result.sampled:.0f}", f"{result.reasoning:.0f}"
+                table.add_row(one.name, str(effort), shares[0], interval, shares[1], *means)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        Console().print(table)

@@ -91,8 +91,13 @@ def wilson(right: int, count: int) -> tuple[float, float]:
 
 
 @contextmanager
-def open_rollouts(model: str | Path, config: RolloutConfig, **settings: Any) -> Iterator[Rollouts]:
-    """Rollouts of a checkpoint on the engine; ``settings`` are those of `ossia.load`."""
+def open_rollouts(
+    model: str | Path, config: RolloutConfig, *, adapter: str | Path | None = None, **settings: Any
+) -> Iterator[Rollouts]:
+    """Rollouts of a checkpoint on the engine, through an adapter's folder if one is given; ``settings`` are those of
+    `ossia.load`.
+    """
     local = load(model, **settings)
-    with Rollouts(local.engine, local.tokenizer, config) as rollouts:
+    name = None if adapter is None else local.load_adapter(adapter)
+    with Rollouts(local.engine, local.tokenizer, config, adapter=name) as rollouts:
         yield rollouts

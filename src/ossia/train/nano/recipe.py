@@ -118,7 +118,7 @@ STAGES: tuple[Stage, ...] = (
             "idle_tools": 0.1,
             "max_tokens": 1280,
             "warmup": 0.005,
-            "steps": 3000,
+            "steps": 2400,
         },
         ("bf16",),
     ),
