@@ -3,7 +3,8 @@
     warm-up    copying and recall at short distance, so that the heads that copy appear
     pretrain   gold transcripts of the tasks, every token learned
     sft        the model's own words alone; browsing joins, with longer contexts
-    anneal     the same while the learning rate falls, computed with what MXFP4 keeps of the experts
+    anneal     the same while the learning rate falls
+    qat        a little more, computed with what MXFP4 keeps of the experts
     rl         exercises done with tools; what is rewarded more than its group becomes likelier
 
 Sources  the order: `ossia.train.tasks.language`; Muon for the inner matrices and a schedule that holds and then falls:
@@ -118,7 +119,7 @@ STAGES: tuple[Stage, ...] = (
             "idle_tools": 0.1,
             "max_tokens": 1280,
             "warmup": 0.005,
-            "steps": 2400,
+            "steps": 1291,
         },
         ("bf16",),
     ),
@@ -127,16 +128,32 @@ STAGES: tuple[Stage, ...] = (
         "pretrain",
         {
             "tasks": mix(ALL),
-            "turns": 4,
+            "turns": 6,
             "idle_tools": 0.1,
             "max_tokens": 1280,
-            "steps": 400,
-            "fake_quant": True,
+            "steps": 1500,
             "schedule": "linear",
             "warmup": 0.0,
-            "final_rate": 0.0,
+            "final_rate": 0.05,
         },
         ("bf16", "mxfp4"),
+    ),
+    Stage(
+        "qat",
+        "pretrain",
+        {
+            "tasks": mix(ALL),
+            "turns": 6,
+            "idle_tools": 0.1,
+            "max_tokens": 1280,
+            "steps": 200,
+            "fake_quant": True,
+            "learning_rate": 4e-4,
+            "schedule": "linear",
+            "warmup": 0.02,
+            "final_rate": 0.0,
+        },
+        ("mxfp4",),
     ),
     Stage(
         "rl",
