@@ -25,6 +25,7 @@ from ossia.train.curves import draw_curves
 from ossia.train.fit import fingerprint, make_optimizer, make_schedule, open_model, set_up_torch, table
 from ossia.train.lora import pairs_off
 from ossia.train.module import Model
+from ossia.train.parallel import Team
 from ossia.train.policy import (
     Batched,
     Floats,
@@ -49,12 +50,12 @@ _EVALUATION = -1
 
 def rl(settings: RlConfig, *, resume: bool, say: Say) -> Outcome:
     """Train as the settings say. Raises the errors of the tasks, the model and the run, each saying what to do."""
-    device = set_up_torch(settings)
+    team = set_up_torch(settings)
     mix = make_mix(settings.task, settings.options_of_task, settings.effort_weights)
     path = resolve_model(settings.model)
     with ExitStack() as stack:
         folder = stack.enter_context(RunFolder(settings, resume=resume, inputs={"model": fingerprint(path)}))
-        model = open_model(settings, path, device)
+        model = open_model(settings, path, team)
         table(model, say)
         actor = Actor(path, settings, model)
         rollouts = stack.enter_context(
@@ -74,10 +75,10 @@ def rl(settings: RlConfig, *, resume: bool, say: Say) -> Outcome:
             settings,
             average=settings.average,
             reuse=settings.reuse,
-            reference=reference_logprobs(settings, path, model, objective, device) if settings.kl else None,
-            device=device,
+            reference=reference_logprobs(settings, path, model, objective, team.device) if settings.kl else None,
+            device=team.device,
         )
-        trainer = make_policy_trainer(settings, model, objective, device)
+        trainer = make_policy_trainer(settings, model, objective, team)
         trainer.numbers = lambda: feed.numbers
         run = Run(
             folder,
@@ -100,7 +101,7 @@ def rl(settings: RlConfig, *, resume: bool, say: Say) -> Outcome:
 
 
 def make_policy_trainer(
-    settings: RolloutSettings, model: Model, objective: PolicyObjective, device: torch.device
+    settings: RolloutSettings, model: Model, objective: PolicyObjective, team: Team
 ) -> PolicyTrainer:
     return PolicyTrainer(
         objective,
@@ -109,7 +110,7 @@ def make_policy_trainer(
         highest_rate=settings.highest_rate,
         clip=settings.clip,
         max_skipped=settings.max_skipped,
-        device=device,
+        team=team,
     )
 
 
