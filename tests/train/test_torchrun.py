@@ -6,15 +6,14 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.train.processes import environment, launch
 from tests.train.tiny import preferences, stations, write_model, write_rows
 
-import ossia
 from ossia.errors import UnavailableError
 from ossia.model.adapter import read_adapter
 from ossia.model.weights import Checkpoint
@@ -69,19 +68,12 @@ def alone(folder, method, out, *, resume=False, **flags):
 
 def start(folder, method, out, *more, **flags):
     """The command of two processes, running."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words = []
     for name, value in flags_of(folder, method, out, **flags).items():
         flag = name.replace("_", "-")
         words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
-    environment = os.environ | {"PYTHONPATH": str(Path(ossia.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*launch, "-m", "ossia", "train", method, *words, *more],
-        stderr=subprocess.PIPE,
-        text=True,
-        # Addresses of this machine alone, whatever its name resolves to.
-        env=environment | {"GLOO_SOCKET_IFNAME": "lo"},
-    )
+    command = [*launch(2), "-m", "ossia", "train", method, *words, *more]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
 
 
 def together(folder, method, out, *more, **flags):

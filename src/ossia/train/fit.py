@@ -70,13 +70,19 @@ def fit(
     path = resolve_model(settings.model)
     tokenizer = Checkpoint.open(path).tokenizer()
     with ExitStack() as stack:
-        folder = stack.enter_context(RunFolder(settings, resume=resume, inputs={"model": fingerprint(path)}, team=team))
+        inputs = {"model": fingerprint(path)}
+        folder = stack.enter_context(RunFolder(settings, resume=resume, inputs=inputs, team=team))
         feed = stack.enter_context(closing(StepFeed(settings, kind, tokenizer)))
         if folder.resumed is not None:
             num_steps = int(folder.resumed["num_steps"])
         else:
             num_steps = settings.steps or team.first(lambda: count_steps(settings, kind, tokenizer, say))
         held_out = held_out_passes(settings, kind, tokenizer)
+        if settings.step_tokens < (team.size - 1) * settings.tokens_of_pass:
+            say(
+                f"a step of {settings.step_tokens} tokens may have fewer passes than there are processes ({team.size}), "
+                "some of which then compute for nothing: raise step_tokens"
+            )
         model = open_model(settings, path, team)
         table(model, say)
         needed_bytes = num_trained(model) * _CHECKPOINT_BYTES_PER_NUMBER
