@@ -14,12 +14,13 @@ import pytest
 from tests.train.processes import environment, launch
 from tests.train.tiny import preferences, stations, write_model, write_rows
 
-from ossia.errors import UnavailableError
+from ossia.errors import CheckpointError, UnavailableError
 from ossia.model.adapter import read_adapter
 from ossia.model.weights import Checkpoint
 from ossia.train import fit
 from ossia.train.config import DpoConfig, SftConfig, read_settings
 from ossia.train.dpo import dpo
+from ossia.train.merged import read_tensors
 from ossia.train.metrics import read_metrics
 from ossia.train.sft import sft
 from ossia.train.shards import read_shards
@@ -120,6 +121,8 @@ def test_two_processes_have_the_curve_and_the_adapter_of_one(folder):
         assert said.count(told_once) == 1
     names = sorted(path.name for path in (two / "checkpoints" / "step-00000004").iterdir())
     assert "trainable-00002-of-00002.safetensors" in names and "trainable.safetensors" not in names
+    with pytest.raises(CheckpointError, match=r"several processes.*give the run's weights\.safetensors"):
+        read_tensors(two / "checkpoints" / "step-00000004", Checkpoint.open(folder / "model").config)
 
 
 @pytest.mark.slow
@@ -159,12 +162,12 @@ def kill_a_worker(process, out, num_lines, rank):
 @pytest.mark.slow
 @pytest.mark.parametrize(("trainable", "rank"), [("lora", 0), ("full", 1)])
 def test_a_run_of_which_a_process_was_killed_goes_on_to_the_same_curve(trainable, rank, folder):
-    flags = {"trainable": trainable, "dropout": 0.1 if trainable == "lora" else 0.0, "steps": 8}
+    flags = {"trainable": trainable, "dropout": 0.1 if trainable == "lora" else 0.0, "steps": 24}
     whole, _ = together(folder, "sft", f"whole-{trainable}", **flags)
     out = folder / f"killed-{trainable}"
     said = kill_a_worker(start(folder, "sft", out.name, **flags), out, 5, rank)
     assert rank == 0 or "another process of the run has ended" in said
-    assert 0 < read_metrics(out / "metrics.jsonl")[-1]["step"] < 8
+    assert 0 < read_metrics(out / "metrics.jsonl")[-1]["step"] < 24
     together(folder, "sft", out.name, "--resume", **flags)
     assert curve(out) == curve(whole)
     ours, theirs = trained(out, folder / "model"), trained(whole, folder / "model")

@@ -80,7 +80,7 @@ def fit(
         held_out = held_out_passes(settings, kind, tokenizer)
         if settings.step_tokens < (team.size - 1) * settings.tokens_of_pass:
             say(
-                f"a step of {settings.step_tokens} tokens may have fewer passes than there are processes ({team.size}), "
+                f"a step of {settings.step_tokens} tokens may have fewer passes than the {team.size} processes, "
                 "some of which then compute for nothing: raise step_tokens"
             )
         model = open_model(settings, path, team)
