@@ -16,7 +16,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from ossia.model.hub import resolve_model
 from ossia.train.actor import Actor
@@ -75,7 +74,7 @@ def rl(settings: RlConfig, *, resume: bool, say: Say) -> Outcome:
             settings,
             average=settings.average,
             reuse=settings.reuse,
-            reference=reference_logprobs(settings, path, model, objective, team.device) if settings.kl else None,
+            reference=reference_logprobs(settings, path, model, objective, team) if settings.kl else None,
             device=team.device,
         )
         trainer = make_policy_trainer(settings, model, objective, team)
@@ -127,19 +126,19 @@ def objective_of(settings: RlConfig) -> Objective:
 
 
 def reference_logprobs(
-    settings: RolloutSettings, path: Path, model: Model, objective: PolicyObjective, device: torch.device
+    settings: RolloutSettings, path: Path, model: Model, objective: PolicyObjective, team: Team
 ) -> Callable[[PolicyPass], Floats]:
     """Log-probabilities under the model that training began with: LoRA's without the pairs, else a second model."""
     if settings.trainable == "lora":
 
         def without(batch: PolicyPass) -> Floats:
             with pairs_off(model.weights):
-                return objective.logprobs(batch, device)
+                return objective.logprobs(batch, team.device)
 
         return without
-    frozen = open_model(settings, path, device).requires_grad_(False)
+    frozen = open_model(settings, path, team).requires_grad_(False)
     reference = PolicyObjective(frozen, objective.objective, temperature=objective.temperature)
-    return lambda batch: reference.logprobs(batch, device)
+    return lambda batch: reference.logprobs(batch, team.device)
 
 
 # Rollouts to lessons -------------------------------------------------------------------------------------------------
