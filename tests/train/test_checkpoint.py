@@ -16,7 +16,8 @@ import torch
 
 from ossia.errors import CheckpointError, InputError, UnavailableError
 from ossia.train import checkpoint
-from ossia.train.checkpoint import Checkpoints, Snapshot, from_numpy, open_run_folder, to_numpy
+from ossia.train.checkpoint import Checkpoints, Snapshot, open_run_folder
+from ossia.train.shards import from_numpy, to_numpy
 
 
 def _snapshot(step, size=8, **state):

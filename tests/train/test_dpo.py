@@ -14,6 +14,7 @@ from ossia.train.config import DpoConfig, read_settings
 from ossia.train.data import to_batch
 from ossia.train.dpo import Preference, dpo
 from ossia.train.metrics import read_metrics
+from ossia.train.parallel import Team
 from ossia.train.trainer import Trainer, to_device
 
 
@@ -37,7 +38,7 @@ def _passes(settings):
 
 
 def _open(settings):
-    model = fit.open_model(settings, fit.resolve_model(settings.model), torch.device("cpu"))
+    model = fit.open_model(settings, fit.resolve_model(settings.model), Team())
     return model, Preference(model, beta=settings.beta, sft_weight=settings.sft_weight)
 
 

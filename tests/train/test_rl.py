@@ -18,7 +18,7 @@ from tests.train.small import CONFIG, Vowels, write_model
 from ossia.errors import ConfigError, InputError
 from ossia.harmony import Effort
 from ossia.model.adapter import read_adapter
-from ossia.train.checkpoint import read_snapshot
+from ossia.train.checkpoint import Checkpoints
 from ossia.train.config import read_settings
 from ossia.train.metrics import read_metrics
 from ossia.train.rl import GroupJudge, rl
@@ -149,10 +149,10 @@ def test_equal_rewards_move_nothing(model, tmp_path):
     assert all(step["groups_equal"] == 1 and step["gradient_norm"] == 0 for step in lines(outcome.folder))
     begun, ended = (
         settings(model, tmp_path / "begun", steps=1),
-        read_snapshot(outcome.folder / "checkpoints/step-00000002"),
+        Checkpoints(outcome.folder / "checkpoints", keep=1).load(2),
     )
     first = rl(replace(begun, task=asked.task), resume=False, say=quiet)
-    for name, tensor in read_snapshot(first.folder / "checkpoints/step-00000001").trainable.items():
+    for name, tensor in Checkpoints(first.folder / "checkpoints", keep=1).load(1).trainable.items():
         assert np.array_equal(tensor.numpy(), ended.trainable[name].numpy())
 
 

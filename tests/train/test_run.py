@@ -269,12 +269,6 @@ def test_rows_that_are_passed_by_are_told_with_their_lines(folder, tmp_path):
     assert "rows.jsonl:4" in said[at + 1]
 
 
-def test_several_processes_are_told_to_be_one(folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    with pytest.raises(UnavailableError, match="trains in one process"):
-        _train(_settings(folder, tmp_path / "out"))
-
-
 def test_a_target_that_matches_nothing_is_an_error(folder, tmp_path):
     with pytest.raises(InputError, match="target 'gate' matches nothing"):
         _train(_settings(folder, tmp_path / "out", targets="q,gate"))

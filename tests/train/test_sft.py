@@ -8,7 +8,6 @@ from contextlib import closing
 
 import numpy as np
 import pytest
-import torch
 from tests.train.tiny import TOKENIZER, asked, riddles, stations, write_model, write_rows
 
 import ossia
@@ -22,6 +21,7 @@ from ossia.train.config import SftConfig, read_settings
 from ossia.train.data import to_batch
 from ossia.train.metrics import read_metrics
 from ossia.train.module import Model
+from ossia.train.parallel import Team
 from ossia.train.sft import Likelihood, sft
 from ossia.train.trainer import Trainer
 
@@ -81,7 +81,7 @@ def test_the_loss_is_that_of_the_readable_model_computed_by_hand(model_path, tmp
             weight_sum += weight
             weights_seen.add(float(weight))
     assert weights_seen == {0.0, 0.25, 1.0}
-    model = fit.open_model(settings, model_path, torch.device("cpu"))
+    model = fit.open_model(settings, model_path, Team())
     report = _trainer(settings, model).step([to_batch(pack) for pack in packs])
     assert report.loss == pytest.approx(total / weight_sum, rel=1e-5)
     assert report.weight == pytest.approx(weight_sum)
@@ -106,7 +106,7 @@ def test_a_pass_without_dropout_gives_the_same_loss_and_gradients_with_and_witho
     norms = []
     for recompute in (True, False):
         settings = _settings(model_path, tmp_path / "out", ROWS, recompute=recompute)
-        model = fit.open_model(settings, model_path, torch.device("cpu"))
+        model = fit.open_model(settings, model_path, Team())
         report = _trainer(settings, model).step([to_batch(pack) for pack in _packs(settings)])
         norms.append((report.loss, report.gradient_norm))
     assert norms[0] == pytest.approx(norms[1], rel=1e-6)
@@ -131,7 +131,7 @@ def test_the_balance_of_the_experts_is_never_read_from_the_checkpoint(model_path
 def test_the_balance_loss_moves_routers_only_where_they_are_trained(model_path, tmp_path):
     def gradient(**flags):
         settings = _settings(model_path, tmp_path / "out", ROWS, targets="router", **flags)
-        model = fit.open_model(settings, model_path, torch.device("cpu"))
+        model = fit.open_model(settings, model_path, Team())
         trainer = _trainer(settings, model)
         return trainer.step([to_batch(pack) for pack in _packs(settings)])
 

@@ -159,8 +159,11 @@ class Experts(nn.Module):
 class Exchange(Protocol):
     """Processes that hold a share of every layer's experts each: this one's number, and how tokens travel."""
 
-    rank: int
-    size: int
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
 
     def send(self, rows_SD: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor, Any]:
         """Rows sorted by expert, ``counts_E`` for each, to the processes that hold these.

@@ -21,11 +21,11 @@ from ossia.harmony import Tokenizer
 from ossia.model.transformer import Layer, Weights
 from ossia.model.weights import Checkpoint, load_weights
 from ossia.ops import AdapterOps, ExpertArrays, Ops
-from ossia.train.checkpoint import to_numpy
 from ossia.train.fit import lora_config
 from ossia.train.lora import to_adapter
 from ossia.train.module import Model
 from ossia.train.rollout_config import RolloutSettings
+from ossia.train.shards import to_numpy
 
 # The engine's name of the pairs that are trained.
 _ADAPTER = "trained"

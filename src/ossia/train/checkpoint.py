@@ -6,6 +6,9 @@
         optimizer.safetensors   what the optimiser remembers, as NAME/WHAT
         random.safetensors      states of the random generators
 
+Where several processes train, each writes what it holds of them, as trainable-00001-of-00002.safetensors
+(`ossia.train.shards`), and any number of processes reads it.
+
 A checkpoint is written beside its place, synced to the disk, and renamed: a folder with that name is complete, whenever
 the machine stops. What an interrupted write left behind is removed by the next one.
 """
@@ -17,27 +20,27 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
-import numpy as np
-import torch
 from torch import Tensor
 
 from ossia.errors import CheckpointError, InputError, UnavailableError
-from ossia.model.safetensors_file import DTYPES, header_bytes, map_file, read_header
+from ossia.train.parallel import Team
+from ossia.train.shards import Extent, read_shards, shard_name, write_shard, write_tensors
 
 _NAME = re.compile(r"step-(\d{8})")
 _FILES = ("trainable", "optimizer", "random")
-_TORCH_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8"}
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that is needed to go on: JSON in ``state`` (with "step"), tensors by name in the rest."""
+    """All that is needed to go on: JSON in ``state`` (with "step"), tensors by name in the rest.
+
+    Of several processes each has its own parts of the tensors, and all the same state.
+    """
 
     state: Mapping[str, Any]
     trainable: Mapping[str, Tensor]
@@ -51,11 +54,12 @@ class Snapshot:
 
 
 class Checkpoints:
-    """The checkpoints of one run."""
+    """The checkpoints of one run. All processes of ``team`` save and load together."""
 
-    def __init__(self, folder: Path, *, keep: int) -> None:
+    def __init__(self, folder: Path, *, keep: int, team: Team | None = None) -> None:
         self.folder = folder
         self.keep = keep
+        self.team = team or Team()
 
     def steps(self) -> list[int]:
         """Steps of all complete checkpoints, oldest first."""
@@ -68,38 +72,66 @@ class Checkpoints:
         return self.folder / f"step-{step:08}"
 
     def save(
-        self, snapshot: Snapshot, *, best_step: int | None = None, more: Callable[[Path], None] | None = None
+        self, snapshot: Snapshot, *, best_step: int | None = None, held: Mapping[str, Extent] | None = None
     ) -> Path:
         """Write a checkpoint, then remove the oldest beyond ``keep``; that of ``best_step`` is kept besides.
 
-        ``more`` may write further files into the folder that it is given. Raises UnavailableError when the disk is
-        full or refuses; the checkpoints before are untouched then.
+        ``held`` tells which rows of what is trained this process has; None: all. Raises UnavailableError when the disk
+        is full or refuses; the checkpoints before are untouched then.
         """
         place = self.path(snapshot.state["step"])
         partial = self.folder / f".{place.name}.partial"
         try:
-            self._clear()
-            partial.mkdir(parents=True)
-            for name in _FILES:
-                write_tensors(partial / f"{name}.safetensors", getattr(snapshot, name))
-            with open(partial / "state.json", "w", encoding="utf-8") as file:
-                json.dump(snapshot.state, file, indent=1)
-            if more is not None:
-                more(partial)
-            sync_tree(partial)
-            if place.exists():
-                self._remove(place)
-            partial.rename(place)
-            sync_folder(self.folder)
-            self._prune(best_step)
+            self.team.first(lambda: self._begin(partial))
+            self._write(partial, snapshot, held or {})
+            self.team.wait()
+            self.team.first(lambda: self._finish(partial, place, snapshot.state, best_step))
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise self._unwritten(place, error) from error
         return place
 
-    def load(self, step: int) -> Snapshot:
-        """Raises CheckpointError when a file is missing or damaged."""
-        return read_snapshot(self.path(step))
+    def load(self, step: int, held: Mapping[str, Extent] | None = None) -> Snapshot:
+        """What ``held`` names of a checkpoint's tensors, all if None.
+
+        Raises CheckpointError when a file is missing or damaged.
+        """
+        path = self.path(step)
+        state = read_state(path)
+        trainable, optimizer = (read_shards(path, name, held or {}) for name in ("trainable", "optimizer"))
+        # Random states are a process's own: another number of processes begins with new ones.
+        has_own = state.get("processes", 1) == self.team.size
+        return Snapshot(state, trainable, optimizer, read_shards(path, self._own("random"), {}) if has_own else {})
+
+    def state(self, step: int) -> dict[str, Any]:
+        """The state of a checkpoint alone. Raises CheckpointError as `load`."""
+        return read_state(self.path(step))
+
+    def _begin(self, partial: Path) -> None:
+        self._clear()
+        partial.mkdir(parents=True)
+
+    def _write(self, partial: Path, snapshot: Snapshot, held: Mapping[str, Extent]) -> None:
+        team = self.team
+        for name in ("trainable", "optimizer"):
+            if team.size == 1:
+                write_tensors(partial / f"{name}.safetensors", getattr(snapshot, name))
+            else:
+                write_shard(partial, name, getattr(snapshot, name), held, team.rank, team.size)
+        write_tensors(partial / f"{self._own('random')}.safetensors", snapshot.random)
+
+    def _own(self, name: str) -> str:
+        return name if self.team.size == 1 else shard_name(name, self.team.rank, self.team.size)
+
+    def _finish(self, partial: Path, place: Path, state: Mapping[str, Any], best_step: int | None) -> None:
+        with open(partial / "state.json", "w", encoding="utf-8") as file:
+            json.dump(state, file, indent=1)
+        sync_tree(partial)
+        if place.exists():
+            self._remove(place)
+        partial.rename(place)
+        sync_folder(self.folder)
+        self._prune(best_step)
 
     def _clear(self) -> None:
         """Remove what interrupted writes and removals left."""
@@ -127,8 +159,8 @@ class Checkpoints:
         )
 
 
-def read_snapshot(path: Path) -> Snapshot:
-    """A checkpoint's content. Raises CheckpointError when a file is missing or damaged."""
+def read_state(path: Path) -> dict[str, Any]:
+    """The state of a checkpoint. Raises CheckpointError when it is missing or damaged."""
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if not isinstance(state, dict) or not isinstance(state.get("step"), int):
@@ -137,48 +169,7 @@ def read_snapshot(path: Path) -> Snapshot:
         raise CheckpointError(
             f"{path / 'state.json'} cannot be read: {error}; remove {path} to resume before it"
         ) from None
-    tensors = [read_tensors(path / f"{name}.safetensors") for name in _FILES]
-    return Snapshot(state, *tensors)
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file of torch tensors on any device, one copied at a time."""
-    # Wider numbers first, so that all are aligned.
-    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
-    with open(path, "wb") as file:
-        file.write(header_bytes({name: (_TORCH_NAMES[t.dtype], tuple(t.shape)) for name, t in ordered.items()}))
-        for tensor in ordered.values():
-            file.write(to_numpy(tensor).tobytes())
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU. Raises CheckpointError."""
-    try:
-        entries, data = read_header(path), map_file(path)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {error.strerror}; remove {path.parent} to resume before it"
-        ) from None
-    tensors = {}
-    for name, (_, dtype, shape, offset, size_bytes) in entries.items():
-        array = np.frombuffer(data[offset : offset + size_bytes].tobytes(), DTYPES[dtype]).reshape(shape)
-        tensors[name] = from_numpy(array)
-    return tensors
-
-
-def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """The numbers of a tensor, bfloat16 by `ml_dtypes`."""
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
-
-
-def from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
-    """A tensor with a copy of the array's numbers."""
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.uint16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(array.copy())
+    return state
 
 
 def sync_tree(folder: Path) -> None:

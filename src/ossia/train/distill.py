@@ -42,6 +42,7 @@ from ossia.train.data import to_batch
 from ossia.train.fit import fingerprint, make_trainer, open_model, set_up_torch, table
 from ossia.train.module import Model
 from ossia.train.packing import plan
+from ossia.train.parallel import Team
 from ossia.train.policy import (
     Batched,
     Lesson,
@@ -73,11 +74,11 @@ _EVALUATION = -1
 
 def distill(settings: DistillConfig, *, resume: bool, say: Say) -> Outcome:
     """Collect and train as the settings say. Raises the errors of the teacher, the tasks, the model and the run."""
-    device = set_up_torch(settings)
+    team = set_up_torch(settings)
     path = resolve_model(settings.model)
     if settings.method == "on_policy":
         mix = make_mix(settings.task, settings.options_of_task, settings.effort_weights)
-        return _on_policy(settings, mix, path, device, resume=resume, say=say)
+        return _on_policy(settings, mix, path, team, resume=resume, say=say)
     tokenizer = Checkpoint.open(path).tokenizer()
     folder = Path(settings.teachings) if settings.teachings else Path(settings.out) / "teachings"
     if settings.teacher:
@@ -85,7 +86,7 @@ def distill(settings: DistillConfig, *, resume: bool, say: Say) -> Outcome:
         collect(settings, mix, tokenizer, folder, say=say)
     if settings.collect_only:
         return Outcome(folder, 0, None, "done")
-    return _offline(settings, folder, tokenizer, path, device, resume=resume, say=say)
+    return _offline(settings, folder, tokenizer, path, team, resume=resume, say=say)
 
 
 # Offline -------------------------------------------------------------------------------------------------------------
@@ -250,7 +251,7 @@ def _offline(
     folder: Path,
     tokenizer: Tokenizer,
     path: Path,
-    device: torch.device,
+    team: Team,
     *,
     resume: bool,
     say: Say,
@@ -270,17 +271,17 @@ def _offline(
     say(f"{len(train)} samples of {teachings.manifest.teacher}, {sum(len(one) for one in train)} tokens")
     inputs = {"model": fingerprint(path), "teachings": _contents(folder)}
     with RunFolder(settings, resume=resume, inputs=inputs) as run_folder:
-        model = open_model(settings, path, device)
+        model = open_model(settings, path, team)
         table(model, say)
         objective = ForwardKl(model)
-        trainer: Trainer[TeachingPass] = make_trainer(settings, model, objective, settings.steps, device)
+        trainer: Trainer[TeachingPass] = make_trainer(settings, model, objective, settings.steps, team)
         run = Run(
             run_folder,
             trainer,
             TeachingFeed(train, settings),
             num_steps=settings.steps,
             parameters=model.state(),
-            evaluate=_held_out_kl(model, held_out, settings, device) if held_out and settings.eval_every else None,
+            evaluate=_held_out_kl(model, held_out, settings, team.device) if held_out and settings.eval_every else None,
             say=say,
         )
         model.train()
@@ -385,14 +386,12 @@ def divergences(rollouts: Sequence[Rollout], scores: Sequence[Scores]) -> dict[s
     return {name: float(np.concatenate(values).mean()) for name, values in found.items()}
 
 
-def _on_policy(
-    settings: DistillConfig, mix: TaskMix, path: Path, device: torch.device, *, resume: bool, say: Say
-) -> Outcome:
+def _on_policy(settings: DistillConfig, mix: TaskMix, path: Path, team: Team, *, resume: bool, say: Say) -> Outcome:
     with ExitStack() as stack:
         folder = stack.enter_context(RunFolder(settings, resume=resume, inputs={"model": fingerprint(path)}))
         teacher = open_teacher(settings, Checkpoint.open(path).tokenizer())
         stack.callback(teacher.close)
-        model = open_model(settings, path, device)
+        model = open_model(settings, path, team)
         table(model, say)
         actor = Actor(path, settings, model)
         rollouts = stack.enter_context(
@@ -407,8 +406,8 @@ def _on_policy(
         kind = ReverseKl if settings.estimate == "top" else PolicyObjective
         objective = kind(model, Objective(clip_high=math.inf), temperature=settings.temperature)
         judge = TeacherJudge(settings, mix, rollouts, teacher, folder.path / "rollouts")
-        feed = PolicyFeed(actor, judge, objective, settings, device=device)
-        trainer: PolicyTrainer = make_policy_trainer(settings, model, objective, device)
+        feed = PolicyFeed(actor, judge, objective, settings, device=team.device)
+        trainer: PolicyTrainer = make_policy_trainer(settings, model, objective, team)
         trainer.numbers = lambda: feed.numbers
         run = Run(
             folder,

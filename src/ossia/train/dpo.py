@@ -12,19 +12,20 @@ Source: arXiv:2305.18290.
 from __future__ import annotations
 
 import hashlib
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import torch
 from torch import Tensor
 
 from ossia.train.config import DpoConfig
 from ossia.train.data import TrainBatch
-from ossia.train.fit import balance_of, fit, reference_passes, watched_router
+from ossia.train.fit import balance_of, reference_passes, watched_router
 from ossia.train.lora import pairs_off
 from ossia.train.losses import dpo as dpo_terms
 from ossia.train.losses import nll_sum, sum_by_sequence
 from ossia.train.module import Model
-from ossia.train.result import try_result, write_result
+from ossia.train.parallel import Team
+from ossia.train.result import fit_and_try
 from ossia.train.run import Outcome, Say
 from ossia.train.trainer import Terms, to_device
 
@@ -32,7 +33,7 @@ from ossia.train.trainer import Terms, to_device
 def dpo(settings: DpoConfig, *, resume: bool = False, say: Say) -> Outcome:
     """Train on pairs, write the result into ``settings.out``, and try it. Raises OssiaError, saying what to do."""
 
-    def objective(model: Model) -> Preference:
+    def objective(model: Model, team: Team) -> Preference:
         aim = Preference(
             model,
             beta=settings.beta,
@@ -41,16 +42,16 @@ def dpo(settings: DpoConfig, *, resume: bool = False, say: Say) -> Outcome:
             balance_weight=settings.balance_weight,
         )
         if settings.trainable == "full":
-            say("computing what the model thinks of the answers before it is trained")
-            for one in reference_passes(settings):
-                aim.remember(to_device(one, model.ops.device))
+            if team.rank == 0:
+                say("computing what the model thinks of the answers before it is trained")
+            passes = reference_passes(settings)
+            while some := list(islice(passes, team.size)):
+                for one, _ in team.share(some):
+                    aim.remember(to_device(one, model.ops.device))
+            aim.share(team)
         return aim
 
-    fitted = fit(settings, "pairs", objective, resume=resume, say=say)
-    if not fitted.outcome.is_interrupted:
-        write_result(fitted.model, settings, say)
-        try_result(fitted, settings, say)
-    return fitted.outcome
+    return fit_and_try(settings, "pairs", objective, resume=resume, say=say)
 
 
 class Preference:
@@ -116,6 +117,10 @@ class Preference:
         with torch.no_grad():
             answers = _answers(batch, self._model.logprobs(batch.batch, batch.targets_R)).tolist()
         self._remembered |= dict(zip(_names(batch), answers, strict=True))
+
+    def share(self, team: Team) -> None:
+        """Tell the other processes what this one keeps, and learn what they keep."""
+        self._remembered = {name: value for kept in team.each(self._remembered) for name, value in kept.items()}
 
     @torch.no_grad()
     def _reference(self, batch: TrainBatch) -> Tensor:

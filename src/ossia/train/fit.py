@@ -30,8 +30,10 @@ from ossia.train.lora import LoraConfig
 from ossia.train.losses import balance_sum
 from ossia.train.module import Model
 from ossia.train.optimizers import Optimizer
+from ossia.train.parallel import Team, extents
 from ossia.train.run import Outcome, Run, RunFolder, Say, available_bytes, load_parameters
 from ossia.train.schedule import Schedule
+from ossia.train.shards import Extent
 from ossia.train.stream import PackStream
 from ossia.train.trainer import B, Objective, Trainer, memory_errors, to_device
 
@@ -49,12 +51,14 @@ class Fitted(NamedTuple):
     tokenizer: Tokenizer
     kind: Kind
     held_out: list[TrainBatch]
+    team: Team
 
 
 def fit(
     settings: DataSettings,
     kind: Kind,
-    objective: Callable[[Model], Objective[TrainBatch]],
+    objective: Callable[[Model, Team], Objective[TrainBatch]],
+    team: Team,
     *,
     resume: bool,
     say: Say,
@@ -63,32 +67,39 @@ def fit(
 
     Raises the errors of the data, the model and the run, each saying what to do.
     """
-    device = set_up_torch(settings)
     path = resolve_model(settings.model)
     tokenizer = Checkpoint.open(path).tokenizer()
     with ExitStack() as stack:
-        folder = stack.enter_context(RunFolder(settings, resume=resume, inputs={"model": fingerprint(path)}))
+        inputs = {"model": fingerprint(path)}
+        folder = stack.enter_context(RunFolder(settings, resume=resume, inputs=inputs, team=team))
         feed = stack.enter_context(closing(StepFeed(settings, kind, tokenizer)))
         if folder.resumed is not None:
-            num_steps = int(folder.resumed.state["num_steps"])
+            num_steps = int(folder.resumed["num_steps"])
         else:
-            num_steps = settings.steps or count_steps(settings, kind, tokenizer, say)
+            num_steps = settings.steps or team.first(lambda: count_steps(settings, kind, tokenizer, say))
         held_out = held_out_passes(settings, kind, tokenizer)
-        model = open_model(settings, path, device)
+        if settings.step_tokens < (team.size - 1) * settings.tokens_of_pass:
+            say(
+                f"a step of {settings.step_tokens} tokens may have fewer passes than the {team.size} processes, "
+                "some of which then compute for nothing: raise step_tokens"
+            )
+        model = open_model(settings, path, team)
         table(model, say)
         needed_bytes = num_trained(model) * _CHECKPOINT_BYTES_PER_NUMBER
         folder.check_space(needed_bytes * (settings.keep + 2))
-        _check_memory(num_trained(model) * (_BYTES_PER_NUMBER - 4), device, settings)
-        aim = objective(model)
-        trainer = make_trainer(settings, model, aim, num_steps, device)
+        _check_memory(num_trained(model) * (_BYTES_PER_NUMBER - 4), team, settings)
+        team.shard(model)
+        aim = objective(model, team)
+        trainer = make_trainer(settings, model, aim, num_steps, team)
         run = Run(
             folder,
             trainer,
             feed,
             num_steps=num_steps,
             parameters=model.state(),
-            evaluate=(lambda: evaluate(model, aim, held_out, device)) if held_out else None,
+            evaluate=(lambda: evaluate(model, aim, held_out, team)) if held_out else None,
             say=say,
+            held=extents(model),
         )
         model.train()
         outcome = run.train()
@@ -96,63 +107,81 @@ def fit(
             tell_passed_by(feed.report, say)
         if outcome.reason == "early":
             run.load_best()
-    return Fitted(outcome, model, tokenizer, kind, held_out)
+    return Fitted(outcome, model, tokenizer, kind, held_out, team)
 
 
 # The machine and the model --------------------------------------------------------------------------------------------
 
 
-def set_up_torch(settings: TrainConfig) -> torch.device:
-    """Threads, seed and device. Raises ConfigError for a device that torch does not find."""
+def set_up_torch(settings: TrainConfig) -> Team:
+    """Threads, seed and device, for a method that one process does; a team of one.
+
+    Raises ConfigError for a device that torch does not find, UnavailableError where torchrun started several processes.
+    """
     if torch.distributed.is_torchelastic_launched():
         raise UnavailableError(
-            "this command trains in one process, and torchrun started several; start it alone (ossia.train.parallel is "
-            "for programs of your own)"
+            "this command trains in one process, and torchrun started it; start it alone. `ossia train sft` and `ossia "
+            "train dpo` run in several"
         )
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    torch.manual_seed(settings.seed)
+    return set_up_team(settings)
+
+
+def set_up_team(settings: TrainConfig) -> Team:
+    """As `set_up_torch`, for a method that several processes may do together: those that torchrun started."""
     name = settings.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.distributed.is_torchelastic_launched() and name.startswith("cuda"):
+        # A GPU for each process of a machine.
+        name = f"cuda:{torch.distributed.get_node_local_rank()}"
+    team = Team.join(_device(name))
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    # Each has other passes, and dropout of its own.
+    torch.manual_seed(settings.seed + team.rank)
+    return team
+
+
+def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
-            f"device is {settings.device!r}, where nothing can be computed: {str(error).splitlines()[0]}. Expected "
+            f"device is {name!r}, where nothing can be computed: {str(error).splitlines()[0]}. Expected "
             "cpu, or cuda where torch finds a GPU"
         ) from None
     return device
 
 
-def open_model(settings: TrainConfig, path: Path, device: torch.device) -> Model:
-    """The model with what is to be trained. Raises UnavailableError where it cannot fit."""
+def open_model(settings: TrainConfig, path: Path, team: Team) -> Model:
+    """The model with what is to be trained, not sharded yet. Raises UnavailableError where it cannot fit."""
     is_lora = settings.trainable == "lora"
     if not is_lora:
-        _check_memory(inspect_checkpoint(path).parameters.total * _BYTES_PER_NUMBER, device, settings)
+        _check_memory(inspect_checkpoint(path).parameters.total * _BYTES_PER_NUMBER, team, settings)
     with memory_errors():
         model = Model.open(
             path,
-            device=device,
-            dtype=_dtype(settings, device),
+            device=team.device,
+            dtype=_dtype(settings, team.device),
             trainable=settings.trainable,
             lora=lora_config(settings) if is_lora else None,
             checkpoint_activations=settings.recompute,
             fake_quant=settings.fake_quant,
             seed=settings.seed,
+            exchange=team.exchange,
         )
     if settings.begin_with:
-        load_parameters(model.state(), _last_weights(Path(settings.begin_with)))
+        load_parameters(model.state(), _last_weights(Path(settings.begin_with), extents(model)))
     return model
 
 
-def _last_weights(folder: Path) -> Mapping[str, Tensor]:
+def _last_weights(folder: Path, held: Mapping[str, Extent]) -> Mapping[str, Tensor]:
     checkpoints = Checkpoints(folder / "checkpoints", keep=1)
     steps = checkpoints.steps()
     if not steps:
         raise NotFoundError(f"{folder} has no checkpoint of a run to begin with")
-    return checkpoints.load(steps[-1]).trainable
+    return checkpoints.load(steps[-1], held).trainable
 
 
 def lora_config(settings: TrainConfig) -> LoraConfig:
@@ -184,7 +213,7 @@ def make_schedule(settings: TrainConfig, num_steps: int) -> Schedule:
 
 
 def make_trainer(
-    settings: TrainConfig, model: Model, objective: Objective[B], num_steps: int, device: torch.device
+    settings: TrainConfig, model: Model, objective: Objective[B], num_steps: int, team: Team
 ) -> Trainer[B]:
     """What moves all that is trained, towards an objective."""
     return Trainer(
@@ -194,13 +223,13 @@ def make_trainer(
         highest_rate=settings.highest_rate,
         clip=settings.clip,
         max_skipped=settings.max_skipped,
-        device=device,
+        team=team,
     )
 
 
 def num_trained(model: Model) -> int:
-    """Numbers that are trained."""
-    return sum(parameter.numel() for parameter in model.state().values())
+    """Numbers that are trained, by all processes together."""
+    return sum(row.num_numbers for row in model.trainable_table())
 
 
 def table(model: Model, say: Say) -> None:
@@ -233,8 +262,10 @@ def _dtype(settings: TrainConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
 
 
-def _check_memory(needed_bytes: int, device: torch.device, settings: TrainConfig) -> None:
+def _check_memory(all_bytes: int, team: Team, settings: TrainConfig) -> None:
     """Raise UnavailableError where parameters, gradients and the optimiser alone are more than there is."""
+    device = team.device
+    needed_bytes = all_bytes // (team.size if device.type == "cuda" else team.num_machines)
     free_bytes = available_bytes(device)
     if free_bytes is not None and needed_bytes > free_bytes:
         remedy = (
@@ -393,7 +424,7 @@ def reference_passes(settings: DataSettings) -> Iterator[TrainBatch]:
 
 
 def evaluate(
-    model: Model, objective: Objective[TrainBatch], passes: Sequence[TrainBatch], device: torch.device
+    model: Model, objective: Objective[TrainBatch], passes: Sequence[TrainBatch], team: Team
 ) -> dict[str, float]:
     """The objective on held-out passes, without dropout: the loss, and what else it shows."""
     weight = sum(objective.weight(one) for one in passes)
@@ -402,14 +433,15 @@ def evaluate(
     model.eval()
     try:
         with torch.no_grad(), memory_errors():
-            for one in passes:
-                terms = objective.terms(to_device(one, device))
-                loss += terms.loss_sum.item()
+            for one, counts in team.share(passes):
+                terms = objective.terms(to_device(one, team.device))
+                loss += terms.loss_sum.item() * counts
                 for name, value in terms.sums.items():
-                    sums[name] = sums.get(name, 0.0) + value
+                    sums[name] = sums.get(name, 0.0) + value * counts
     finally:
         model.train(was_training)
-    return {"loss": loss / weight} | {name: value / weight for name, value in sums.items()}
+    names = ("loss", *sums)
+    return {name: value / weight for name, value in zip(names, team.sums([loss, *sums.values()]), strict=True)}
 
 
 @contextmanager

@@ -15,7 +15,7 @@ Source: LoRA, arXiv:2106.09685.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -157,13 +157,19 @@ def pairs_off(weights: Weights) -> Iterator[None]:
             setattr(place.owner, place.attribute, lora)
 
 
-def to_adapter(weights: Weights, config: LoraConfig, name: str) -> Adapter:
-    """The pairs as they are now, as float32 arrays of their own."""
+def to_adapter(
+    weights: Weights, config: LoraConfig, name: str, whole: Mapping[str, torch.Tensor] | None = None
+) -> Adapter:
+    """The pairs as they are now, as float32 arrays of their own.
+
+    ``whole`` are the pairs' tensors by their names in `Model.state`, where this process has but a part of them.
+    """
     pairs: dict[str, LoraPair] = {}
     for place in places(weights):
         if place.lora is None:
             continue
-        a, b = (tensor.detach().to("cpu", torch.float32, copy=True).numpy() for tensor in (place.lora.a, place.lora.b))
+        pair = (place.lora.a, place.lora.b) if whole is None else (whole[f"{place.name}.a"], whole[f"{place.name}.b"])
+        a, b = (tensor.detach().to("cpu", torch.float32, copy=True).numpy() for tensor in pair)
         experts, _, part = place.name.rpartition(".")
         if part == "gate_up":
             for half, rows in zip(("gate", "up"), np.split(b, 2, axis=1), strict=True):
@@ -179,18 +185,40 @@ def set_adapter(weights: Weights, adapter: Adapter, dropout: float = 0.0) -> Non
     Gate and up of an expert get one pair for both, whose rank is that of both together where each has an ``a`` of its
     own.
     """
-    rest = dict(adapter.pairs)
-    for place in places(weights):
-        experts, _, part = place.name.rpartition(".")
-        if part == "gate_up":
-            pair = _gate_up(rest.pop(f"{experts}.gate", None), rest.pop(f"{experts}.up", None))
-        else:
-            pair = rest.pop(place.name, None)
+    for place, pair in _placed(weights, adapter):
         setattr(place.owner, place.attribute, None)
         if pair is not None:
             a, b = (torch.from_numpy(np.array(values, np.float32)) for values in (pair.a, pair.b))
             assert (*b.shape[:-1], a.shape[-1]) == place.shape, f"{place.name} is {place.shape}"
             set_pair(place, a, b, pair.scaling, 0.0 if place.target == "experts" else dropout)
+
+
+def take_scaling(weights: Weights, adapter: Adapter) -> dict[str, torch.Tensor]:
+    """The numbers of an adapter by their names in `Model.state`; their scaling is put beside the pairs that are there.
+
+    For pairs that must stay the same objects, since what shards or moves them knows them. Raises InputError where the
+    adapter has other pairs than the model.
+    """
+    numbers = {}
+    for place, pair in _placed(weights, adapter):
+        if (pair is None) != (place.lora is None):
+            raise InputError(f"adapter {adapter.name} and this model do not both have a pair for {place.name}")
+        if pair is not None and place.lora is not None:
+            place.lora.scaling = pair.scaling
+            for part, values in (("a", pair.a), ("b", pair.b)):
+                numbers[f"{place.name}.{part}"] = torch.from_numpy(np.array(values, np.float32))
+    return numbers
+
+
+def _placed(weights: Weights, adapter: Adapter) -> Iterator[tuple[Place, LoraPair | None]]:
+    """Every place with the adapter's pair for it. Raises InputError at the end where pairs are left."""
+    rest = dict(adapter.pairs)
+    for place in places(weights):
+        experts, _, part = place.name.rpartition(".")
+        if part == "gate_up":
+            yield place, _gate_up(rest.pop(f"{experts}.gate", None), rest.pop(f"{experts}.up", None))
+        else:
+            yield place, rest.pop(place.name, None)
     if rest:
         raise InputError(f"adapter {adapter.name} has pairs that match nothing in this model: {', '.join(rest)}")
 

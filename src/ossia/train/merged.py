@@ -168,6 +168,11 @@ def read_tensors(path: str | Path, config: ModelConfig) -> dict[str, Array]:
     if not path.exists():
         raise NotFoundError(f"there is no file or folder {path}. Expected a safetensors file of trained weights.")
     if path.is_dir():
+        if any(path.glob("trainable-*-of-*.safetensors")):
+            raise CheckpointError(
+                f"{path} is a checkpoint of several processes, with a part of the weights from each. Expected whole "
+                "weights: give the run's weights.safetensors, which is written at its end"
+            )
         trainable = path / "trainable.safetensors"
         files = [trainable] if trainable.is_file() else sorted(path.glob("*.safetensors"))
         if not files:

@@ -197,13 +197,21 @@ class Model(nn.Module):
         return dict(self._trained())
 
     def trainable_table(self) -> list[Row]:
-        """What is trained, one row for the tensors of all layers."""
-        total = sum(tensor.numel() for tensor in (*self.buffers(), *self.parameters())) + self._num_packed()
+        """What is trained, by all processes together, one row for the tensors of all layers."""
+        of_experts = {
+            t for layer in self.weights.layers for t in (*layer.experts.buffers(), *layer.experts.parameters())
+        }
+        num_holders = 1 if self.ops.exchange is None else self.ops.exchange.size
+
+        def size(tensor: Tensor) -> int:
+            return tensor.numel() * (num_holders if tensor in of_experts else 1)
+
+        total = sum(map(size, (*self.buffers(), *self.parameters()))) + self._num_packed()
         rows: dict[str, list[int]] = {}
         for name, tensor in self._trained():
             row = rows.setdefault(_pattern(name), [0, 0])
             row[0] += 1
-            row[1] += tensor.numel()
+            row[1] += size(tensor)
         return [Row(pattern, count, numbers, numbers / total) for pattern, (count, numbers) in rows.items()]
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -218,8 +226,6 @@ class Model(nn.Module):
     def _num_packed(self) -> int:
         config = self.config
         num_numbers = config.num_experts * config.hidden_size * config.intermediate_size
-        if self.ops.exchange is not None:
-            num_numbers //= self.ops.exchange.size
         experts = [layer.experts for layer in self.weights.layers]
         return num_numbers * sum(
             2 * (each.packed_gate_up is not None) + (each.packed_down is not None) for each in experts

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ossia.errors import CheckpointError
+from ossia.train.shards import is_sharded, local
 
 _VECTORS = ("bias", "norm", "sinks")
 _NOT_INNER = ("embedding", "router")
@@ -40,8 +41,13 @@ class Optimizer:
         inner = [name for name, p in self.named.items() if kind == "muon" and is_inner_matrix(name, p)]
         matrices = [p for name, p in self.named.items() if name not in inner and is_matrix(name, p)]
         vectors = [p for name, p in self.named.items() if name not in inner and not is_matrix(name, p)]
-        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        groups = [group for group in groups if group["params"]]
+        # Fused AdamW takes parameters that are sharded, or that are not, but no mixture.
+        groups = [
+            {"params": chosen, "weight_decay": decay}
+            for members, decay in ((matrices, weight_decay), (vectors, 0.0))
+            for sharded in (False, True)
+            if (chosen := [p for p in members if is_sharded(p) == sharded])
+        ]
         self._parts: list[torch.optim.Optimizer] = []
         if groups:
             self._parts.append(torch.optim.AdamW(groups, betas=betas, eps=epsilon, fused=True))
@@ -61,9 +67,9 @@ class Optimizer:
             parameter.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """What the optimiser remembers: ``parameter name/what`` to a tensor."""
+        """What the optimiser remembers of what this process holds: ``parameter name/what`` to a tensor."""
         return {
-            f"{name}/{key}": value
+            f"{name}/{key}": local(value)
             for name, parameter in self.named.items()
             for part in self._parts
             for key, value in part.state.get(parameter, {}).items()
@@ -88,8 +94,9 @@ class Optimizer:
             # Fused AdamW counts its steps where the parameter lies, and takes for granted that what it remembers of a
             # parameter has its strides.
             laid = value.to(parameter.device)
-            if laid.shape == parameter.shape:
-                laid = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            if laid.shape == local(parameter).shape:
+                laid = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
+                local(laid).copy_(value)
             owners[id(parameter)].state[parameter][what] = laid
 
 
@@ -112,11 +119,24 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         momentum = state["momentum"].lerp_(gradient, 1 - group["momentum"])
-        update = orthogonalize(torch.lerp(gradient, momentum, group["momentum"]))
+        update = _orthogonalized(torch.lerp(gradient, momentum, group["momentum"]))
         # An update of AdamW has a root mean square of about 0.2; an orthogonal one of 1 / sqrt(larger side).
         scale = 0.2 * math.sqrt(max(parameter.shape[-2:]))
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(update.to(parameter.dtype), alpha=-group["lr"] * scale)
+
+
+def _orthogonalized(moved_OI: Tensor) -> Tensor:
+    """`orthogonalize`, of a sharded matrix as a whole: each process does it and keeps its rows."""
+    if not is_sharded(moved_OI):
+        return orthogonalize(moved_OI)
+    # Imported here, as `Team.shard` does it.
+    from torch.distributed.tensor import DTensor, Replicate
+
+    assert isinstance(moved_OI, DTensor)
+    whole_OI: Any = orthogonalize(moved_OI.redistribute(placements=[Replicate()]))
+    part_OI: Tensor = whole_OI.redistribute(placements=moved_OI.placements)
+    return part_OI
 
 
 def orthogonalize(g_OI: Tensor) -> Tensor:

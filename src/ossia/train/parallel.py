@@ -1,72 +1,120 @@
-"""Several processes that train one model together: torchrun --nproc-per-node 2 ...
+"""Several processes that train one model together: torchrun --nproc-per-node 2 -m ossia train sft ...
 
     passes      every process computes its own; gradients are added over all of them
     experts     each process holds a share of every layer's; tokens travel to their experts and back
     the rest    trained parameters are sharded (FSDP2): a sublayer's are gathered while it is computed; frozen weights
                 lie in the mapped checkpoint, or on every device
-    checkpoint  each process writes what it holds; any number of processes reads it
+    files       the first process alone writes the log and the result; of a checkpoint each writes what it holds
 
-Over gloo on CPUs, over NCCL on GPUs. All processes must compute the same number of passes: `Team.share` sees to that.
+Over gloo on CPUs, over NCCL on GPUs. A process that torchrun did not start is a team of one, in which nothing travels.
+All processes must do the same in the same order: `Team.share` and `Team.first` see to that.
 
 Source: FSDP2, `torch.distributed.fsdp.fully_shard`.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Self, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
-from ossia.errors import CheckpointError
-from ossia.model.safetensors_file import DTYPES, header_bytes, map_file, read_header
+from ossia.errors import OssiaError, UnavailableError
 from ossia.ops.autograd import Experts
 from ossia.train.module import Model
+from ossia.train.shards import Extent, is_sharded, local
 
-B = TypeVar("B")
+T = TypeVar("T")
 
-
-class Extent(NamedTuple):
-    """Which rows of a whole tensor a process holds."""
-
-    first: int
-    shape: tuple[int, ...]  # of the whole
+# The others wait while the first process reads all data. One that has ended is told by torchrun, not by the clock.
+_LONGEST_WAIT = timedelta(days=1)
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Team:
-    """The processes of a run, seen from one of them. An `ossia.ops.autograd.Exchange`."""
+    """The processes of a run, seen from one of them. An `ossia.ops.autograd.Exchange`.
 
-    rank: int
-    size: int
-    device: torch.device
-    mesh: DeviceMesh | None
+    As a context it waits for the others at its end, and names the process in an error.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = _CPU
+    num_machines: int = 1
+    mesh: DeviceMesh | None = None
 
     @classmethod
-    def join(cls, device: str = "cpu") -> Team | None:
-        """The team that torchrun made this process a part of; None where it was started alone."""
+    def join(cls, device: torch.device = _CPU) -> Team:
+        """The team that torchrun made this process a part of; a team of one where it was started alone."""
         if not dist.is_torchelastic_launched():
-            return None
-        if device == "cuda":
-            torch.cuda.set_device(dist.get_node_local_rank())
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if device == "cuda" else "gloo")
-        mesh = init_device_mesh(device, (dist.get_world_size(),))
-        return cls(dist.get_rank(), dist.get_world_size(), torch.device(device), mesh)
+            return cls(device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_LONGEST_WAIT)
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        team = cls(dist.get_rank(), dist.get_world_size(), device, mesh=mesh)
+        (num_machines,) = team.sums([dist.get_node_local_rank() == 0])
+        return replace(team, num_machines=int(num_machines))
 
-    def leave(self) -> None:
-        """Wait for the others and part."""
-        dist.barrier()
-        dist.destroy_process_group()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.mesh is None:
+            return
+        if error is None:
+            dist.barrier()
+            dist.destroy_process_group()
+        elif self.size > 1 and isinstance(error, OssiaError):
+            error.message = f"process {self.rank + 1} of {self.size}: {error.message}"
+        elif isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+            raise UnavailableError(
+                f"process {self.rank + 1} of {self.size}: another process of the run has ended; it says why itself"
+            ) from error
+
+    @property
+    def exchange(self) -> Team | None:
+        """What a model that this team trains is opened with."""
+        return self if self.size > 1 else None
+
+    # What is agreed upon ---------------------------------------------------------------------------------------------
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def first(self, make: Callable[[], T]) -> T:
+        """What the first process makes, on all of them; its error ends them all. It must be picklable."""
+        if self.size == 1:
+            return make()
+        told: list[Any] = [False, None]
+        try:
+            if self.rank == 0:
+                told = [True, make()]
+        finally:
+            dist.broadcast_object_list(told, device=self.device)
+        if not told[0]:
+            raise UnavailableError("the first process has ended with an error; its own message says which")
+        made: T = told[1]
+        return made
+
+    def each(self, value: T) -> list[T]:
+        """What every process has, in their order, on all of them. It must be picklable."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
 
     # What travels ---------------------------------------------------------------------------------------------------
 
@@ -86,11 +134,13 @@ class Team:
 
     def sums(self, values: Sequence[float]) -> list[float]:
         """Numbers added over all processes."""
+        if self.size == 1:
+            return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return [float(value) for value in total.tolist()]
 
-    def share(self, passes: Sequence[B]) -> list[tuple[B, bool]]:
+    def share(self, passes: Sequence[T]) -> list[tuple[T, bool]]:
         """This process's passes, and whether each counts: where they do not divide alike, one is computed for nothing.
 
         A pass that does not count must go through the model, forward and backward, with weights of 0: the others wait
@@ -107,13 +157,19 @@ class Team:
 
         From then on its public methods gather what they need; `Model.state` gives each process its own part.
         """
+        if self.size == 1:
+            return
+        # Imported here: it takes a second, which one process alone does not need.
+        from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
         of_experts = {parameter for layer in model.weights.layers for parameter in layer.experts.parameters()}
         for layer in model.layers:
             for sublayer in layer.children():
                 if any(parameter not in of_experts for parameter in sublayer.parameters()):
                     fully_shard(sublayer, mesh=self.mesh, ignored_params=of_experts)
         if any(parameter not in of_experts for parameter in model.parameters()):
-            fully_shard(model, mesh=self.mesh, ignored_params=of_experts)
+            # By default what is left for the model itself would stay gathered after a forward pass without gradients.
+            fully_shard(model, mesh=self.mesh, ignored_params=of_experts, reshard_after_forward=True)
             for name in ("hidden", "logprobs", "logprobs_of"):
                 register_fsdp_forward_method(model, name)
         for module in model.modules():
@@ -123,11 +179,32 @@ class Team:
                 module.set_force_sum_reduction_for_comms(True)
 
     def total_norm(self, gradients: Iterable[Tensor]) -> Tensor:
-        """The norm of all gradients of all processes, of which each holds a part."""
-        parts = [local(gradient).double().square().sum() for gradient in gradients]
-        total = torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
+        """The norm of all gradients of all processes, of which each holds a part, float64."""
+        parts = [torch.linalg.vector_norm(local(gradient), dtype=torch.float64) for gradient in gradients]
+        total = torch.stack(parts).square().sum() if parts else torch.zeros((), dtype=torch.float64, device=self.device)
+        if self.size > 1:
+            dist.all_reduce(total)
         return total.sqrt()
+
+    def whole(self, tensors: Mapping[str, Tensor], held: Mapping[str, Extent]) -> dict[str, Tensor]:
+        """Tensors put together from all processes, for the first one, on the CPU; for the others nothing.
+
+        ``held`` are the extents of what this process has of them.
+        """
+        if self.size == 1:
+            return dict(tensors)
+        found = {}
+        for name, tensor in tensors.items():
+            gathered = tensor.detach()
+            if is_sharded(gathered):
+                gathered = gathered.full_tensor()  # type: ignore[attr-defined]
+            elif gathered.shape != held[name].shape:
+                # Experts, of which every process holds as many.
+                gathered = gathered.new_empty(held[name].shape)
+                dist.all_gather_into_tensor(gathered, tensor.detach().contiguous())
+            if self.rank == 0:
+                found[name] = gathered.to("cpu", copy=True)
+        return found
 
 
 class _Exchanged(torch.autograd.Function):
@@ -147,91 +224,22 @@ def _exchange(rows: Tensor, to_others: list[int], from_others: list[int]) -> Ten
     return out
 
 
-def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-# Checkpoints that any number of processes reads -----------------------------------------------------------------------
-
-
 def extents(model: Model) -> dict[str, Extent]:
     """Of every trained tensor, by its name in `Model.state`: the rows that this process holds."""
     held: dict[str, Experts] = {f"layers.{i}.experts": layer.experts for i, layer in enumerate(model.weights.layers)}
     result = {}
     for name, parameter in model.state().items():
+        num_rows = len(local(parameter))
         experts = held.get(".".join(name.split(".")[:3]))
         if experts is not None:
-            result[name] = Extent(experts.first, (experts.num_experts, *parameter.shape[1:]))
-        elif isinstance(parameter, DTensor):
-            mesh = parameter.device_mesh
+            result[name] = Extent(experts.first, num_rows, (experts.num_experts, *parameter.shape[1:]))
+        elif is_sharded(parameter):
+            mesh = parameter.device_mesh  # type: ignore[attr-defined]
             # Rows are dealt out as torch.chunk does it.
             step = -(-parameter.shape[0] // mesh.size())
-            first = min(step * mesh.get_local_rank(), parameter.shape[0])
-            result[name] = Extent(first, tuple(parameter.shape))
+            result[name] = Extent(
+                min(step * mesh.get_local_rank(), parameter.shape[0]), num_rows, tuple(parameter.shape)
+            )
         else:
-            result[name] = Extent(0, tuple(parameter.shape))
+            result[name] = Extent(0, num_rows, tuple(parameter.shape))
     return result
-
-
-def write_shard(folder: Path, name: str, tensors: Mapping[str, Tensor], held: Mapping[str, Extent], team: Team) -> Path:
-    """Write what this process holds of some tensors as ``folder``/NAME-00001-of-00002.safetensors.
-
-    ``held`` tells the rows of each; those that every process holds whole are written by the first alone.
-    """
-    path = folder / f"{name}-{team.rank + 1:05}-of-{team.size:05}.safetensors"
-    own = {}
-    for key, tensor in tensors.items():
-        part, extent = local(tensor.detach()), held[key]
-        is_whole = tuple(part.shape) == extent.shape
-        if part.numel() and (not is_whole or team.rank == 0):
-            own[key] = (part.to("cpu").contiguous(), extent)
-    whole = {key: list(extent.shape) for key, (_, extent) in own.items()}
-    first = {key: extent.first for key, (_, extent) in own.items()}
-    ordered = dict(sorted(own.items(), key=lambda item: -item[1][0].element_size()))
-    with open(path, "wb") as file:
-        file.write(header_bytes({key: (_NAMES[part.dtype], tuple(part.shape)) for key, (part, _) in ordered.items()}))
-        for part, _ in ordered.values():
-            file.write(part.numpy().tobytes())
-    index = {"files": team.size, "first": first, "shape": whole}
-    path.with_suffix(".json").write_text(json.dumps(index) + "\n", encoding="utf-8")
-    return path
-
-
-def read_shards(folder: Path, name: str, into: Mapping[str, Tensor], held: Mapping[str, Extent]) -> None:
-    """Fill what this process holds of some tensors, whatever the number of processes that wrote them.
-
-    Raises CheckpointError when files are missing or a tensor is not whole.
-    """
-    paths = sorted(folder.glob(f"{name}-*-of-*.json"))
-    indices = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    if not paths or any(index["files"] != len(paths) for index in indices):
-        expected = indices[0]["files"] if indices else "some"
-        raise CheckpointError(f"{folder} holds {len(paths)} shards of {name}; expected {expected}. Copy it again.")
-    files = [path.with_suffix(".safetensors") for path in paths]
-    opened = [(index, read_header(file), map_file(file)) for index, file in zip(indices, files, strict=True)]
-    with torch.no_grad():
-        for key, tensor in into.items():
-            part, extent = local(tensor), held[key]
-            if not part.numel():
-                continue
-            end = extent.first + part.shape[0]
-            filled = 0
-            for index, header, mapped in opened:
-                if key not in header:
-                    continue
-                if tuple(index["shape"][key]) != extent.shape:
-                    raise CheckpointError(f"{folder}: {key} has shape {index['shape'][key]}; expected {extent.shape}.")
-                entry = header[key]
-                values = mapped[entry.offset : entry.offset + entry.size_bytes].view(DTYPES[entry.dtype])
-                first = index["first"][key]
-                low, high = max(first, extent.first), min(first + entry.shape[0], end)
-                if low < high:
-                    rows = torch.from_numpy(np.array(values.reshape(entry.shape)[low - first : high - first]))
-                    part[low - extent.first : high - extent.first] = rows.to(part.device, part.dtype)
-                    filled += high - low
-            if filled != part.shape[0]:
-                raise CheckpointError(f"{folder}: {filled} of {part.shape[0]} rows of {key} are there. Copy it again.")
-
-
-_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

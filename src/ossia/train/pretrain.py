@@ -73,23 +73,23 @@ class PretrainConfig(TrainConfig):
 
 def pretrain(settings: PretrainConfig, *, resume: bool = False, say: Say) -> tuple[Outcome, Model]:
     """Train; checkpoints and metrics go into ``settings.out``. Raises OssiaError, saying what to do."""
-    device = set_up_torch(settings)
+    team = set_up_torch(settings)
     path = resolve_model(settings.model)
     tokenizer = Checkpoint.open(path).tokenizer()
     mix = make_mix(list(settings.tasks))
     with RunFolder(settings, resume=resume, inputs={"model": fingerprint(path)}) as folder:
-        model = open_model(settings, path, device)
+        model = open_model(settings, path, team)
         table(model, say)
         objective = Likelihood(model, settings.balance_weight)
         held_out = _held_out(settings, mix, tokenizer)
-        trainer = make_trainer(settings, model, objective, settings.steps, device)
+        trainer = make_trainer(settings, model, objective, settings.steps, team)
         run = Run(
             folder,
             trainer,
             TaskFeed(settings, mix, tokenizer),
             num_steps=settings.steps,
             parameters=model.state(),
-            evaluate=(lambda: evaluate(model, objective, held_out, device)) if held_out else None,
+            evaluate=(lambda: evaluate(model, objective, held_out, team)) if held_out else None,
             say=say,
         )
         model.train()

@@ -11,7 +11,7 @@ with; and it answers a few questions.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ossia.errors import TrainingError, UnavailableError
 from ossia.harmony import Message, Role, SystemContent, Tokenizer, render_for_completion
@@ -26,13 +27,17 @@ from ossia.local import load
 from ossia.model.adapter import read_adapter, write_adapter
 from ossia.model.hub import resolve_model
 from ossia.ops import Batch
-from ossia.train.checkpoint import read_tensors, sync_tree, write_tensors
+from ossia.train.checkpoint import sync_tree
 from ossia.train.config import DataSettings, TrainConfig
-from ossia.train.fit import Fitted, lora_config, sample_passes
-from ossia.train.lora import pairs_off, set_adapter, to_adapter
+from ossia.train.data import TrainBatch
+from ossia.train.fit import Fitted, Kind, fit, lora_config, sample_passes, set_up_team
+from ossia.train.lora import pairs_off, take_scaling, to_adapter
 from ossia.train.losses import kl_sum
 from ossia.train.module import Model
-from ossia.train.run import Say, load_parameters
+from ossia.train.parallel import Team, extents
+from ossia.train.run import Outcome, Say, load_parameters
+from ossia.train.shards import read_shards, write_tensors
+from ossia.train.trainer import Objective
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,21 +61,50 @@ class Trial(NamedTuple):
     answers: tuple[tuple[str, str], ...]  # questions and what the result said
 
 
-def write_result(model: Model, settings: TrainConfig, say: Say) -> Path:
-    """Write what was trained into ``settings.out`` and return where. Raises UnavailableError when the disk refuses."""
+def fit_and_try(
+    settings: DataSettings,
+    kind: Kind,
+    objective: Callable[[Model, Team], Objective[TrainBatch]],
+    *,
+    resume: bool,
+    say: Say,
+) -> Outcome:
+    """`fit`, then write the result and try it; by this process alone, or together with others of torchrun."""
+    with set_up_team(settings) as team:
+        told = say if team.rank == 0 else _tell_nothing
+        fitted = fit(settings, kind, objective, team, resume=resume, say=told)
+        if not fitted.outcome.is_interrupted:
+            write_result(fitted.model, settings, told, team)
+            try_result(fitted, settings, told)
+    return fitted.outcome
+
+
+def _tell_nothing(text: str) -> None:
+    """For processes whose first one speaks for all."""
+
+
+def write_result(model: Model, settings: TrainConfig, say: Say, team: Team | None = None) -> Path:
+    """Write what was trained into ``settings.out`` and return where. Raises UnavailableError when the disk refuses.
+
+    All processes of ``team`` give what they hold, and the first one writes.
+    """
+    team = team or Team()
+    whole = team.whole(model.state(), extents(model))
+    return team.first(lambda: _write(model, whole, settings, say))
+
+
+def _write(model: Model, whole: Mapping[str, Tensor], settings: TrainConfig, say: Say) -> Path:
     out = Path(settings.out)
     try:
         if settings.trainable == "lora":
-            adapter = to_adapter(model.weights, lora_config(settings), out.name)
+            adapter = to_adapter(model.weights, lora_config(settings), out.name, whole)
             path = write_adapter(out / ADAPTER, adapter, model.config, base_model_name=settings.model)
             sync_tree(path)
             say(f"the adapter is in {path}; `ossia serve --model {settings.model} --adapter NAME={path}` serves it")
         else:
             path = out / WEIGHTS
             partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-            write_tensors(partial, model.state())
-            with open(partial, "rb") as file:
-                os.fsync(file.fileno())
+            write_tensors(partial, whole)
             partial.replace(path)
             say(f"the weights are in {path}; `ossia export NEW --base {settings.model} --weights {path}` makes a model")
     except OSError as error:
@@ -83,7 +117,7 @@ def write_result(model: Model, settings: TrainConfig, say: Say) -> Path:
 
 def try_result(fitted: Fitted, settings: DataSettings, say: Say) -> Trial:
     """Read the result again, compare it and ask it. Raises TrainingError when it is not what was trained."""
-    model, tokenizer = fitted.model, fitted.tokenizer
+    model, tokenizer, team = fitted.model, fitted.tokenizer, fitted.team
     model.eval()
     with torch.no_grad():
         samples = fitted.held_out or sample_passes(settings, fitted.kind, tokenizer)
@@ -97,15 +131,15 @@ def try_result(fitted: Fitted, settings: DataSettings, say: Say) -> Trial:
                 f"the result in {settings.out} is not the model that was trained: read again, its logits differ by up "
                 f"to {difference:.3g}. Do not use it; --resume writes it again from the last checkpoint"
             )
-        with _model_before(model, settings) as before:
+        with _model_before(model, settings, team) as before:
             kl = (kl_sum(read_RV, before(batch)) / len(read_RV)).item()
         where = "held-out rows" if fitted.held_out else "rows of the data"
         say(f"read again, it is the same; KL to the model before, on {where}: {kl:.4f} nats a token")
         prompts = _prompts(settings, tokenizer, samples[0].batch) if settings.prompt_tokens else []
         if settings.trainable == "lora":
-            answers = ask_engine(settings, prompts)
+            answers = team.first(lambda: ask_engine(settings, prompts))
         else:
-            answers = [greedy(model, prompt, settings.prompt_tokens, tokenizer.stop_ids) for prompt in prompts]
+            answers = [greedy(model, prompt, settings.prompt_tokens, tokenizer.stop_ids, team) for prompt in prompts]
     shown = [(_shown(tokenizer.decode(p)), tokenizer.decode(a)) for p, a in zip(prompts, answers, strict=True)]
     for question, answer in shown:
         say(f"asked   ...{question}")
@@ -130,11 +164,16 @@ def ask_engine(settings: DataSettings, prompts: Sequence[Sequence[int]]) -> list
     return answers
 
 
-def greedy(model: Model, prompt: Sequence[int], max_tokens: int, stop_ids: Sequence[int]) -> list[int]:
+def greedy(
+    model: Model, prompt: Sequence[int], max_tokens: int, stop_ids: Sequence[int], team: Team | None = None
+) -> list[int]:
     """The likeliest next token again and again, a stop included; the trainer computes all anew for each."""
+    team = team or Team()
     token_ids = list(prompt)
     for _ in range(max_tokens):
-        token_ids.append(int(model(_last_row(token_ids))[0].argmax()))
+        likeliest = model(_last_row(token_ids))[0].argmax()
+        # Of two tokens that are as likely, processes might take another one each.
+        token_ids.append(int(team.first(likeliest.item)))
         if token_ids[-1] in stop_ids:
             break
     return token_ids[len(prompt) :]
@@ -142,21 +181,23 @@ def greedy(model: Model, prompt: Sequence[int], max_tokens: int, stop_ids: Seque
 
 def _read_again(model: Model, settings: TrainConfig) -> None:
     """Put what is on the disk in the place of what was trained."""
-    out = Path(settings.out)
+    out, held = Path(settings.out), extents(model)
     if settings.trainable == "lora":
-        set_adapter(model.weights, read_adapter(out / ADAPTER, model.config))
+        whole = take_scaling(model.weights, read_adapter(out / ADAPTER, model.config))
+        load_parameters(model.state(), {name: held[name].of(tensor) for name, tensor in whole.items()})
     else:
-        load_parameters(model.state(), read_tensors(out / WEIGHTS))
+        load_parameters(model.state(), read_shards(out, Path(WEIGHTS).stem, held))
 
 
 @contextmanager
-def _model_before(model: Model, settings: TrainConfig) -> Iterator[Model]:
+def _model_before(model: Model, settings: TrainConfig, team: Team) -> Iterator[Model]:
     """The model that training began with."""
     if settings.trainable == "lora":
         with pairs_off(model.weights):
             yield model
     else:
-        yield Model.open(resolve_model(settings.model), device=model.ops.device, dtype=model.ops.dtype)
+        device, dtype = model.ops.device, model.ops.dtype
+        yield Model.open(resolve_model(settings.model), device=device, dtype=dtype, exchange=team.exchange)
 
 
 def _few_rows(batch: Batch) -> Batch:

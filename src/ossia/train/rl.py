@@ -16,7 +16,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from ossia.model.hub import resolve_model
 from ossia.train.actor import Actor
@@ -25,6 +24,7 @@ from ossia.train.curves import draw_curves
 from ossia.train.fit import fingerprint, make_optimizer, make_schedule, open_model, set_up_torch, table
 from ossia.train.lora import pairs_off
 from ossia.train.module import Model
+from ossia.train.parallel import Team
 from ossia.train.policy import (
     Batched,
     Floats,
@@ -49,12 +49,12 @@ _EVALUATION = -1
 
 def rl(settings: RlConfig, *, resume: bool, say: Say) -> Outcome:
     """Train as the settings say. Raises the errors of the tasks, the model and the run, each saying what to do."""
-    device = set_up_torch(settings)
+    team = set_up_torch(settings)
     mix = make_mix(settings.task, settings.options_of_task, settings.effort_weights)
     path = resolve_model(settings.model)
     with ExitStack() as stack:
         folder = stack.enter_context(RunFolder(settings, resume=resume, inputs={"model": fingerprint(path)}))
-        model = open_model(settings, path, device)
+        model = open_model(settings, path, team)
         table(model, say)
         actor = Actor(path, settings, model)
         rollouts = stack.enter_context(
@@ -74,10 +74,10 @@ def rl(settings: RlConfig, *, resume: bool, say: Say) -> Outcome:
             settings,
             average=settings.average,
             reuse=settings.reuse,
-            reference=reference_logprobs(settings, path, model, objective, device) if settings.kl else None,
-            device=device,
+            reference=reference_logprobs(settings, path, model, objective, team) if settings.kl else None,
+            device=team.device,
         )
-        trainer = make_policy_trainer(settings, model, objective, device)
+        trainer = make_policy_trainer(settings, model, objective, team)
         trainer.numbers = lambda: feed.numbers
         run = Run(
             folder,
@@ -100,7 +100,7 @@ def rl(settings: RlConfig, *, resume: bool, say: Say) -> Outcome:
 
 
 def make_policy_trainer(
-    settings: RolloutSettings, model: Model, objective: PolicyObjective, device: torch.device
+    settings: RolloutSettings, model: Model, objective: PolicyObjective, team: Team
 ) -> PolicyTrainer:
     return PolicyTrainer(
         objective,
@@ -109,7 +109,7 @@ def make_policy_trainer(
         highest_rate=settings.highest_rate,
         clip=settings.clip,
         max_skipped=settings.max_skipped,
-        device=device,
+        team=team,
     )
 
 
@@ -126,19 +126,19 @@ def objective_of(settings: RlConfig) -> Objective:
 
 
 def reference_logprobs(
-    settings: RolloutSettings, path: Path, model: Model, objective: PolicyObjective, device: torch.device
+    settings: RolloutSettings, path: Path, model: Model, objective: PolicyObjective, team: Team
 ) -> Callable[[PolicyPass], Floats]:
     """Log-probabilities under the model that training began with: LoRA's without the pairs, else a second model."""
     if settings.trainable == "lora":
 
         def without(batch: PolicyPass) -> Floats:
             with pairs_off(model.weights):
-                return objective.logprobs(batch, device)
+                return objective.logprobs(batch, team.device)
 
         return without
-    frozen = open_model(settings, path, device).requires_grad_(False)
+    frozen = open_model(settings, path, team).requires_grad_(False)
     reference = PolicyObjective(frozen, objective.objective, temperature=objective.temperature)
-    return lambda batch: reference.logprobs(batch, device)
+    return lambda batch: reference.logprobs(batch, team.device)
 
 
 # Rollouts to lessons -------------------------------------------------------------------------------------------------

@@ -9,6 +9,9 @@
 A run that was killed at any moment and is resumed writes the same loss curve, bit for bit, as one that was not: a
 checkpoint holds the parameters, the optimiser, the random states and the position in the data, and the log takes back
 the lines of steps that are done again.
+
+Several processes go through a run together: what one decides, all decide. The first alone locks the folder and writes
+the log; of a checkpoint each writes what it holds.
 """
 
 from __future__ import annotations
@@ -32,7 +35,9 @@ from torch import Tensor
 from ossia.errors import ConfigError, InputError
 from ossia.train.checkpoint import Checkpoints, Snapshot, open_run_folder
 from ossia.train.config import TrainConfig, as_dict, changed_settings
-from ossia.train.metrics import Metrics, Progress, open_sinks
+from ossia.train.metrics import Metrics, NoMetrics, Progress, open_sinks
+from ossia.train.parallel import Team
+from ossia.train.shards import Extent, local
 from ossia.train.trainer import B, StepReport, Trainer, random_state, set_random_state
 
 Say = Callable[[str], None]
@@ -72,9 +77,11 @@ class Outcome:
 
 
 class RunFolder:
-    """The folder of a run, held by one process at a time."""
+    """The folder of a run, held by one process at a time; for all of ``team`` by the first of them."""
 
-    def __init__(self, settings: TrainConfig, *, resume: bool, inputs: Mapping[str, str]) -> None:
+    def __init__(
+        self, settings: TrainConfig, *, resume: bool, inputs: Mapping[str, str], team: Team | None = None
+    ) -> None:
         """Open or begin. ``inputs`` name the model and the data by their content, so that a change is seen.
 
         Raises InputError for a folder that has a run which is not to be resumed, or that another process is using,
@@ -83,7 +90,13 @@ class RunFolder:
         self.path = Path(settings.out)
         self.settings = settings
         self.inputs = dict(inputs)
-        self.checkpoints = Checkpoints(self.path / "checkpoints", keep=settings.keep)
+        self.team = team or Team()
+        self.checkpoints = Checkpoints(self.path / "checkpoints", keep=settings.keep, team=self.team)
+        self._lock: IO[bytes] | None = None
+        self.resumed: Mapping[str, Any] | None = self.team.first(lambda: self._open(resume=resume))
+
+    def _open(self, *, resume: bool) -> Mapping[str, Any] | None:
+        """The state of the checkpoint to go on from, if any."""
         steps = self.checkpoints.steps()
         if steps and not resume:
             raise InputError(
@@ -92,18 +105,21 @@ class RunFolder:
             )
         open_run_folder(self.path, needed_bytes=0)
         self._lock = self._locked()
-        self.resumed: Snapshot | None = self.checkpoints.load(steps[-1]) if steps else None
-        if self.resumed is not None:
-            self._check_same(self.resumed.state)
-        (self.path / "settings.json").write_text(json.dumps(as_dict(settings), indent=1) + "\n", encoding="utf-8")
+        resumed = self.checkpoints.state(steps[-1]) if steps else None
+        if resumed is not None:
+            self._check_same(resumed)
+        text = json.dumps(as_dict(self.settings), indent=1) + "\n"
+        (self.path / "settings.json").write_text(text, encoding="utf-8")
+        return resumed
 
     def check_space(self, needed_bytes: int) -> None:
         """Raise UnavailableError unless this much can still be written."""
-        open_run_folder(self.path, needed_bytes=needed_bytes)
+        self.team.first(lambda: open_run_folder(self.path, needed_bytes=needed_bytes))
 
     def close(self) -> None:
         """Let another process have it."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def __enter__(self) -> Self:
         return self
@@ -149,22 +165,26 @@ class Run(Generic[B]):
         parameters: Mapping[str, Tensor],
         evaluate: Evaluate | None,
         say: Say,
+        held: Mapping[str, Extent] | None = None,
     ) -> None:
+        """``held`` tells which rows of the parameters this process has; None: all."""
         self.folder = folder
+        self.team = folder.team
         self.settings = folder.settings
         self.trainer = trainer
         self.feed = feed
         self.num_steps = num_steps
         self.parameters = parameters
+        self.held = held
         self.evaluate = evaluate
         self.say = say
         self.num_tokens = 0
         self.best: tuple[float, int] | None = None
         self.num_worse = 0
         self.loss: float | None = None
-        self._evaluated_step = -1
+        self._evaluated_step = self._saved_step = -1
         if folder.resumed is not None:
-            self._restore(folder.resumed)
+            self._restore(folder.checkpoints.load(folder.resumed["step"], held))
 
     def train(self) -> Outcome:
         """Go on to the last step, an early end, or an interruption; the last step is saved in each case.
@@ -173,15 +193,10 @@ class Run(Generic[B]):
         """
         with ExitStack() as stack:
             interrupts = stack.enter_context(Interrupts(self.say))
-            sinks = open_sinks(
-                self.folder.path,
-                self.folder.path.name,
-                tensorboard=self.settings.tensorboard,
-                wandb=self.settings.wandb,
-            )
-            metrics = Metrics(self.folder.path / "metrics.jsonl", last_step=self.trainer.num_steps_done, sinks=sinks)
+            metrics = self._open_metrics()
             stack.callback(metrics.close)
-            progress = stack.enter_context(Progress(self.num_steps, self.trainer.num_steps_done))
+            is_shown = None if self.team.rank == 0 else False
+            progress = stack.enter_context(Progress(self.num_steps, self.trainer.num_steps_done, is_shown=is_shown))
             reason = self._loop(metrics, progress, interrupts)
         step = self.trainer.num_steps_done
         return Outcome(self.folder.path, step, self.loss, reason, self.best[1] if self.best else None)
@@ -194,10 +209,17 @@ class Run(Generic[B]):
         """Put the parameters of the best checkpoint in place, if any evaluation was finite."""
         if self.best is None:
             return
-        load_parameters(self.parameters, self.folder.checkpoints.load(self.best[1]).trainable)
+        load_parameters(self.parameters, self.folder.checkpoints.load(self.best[1], self.held).trainable)
+
+    def _open_metrics(self) -> Metrics | NoMetrics:
+        if self.team.rank:
+            return NoMetrics()
+        path, settings = self.folder.path, self.settings
+        sinks = open_sinks(path, path.name, tensorboard=settings.tensorboard, wandb=settings.wandb)
+        return Metrics(path / "metrics.jsonl", last_step=self.trainer.num_steps_done, sinks=sinks)
 
     def _loop(
-        self, metrics: Metrics, progress: Progress, interrupts: Interrupts
+        self, metrics: Metrics | NoMetrics, progress: Progress, interrupts: Interrupts
     ) -> Literal["done", "early", "interrupted"]:
         if self.trainer.num_steps_done == 0 and self.evaluate is not None:
             # What the model can do before: the curve's first point.
@@ -229,7 +251,7 @@ class Run(Generic[B]):
         return "done"
 
     def _after_step(
-        self, metrics: Metrics, progress: Progress, interrupts: Interrupts
+        self, metrics: Metrics | NoMetrics, progress: Progress, interrupts: Interrupts
     ) -> Literal["early", "interrupted"] | None:
         step = self.trainer.num_steps_done
         is_better = False
@@ -237,9 +259,11 @@ class Run(Generic[B]):
             is_better = self._evaluate(metrics, progress)
         is_early = self._has_lost_patience
         is_due = bool(self.settings.save_every) and step % self.settings.save_every == 0
-        if is_due or is_better or is_early or interrupts.is_wanted:
+        # A signal reaches one process sooner than another.
+        is_interrupted = any(self.team.sums([interrupts.is_wanted]))
+        if is_due or is_better or is_early or is_interrupted:
             self._save(metrics, progress)
-        if interrupts.is_wanted:
+        if is_interrupted:
             self.say(f"stopped after step {step} of {self.num_steps}; the same command with --resume goes on")
             return "interrupted"
         if is_early:
@@ -248,14 +272,14 @@ class Run(Generic[B]):
             return "early"
         return None
 
-    def _finish(self, metrics: Metrics, progress: Progress) -> None:
+    def _finish(self, metrics: Metrics | NoMetrics, progress: Progress) -> None:
         step = self.trainer.num_steps_done
         if self.evaluate is not None and self._evaluated_step != step:
             self._evaluate(metrics, progress)
-        if step not in self.folder.checkpoints.steps():
+        if self._saved_step != step:
             self._save(metrics, progress)
 
-    def _evaluate(self, metrics: Metrics, progress: Progress) -> bool:
+    def _evaluate(self, metrics: Metrics | NoMetrics, progress: Progress) -> bool:
         """Whether the held-out loss is the lowest so far, of any step but the first state."""
         assert self.evaluate is not None
         progress.describe("evaluating")
@@ -272,7 +296,7 @@ class Run(Generic[B]):
             self.best = (numbers["loss"], step)
         return is_better
 
-    def _save(self, metrics: Metrics, progress: Progress) -> None:
+    def _save(self, metrics: Metrics | NoMetrics, progress: Progress) -> None:
         progress.describe("saving")
         metrics.sync()
         trainer = self.trainer
@@ -290,37 +314,44 @@ class Run(Generic[B]):
             "evaluated_step": self._evaluated_step,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
+            "processes": self.team.size,
         }
         snapshot = Snapshot(state, self.parameters, trainer.optimizer.state(), random_state())
-        self.folder.checkpoints.save(snapshot, best_step=self.best[1] if self.best else None)
+        self.folder.checkpoints.save(snapshot, best_step=self.best[1] if self.best else None, held=self.held)
+        self._saved_step = trainer.num_steps_done
         progress.describe("training")
 
     def _restore(self, snapshot: Snapshot) -> None:
         state = snapshot.state
         load_parameters(self.parameters, snapshot.trainable)
         self.trainer.optimizer.load_state(snapshot.optimizer)
-        self.trainer.num_steps_done = state["step"]
+        self.trainer.num_steps_done = self._saved_step = state["step"]
         self.trainer.num_skipped = state["num_skipped"]
         self.feed.seek(state["position"])
         self.num_tokens, self.loss = state["num_tokens"], state["loss"]
         self.best = tuple(state["best"]) if state["best"] else None
         self.num_worse, self._evaluated_step = state["num_worse"], state["evaluated_step"]
         set_random_state(snapshot.random)
-        here = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+        here = {"threads": torch.get_num_threads(), "torch": torch.__version__, "processes": self.team.size}
+        before = {"processes": 1, **state}
         for name, value in here.items():
-            if state[name] != value:
-                self.say(f"{name} was {state[name]}, now {value}: the last digits of the loss may differ")
+            if before[name] != value:
+                self.say(f"{name} was {before[name]}, now {value}: the last digits of the loss may differ")
         self.say(f"going on after step {state['step']} of {self.num_steps}")
 
 
 def load_parameters(parameters: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    """Put saved numbers into parameters of the same names. Raises ConfigError where they are others."""
-    if set(saved) != set(parameters) or any(saved[name].shape != parameters[name].shape for name in saved):
-        odd = sorted(set(saved) ^ set(parameters)) or sorted(n for n in saved if saved[n].shape != parameters[n].shape)
+    """Put saved numbers into what this process holds of parameters of the same names.
+
+    Raises ConfigError where they are others.
+    """
+    own = {name: local(parameter) for name, parameter in parameters.items()}
+    if set(saved) != set(own) or any(saved[name].shape != own[name].shape for name in saved):
+        odd = sorted(set(saved) ^ set(own)) or sorted(n for n in saved if saved[n].shape != own[n].shape)
         raise ConfigError(f"the checkpoint trains other parameters than these settings do, such as {odd[0]}")
     with torch.no_grad():
         for name, values in saved.items():
-            parameters[name].copy_(values)
+            own[name].copy_(values)
 
 
 class Interrupts:

@@ -12,21 +12,22 @@ import torch
 
 from ossia.train.config import SftConfig
 from ossia.train.data import TrainBatch
-from ossia.train.fit import balance_of, fit, watched_router
+from ossia.train.fit import balance_of, watched_router
 from ossia.train.losses import nll_sum
 from ossia.train.module import Model
-from ossia.train.result import try_result, write_result
+from ossia.train.parallel import Team
+from ossia.train.result import fit_and_try
 from ossia.train.run import Outcome, Say
 from ossia.train.trainer import Terms
 
 
 def sft(settings: SftConfig, *, resume: bool = False, say: Say) -> Outcome:
     """Train, write the result into ``settings.out``, and try it. Raises OssiaError, saying what to do."""
-    fitted = fit(settings, "samples", lambda model: Likelihood(model, settings.balance_weight), resume=resume, say=say)
-    if not fitted.outcome.is_interrupted:
-        write_result(fitted.model, settings, say)
-        try_result(fitted, settings, say)
-    return fitted.outcome
+
+    def objective(model: Model, team: Team) -> Likelihood:
+        return Likelihood(model, settings.balance_weight)
+
+    return fit_and_try(settings, "samples", objective, resume=resume, say=say)
 
 
 class Likelihood:

@@ -2,7 +2,8 @@
 
 The loss of a step is that of all its trained tokens together: each pass gives the *sum* over its tokens, and the weight
 of the whole step, known before the first pass, divides it. Four passes over a quarter of the tokens are therefore the
-same step as one pass over all of them, however unlike the quarters are.
+same step as one pass over all of them, however unlike the quarters are. Several processes share a
+step's passes.
 
 A step whose gradient is not finite changes nothing and is reported as skipped; too many in a row end the run.
 """
@@ -21,6 +22,8 @@ import torch
 from torch import Tensor
 
 from ossia.errors import TrainingError, UnavailableError
+from ossia.train.parallel import Team
+from ossia.train.shards import local
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -80,8 +83,8 @@ class StepReport:
 class Trainer(Generic[B]):
     """Parameters, their optimiser and the schedule, moved one step at a time.
 
-    ``device`` is where passes are sent to. ``num_steps_done`` and ``num_skipped`` (in a row) are its own state; the
-    parameters' and the optimiser's are saved beside it.
+    ``team`` are the processes that share the passes, and the device that these are sent to. ``num_steps_done`` and
+    ``num_skipped`` (in a row) are its own state; the parameters' and the optimiser's are saved beside it.
     """
 
     def __init__(
@@ -93,7 +96,7 @@ class Trainer(Generic[B]):
         highest_rate: float,
         clip: float = 1.0,
         max_skipped: int = 10,
-        device: torch.device | str = "cpu",
+        team: Team | None = None,
     ) -> None:
         self.objective = objective
         self.optimizer = optimizer
@@ -101,12 +104,12 @@ class Trainer(Generic[B]):
         self.highest_rate = highest_rate
         self.clip = clip
         self.max_skipped = max_skipped
-        self.device = torch.device(device)
+        self.team = team or Team()
         self.num_steps_done = 0
         self.num_skipped = 0
 
     def step(self, passes: Sequence[B]) -> StepReport:
-        """Gradients of all passes together, then one move.
+        """Gradients of all passes together, then one move. Every process is given all passes, and computes its share.
 
         Raises TrainingError when this was the last of ``max_skipped`` steps in a row without a finite gradient,
         UnavailableError when the memory is too small.
@@ -117,13 +120,14 @@ class Trainer(Generic[B]):
         self.optimizer.zero_grad()
         loss, sums = 0.0, dict[str, float]()
         with memory_errors():
-            for one in passes:
-                terms = self.objective.terms(to_device(one, self.device))
+            for one, counts in self.team.share(passes):
+                terms = self.objective.terms(to_device(one, self.team.device))
                 total = terms.loss_sum if terms.penalty_sum is None else terms.loss_sum + terms.penalty_sum
-                (total / weight).backward()  # type: ignore[no-untyped-call]
-                loss += terms.loss_sum.item() / weight
+                (total * float(counts) / weight).backward()  # type: ignore[no-untyped-call]
+                loss += terms.loss_sum.item() * counts / weight
                 for name, value in terms.sums.items():
-                    sums[name] = sums.get(name, 0.0) + value
+                    sums[name] = sums.get(name, 0.0) + value * counts
+            loss, *shown = self.team.sums([loss, *sums.values()])
             rate = self.highest_rate * self.schedule.factor(self.num_steps_done)
             gradient_norm = self._move(loss, rate)
         self.num_steps_done += 1
@@ -137,16 +141,19 @@ class Trainer(Generic[B]):
             sum(one.num_tokens for one in passes),
             weight,
             is_skipped,
-            {name: value / weight for name, value in sums.items()},
+            {name: value / weight for name, value in zip(sums, shown, strict=True)},
         )
 
     def _move(self, loss: float, rate: float) -> float:
         """The norm of the gradient; the parameters move if it and the loss are finite."""
-        parameters = [p for p in self.optimizer.named.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        gradients = [local(p.grad) for p in self.optimizer.named.values() if p.grad is not None]
+        norm = self.team.total_norm(gradients)
         if torch.isfinite(norm) and math.isfinite(loss):
             if self.clip:
-                torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
+                # As torch's own, whose small number keeps a norm of 0 from dividing.
+                factor = (self.clip / (norm + 1e-6)).clamp(max=1.0)
+                for gradient in gradients:
+                    gradient.mul_(factor)
             self.optimizer.step(rate)
         self.optimizer.zero_grad()
         return norm.item()

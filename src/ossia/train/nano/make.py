@@ -25,7 +25,6 @@ import torch
 from ossia.errors import UnavailableError
 from ossia.harmony import Effort, Tokenizer, render
 from ossia.model.random_checkpoint import write_random_checkpoint
-from ossia.train.checkpoint import write_tensors
 from ossia.train.config import read_settings
 from ossia.train.export import Format, export
 from ossia.train.measure import Measured, measure, open_rollouts
@@ -37,6 +36,7 @@ from ossia.train.result import WEIGHTS
 from ossia.train.rl import rl
 from ossia.train.rollout import RolloutConfig
 from ossia.train.rollout_config import RlConfig
+from ossia.train.shards import write_tensors
 from ossia.train.tasks import Task, gold_conversation, make_mix
 from ossia.train.tasks import make as make_task
 from ossia.train.tasks.language import draw_copy
