@@ -292,6 +292,7 @@ def test_samples_below_the_least_reward_are_not_learned_from(student, teacher, c
         ({"task": ()}, "task is not set"),
         ({"method": "on_policy", "temperature": 0.5}, "temperature is 0.5"),
         ({"method": "on_policy", "dropout": 0.1}, "dropout is 0.1"),
+        ({"method": "on_policy", "fake_quant": True, "trainable": "lora"}, "fake_quant is on"),
     ],
 )
 def test_settings_of_distillation_that_cannot_be_are_named(tmp_path, fields, message):

@@ -122,6 +122,20 @@ def test_the_engine_with_trained_weights_is_the_engine_of_the_checkpoint(path):
         np.testing.assert_allclose(a.model_logprobs_L[:30], b.model_logprobs_L[:30], atol=2e-2)
 
 
+def test_under_rounding_the_engine_samples_from_what_is_trained(path):
+    model = Model.open(path, trainable="full", fake_quant=True)
+    with torch.no_grad():
+        for name, tensor in model.state().items():
+            if name.endswith((".gate_up", ".down")):
+                tensor.add_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
+    engine = make_engine(path, backends.load("reference"))
+    engine.replace_weights(engine_weights(model, backends.load("reference")))
+    with Rollouts(engine, TOKENIZER, RolloutConfig(max_tokens=16), routing=True) as done:
+        one = passes(done.run([Exercise(TaskMix({Vowels(): 1}).draw("train", 0, 0), 1)]))[0]
+    met = PolicyObjective(model, Objective(), temperature=1.0).logprobs(one, torch.device("cpu"))
+    np.testing.assert_allclose(met, one.model_R, atol=1e-4)
+
+
 # What is learned from ------------------------------------------------------------------------------------------------
 
 

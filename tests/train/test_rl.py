@@ -202,6 +202,7 @@ def test_what_limits_have_ended_may_be_left_out(tmp_path):
         ({"length_cost": "lo=1"}, "length_cost holds 'lo=1'"),
         ({"efforts": "low"}, "efforts holds 'low'"),
         ({"dropout": 0.1}, "dropout is 0.1; expected 0"),
+        ({"fake_quant": True, "trainable": "lora"}, "fake_quant is on; expected it off with LoRA"),
         ({"kv_memory": "much"}, "kv_memory is 'much'"),
         ({"task_option": ("digits",)}, "expected name=value"),
         ({"task": ()}, "task is not set"),
