@@ -104,6 +104,12 @@ def test_with_the_readable_backend_engine_and_trainer_have_the_same_probabilitie
         assert step["correction"] == pytest.approx(1, abs=1e-4)
 
 
+def test_routers_that_are_trained_are_kept_in_balance_and_others_are_not_looked_at(model, tmp_path):
+    for trainable, balanced in (("full", True), ("lora", False)):
+        asked = settings(model, tmp_path / trainable, trainable=trainable, steps=1, prompts=2)
+        assert ("balance" in lines(rl(asked, resume=False, say=quiet).folder)[0]) is balanced
+
+
 # Options -------------------------------------------------------------------------------------------------------------
 
 
