@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import sys
@@ -13,6 +14,7 @@ from tests.train.tiny import stations, write_model, write_rows
 
 from ossia.cli import main
 from ossia.train.config import DpoConfig, SftConfig, read_settings
+from ossia.train.rollout_config import DistillConfig, RlConfig
 from ossia.train.sft import Likelihood
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -79,14 +81,18 @@ def test_without_torch_the_command_says_what_to_install(folder, tmp_path, capsys
     assert "pip install 'ossia[train]'" in capsys.readouterr().err
 
 
-def test_the_help_tells_every_setting_with_its_sentence(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("TERMINAL_WIDTH", "200")
-    assert main(["train", "dpo", "--help"]) == 0
+@pytest.mark.parametrize(
+    ("method", "kind"), [("sft", SftConfig), ("dpo", DpoConfig), ("rl", RlConfig), ("distill", DistillConfig)]
+)
+def test_the_help_tells_every_setting_with_its_sentence(method, kind, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setenv("TERMINAL_WIDTH", "400")
+    assert main(["train", method, "--help"]) == 0
     shown = capsys.readouterr().out
-    for name in ("--beta", "--rank", "--learning-rate", "--validation-share", "--no-recompute", "--resume"):
-        assert name in shown
-    assert "What gets a pair" in shown
+    assert "--resume" in shown and "--no-recompute" in shown
+    for field in dataclasses.fields(kind):
+        assert f"--{field.name.replace('_', '-')}" in shown, field.name
+        assert field.metadata["text"] in shown, field.name
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
@@ -104,7 +110,17 @@ def test_every_recipe_is_read_and_says_how_to_run_it(path):
 def test_a_model_is_measured_on_held_out_exercises(folder, capsys, monkeypatch):
     # PyTorch is for training; measuring must not want it.
     monkeypatch.setitem(sys.modules, "torch", None)
-    words = ["train", "measure", str(folder / "model"), "--task", "arithmetic,sums", "--count", "3", "--max-tokens", "4"]
+    words = [
+        "train",
+        "measure",
+        str(folder / "model"),
+        "--task",
+        "arithmetic,sums",
+        "--count",
+        "3",
+        "--max-tokens",
+        "4",
+    ]
     assert main([*words, "--efforts", "low,high", "--json"]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)

@@ -17,6 +17,7 @@ from ossia.ops import autograd as torch_ops
 from ossia.ops.autograd import AutogradOps, Lora
 from ossia.ops.cpu import ISAS
 from ossia.ops.reference import ReferenceOps
+from ossia.train.quantize import fake_quantize
 
 REFERENCE = ReferenceOps(np.float64)
 OPS = AutogradOps(torch.float64)
@@ -314,6 +315,54 @@ def test_moe_has_every_single_gradient(keeps: bool) -> None:
         return ops.moe(x_TD, ops.route(logits_TE, 2), experts, 7.0)
 
     assert gradcheck(run, [x_TD, logits_TE, *experts.parameters()])
+
+
+@pytest.mark.parametrize("piece", [1 << 17, 1 << 11])
+@pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.parametrize("matrices", ["mxfp4", "halves", "bfloat16"])
+def test_under_rounding_experts_multiply_with_the_rounded_sum_and_learn_straight_through(
+    matrices: str, keeps: bool, piece: int, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(torch_ops, "_ROUNDED_NUMBERS_CPU", piece)
+    x, logits, arrays = cases.Moe("", 5, 4, 2, 64, 32, matrices, few=3).arrays()
+    base = FULL.experts(arrays)
+    chosen = OPS.route(torch.from_numpy(logits).double(), 2).experts_TA
+    gate_up, down = pair(2, (4, 64, 64)), pair(2, (4, 64, 32), seed=8)
+    weights_TA = variable(5, 2, seed=1)
+    variables = [torch.from_numpy(x).double().requires_grad_(), weights_TA, gate_up.a, gate_up.b, down.a, down.b]
+    g_TD = variable(5, 64, seed=2).detach()
+
+    def by_hand(rounded: Any) -> torch.Tensor:
+        out_TD = torch.zeros_like(g_TD)
+        for token, row in enumerate(chosen):
+            for slot, expert in enumerate(row):
+                first = rounded(base.gate_up_EFD[expert].detach() + 0.7 * gate_up.b[expert] @ gate_up.a[expert])
+                second = rounded(base.down_EDF[expert].detach() + 0.7 * down.b[expert] @ down.a[expert])
+                pre = variables[0][token] @ first.T + base.gate_up_bias_EF[expert].detach()
+                out = torch_ops._swiglu(pre, 7.0) @ second.T + base.down_bias_ED[expert].detach()
+                out_TD = out_TD.index_add(0, torch.tensor([token]), weights_TA[token, slot] * out[None])
+        return out_TD
+
+    ops = AutogradOps(F64, keep_experts=keeps, fake_quant=fake_quantize)
+    experts = ops.experts(arrays)
+    experts.gate_up_lora, experts.down_lora = gate_up, down
+    met = ops.moe(variables[0], torch_ops.Routing(chosen, weights_TA), experts, 7.0)
+    expected = by_hand(fake_quantize)
+    assert_close(met, expected.detach().numpy())
+    assert (by_hand(lambda sum_OI: sum_OI) - expected).abs().max() > 0.01 * expected.abs().max(), "rounding is seen"
+    for one, other in zip(
+        torch.autograd.grad(met, variables, g_TD), torch.autograd.grad(expected, variables, g_TD), strict=True
+    ):
+        assert other.abs().max() > 0
+        assert_close(one, other.numpy())
+
+
+def test_what_lies_on_the_grid_and_has_no_pair_is_the_same_under_rounding() -> None:
+    x, logits, arrays = cases.Moe("", 5, 4, 2, 64, 32).arrays()
+    routing = OPS.route(torch.from_numpy(logits).double(), 2)
+    rounding = AutogradOps(F64, fake_quant=fake_quantize)
+    outs = [ops.moe(torch.from_numpy(x).double(), routing, ops.experts(arrays), 7.0) for ops in (OPS, rounding)]
+    assert torch.equal(*outs)
 
 
 def test_swiglu_has_no_gradient_beyond_its_limits() -> None:

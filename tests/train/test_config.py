@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 
 from ossia.errors import ConfigError
@@ -81,9 +79,3 @@ def test_the_balance_loss_is_on_only_where_routers_train():
     assert weight(trainable="full") == 1e-3
     assert weight(trainable="full", router_balance=0) == 0
     assert weight(router_balance=0.02) == 0.02
-
-
-def test_every_setting_has_a_sentence():
-    for field in dataclasses.fields(TrainConfig):
-        text = field.metadata["text"]
-        assert text.endswith(".") and (text[0].isupper() or text.startswith("wsd")) and len(text) > 20, field.name

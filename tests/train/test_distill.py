@@ -254,6 +254,7 @@ def test_a_student_comes_nearer_to_its_teacher_offline(student, teacher, tmp_pat
     first, last = metrics(outcome.folder, "evaluation")
     assert last["kl"] < 0.8 * first["kl"]
     assert any(name in last for name in ("kl_low", "kl_medium", "kl_high"))
+    assert all(("balance" in step) is (trainable == "full") for step in metrics(outcome.folder, "step"))
     assert (outcome.folder / ("adapter" if trainable == "lora" else "weights.safetensors")).exists()
 
 
@@ -268,7 +269,7 @@ def test_a_student_comes_nearer_to_its_teacher_on_policy(student, teacher, tmp_p
     assert last["kl"] < 0.85 * first["kl"]
     steps = metrics(outcome.folder, "step")
     assert steps[-1]["kl"] < steps[0]["kl"]
-    assert all(step["mismatch"] < 0.02 for step in steps)
+    assert all(step["mismatch"] < 0.02 and 1 <= step["balance"] < 2 for step in steps)
 
 
 @pytest.mark.slow
@@ -292,6 +293,7 @@ def test_samples_below_the_least_reward_are_not_learned_from(student, teacher, c
         ({"task": ()}, "task is not set"),
         ({"method": "on_policy", "temperature": 0.5}, "temperature is 0.5"),
         ({"method": "on_policy", "dropout": 0.1}, "dropout is 0.1"),
+        ({"method": "on_policy", "fake_quant": True, "trainable": "lora"}, "fake_quant is on"),
     ],
 )
 def test_settings_of_distillation_that_cannot_be_are_named(tmp_path, fields, message):

@@ -348,7 +348,6 @@ def test_bad_options_are_refused(small_model, tmp_path):
         ({"trainable": "half"}, "'half'; expected one of: lora, full"),
         ({"dtype": torch.float16}, "torch.float16; expected one of"),
         ({"trainable": "full", "lora": LoraConfig()}, "choose one"),
-        ({"fake_quant": True}, "fake_quant is for trained expert matrices"),
     ):
         with pytest.raises(InputError, match=words):
             Model.open(path, **options)

@@ -122,6 +122,20 @@ def test_the_engine_with_trained_weights_is_the_engine_of_the_checkpoint(path):
         np.testing.assert_allclose(a.model_logprobs_L[:30], b.model_logprobs_L[:30], atol=2e-2)
 
 
+def test_under_rounding_the_engine_samples_from_what_is_trained(path):
+    model = Model.open(path, trainable="full", fake_quant=True)
+    with torch.no_grad():
+        for name, tensor in model.state().items():
+            if name.endswith((".gate_up", ".down")):
+                tensor.add_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
+    engine = make_engine(path, backends.load("reference"))
+    engine.replace_weights(engine_weights(model, backends.load("reference")))
+    with Rollouts(engine, TOKENIZER, RolloutConfig(max_tokens=16), routing=True) as done:
+        one = passes(done.run([Exercise(TaskMix({Vowels(): 1}).draw("train", 0, 0), 1)]))[0]
+    met = PolicyObjective(model, Objective(), temperature=1.0).logprobs(one, torch.device("cpu"))
+    np.testing.assert_allclose(met, one.model_R, atol=1e-4)
+
+
 # What is learned from ------------------------------------------------------------------------------------------------
 
 
@@ -172,12 +186,34 @@ def test_how_rollouts_are_packed_changes_no_gradient(path, rollouts):
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
 
 
+def test_the_balance_is_that_of_the_experts_that_were_replayed_and_is_no_part_of_the_loss_that_is_told(path, rollouts):
+    model = Model.open(path, trainable="full")
+    one = passes(rollouts, pass_tokens=100_000)[0]
+    logits = []
+    model.ops.on_route = lambda logits_TE, experts_TA: logits.append(logits_TE)
+    PolicyObjective(model, Objective(), temperature=1.0).logprobs(one, torch.device("cpu"))
+    model.ops.on_route = None
+    by_hand = 0.0
+    for logits_TE, experts_TA in zip(logits, one.experts, strict=True):
+        shares_E = np.bincount(experts_TA.reshape(-1), minlength=4) / experts_TA.size
+        by_hand += 4 * (shares_E * logits_TE.softmax(-1).mean(0).numpy()).sum() / len(logits)
+    moved = to_device(one, torch.device("cpu"))
+    plain = PolicyObjective(model, Objective(), temperature=1.0).terms(moved)
+    balanced = PolicyObjective(model, Objective(), temperature=1.0, balance_weight=0.5).terms(moved)
+    assert "balance" not in plain.sums and plain.penalty_sum is None
+    assert balanced.loss_sum.item() == plain.loss_sum.item()
+    assert balanced.sums["balance"] == pytest.approx(by_hand * one.num_rows, rel=1e-5)
+    assert balanced.penalty_sum.item() == pytest.approx(0.5 * by_hand * one.num_rows, rel=1e-5)
+    balanced.penalty_sum.backward()
+    assert all(model.state()[f"layers.{i}.router.weight"].grad.abs().max() > 0 for i in range(2))
+
+
 # Steps ---------------------------------------------------------------------------------------------------------------
 
 
-def make_trainer(model: Model, objective: Objective | None = None) -> PolicyTrainer:
+def make_trainer(model: Model, objective: Objective | None = None, balance_weight: float = 0.0) -> PolicyTrainer:
     return PolicyTrainer(
-        PolicyObjective(model, objective or Objective(), temperature=1.0),
+        PolicyObjective(model, objective or Objective(), temperature=1.0, balance_weight=balance_weight),
         Optimizer(model.state().items()),
         Schedule("constant", 10),
         highest_rate=1e-3,
@@ -195,6 +231,14 @@ def test_a_step_of_equal_rewards_changes_nothing(path, rollouts):
     report = make_trainer(model).step([EMPTY])
     assert report.step == 1 and report.loss == report.gradient_norm == 0 and not report.is_skipped
     assert torch.equal(parameters(model), before)
+
+
+def test_what_is_told_of_the_balance_is_of_the_rows_that_were_trained(path, rollouts):
+    made = make_passes([*lessons(rollouts), *lessons(rollouts, 0.0)], pass_tokens=100_000, average="token")
+    report = make_trainer(Model.open(path, trainable="full"), balance_weight=1e-3).step(made)
+    assert report.shown["trained_share"] == pytest.approx(0.5)
+    # Of four experts two are used: 1 where all are used alike.
+    assert 1 <= report.shown["balance"] < 2
 
 
 def test_a_step_makes_rewarded_tokens_likelier(path, rollouts):

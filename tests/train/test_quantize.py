@@ -187,3 +187,33 @@ def test_a_trained_adapter_and_its_merged_export_compute_the_same(targets, tmp_p
     exported = Checkpoint.open(tmp_path / "out")
     got = transformer.forward(ops, config, load_weights(exported, ops), batch)
     assert np.median(np.abs(got - want)) < 0.1 * np.median(np.abs(before - want))
+
+
+@pytest.mark.parametrize("layout", ["hf", "hf-bf16"])
+def test_pairs_trained_under_rounding_lose_nothing_in_the_merge_and_others_do(layout, tmp_path):
+    base = write_random_checkpoint(tmp_path / "base", SMALL, layout=layout)
+    batch, targets = one_sequence(range(100, 120)), np.arange(101, 121)
+    config = LoraConfig(rank=4, expert_rank=4, alpha=8, targets=("experts",))
+
+    def loss(model: Model) -> float:
+        with torch.no_grad():
+            return -float(model.logprobs(batch, targets).mean())
+
+    lost = {}
+    for fake_quant in (False, True):
+        model = Model.open(base, lora=config, fake_quant=fake_quant)
+        before = loss(model)
+        optimizer = torch.optim.Adam(model.state().values(), lr=2e-3)
+        for _ in range(8):
+            optimizer.zero_grad()
+            (-model.logprobs(batch, targets)).mean().backward()
+            optimizer.step()
+        trained = loss(model)
+        assert trained < before - 0.3
+        adapter = write_adapter(
+            tmp_path / f"adapter-{fake_quant}", to_adapter(model.weights, config, "trained"), model.config
+        )
+        export(base, tmp_path / f"out-{fake_quant}", "mxfp4", adapter=adapter, measure=False)
+        lost[fake_quant] = loss(Model.open(tmp_path / f"out-{fake_quant}")) - trained
+    assert abs(lost[True]) < 1e-5
+    assert lost[False] > 0.1

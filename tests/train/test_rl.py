@@ -104,6 +104,12 @@ def test_with_the_readable_backend_engine_and_trainer_have_the_same_probabilitie
         assert step["correction"] == pytest.approx(1, abs=1e-4)
 
 
+def test_routers_that_are_trained_are_kept_in_balance_and_others_are_not_looked_at(model, tmp_path):
+    for trainable, balanced in (("full", True), ("lora", False)):
+        asked = settings(model, tmp_path / trainable, trainable=trainable, steps=1, prompts=2)
+        assert ("balance" in lines(rl(asked, resume=False, say=quiet).folder)[0]) is balanced
+
+
 # Options -------------------------------------------------------------------------------------------------------------
 
 
@@ -202,6 +208,7 @@ def test_what_limits_have_ended_may_be_left_out(tmp_path):
         ({"length_cost": "lo=1"}, "length_cost holds 'lo=1'"),
         ({"efforts": "low"}, "efforts holds 'low'"),
         ({"dropout": 0.1}, "dropout is 0.1; expected 0"),
+        ({"fake_quant": True, "trainable": "lora"}, "fake_quant is on; expected it off with LoRA"),
         ({"kv_memory": "much"}, "kv_memory is 'much'"),
         ({"task_option": ("digits",)}, "expected name=value"),
         ({"task": ()}, "task is not set"),

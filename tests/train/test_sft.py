@@ -185,6 +185,15 @@ def test_lora_on_packed_experts_learns_rows_by_heart_and_the_server_answers_with
         assert (reply.text, reply.finish_reason) == (answer, "stop")
 
 
+def test_an_adapter_trained_under_rounding_is_tried_as_it_was_trained_and_told_to_be_exported(model_path, tmp_path):
+    said = []
+    settings = _settings(model_path, tmp_path / "out", riddles(), steps=1, fake_quant=True, prompt_tokens=2)
+    sft(settings, say=said.append)
+    assert any("ossia export NEW" in text for text in said) and not any("ossia serve" in text for text in said)
+    assert any("read again, it is the same" in text for text in said)
+    assert any(text.startswith("answers") for text in said)
+
+
 def test_full_training_learns_too_and_its_result_is_read_again(model_path, tmp_path):
     said = []
     for optimizer in ("adamw", "muon"):

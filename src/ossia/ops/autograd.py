@@ -4,6 +4,7 @@
                 buffer that the next one uses again, in the forward pass and again in the backward pass
     dense       frozen matrices stay in the checkpoint's dtype and are widened where they are multiplied
     LoRA        every matrix may have a pair beside it: y = W x + scaling * b (a x); only the pair gets a gradient
+    rounding    with ``fake_quant`` an expert multiplies with round(W + scaling * b a), and learns as if with the sum
     attention   exact sinks; memory grows with the number of tokens, not with its square
     precision   matrix products and attention in ``dtype``; residual stream, norms, softmax, router, SwiGLU and the
                 log-probabilities in float32, and on CPUs attention to sequences that are not too long
@@ -39,7 +40,8 @@ from ossia.ops.mxfp4 import BLOCK, E2M1_VALUES, SCALE_BIAS
 
 Floats = npt.NDArray[Any]
 FakeQuant = Callable[[Tensor], Tensor]
-"""From a matrix [..., O, I] to the numbers that MXFP4 would keep of it, with a straight-through gradient."""
+"""From some rows [O, I] of a matrix to the numbers that MXFP4 would keep of them. Its gradient is taken to be the
+identity (straight-through estimator)."""
 
 # Rows of the vocabulary, and of the batch, whose logits exist at one time: 1,024 x 2,048 float32 are 8 MiB.
 _VOCAB_ROWS = 1_024
@@ -50,6 +52,8 @@ _FILLED_ROWS = {torch.bfloat16: 16, torch.float32: 16}
 # The longest sequence that `Fused` attends in: beyond it the scores of a few queries leave the cache, or, in a window,
 # each thread's copies of a head take more memory than they are worth.
 _FUSED_TOKENS, _FUSED_WINDOWED_TOKENS = 2_048, 16_384
+# Numbers of a matrix that are summed and rounded at one time: temporaries are to stay in a CPU's cache.
+_ROUNDED_NUMBERS, _ROUNDED_NUMBERS_CPU = 1 << 22, 1 << 17
 # Queries that see their keys at one time where torch has no kernel that needs less.
 _QUERY_BLOCK = 256
 
@@ -151,6 +155,11 @@ class Experts(nn.Module):
         self.down_lora: Lora | None = None
 
     @property
+    def is_merged(self) -> bool:
+        """Whether pairs are added to the matrices before these are multiplied, and not to what comes out."""
+        return self.fake_quant is not None
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """(experts that this process holds, 2F, D)."""
         return (*self.gate_up_bias_EF.shape, self.down_bias_ED.shape[1])
@@ -179,8 +188,9 @@ class AutogradOps:
     """`ossia.ops.Ops` over torch.
 
     ``dtype`` is that of matrix products and attention, ``trained`` whether the weights themselves are parameters (in
-    float32, or in float64 with that dtype) rather than frozen. ``fake_quant`` is applied to every expert matrix that is
-    trained. With ``exchange`` only this process's share of the experts is held. float64 is for tests.
+    float32, or in float64 with that dtype) rather than frozen. ``fake_quant`` is applied to every expert matrix that an
+    export would have to round: one that is trained, has a pair, or is not in MXFP4. With ``exchange`` only this
+    process's share of the experts is held. float64 is for tests.
     """
 
     name = "autograd"
@@ -241,7 +251,7 @@ class AutogradOps:
             torch.cat(biases, dim=1),
             self._tensor(arrays.down_bias_ED, self.wide),
             self.trained,
-            self.fake_quant if self.trained else None,
+            self.fake_quant,
             num_experts,
             first,
         )
@@ -866,24 +876,25 @@ class _Moe(torch.autograd.Function):
             g_narrow, g_weighted = g.to(dtype), elementwise.take_rows(g_TD, tokens, num_rows, dtype, weights_S[rows])
             dinner = _product(g_narrow, buffers.down(expert).T)
             if experts.down_lora is not None:
-                dinner = dinner + _lora_backward(
+                through = _lora_backward(
                     experts.down_lora, expert, inner, g_narrow, g_weighted, weights[:, None].to(dtype), d_pairs[2:]
                 )
+                dinner = dinner if experts.is_merged else dinner + through
             dpre, dots = elementwise.swiglu_backward(gate_up, dinner, weights, ctx.limit)
             if needs_weights:
                 dweights_S[rows] = (dots + g @ experts.down_bias_ED[expert])[: len(tokens)]
             if d_down is not None:
-                d_down[expert] = _weight_gradient(experts, experts.down_EDF, expert, g_weighted.T @ inner)
+                d_down[expert] = g_weighted.T @ inner
             if d_down_bias is not None:
                 d_down_bias[expert] = g_weighted.sum(dim=0)
             if d_gate_up is not None:
-                d_gate_up[expert] = _weight_gradient(experts, experts.gate_up_EFD, expert, dpre.T @ x)
+                d_gate_up[expert] = dpre.T @ x
             if d_gate_up_bias is not None:
                 d_gate_up_bias[expert] = dpre.sum(dim=0)
             dx = _product(dpre, gate_up_OI.T) if needs_x else None
             if experts.gate_up_lora is not None:
                 through = _lora_backward(experts.gate_up_lora, expert, x, dpre, dpre, None, d_pairs[:2])
-                dx = None if dx is None else dx + through
+                dx = dx if dx is None or experts.is_merged else dx + through
             if dx_TD is not None and dx is not None:
                 elementwise.add_rows(dx_TD, tokens, dx)
         dweights_TA = torch.empty_like(dweights_S)
@@ -898,40 +909,62 @@ def _filled_rows(group: _Group, dtype: torch.dtype) -> int:
 
 
 class _Buffers:
-    """Room for the matrices of one expert as numbers, used again by the next one."""
+    """The matrices of one expert as the numbers that are multiplied with, in room that the next expert's take again."""
 
     def __init__(self, experts: Experts, dtype: torch.dtype) -> None:
-        _, rows, columns = experts.shape
-        device = experts.down_bias_ED.device
         self.experts, self.dtype = experts, dtype
-        self._gate_up = torch.empty((rows, columns), dtype=dtype, device=device) if experts.packed_gate_up else None
-        self._down = torch.empty((columns, rows // 2), dtype=dtype, device=device) if experts.packed_down else None
+        self._rooms: dict[str, Tensor] = {}
         self._holds: dict[str, int] = {}
 
     def gate_up(self, expert: int) -> Tensor:
         """[2F, D]."""
-        packed = self.experts.packed_gate_up
-        if packed is None or self._gate_up is None:
-            return self._float(self.experts.gate_up_EFD, expert)
-        if self._holds.get("gate_up") != expert:
-            for half, out in zip(packed, self._gate_up.chunk(2), strict=True):
-                half.dequantize(expert, out)
-            self._holds["gate_up"] = expert
-        return self._gate_up
+        own = self.experts
+        _, rows, columns = own.shape
+        return self._numbers("gate_up", (rows, columns), expert, own.packed_gate_up, own.gate_up_EFD, own.gate_up_lora)
 
     def down(self, expert: int) -> Tensor:
         """[D, F]."""
-        packed = self.experts.packed_down
-        if packed is None or self._down is None:
-            return self._float(self.experts.down_EDF, expert)
-        if self._holds.get("down") != expert:
-            packed.dequantize(expert, self._down)
-            self._holds["down"] = expert
-        return self._down
+        own = self.experts
+        _, rows, columns = own.shape
+        packed = None if own.packed_down is None else (own.packed_down,)
+        return self._numbers("down", (columns, rows // 2), expert, packed, own.down_EDF, own.down_lora)
 
-    def _float(self, matrices: Tensor, expert: int) -> Tensor:
-        matrix = matrices[expert]
-        return (matrix if self.experts.fake_quant is None else self.experts.fake_quant(matrix)).to(self.dtype)
+    def _numbers(
+        self,
+        name: str,
+        shape: tuple[int, int],
+        expert: int,
+        packed: tuple[Packed, ...] | None,
+        matrices: Tensor,
+        lora: Lora | None,
+    ) -> Tensor:
+        fake_quant = self.experts.fake_quant
+        if packed is None and fake_quant is None:
+            return matrices[expert].to(self.dtype)
+        if name not in self._rooms:
+            self._rooms[name] = torch.empty(shape, dtype=self.dtype, device=self.experts.down_bias_ED.device)
+        room_OI = self._rooms[name]
+        if self._holds.get(name) != expert:
+            if packed is not None:
+                for part, out_OI in zip(packed, room_OI.chunk(len(packed)), strict=True):
+                    part.dequantize(expert, out_OI)
+            # What is packed, and has no pair, is what rounding would make of it.
+            if fake_quant is not None and (packed is None or lora is not None):
+                _round_sum(matrices[expert] if packed is None else room_OI, lora, expert, fake_quant, room_OI)
+            self._holds[name] = expert
+        return room_OI
+
+
+def _round_sum(matrix_OI: Tensor, lora: Lora | None, expert: int, fake_quant: FakeQuant, out_OI: Tensor) -> None:
+    """Write what MXFP4 keeps of W + scaling b a: summed in float64 and rounded once before, as an export does it."""
+    wide = _wide(matrix_OI)
+    a, b = (None, None) if lora is None else (lora.a[expert].double(), lora.b[expert].double() * lora.scaling)
+    num_numbers = _ROUNDED_NUMBERS_CPU if matrix_OI.device.type == "cpu" else _ROUNDED_NUMBERS
+    for rows in _pieces(len(matrix_OI), max(1, num_numbers // matrix_OI.shape[1])):
+        numbers = matrix_OI[rows]
+        if a is not None and b is not None:
+            numbers = torch.addmm(numbers.double(), b[rows], a)
+        out_OI[rows] = fake_quant(numbers.to(wide))
 
 
 def _groups(counts: Sequence[int], tokens_S: Tensor) -> Iterator[_Group]:
@@ -945,12 +978,14 @@ def _groups(counts: Sequence[int], tokens_S: Tensor) -> Iterator[_Group]:
 
 def _gate_up(x: Tensor, expert: int, experts: Experts, buffers: _Buffers) -> Tensor:
     out = _product(x, buffers.gate_up(expert), experts.gate_up_bias_EF[expert].to(x.dtype))
-    return out if experts.gate_up_lora is None else out + _lora_forward(experts.gate_up_lora, expert, x)
+    lora = experts.gate_up_lora
+    return out if lora is None or experts.is_merged else out + _lora_forward(lora, expert, x)
 
 
 def _down(x: Tensor, expert: int, experts: Experts, buffers: _Buffers) -> Tensor:
     out = _product(x, buffers.down(expert), experts.down_bias_ED[expert].to(x.dtype))
-    return out if experts.down_lora is None else out + _lora_forward(experts.down_lora, expert, x)
+    lora = experts.down_lora
+    return out if lora is None or experts.is_merged else out + _lora_forward(lora, expert, x)
 
 
 def _swiglu(gate_up: Tensor, limit: float) -> Tensor:
@@ -994,16 +1029,6 @@ def _lora_backward(
     if db is not None:
         db[expert] = g_weighted.T @ (F.linear(x, a) * lora.scaling)
     return dinner @ a
-
-
-def _weight_gradient(experts: Experts, matrices: Tensor, expert: int, gradient: Tensor) -> Tensor:
-    """The gradient of a trained matrix from that of the numbers that were multiplied with."""
-    if experts.fake_quant is None:
-        return gradient
-    with torch.enable_grad():
-        matrix = matrices[expert].detach().requires_grad_()
-        (through,) = torch.autograd.grad(experts.fake_quant(matrix), matrix, gradient.to(matrix.dtype))
-    return through
 
 
 # Log-probabilities ----------------------------------------------------------------------------------------------------

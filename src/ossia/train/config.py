@@ -79,7 +79,7 @@ class TrainConfig:
 
     fake_quant: bool = setting(
         False,
-        "Full training: compute with what MXFP4 keeps of the experts, so that little is lost when it is exported.",
+        "Compute with what MXFP4 keeps of the trained experts, so that nothing is lost when they are exported.",
     )
 
     seed: int = _course(0, "Order of the data, first values, dropout: the same seed gives the same run.", low=0)
@@ -153,8 +153,6 @@ class TrainConfig:
             raise ConfigError(
                 "begin_with is for trainable = full; with LoRA export the earlier run and give it as model"
             )
-        if self.fake_quant and self.trainable != "full":
-            raise ConfigError("fake_quant is for trainable = full; with LoRA the experts stay in MXFP4 as they are")
         if self.trainable == "lora" and not self.targets:
             raise ConfigError("targets is empty; LoRA needs something to train, such as q,k,v,o,experts")
 

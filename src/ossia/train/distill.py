@@ -39,7 +39,15 @@ from ossia.train.actor import Actor
 from ossia.train.advantage import Objective
 from ossia.train.curves import draw_curves
 from ossia.train.data import to_batch
-from ossia.train.fit import fingerprint, make_trainer, open_model, set_up_torch, table
+from ossia.train.fit import (
+    fingerprint,
+    make_trainer,
+    open_model,
+    set_up_torch,
+    table,
+    watched_router,
+    with_balance,
+)
 from ossia.train.module import Model
 from ossia.train.packing import plan
 from ossia.train.parallel import Team
@@ -154,18 +162,21 @@ class TeachingPass:
 class ForwardKl:
     """KL(teacher || student) of each token; an `ossia.train.trainer.Objective`."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, balance_weight: float = 0.0) -> None:
         self.model = model
+        self._balance_weight = balance_weight
 
     def weight(self, batch: TeachingPass) -> float:
         return float(len(batch.targets_R))
 
     def terms(self, batch: TeachingPass) -> Terms:
-        x_RD = self.model.hidden(batch.batch)
+        with watched_router(self.model, is_wanted=self._balance_weight > 0) as seen:
+            x_RD = self.model.hidden(batch.batch)
         ids = torch.cat([batch.top_ids_RK, batch.targets_R[:, None]], dim=1)
         logprobs = gathered_logprobs(self.model, x_RD, ids)
         kl_R = partial_kl(batch.top_logprobs_RK, logprobs[:, :-1])
-        return Terms(kl_R.sum(), {"nll": float(-logprobs[:, -1].detach().sum())})
+        terms = Terms(kl_R.sum(), {"nll": float(-logprobs[:, -1].detach().sum())})
+        return with_balance(terms, seen, self._balance_weight, self.weight(batch)) if seen else terms
 
 
 def partial_kl(p_RK: Tensor, q_RK: Tensor) -> Tensor:
@@ -273,7 +284,7 @@ def _offline(
     with RunFolder(settings, resume=resume, inputs=inputs) as run_folder:
         model = open_model(settings, path, team)
         table(model, say)
-        objective = ForwardKl(model)
+        objective = ForwardKl(model, settings.balance_weight)
         trainer: Trainer[TeachingPass] = make_trainer(settings, model, objective, settings.steps, team)
         run = Run(
             run_folder,
@@ -330,7 +341,7 @@ def _contents(folder: Path) -> str:
 class ReverseKl(PolicyObjective):
     """KL(student || teacher) of each token that the student sampled, over the teacher's likeliest tokens."""
 
-    def terms(self, batch: PolicyPass) -> Terms:
+    def policy_terms(self, batch: PolicyPass) -> Terms:
         x_RD = self.model.hidden(batch.batch, batch.routing)
         ids = torch.cat([batch.top_ids_RK, batch.targets_R[:, None]], dim=1)
         logprobs = gathered_logprobs(self.model, x_RD, ids)
@@ -404,7 +415,12 @@ def _on_policy(settings: DistillConfig, mix: TaskMix, path: Path, team: Team, *,
             )
         )
         kind = ReverseKl if settings.estimate == "top" else PolicyObjective
-        objective = kind(model, Objective(clip_high=math.inf), temperature=settings.temperature)
+        objective = kind(
+            model,
+            Objective(clip_high=math.inf),
+            temperature=settings.temperature,
+            balance_weight=settings.balance_weight,
+        )
         judge = TeacherJudge(settings, mix, rollouts, teacher, folder.path / "rollouts")
         feed = PolicyFeed(actor, judge, objective, settings, device=team.device)
         trainer: PolicyTrainer = make_policy_trainer(settings, model, objective, team)

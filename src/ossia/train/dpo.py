@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ossia.train.config import DpoConfig
 from ossia.train.data import TrainBatch
-from ossia.train.fit import balance_of, reference_passes, watched_router
+from ossia.train.fit import reference_passes, watched_router, with_balance
 from ossia.train.lora import pairs_off
 from ossia.train.losses import dpo as dpo_terms
 from ossia.train.losses import nll_sum, sum_by_sequence
@@ -106,11 +106,8 @@ class Preference:
             nll = nll_sum(logprobs_R, weights_R) / weights_R.sum() * self.weight(batch)
             loss_sum = loss_sum + self._sft_weight * nll
             shown["chosen_nll"] = nll.item()
-        if not seen:
-            return Terms(loss_sum, shown)
-        balance = balance_of(seen)
-        shown["balance"] = balance.item() * self.weight(batch)
-        return Terms(loss_sum, shown, self._balance_weight * balance * self.weight(batch))
+        terms = Terms(loss_sum, shown)
+        return with_balance(terms, seen, self._balance_weight, self.weight(batch)) if seen else terms
 
     def remember(self, batch: TrainBatch) -> None:
         """Keep what the model thinks of these answers now."""

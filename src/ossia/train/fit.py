@@ -35,7 +35,7 @@ from ossia.train.run import Outcome, Run, RunFolder, Say, available_bytes, load_
 from ossia.train.schedule import Schedule
 from ossia.train.shards import Extent
 from ossia.train.stream import PackStream
-from ossia.train.trainer import B, Objective, Trainer, memory_errors, to_device
+from ossia.train.trainer import B, Objective, Terms, Trainer, memory_errors, to_device
 
 Kind = Literal["samples", "pairs"]
 # A trained number, its gradient, and AdamW's two memories, in float32.
@@ -456,7 +456,14 @@ def watched_router(model: Model, *, is_wanted: bool) -> Iterator[list[tuple[Tens
         model.ops.on_route = before
 
 
-def balance_of(seen: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """1 where every layer uses its experts alike, more where not."""
+def with_balance(
+    terms: Terms, seen: Sequence[tuple[Tensor, Tensor]], balance_weight: float, pass_weight: float
+) -> Terms:
+    """The terms of a pass, and the loss that spreads its tokens over the experts that ``seen`` tells of.
+
+    ``balance`` is 1 where every layer uses its experts alike, more where not; it counts by ``pass_weight``.
+    """
     per_layer = [balance_sum(logits_TE, experts_TA) / len(logits_TE) for logits_TE, experts_TA in seen]
-    return torch.stack(per_layer).mean()
+    balance = torch.stack(per_layer).mean()
+    sums = {**terms.sums, "balance": balance.item() * pass_weight}
+    return Terms(terms.loss_sum, sums, balance_weight * balance * pass_weight)

@@ -78,9 +78,10 @@ class Model(nn.Module):
 
         ``dtype`` is that of matrix products and attention. With ``trainable`` "lora", new pairs after ``lora`` (its
         defaults if None) begin from ``seed``. With ``checkpoint_activations`` a layer's inputs are kept and the rest is
-        computed again on the way back. With ``fake_quant`` a trained expert matrix is multiplied as MXFP4 would keep
-        it. With ``exchange`` this process holds its share of the experts alone (`ossia.train.parallel`). Raises
-        NotFoundError and CheckpointError as `Checkpoint.open`, InputError for options that do not go together.
+        computed again on the way back. With ``fake_quant`` an expert's matrix, with its pair added, is multiplied as an
+        export to MXFP4 would keep it. With ``exchange`` this process holds its share of the experts alone
+        (`ossia.train.parallel`). Raises NotFoundError and CheckpointError as `Checkpoint.open`, InputError for options
+        that do not go together.
         """
         if trainable not in ("lora", "full"):
             raise InputError(f"trainable is {trainable!r}; expected one of: lora, full", param="trainable")
@@ -88,11 +89,6 @@ class Model(nn.Module):
             raise InputError(f"dtype is {dtype}; expected one of: {', '.join(map(str, DTYPES))}", param="dtype")
         if trainable == "full" and lora is not None:
             raise InputError("lora was given for a model whose weights are all trained; choose one", param="lora")
-        if fake_quant and trainable != "full":
-            raise InputError(
-                "fake_quant is for trained expert matrices; with lora they stay in MXFP4 as they are",
-                param="fake_quant",
-            )
         source = Checkpoint.open(path)
         if exchange is not None and source.config.num_experts % exchange.size:
             raise InputError(

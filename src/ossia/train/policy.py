@@ -28,6 +28,7 @@ from ossia.ops import Batch, Routing
 from ossia.train.actor import Actor
 from ossia.train.advantage import Mismatch, Objective, mismatch, policy_loss, row_weights
 from ossia.train.data import to_batch
+from ossia.train.fit import watched_router, with_balance
 from ossia.train.module import Model
 from ossia.train.packing import plan
 from ossia.train.rollout import Rollout, RolloutConfig
@@ -171,16 +172,24 @@ class Noted(NamedTuple):
 class PolicyObjective:
     """The clipped policy gradient; an `ossia.train.trainer.Objective`. ``noted`` gathers what a step has seen."""
 
-    def __init__(self, model: Model, objective: Objective, *, temperature: float) -> None:
+    def __init__(self, model: Model, objective: Objective, *, temperature: float, balance_weight: float = 0.0) -> None:
         self.model = model
         self.objective = objective
         self.temperature = temperature
+        self.balance_weight = balance_weight
         self.noted: list[Noted] = []
 
     def weight(self, batch: PolicyPass) -> float:
         return batch.norm
 
     def terms(self, batch: PolicyPass) -> Terms:
+        with watched_router(self.model, is_wanted=self.balance_weight > 0) as seen:
+            terms = self.policy_terms(batch)
+        # Counted as the rows are that go through the model, of all that the step's loss is divided by.
+        return with_balance(terms, seen, self.balance_weight, float(batch.weights_R.sum())) if seen else terms
+
+    def policy_terms(self, batch: PolicyPass) -> Terms:
+        """The terms without the balance of the routers."""
         logprobs_R = self.model.logprobs(batch.batch, batch.targets_R, batch.routing, self.temperature)
         # With the rollouts' only update the old policy is this very one, exactly.
         old_R = batch.old_R if len(batch.old_R) else logprobs_R.detach()

@@ -100,7 +100,10 @@ def _write(model: Model, whole: Mapping[str, Tensor], settings: TrainConfig, say
             adapter = to_adapter(model.weights, lora_config(settings), out.name, whole)
             path = write_adapter(out / ADAPTER, adapter, model.config, base_model_name=settings.model)
             sync_tree(path)
-            say(f"the adapter is in {path}; `ossia serve --model {settings.model} --adapter NAME={path}` serves it")
+            use = f"`ossia serve --model {settings.model} --adapter NAME={path}` serves it"
+            if settings.fake_quant:
+                use = f"`ossia export NEW --base {settings.model} --adapter {path}` makes the model that was trained"
+            say(f"the adapter is in {path}; {use}")
         else:
             path = out / WEIGHTS
             partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -136,7 +139,8 @@ def try_result(fitted: Fitted, settings: DataSettings, say: Say) -> Trial:
         where = "held-out rows" if fitted.held_out else "rows of the data"
         say(f"read again, it is the same; KL to the model before, on {where}: {kl:.4f} nats a token")
         prompts = _prompts(settings, tokenizer, samples[0].batch) if settings.prompt_tokens else []
-        if settings.trainable == "lora":
+        # Beside the weights an adapter is not rounded, as it was in training.
+        if settings.trainable == "lora" and not settings.fake_quant:
             answers = team.first(lambda: ask_engine(settings, prompts))
         else:
             answers = [greedy(model, prompt, settings.prompt_tokens, tokenizer.stop_ids, team) for prompt in prompts]

@@ -66,7 +66,12 @@ def rl(settings: RlConfig, *, resume: bool, say: Say) -> Outcome:
                 adapter=actor.adapter,
             )
         )
-        objective = PolicyObjective(model, objective_of(settings), temperature=settings.temperature)
+        objective = PolicyObjective(
+            model,
+            objective_of(settings),
+            temperature=settings.temperature,
+            balance_weight=settings.balance_weight,
+        )
         feed = PolicyFeed(
             actor,
             GroupJudge(settings, mix, rollouts, folder.path / "rollouts"),

@@ -76,6 +76,16 @@ class RolloutSettings(TrainConfig):
         if not self.steps:
             raise ConfigError("steps is 0; say how many steps to make: there is no data that could end")
 
+    def check_sampled(self) -> None:
+        """Raise ConfigError for what the policy that samples could not have."""
+        if self.dropout:
+            raise ConfigError(f"dropout is {self.dropout}; expected 0: the policy that sampled has none")
+        if self.fake_quant and self.trainable == "lora":
+            raise ConfigError(
+                "fake_quant is on; expected it off with LoRA: the engine that samples adds pairs beside the weights, "
+                "where nothing rounds them. Use trainable = full"
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class RlConfig(RolloutSettings):
@@ -125,8 +135,7 @@ class RlConfig(RolloutSettings):
             raise ConfigError(f"group is {self.group}; expected at least 2, since rewards are compared in a group")
         if self.updates > self.prompts:
             raise ConfigError(f"updates is {self.updates} and prompts {self.prompts}; each update needs a prompt")
-        if self.dropout:
-            raise ConfigError(f"dropout is {self.dropout}; expected 0: the policy that sampled has none")
+        self.check_sampled()
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +180,8 @@ class DistillConfig(RolloutSettings):
             raise ConfigError(
                 f"temperature is {self.temperature}; on policy the teacher is compared at 1, so expected 1"
             )
-        if self.dropout and self.method == "on_policy":
-            raise ConfigError(f"dropout is {self.dropout}; expected 0: the policy that sampled has none")
+        if self.method == "on_policy":
+            self.check_sampled()
 
 
 def by_effort(name: str, text: str) -> dict[Effort, float]:

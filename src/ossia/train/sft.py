@@ -12,7 +12,7 @@ import torch
 
 from ossia.train.config import SftConfig
 from ossia.train.data import TrainBatch
-from ossia.train.fit import balance_of, watched_router
+from ossia.train.fit import watched_router, with_balance
 from ossia.train.losses import nll_sum
 from ossia.train.module import Model
 from ossia.train.parallel import Team
@@ -43,9 +43,5 @@ class Likelihood:
     def terms(self, batch: TrainBatch) -> Terms:
         with watched_router(self._model, is_wanted=self._balance_weight > 0) as seen:
             logprobs_R = self._model.logprobs(batch.batch, batch.targets_R)
-        loss_sum = nll_sum(logprobs_R, torch.as_tensor(batch.weights_R))
-        if not seen:
-            return Terms(loss_sum)
-        balance = balance_of(seen)
-        weight = self.weight(batch)
-        return Terms(loss_sum, {"balance": balance.item() * weight}, self._balance_weight * balance * weight)
+        terms = Terms(nll_sum(logprobs_R, torch.as_tensor(batch.weights_R)))
+        return with_balance(terms, seen, self._balance_weight, self.weight(batch)) if seen else terms
