@@ -199,7 +199,7 @@ def test_a_tool_that_does_not_answer_is_left_after_its_time():
 @pytest.mark.parametrize("field", ["max_tokens", "temperature", "max_python"])
 def test_a_setting_that_cannot_be_is_named(field):
     with pytest.raises(InputError) as caught:
-        RolloutConfig(**{field: 0})
+        RolloutConfig(**{field: -1})
     assert caught.value.param == field
 
 
