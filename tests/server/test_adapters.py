@@ -29,8 +29,11 @@ SAMPLING = {"seed": 7, "temperature": 1}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A model, and a folder of adapters: polite, terse, other's (of another model), and one that lies outside."""
-    root = tmp_path_factory.mktemp("adapters")
+    return write_shelf(tmp_path_factory.mktemp("adapters"))
+
+
+def write_shelf(root: Path) -> Path:
+    """A model, and a folder of adapters: polite, terse, late, a damaged one, and one that lies outside."""
     model = write_random_checkpoint(root / "tiny", "tiny")
     config = LocalModel.open(Config(model=str(model), backend="reference")).checkpoint.config
     for seed, name in enumerate(("polite", "terse", "late")):
@@ -44,8 +47,8 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
-def serve(folder: Path, shelf: Path | None) -> tuple[Served, AsyncEngine]:
-    local = LocalModel.open(Config(model=str(folder / "tiny")))
+def serve(folder: Path, shelf: Path | None, **settings: int) -> tuple[Served, AsyncEngine]:
+    local = LocalModel.open(Config(model=str(folder / "tiny"), **settings))
     engine = AsyncEngine(local.engine)
     made = Model("tiny", engine, local.tokenizer, constrain=Grammars(GrammarCompiler(local.tokenizer)))
     adapters = Adapters(engine, local.read_adapter, taken=("tiny", "openai/gpt-oss-20b"), folder=shelf)
