@@ -112,6 +112,8 @@ def prints(pattern: str, server: str = "served") -> Case:
 
     def case(block: Block, place: Place) -> None:
         code = re.sub(r"(http://127\.0\.0\.1|localhost):8000", place.server(server).url, block.code)
+        # One model plays all.
+        code = code.replace("gpt-oss-safeguard-20b", "gpt-oss-20b")
         printed = place.python(code) if block.language == "python" else place.shell(code)
         assert re.search(pattern, printed, re.DOTALL), printed
 
@@ -415,10 +417,42 @@ def samples_are_read(block: Block, place: Place) -> None:
 
 def a_run_is_begun(block: Block, place: Place) -> None:
     place.tiny("build/random-tiny")
-    (place.folder / "recipes").symlink_to(ROOT / "recipes")
     assert read_settings(SftConfig, Path("recipes/first.toml"), {}).steps > 20
     code = block.code.replace('"steps": 20', '"steps": 2')
     assert code != block.code and "done 2 " in place.python(code)
+
+
+def a_row_is_of_the_data(block: Block, place: Place) -> None:
+    assert json.loads(block.code) in [json.loads(line) for line in (ROOT / "recipes/first.jsonl").open()]
+
+
+def the_first_run_is_done(block: Block, place: Place) -> None:
+    """On a model with a small vocabulary, in place of the one that the first line writes."""
+    parses(block, place)
+    place.tiny("build/random-tiny")
+    assert main(commands(block.code)[-1][1:]) == 0
+
+
+def what_was_learnt_is_said(block: Block, place: Place) -> None:
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        runs(block, place)
+    assert printed.getvalue() == "A small bird.\n"
+
+
+def what_was_learnt_is_served(block: Block, place: Place) -> None:
+    served, engine = test_adapters.serve(
+        place.folder / "build/random-tiny", {"first": place.folder / "runs/first/adapter"}, today=lambda: "2026-01-01"
+    )
+    try:
+        assert place.python(block.code.replace("http://127.0.0.1:8000", served.url)) == "A small bird.\n"
+    finally:
+        served.stop()
+        engine.close()
+
+
+def rows_are_made(block: Block, place: Place) -> None:
+    runs(block, place)
+    assert len((place.folder / "policies.jsonl").read_text().splitlines()) == 200
 
 
 CASES: dict[str, list[Case]] = {
@@ -444,10 +478,26 @@ CASES: dict[str, list[Case]] = {
     "deploying.md": [parses, parses, parses],
     "distillation.md": [parses, shards_are_laid_out_so, parses],
     "export.md": [exports_are_made, an_export_is_made, differences_are_told],
+    "fine-tuning.md": [
+        a_row_is_of_the_data,
+        runs,
+        the_first_run_is_done,
+        what_was_learnt_is_said,
+        parses,
+        what_was_learnt_is_served,
+        runs,
+        parses,
+    ],
     "functions.md": [a_function_is_a_tool],
     "mcp.md": [settings_name_servers, parses],
     "page.md": [parses],
     "reinforcement.md": [parses, a_task_makes_exercises, parses],
+    "safeguard.md": [
+        parses,
+        prints("1 R3 A gift card is paid outside.\n"),
+        prints("1 1.0"),
+        rows_are_made,
+    ],
     "sandbox.md": [],
     "serving.md": [
         parses,
@@ -482,13 +532,18 @@ def test_every_page_and_every_block_of_it_has_its_case():
         assert not re.search(r"\n\n {4}\S", outside), f"{page}: a block without a fence"
 
 
-@pytest.mark.parametrize("page", PAGES)
+# A run of 150 steps.
+SLOW = ("fine-tuning.md",)
+
+
+@pytest.mark.parametrize("page", [pytest.param(one, marks=[pytest.mark.slow] * (one in SLOW)) for one in PAGES])
 def test_the_blocks_of_a_page_do_what_they_say(page, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     for name in os.environ:
         if name.startswith(("OSSIA_", "OPENAI_", "ANTHROPIC_")):
             monkeypatch.delenv(name)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     place = Place(page, tmp_path, request)
     for number, (block, case) in enumerate(zip(blocks(page), CASES[page], strict=True), 1):
         try:
@@ -517,6 +572,10 @@ TURNS = {
     "Yes or no?": (said('{"yes": true}'),),
     "How warm is it in Zürich?": (called("get_weather", {"city": "Zürich", "unit": "celsius"}), said("21 degrees.")),
     "Names of all users.": ("<|channel|>commentary to=functions.query<|message|>SELECT name FROM users<|call|>",),
+    "Lamp for sale. Send a gift card to hold it.": (
+        said('{"violation": 1, "rule": "R3", "rationale": "A gift card is paid outside."}'),
+    ),
+    "Pay me by gift card, please.": (said("1"),),
     "Add 2 and 2.": (REASONED + called("add", {"a": 2, "b": 2}), ANSWER),
 }
 
@@ -546,7 +605,8 @@ def tooled(tmp_path_factory) -> Iterator[Served]:
 def adapted(tmp_path_factory) -> Iterator[Served]:
     """A model with adapters, which clients may load."""
     folder = test_adapters.write_shelf(tmp_path_factory.mktemp("docs"))
-    served, engine = test_adapters.serve(folder, folder / "shelf", max_context=256)
+    shelf = test_adapters.of_shelf(folder)
+    served, engine = test_adapters.serve(folder / "tiny", shelf, folder / "shelf", max_context=256)
     yield served
     served.stop()
     engine.close()
@@ -582,6 +642,13 @@ def test_links_to_other_files_lead_there(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", PAGES[page]):
         # An example of a citation's link is none.
         assert ":" in target or (folder / target).exists(), target
+
+
+def test_files_that_the_design_names_are_there():
+    text = (ROOT / "DESIGN.md").read_text(encoding="utf-8")
+    there = [str(path.relative_to(ROOT)) for path in ROOT.glob("[dst]*/**/*") if "__pycache__" not in path.parts]
+    for name in re.findall(r"`([\w/.]+(?:\.py|\.md|/))`", text):
+        assert any(f"/{path}/".endswith(f"/{name.strip('/')}/") for path in [*there, "web"]), name
 
 
 def test_every_page_of_the_docs_is_named_somewhere():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import openai
@@ -47,13 +49,21 @@ def write_shelf(root: Path) -> Path:
     return root
 
 
-def serve(folder: Path, shelf: Path | None, **settings: int) -> tuple[Served, AsyncEngine]:
-    local = LocalModel.open(Config(model=str(folder / "tiny"), **settings))
+def of_shelf(folder: Path) -> dict[str, Path]:
+    return {name: folder / "shelf" / name for name in ("polite", "terse")}
+
+
+def serve(
+    path: Path, offered: Mapping[str, Path], shelf: Path | None = None, max_context: int = 0, **fields: Any
+) -> tuple[Served, AsyncEngine]:
+    """A checkpoint with adapters by name; ``fields`` are those of `Model`."""
+    local = LocalModel.open(Config(model=str(path), max_context=max_context))
     engine = AsyncEngine(local.engine)
-    made = Model("tiny", engine, local.tokenizer, constrain=Grammars(GrammarCompiler(local.tokenizer)))
+    constrain = Grammars(GrammarCompiler(local.tokenizer))
+    made = Model("tiny", engine, local.tokenizer, constrain=constrain, **fields)
     adapters = Adapters(engine, local.read_adapter, taken=("tiny", "openai/gpt-oss-20b"), folder=shelf)
-    for name in ("polite", "terse"):
-        adapters.load(name, folder / "shelf" / name, made)
+    for name, folder in offered.items():
+        adapters.load(name, folder, made)
     served = Served(made, Store("sqlite://"), adapters=adapters)
     served.service.watch(engine.stats)
     return served, engine
@@ -61,7 +71,7 @@ def serve(folder: Path, shelf: Path | None, **settings: int) -> tuple[Served, As
 
 @pytest.fixture(scope="module")
 def real(folder):
-    served, engine = serve(folder, folder / "shelf")
+    served, engine = serve(folder / "tiny", of_shelf(folder), folder / "shelf")
     yield served
     served.stop()
     engine.close()
@@ -231,7 +241,7 @@ def test_what_cannot_be_loaded_is_refused(real, name, path, status, words):
 
 
 def test_without_a_folder_nothing_is_loaded_or_unloaded(folder):
-    served, engine = serve(folder, None)
+    served, engine = serve(folder / "tiny", of_shelf(folder))
     try:
         for path, body in (
             ("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "polite"}),
