@@ -12,6 +12,8 @@ import pytest
 from tests.responses.scripts import FINAL, REASONED, Scripted, model
 from tests.responses.tool_scripts import browser, final, make_boxes, python
 from tests.server.conftest import Served
+from tests.server.test_adapters import of_shelf, write_shelf
+from tests.server.test_adapters import serve as serve_adapters
 
 from ossia.server.limits import Keys
 from ossia.server.store import Store
@@ -482,6 +484,44 @@ def test_the_tokens_of_a_request_are_those_that_the_model_reads(served):
     served.openai.responses.create(model="gpt-oss-20b", **asked)
     assert [one["id"] for one in told] == served.engine.prompts[-1]
     assert told[0] == {"id": told[0]["id"], "text": "<|start|>", "is_special": True}
+
+
+@pytest.fixture
+def adapted(tmp_path) -> Iterator[Served]:
+    """A small model with the adapters polite and terse."""
+    folder = write_shelf(tmp_path)
+    served, engine = serve_adapters(folder / "tiny", of_shelf(folder), folder / "shelf", max_context=512)
+    yield served
+    served.stop()
+    engine.close()
+
+
+@pytest.mark.parametrize("viewport", [DESK, PHONE], ids=["desk", "phone"])
+def test_an_adapter_is_chosen_where_the_server_has_some(tab, adapted, viewport):
+    opened = tab(adapted, viewport)
+    page = opened.page
+    choice = page.locator("select[aria-label=Model]")
+    choice.wait_for()
+    assert choice.locator("option").all_inner_texts() == ["tiny", "polite", "terse"]
+    choice.select_option("polite")
+    assert page.get_attribute("#compose", "placeholder") == "Ask polite"
+    with page.expect_request("**/v1/responses") as asked:
+        opened.ask("Hello")
+    assert asked.value.post_data_json["model"] == "polite"
+    page.reload()
+    choice.wait_for()
+    assert choice.input_value() == "polite"
+    # One that has gone meanwhile is no choice any more.
+    adapted.http.post("/v1/unload_lora_adapter", json={"lora_name": "polite"})
+    page.reload()
+    choice.wait_for()
+    assert choice.input_value() == "tiny"
+
+
+def test_where_there_are_no_adapters_there_is_no_choice(tab, served):
+    page = tab(served).page
+    page.wait_for_selector("text=gpt-oss-20b >> nth=0")
+    assert page.locator("header select").count() == 0
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

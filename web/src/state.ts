@@ -5,6 +5,8 @@ import { applied, textOf } from "./items";
 import type { Conversation, Effort, Item, ResponseBody, Served, Token, Usage } from "./types";
 
 export interface Settings {
+  /** The adapter that is asked; "" for the model itself. */
+  adapter: string;
   effort: Effort;
   python: boolean;
   browser: boolean;
@@ -14,7 +16,7 @@ export interface Settings {
 }
 
 const SETTINGS = "ossia.settings";
-const FIRST: Settings = { effort: "medium", python: true, browser: true, instructions: "", developer: false, theme: "auto" };
+const FIRST: Settings = { adapter: "", effort: "medium", python: true, browser: true, instructions: "", developer: false, theme: "auto" };
 const INCLUDE = ["code_interpreter_call.outputs", "web_search_call.action.sources"];
 
 export const settings = signal<Settings>({ ...FIRST, ...JSON.parse(localStorage.getItem(SETTINGS) ?? "{}") });
@@ -33,6 +35,11 @@ export const lastUsage = signal<(Usage & { seconds: number; first: number }) | n
 export const announcement = signal("");
 export const files = signal<{ name: string; size: number }[]>([]);
 export const isUploading = signal(false);
+/** The name that requests give: an adapter's, if the server still has it, or the model's. */
+export const model = computed(() => {
+  const { adapter } = settings.value;
+  return served.value?.adapters.includes(adapter) ? adapter : served.value?.model;
+});
 export const shown = computed(() => [...items.value, ...answer.value]);
 
 let abort: AbortController | null = null;
@@ -209,7 +216,7 @@ function asked(conversation: Conversation | null): Record<string, unknown> {
   if (python && "python" in has) tools.push({ type: "code_interpreter", container: container ?? { type: "auto" } });
   if (browser && "browser" in has) tools.push({ type: "web_search" });
   return {
-    model: served.value?.model,
+    model: model.value,
     conversation: conversation?.id,
     instructions: instructions || undefined,
     reasoning: { effort },
