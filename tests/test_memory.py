@@ -48,9 +48,11 @@ def test_weights_that_will_be_read_from_the_disk_are_told(free, caplog):
 
 
 def test_without_a_model_those_that_are_here_are_named(monkeypatch):
-    monkeypatch.setattr(ossia.local, "downloaded", lambda: ["gpt-oss-20b"])
-    with pytest.raises(NotFoundError, match=r"Here already: gpt-oss-20b\. Give --model"):
+    monkeypatch.setattr(ossia.local, "downloaded", lambda: ["gpt-oss-20b", "me/tuned"])
+    with pytest.raises(
+        NotFoundError, match=r"Here already: gpt-oss-20b, me/tuned\. Take one with `--model gpt-oss-20b`"
+    ):
         require_model(Config())
     monkeypatch.setattr(ossia.local, "downloaded", list)
-    with pytest.raises(NotFoundError, match=r"no model was named\. Give --model .*ossia pull gpt-oss-20b"):
+    with pytest.raises(NotFoundError, match=r"none is here\. Fetch one with `ossia pull gpt-oss-20b`"):
         require_model(Config())

@@ -324,13 +324,19 @@ def _effort(effort: Effort | str | None) -> Effort:
 
 def require_model(config: Config) -> None:
     """Raise NotFoundError, saying how to name one, unless the settings name a model."""
-    if not config.model:
-        here = downloaded()
-        found = f"Here already: {', '.join(here)}. " if here else ""
+    if config.model:
+        return
+    here = downloaded()
+    if here:
         raise NotFoundError(
-            f"no model was named. {found}Give --model (or OSSIA_MODEL): a checkpoint folder, a .gguf file, or the name "
-            "of one that was fetched with `ossia pull gpt-oss-20b`."
+            f"no model was named. Here already: {', '.join(here)}. Take one with `--model {here[0]}` (or OSSIA_MODEL), "
+            "or give the path of a checkpoint."
         )
+    raise NotFoundError(
+        "no model was named, and none is here. Fetch one with `ossia pull gpt-oss-20b` (12.8 GiB; `ossia doctor` tells "
+        "whether this machine has the memory) and give `--model gpt-oss-20b` (or OSSIA_MODEL), or the path of a "
+        "checkpoint."
+    )
 
 
 def check_memory(config: Config, shape: ModelConfig) -> None:

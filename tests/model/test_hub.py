@@ -13,7 +13,7 @@ import huggingface_hub
 import pytest
 
 from ossia.errors import InputError, NotFoundError, UnavailableError
-from ossia.model.hub import pull, resolve_model
+from ossia.model.hub import downloaded, pull, resolve_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {"config.json": b"{}", "model.safetensors": bytes(1000), "original/config.json": b"{}", "metal/model.bin": b"x"}
@@ -111,6 +111,20 @@ def test_what_was_pulled_is_found_by_name_without_the_other_layouts(name, hub):
     assert sorted(hub.downloads) == ["config.json", "model.safetensors"]
     assert (folder / "model.safetensors").read_bytes() == FILES["model.safetensors"]
     assert resolve_model(name) == resolve_model("gpt-oss-20b", revision="main") == folder
+
+
+def test_what_is_here_are_published_models_and_others_of_their_kind(hub, cache):
+    assert downloaded() == []
+    pull("gpt-oss-20b")
+    for name, kind in (("me/tuned", "gpt_oss"), ("me/else", "llama"), ("me/broken", None)):
+        folder = cache / f"models--{name.replace('/', '--')}"
+        for path, text in (
+            ("refs/main", COMMIT),
+            (f"snapshots/{COMMIT}/config.json", json.dumps({"model_type": kind})),
+        ):
+            (folder / path).parent.mkdir(parents=True)
+            (folder / path).write_text(text if kind else "[")
+    assert downloaded() == ["gpt-oss-20b", "me/tuned"]
 
 
 def test_what_is_there_is_not_downloaded_twice(hub):

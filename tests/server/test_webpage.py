@@ -12,6 +12,8 @@ import pytest
 from tests.responses.scripts import FINAL, REASONED, Scripted, model
 from tests.responses.tool_scripts import browser, final, make_boxes, python
 from tests.server.conftest import Served
+from tests.server.test_adapters import of_shelf, write_shelf
+from tests.server.test_adapters import serve as serve_adapters
 
 from ossia.server.limits import Keys
 from ossia.server.store import Store
@@ -326,6 +328,116 @@ def test_the_keyboard_is_enough(tab, served):
     opened.until("document.querySelector('h1').innerText === 'New chat'")
 
 
+class Held:
+    """Requests of a tab that wait until they are let go, and the order in which those and answers came."""
+
+    def __init__(self, page: Any) -> None:
+        self.page, self.routes, self.order = page, [], []
+        self.is_holding = True
+        page.route("**/v1/conversations/*/items?*", self._take)
+        page.on("requestfinished", lambda request: "/items?" in request.url and self.order.append("filed"))
+        page.on("request", lambda request: request.url.endswith("/v1/responses") and self.order.append("asked"))
+
+    def wait(self) -> None:
+        for _ in range(300):
+            if self.routes:
+                return
+            self.page.wait_for_timeout(50)
+        raise AssertionError("nothing was asked for")
+
+    def _take(self, route: Any) -> None:
+        self.routes.append(route) if self.is_holding else route.continue_()
+
+    def let_go(self) -> None:
+        self.is_holding = False
+        for route in self.routes:
+            route.continue_()
+
+
+def test_another_chat_begins_at_once_while_the_last_answer_is_still_being_filed(tab, serve):
+    served = serve(REASONED + FINAL)
+    opened = tab(served)
+    page = opened.page
+    opened.ask("First")
+    opened.wait()
+    page.click("text=New chat")
+    held = Held(page)
+    opened.ask("Second")
+    opened.wait()
+    held.wait()
+    page.keyboard.press("Control+Shift+O")
+    opened.until("document.querySelector('h1').innerText === 'New chat'")
+    page.click(".sidebar .title >> text=First")
+    page.click("text=New chat")
+    held.let_go()
+    with page.expect_response("**/v1/conversations?*"):
+        pass
+    assert page.inner_text("h1") == "New chat"
+    assert page.locator(".bubble").count() == 0
+    page.click(".sidebar .title >> text=First")
+    opened.until("document.querySelector('.bubble')?.innerText === 'First'")
+
+
+def test_a_question_waits_until_the_answer_before_it_is_filed(tab, serve):
+    served = serve(REASONED + FINAL)
+    opened = tab(served)
+    page = opened.page
+    held = Held(page)
+    opened.ask("First")
+    opened.wait()
+    held.wait()
+    opened.ask("Second")
+    page.wait_for_selector("button.send >> text=Stop")
+    page.wait_for_timeout(200)
+    held.let_go()
+    opened.wait()
+    assert held.order[:3] == ["asked", "filed", "asked"]
+    page.locator(".asked >> text=Edit").last.click()
+    opened.until("document.querySelector('#compose').value === 'Second'")
+    assert page.locator(".bubble").all_inner_texts() == ["First"]
+
+
+def test_a_question_before_the_page_knows_its_server_stays_in_view(tab, served):
+    opened = tab(served)
+    page = opened.page
+    held: list[Any] = []
+    page.route("**/v1/served", lambda route: held.append(route))
+    page.reload()
+    opened.ask("What is 2 + 2?")
+    opened.wait()
+    with page.expect_response("**/v1/conversations?*"):
+        held[0].continue_()
+    page.wait_for_timeout(200)
+    assert page.is_visible(".numbers")
+
+
+def test_a_fault_amid_an_answer_stays_in_view(tab, serve):
+    served = serve("<|channel|>final<|message|>Half of <|return|>")
+    opened = tab(served)
+    page = opened.page
+    events = [
+        {
+            "type": "response.output_item.added",
+            "output_index": 0,
+            "item": {"id": "m", "type": "message", "role": "assistant", "content": []},
+        },
+        {
+            "type": "response.content_part.added",
+            "output_index": 0,
+            "content_index": 0,
+            "part": {"type": "output_text", "text": ""},
+        },
+        {"type": "response.output_text.delta", "output_index": 0, "content_index": 0, "delta": "Half of"},
+        {"type": "error", "message": "The engine has ended."},
+    ]
+    told = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
+    page.route("**/v1/responses", lambda route: route.fulfill(content_type="text/event-stream", body=told))
+    with page.expect_response("**/items?*"):
+        opened.ask("Tell me")
+    assert "The engine has ended." in page.inner_text("[role=alert]")
+    assert page.inner_text(".answered .prose") == "Half of"
+
+
 def test_conversations_are_listed_by_key_alone(serve):
     served = serve(keys=Keys([(hashlib.sha256(name.encode()).hexdigest(), name) for name in ("alice", "bob")]))
 
@@ -372,6 +484,44 @@ def test_the_tokens_of_a_request_are_those_that_the_model_reads(served):
     served.openai.responses.create(model="gpt-oss-20b", **asked)
     assert [one["id"] for one in told] == served.engine.prompts[-1]
     assert told[0] == {"id": told[0]["id"], "text": "<|start|>", "is_special": True}
+
+
+@pytest.fixture
+def adapted(tmp_path) -> Iterator[Served]:
+    """A small model with the adapters polite and terse."""
+    folder = write_shelf(tmp_path)
+    served, engine = serve_adapters(folder / "tiny", of_shelf(folder), folder / "shelf", max_context=512)
+    yield served
+    served.stop()
+    engine.close()
+
+
+@pytest.mark.parametrize("viewport", [DESK, PHONE], ids=["desk", "phone"])
+def test_an_adapter_is_chosen_where_the_server_has_some(tab, adapted, viewport):
+    opened = tab(adapted, viewport)
+    page = opened.page
+    choice = page.locator("select[aria-label=Model]")
+    choice.wait_for()
+    assert choice.locator("option").all_inner_texts() == ["tiny", "polite", "terse"]
+    choice.select_option("polite")
+    assert page.get_attribute("#compose", "placeholder") == "Ask polite"
+    with page.expect_request("**/v1/responses") as asked:
+        opened.ask("Hello")
+    assert asked.value.post_data_json["model"] == "polite"
+    page.reload()
+    choice.wait_for()
+    assert choice.input_value() == "polite"
+    # One that has gone meanwhile is no choice any more.
+    adapted.http.post("/v1/unload_lora_adapter", json={"lora_name": "polite"})
+    page.reload()
+    choice.wait_for()
+    assert choice.input_value() == "tiny"
+
+
+def test_where_there_are_no_adapters_there_is_no_choice(tab, served):
+    page = tab(served).page
+    page.wait_for_selector("text=gpt-oss-20b >> nth=0")
+    assert page.locator("header select").count() == 0
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

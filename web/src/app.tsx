@@ -38,7 +38,7 @@ export function App() {
             ☰
           </button>
           <h1>{title}</h1>
-          <span class="model">{state.served.value?.model ?? ""}</span>
+          <ModelName />
           {state.settings.value.developer && state.current.value && (
             <button type="button" class="quiet" onClick={() => (dialog.value = "tokens")}>
               Tokens
@@ -69,6 +69,19 @@ export function App() {
       </main>
       <Dialogs />
     </div>
+  );
+}
+
+/** The model, or a choice where the server has adapters. */
+function ModelName() {
+  const served = state.served.value;
+  if (!served?.adapters.length) return <span class="model">{served?.model ?? ""}</span>;
+  return (
+    <select class="model" aria-label="Model" value={state.model.value} onChange={(e) => state.change({ adapter: e.currentTarget.value })}>
+      {[served.model, ...served.adapters].map((name) => (
+        <option value={name}>{name}</option>
+      ))}
+    </select>
   );
 }
 

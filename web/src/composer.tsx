@@ -59,7 +59,7 @@ export function Composer() {
         ref={field}
         rows={1}
         aria-label="Message"
-        placeholder={state.served.value ? `Ask ${state.served.value.model}` : "Connecting …"}
+        placeholder={state.served.value ? `Ask ${state.model.value}` : "Connecting …"}
         value={draft.value}
         onInput={(e) => (draft.value = e.currentTarget.value)}
         onKeyDown={(e) => {

@@ -5,6 +5,8 @@ import { applied, textOf } from "./items";
 import type { Conversation, Effort, Item, ResponseBody, Served, Token, Usage } from "./types";
 
 export interface Settings {
+  /** The adapter that is asked; "" for the model itself. */
+  adapter: string;
   effort: Effort;
   python: boolean;
   browser: boolean;
@@ -14,7 +16,7 @@ export interface Settings {
 }
 
 const SETTINGS = "ossia.settings";
-const FIRST: Settings = { effort: "medium", python: true, browser: true, instructions: "", developer: false, theme: "auto" };
+const FIRST: Settings = { adapter: "", effort: "medium", python: true, browser: true, instructions: "", developer: false, theme: "auto" };
 const INCLUDE = ["code_interpreter_call.outputs", "web_search_call.action.sources"];
 
 export const settings = signal<Settings>({ ...FIRST, ...JSON.parse(localStorage.getItem(SETTINGS) ?? "{}") });
@@ -33,10 +35,19 @@ export const lastUsage = signal<(Usage & { seconds: number; first: number }) | n
 export const announcement = signal("");
 export const files = signal<{ name: string; size: number }[]>([]);
 export const isUploading = signal(false);
+/** The name that requests give: an adapter's, if the server still has it, or the model's. */
+export const model = computed(() => {
+  const { adapter } = settings.value;
+  return served.value?.adapters.includes(adapter) ? adapter : served.value?.model;
+});
 export const shown = computed(() => [...items.value, ...answer.value]);
 
 let abort: AbortController | null = null;
 let requests = 0;
+/** Counts what puts a conversation in view: whoever asked last has it. */
+let visits = 0;
+/** Ends when the server has the last turn and the page its ids; what follows in a conversation waits for it. */
+let settling: Promise<void> = Promise.resolve();
 
 export function change(by: Partial<Settings>): void {
   settings.value = { ...settings.value, ...by };
@@ -49,19 +60,25 @@ export async function attempt<T>(action: () => Promise<T>): Promise<T | undefine
     fault.value = "";
     return await action();
   } catch (error) {
-    if (error instanceof ApiError && error.status === 401) needsKey.value = true;
-    else fault.value = error instanceof Error ? error.message : String(error);
+    tell(error);
     return undefined;
   }
 }
 
+function tell(error: unknown): void {
+  if (error instanceof ApiError && error.status === 401) needsKey.value = true;
+  else fault.value = error instanceof Error ? error.message : String(error);
+}
+
 export async function start(): Promise<void> {
   await attempt(async () => {
+    // Somebody may ask before the server has told what it has; then that conversation stays in view.
+    const visit = visits;
+    const id = location.hash.slice(1);
     served.value = await call<Served>("GET", "/v1/served");
     needsKey.value = false;
     await list();
-    const id = location.hash.slice(1);
-    if (id.startsWith("conv_")) await open(id);
+    if (id.startsWith("conv_") && visit === visits) await open(id);
   });
 }
 
@@ -85,6 +102,7 @@ export async function list(more = false): Promise<void> {
 
 export function fresh(): void {
   if (isBusy.value) return;
+  visits++;
   current.value = null;
   items.value = [];
   answer.value = [];
@@ -95,6 +113,7 @@ export function fresh(): void {
 
 export async function open(id: string): Promise<void> {
   if (isBusy.value) return;
+  const visit = ++visits;
   const found = await call<Conversation>("GET", `/v1/conversations/${id}`);
   const all: Item[] = [];
   for (let after = ""; ; ) {
@@ -109,6 +128,7 @@ export async function open(id: string): Promise<void> {
     if (!page.has_more) break;
     after = page.last_id;
   }
+  if (visit !== visits) return;
   current.value = found;
   items.value = all;
   answer.value = [];
@@ -123,6 +143,7 @@ export async function rename(conversation: Conversation, title: string): Promise
 }
 
 export async function remove(conversation: Conversation): Promise<void> {
+  await settling;
   await call("DELETE", `/v1/conversations/${conversation.id}`);
   conversations.value = conversations.value.filter((one) => one.id !== conversation.id);
   if (current.value?.id === conversation.id) fresh();
@@ -133,10 +154,11 @@ export async function fork(itemId: string | null): Promise<void> {
   const from = current.value;
   if (!from || isBusy.value) return;
   if (itemId === null) return fresh();
+  await settling;
   const metadata: Record<string, string> = { ...from.metadata, title: `${titleOf(from)} (copy)`.slice(0, 200) };
   const copy = await call<Conversation>("POST", `/v1/conversations/${from.id}/fork`, { item_id: itemId, metadata });
-  await list();
   await open(copy.id);
+  await list();
 }
 
 export const titleOf = (conversation: Conversation): string => conversation.metadata["title"] || "Untitled";
@@ -194,7 +216,7 @@ function asked(conversation: Conversation | null): Record<string, unknown> {
   if (python && "python" in has) tools.push({ type: "code_interpreter", container: container ?? { type: "auto" } });
   if (browser && "browser" in has) tools.push({ type: "web_search" });
   return {
-    model: served.value?.model,
+    model: model.value,
     conversation: conversation?.id,
     instructions: instructions || undefined,
     reasoning: { effort },
@@ -207,17 +229,19 @@ export async function send(text: string): Promise<void> {
   const names = files.value.map((file) => `/mnt/data/${file.name}`);
   const input = names.length ? `${text}\n\nFiles: ${names.join(", ")}`.trim() : text;
   isBusy.value = true;
+  visits++;
+  abort = new AbortController();
   lastUsage.value = null;
   const began = performance.now();
   let first = 0;
   let response: ResponseBody | null = null;
   let underWay: Item[] = [];
   try {
+    await settling;
     const conversation = await ensureConversation(text);
     const said: Item = { id: `local_${began}`, type: "message", role: "user", content: [{ type: "input_text", text: input }] };
     items.value = [...items.value, said];
     files.value = [];
-    abort = new AbortController();
     const include = settings.value.developer ? [...INCLUDE, "message.output_text.logprobs"] : INCLUDE;
     const top = settings.value.developer ? { top_logprobs: 5 } : {};
     const body = { ...asked(conversation), ...top, input, include, stream: true };
@@ -242,24 +266,25 @@ export async function send(text: string): Promise<void> {
     items.value = [...items.value, ...answer.value];
     answer.value = [];
     announcement.value = "The answer is complete.";
-    await settle(conversation);
+    settling = settle(conversation).catch(tell);
   } catch (error) {
-    await interrupted(input, error);
+    settling = interrupted(input, error).catch(tell);
   } finally {
     isBusy.value = false;
     abort = null;
   }
 }
 
-/** Items under the ids that the server gave them, so that they can be forked from; what the page measured is kept. */
+/** The question under the id that the server gave it, so that it can be forked from; what the page measured is kept. */
 async function settle(conversation: Conversation): Promise<void> {
-  const query = new URLSearchParams({ order: "desc", limit: "1" });
   const user = items.value.findLastIndex((item) => item.id.startsWith("local_"));
-  if (user >= 0) {
-    query.set("limit", String(Math.min(100, items.value.length - user)));
+  const local = items.value[user]?.id;
+  if (local) {
+    const query = new URLSearchParams({ order: "desc", limit: String(Math.min(100, items.value.length - user)) });
     const page = await call<{ data: Item[] }>("GET", `/v1/conversations/${conversation.id}/items?${query}`);
-    const id = page.data.at(-1);
-    if (id?.role === "user") items.value = items.value.with(user, { ...items.value[user]!, id: id.id });
+    const filed = page.data.at(-1);
+    // Another conversation may be in view by now, which has no item of this id.
+    if (filed?.role === "user") items.value = items.value.map((item) => (item.id === local ? { ...item, id: filed.id } : item));
   }
   await list();
 }
@@ -271,17 +296,14 @@ async function interrupted(input: string, error: unknown): Promise<void> {
   const done = answer.value.map((item) => (item.ended ? item : { ...item, ended: performance.now(), status: "incomplete" }));
   items.value = [...items.value, ...done];
   answer.value = [];
-  if (!wasStopped) {
-    if (error instanceof ApiError && error.status === 401) needsKey.value = true;
-    else fault.value = error instanceof Error ? error.message : String(error);
-  }
+  if (!wasStopped) tell(error);
   const conversation = current.value;
   if (!conversation || (!wasStopped && !said)) return;
   const kept: Record<string, unknown>[] = [{ type: "message", role: "user", content: input }];
   if (said) kept.push({ type: "message", role: "assistant", content: [{ type: "output_text", text: said }] });
-  await attempt(() => call("POST", `/v1/conversations/${conversation.id}/items`, { items: kept }));
+  await call("POST", `/v1/conversations/${conversation.id}/items`, { items: kept });
   announcement.value = "The answer was stopped.";
-  await attempt(() => settle(conversation));
+  await settle(conversation);
 }
 
 export function stop(): void {

@@ -5,6 +5,7 @@ export type Effort = "low" | "medium" | "high";
 export interface Served {
   version: string;
   model: string;
+  adapters: string[];
   context: number;
   tools: Record<string, string>;
   off: Record<string, string>;

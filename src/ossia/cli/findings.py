@@ -212,7 +212,7 @@ def look_at_memory(settings: Config, memory: tuple[int, int]) -> Iterator[Findin
 
 
 def look_at_models(settings: Config) -> Iterator[Finding]:
-    """The model of the settings, and which published ones are here."""
+    """The model of the settings, and which are here."""
     from ossia.model.hub import downloaded, resolve_model
     from ossia.model.inspection import inspect_checkpoint
 
@@ -220,7 +220,7 @@ def look_at_models(settings: Config) -> Iterator[Finding]:
     if here:
         yield Finding("model", "ok", f"downloaded: {', '.join(here)}", details={"downloaded": here})
     elif not settings.model:
-        yield Finding("model", "info", "none of the published models is downloaded", "Run `ossia pull gpt-oss-20b`.")
+        yield Finding("model", "info", "no gpt-oss model is downloaded", "Run `ossia pull gpt-oss-20b`.")
     if not settings.model:
         return
     try:

@@ -170,10 +170,9 @@ def open_tools(settings: Config, wanted: list[str], unsafe_python: bool) -> Tool
     from ossia.tools.python import PythonSessions
     from ossia.tools.web.backend import open_backend
 
-    off = {
-        name: "not among the tools that were asked for" for name in ("python", "browser", "mcp") if name not in wanted
-    }
-    if "browser" in off and not settings.browser:
+    # Of a tool that nobody asked for there is nothing to tell.
+    off: dict[str, str] = {}
+    if settings.tools == "auto" and not settings.browser:
         off["browser"] = "no --browser-root FOLDER or --browser says where it searches"
     if "browser" in wanted and not settings.browser:
         raise ConfigError("tools names browser; say where it searches, with --browser-root FOLDER or --browser")

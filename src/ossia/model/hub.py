@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 from pathlib import Path
@@ -54,13 +55,30 @@ def resolve_model(name_or_path: str | Path, revision: str | None = None) -> Path
 
 
 def downloaded() -> list[str]:
-    """Names of the published models that are complete in the Hugging Face cache."""
+    """Names of the gpt-oss models that are complete in the Hugging Face cache: published ones, then those of others."""
     here = []
-    for name in PUBLISHED:
+    for name in (*PUBLISHED, *_of_others()):
         with contextlib.suppress(OssiaError):
             resolve_model(name)
             here.append(name)
     return here
+
+
+def _of_others() -> list[str]:
+    """Cached repositories whose config.json is a gpt-oss model's, but for the published ones."""
+    from huggingface_hub import constants
+
+    names = []
+    for folder in sorted(Path(constants.HF_HUB_CACHE).glob("models--*--*")):
+        name = folder.name.removeprefix("models--").replace("--", "/", 1)
+        if name.removeprefix("openai/") in PUBLISHED:
+            continue
+        for path in folder.glob("snapshots/*/config.json"):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                if json.loads(path.read_bytes()).get("model_type") == "gpt_oss":
+                    names.append(name)
+                    break
+    return names
 
 
 def pull(name: str, revision: str | None = None, *, show_progress: bool = False) -> Path:

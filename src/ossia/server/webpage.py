@@ -55,6 +55,8 @@ class Served(BaseModel):
 
     version: str
     model: str
+    # Names of adapters that a request may give in place of the model's.
+    adapters: list[str]
     context: int
     # Tools that run here, by name, with what says more of each; and why others do not.
     tools: dict[str, str]
@@ -92,7 +94,12 @@ def router(service: Service) -> APIRouter:
         on, off = await service.tools.start()
         tools = dict(_named(text) for text in on)
         facts = Served(
-            version=version("ossia"), model=service.model.name, context=service.context, tools=tools, off=dict(off)
+            version=version("ossia"),
+            model=service.model.name,
+            adapters=sorted(service.adapters.offered) if service.adapters is not None else [],
+            context=service.context,
+            tools=tools,
+            off=dict(off),
         )
         return JSONResponse(facts.model_dump())
 
