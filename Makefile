@@ -4,14 +4,15 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: help run test test-all sanitize aarch64 check bench web clean
+.PHONY: help run test test-all sanitize aarch64 check bench nano web clean
 
 help:
-	@echo "make run       set up, then answer a prompt with a small model"
+	@echo "make run       set up, then let the embedded model think, call python and answer"
 	@echo "make test      set up, then the tests (minutes)"
 	@echo "make test-all  also the long tests, the sanitizers and other processors"
 	@echo "make check     ruff and mypy --strict"
 	@echo "make bench     measure, and compare with peers"
+	@echo "make nano      make the embedded model from nothing (hours; goes on where it was)"
 	@echo "make web       build the chat page from its sources"
 
 $(BIN)/python:
@@ -29,8 +30,8 @@ $(VENV)/.installed-dev: $(NATIVE) | $(BIN)/python
 	@touch $@ $(VENV)/.installed
 
 run: $(VENV)/.installed
-	@test -d build/random-tiny || $(BIN)/ossia checkpoint new build/random-tiny --shape tiny
-	$(BIN)/ossia generate "What is an ossia?" --model build/random-tiny --max-tokens 48 --seed 1
+	printf '%s\n' 'What is 4821 + 937?' 'Use python to find 48213 times 7719.' \
+	  | $(BIN)/ossia chat --tools python --show-reasoning --effort high --temperature 0
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow"
@@ -62,6 +63,11 @@ check: $(VENV)/.installed-dev
 # The chat page, from its sources; needs Node 20 or newer.
 web:
 	cd web && npm ci --no-audit --no-fund && npm run build
+
+# The embedded model, its measurements and its report. What is in build/nano is not made again.
+nano: $(VENV)/.installed-dev
+	$(BIN)/python -m ossia.train.nano build/nano --docs docs
+	rm -rf src/ossia/nano && cp -r build/nano/model src/ossia/nano
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/harmony.py
