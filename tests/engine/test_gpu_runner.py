@@ -16,7 +16,7 @@ from ossia.ops import Batch, load
 
 GIB = 1 << 30
 OPTIONS = EngineConfig(block_size=4, max_batch_tokens=32, max_num_seqs=6, kv_memory_bytes=1 << 20)
-GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 
 
 def engine_of(name: str, options: EngineConfig = OPTIONS) -> Engine:

@@ -38,6 +38,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def quickly(table: list[Any], *names: str) -> list[Any]:
+    """The cases of a table; only the named ones are run by `make test`, since the interpreter takes its time."""
+    return [pytest.param(case, id=str(case), marks=() if case.why in names else pytest.mark.slow) for case in table]
+
+
 def on_device(values: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(values, order="C")).to(EXACT.device)
 
@@ -72,16 +77,20 @@ def test_linear(case: cases.Linear) -> None:
 # Mixture of experts --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", cases.MOE, ids=str)
+@pytest.mark.parametrize("case", quickly(cases.MOE, *(case.why for case in cases.MOE if case.T < 1000)))
 def test_moe(case: cases.Moe) -> None:
     assert_moe(EXACT, case, 3e-5)
-    assert_moe(HALVES["bfloat16"], case, 0.1 * case.outliers)
 
 
-@pytest.mark.parametrize("case", cases.MOE, ids=str)
-@pytest.mark.parametrize("unpacking", ["sums", "dot_scaled"])
-def test_moe_unpacked_otherwise(case: cases.Moe, unpacking: str) -> None:
-    assert_moe(BY_VARIANT[unpacking], case, 0.1 * case.outliers)
+@pytest.mark.parametrize("case", quickly(cases.MOE, "T=2", "float32, odd sizes"))
+@pytest.mark.parametrize("kind", [*BY_VARIANT, "float16"])
+def test_moe_in_16_bits(case: cases.Moe, kind: str) -> None:
+    if kind == "float16":
+        if case.gain > 1 or case.scales[1] > 127:
+            pytest.skip("made of numbers beyond float16")
+        assert_moe(HALVES["float16"], case, 0.02 * case.outliers)
+    else:
+        assert_moe(BY_VARIANT[kind], case, 0.1 * case.outliers)
 
 
 @pytest.mark.parametrize("unpacking", ["registers", "sums", "dot_scaled"])
@@ -105,7 +114,8 @@ def test_every_code_and_scale_is_multiplied_exactly(order: str, unpacking: str) 
         expected = (np.float64(6.96875) * values * 2.0 ** (scales.astype(np.float64) - 127)[:, None]).astype(np.float32)
         # A weight beyond the largest bfloat16 is infinite, as is the product of one.
         expected[scales == 255] = np.nan
-    np.testing.assert_allclose(met, expected, rtol=1e-2, atol=1e-39)
+    # The interpreter writes a bfloat16 below 2^-126 as zero.
+    np.testing.assert_allclose(met, expected, rtol=1e-2, atol=7e-38)
 
 
 # Adapters ------------------------------------------------------------------------------------------------------------
@@ -163,9 +173,13 @@ def assert_moe(ops: Any, case: cases.Moe, tolerance: float) -> None:
 
 @pytest.mark.parametrize("case", cases.ATTENTION, ids=str)
 def test_attention(case: cases.Attention) -> None:
-    expected = attend(REFERENCE, case)
-    assert_close(attend(EXACT, case), expected, 2e-5)
-    assert_close(attend(HALVES["bfloat16"], case), expected, 0.03)
+    assert_close(attend(EXACT, case), attend(REFERENCE, case), 2e-5)
+
+
+@pytest.mark.parametrize("case", quickly(cases.ATTENTION, "decode", "window of 1", "odd group and head dim"))
+def test_attention_in_16_bits(case: cases.Attention) -> None:
+    for ops in HALVES.values():
+        assert_close(attend(ops, case), attend(REFERENCE, case), 0.03)
 
 
 def attend(ops: Any, case: cases.Attention) -> Any:

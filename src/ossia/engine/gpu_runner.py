@@ -160,7 +160,10 @@ def unpack(packed: Tensor, like: Batch) -> Batch:
     """The batch whose arrays are views of `packed`, with the shapes of another."""
     arrays = _arrays(like)
     pieces = torch.split(packed, [array.size for array in arrays])
-    return Batch(*(piece.view(array.shape) for piece, array in zip(pieces, arrays, strict=True)))
+    token_ids, positions, starts, lengths, full_table, window_table, logit_rows = (
+        piece.view(array.shape) for piece, array in zip(pieces, arrays, strict=True)
+    )
+    return Batch(token_ids, positions, starts, lengths, full_table, window_table, logit_rows)
 
 
 def _arrays(batch: Batch) -> list[npt.NDArray[np.int32]]:
