@@ -16,7 +16,7 @@ from ossia.ops import Batch, load
 
 GIB = 1 << 30
 OPTIONS = EngineConfig(block_size=4, max_batch_tokens=32, max_num_seqs=6, kv_memory_bytes=1 << 20)
-GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
 
 
 def engine_of(name: str, options: EngineConfig = OPTIONS) -> Engine:
@@ -26,11 +26,12 @@ def engine_of(name: str, options: EngineConfig = OPTIONS) -> Engine:
 
 
 def test_greedy_tokens_are_those_of_the_reference(answer):
-    prompts = [list(range(2, 22)), [5], list(range(30, 41))]
+    # One is read in two steps, beside others that answer already.
+    prompts = [[5], list(range(2, 40))]
     requests = [(prompt, GREEDY) for prompt in prompts]
     expected = answer(engine_of("reference"), requests)
     assert answer(engine_of("gpu"), requests) == expected
-    assert len({tuple(tokens) for tokens in expected}) == 3
+    assert len({tuple(tokens) for tokens in expected}) == 2
 
 
 def test_a_padded_pass_gives_the_logits_of_the_pass_itself():
