@@ -88,7 +88,7 @@ def test_arguments_of_a_program_are_read_like_the_settings_file():
         ({"thread": 1}, "unknown setting 'thread'; did you mean 'threads'"),
         ({"threads": "many"}, "threads is 'many'; expected a whole number"),
         ({"kv_memory": -1}, "kv_memory is -1; expected a size"),
-        ({"backend": "gpu"}, "backend is 'gpu'; expected one of: cpu, reference"),
+        ({"backend": "tpu"}, "backend is 'tpu'; expected one of: cpu, gpu, reference"),
     ):
         with pytest.raises(ConfigError, match=said):
             config.from_arguments(arguments)

@@ -64,6 +64,7 @@ class McpServer:
     """Whether a person is asked before each call; a request may ask for more, and not for less."""
 
 
+_ALL = Size(0)
 _GIB = Size(1 << 30)
 _2_GIB = Size(2 << 30)
 _4_GIB = Size(4 << 30)
@@ -80,8 +81,8 @@ class Config:
 
     model: str = EMBEDDED
     """Checkpoint to use: a folder, a .gguf file, or a name such as gpt-oss-20b; nano is the demonstration built in."""
-    backend: Literal["cpu", "reference"] = "cpu"
-    """Where the arithmetic runs: C++ kernels, or the slow readable numpy."""
+    backend: Literal["cpu", "gpu", "reference"] = "cpu"
+    """Where the arithmetic runs: C++ kernels, Triton kernels on an NVIDIA GPU, or the slow readable numpy."""
     threads: int = 0
     """Threads of the CPU backend; 0 takes every core that the process may use."""
     dense: Literal["q8", "bf16"] = "q8"
@@ -89,7 +90,9 @@ class Config:
     kv: Literal["bf16", "q8"] = "bf16"
     """How the CPU backend holds keys and values."""
     kv_memory: Size = _GIB
-    """Most memory that keys and values may take, such as 2GiB; never exceeded."""
+    """Most memory that keys and values may take, such as 2GiB; never exceeded. A GPU's follows from gpu_memory."""
+    gpu_memory: Size = _ALL
+    """Most of a GPU's memory that ossia may take, weights, keys and values together; 0 takes nearly all of it."""
     max_context: int = 0
     """Longest prompt and answer together, in tokens; 0 takes what the model allows and kv_memory holds."""
     adapters: Mapping[str, str] = field(default_factory=dict)

@@ -44,6 +44,7 @@ from ossia.model.config import ModelConfig
 from ossia.model.hub import downloaded, resolve_model
 from ossia.model.memory import available_bytes, own_bytes, weight_bytes
 from ossia.model.weights import Checkpoint, load_weights
+from ossia.ops import AdapterOps
 
 _log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ class LocalModel:
             adapter_memory_bytes=config.adapter_memory,
         )
         tokenizer = checkpoint.tokenizer()
-        runner = Runner(ops, checkpoint.config, load_weights(checkpoint, ops), options)
+        runner = make_runner(config, ops, checkpoint, options)
         model = cls(Engine(runner, token_bytes=tokenizer.token_bytes), tokenizer, checkpoint)
         for name, path in config.adapters.items():
             model.load_adapter(path, name)
@@ -355,3 +356,16 @@ def backend_options(config: Config) -> dict[str, Any]:
     if config.backend != "cpu":
         return {}
     return {"threads": config.threads or None, "dense": config.dense, "kv": config.kv}
+
+
+def make_runner(config: Config, ops: AdapterOps, checkpoint: Checkpoint, options: EngineConfig) -> Runner:
+    """Load the weights, and give keys and values the memory that the settings allow, or that a GPU has left.
+
+    Raises UnavailableError, with numbers, where a GPU does not hold the model.
+    """
+    if config.backend != "gpu":
+        return Runner(ops, checkpoint.config, load_weights(checkpoint, ops), options)
+    # It brings torch, which no other backend needs.
+    from ossia.engine.gpu_runner import load_gpu_runner
+
+    return load_gpu_runner(ops, checkpoint, options, config.gpu_memory)

@@ -339,6 +339,34 @@ def test_no_model_named_says_how_to_name_one(tmp_path):
     assert result.returncode == 1 and "--model" in result.stderr and "ossia pull" in result.stderr
 
 
+@pytest.mark.parametrize("hidden", ["torch", "triton"])
+def test_the_gpu_backend_without_its_packages_says_what_to_install(tiny, hidden):
+    code = f"import sys; sys.modules[{hidden!r}] = None; from ossia.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "generate", "Hi", "--model", str(tiny), "--backend", "gpu"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert f"needs the package {hidden}" in result.stderr and "ossia[gpu]" in result.stderr
+
+
+def test_the_gpu_backend_without_a_gpu_says_so(tiny):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    result = ossia("generate", "Hi", "--model", tiny, "--backend", "gpu", environ={"CUDA_VISIBLE_DEVICES": ""})
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "needs an NVIDIA GPU" in result.stderr and "--backend cpu" in result.stderr
+
+
+@pytest.mark.slow
+def test_the_gpu_backend_answers_as_the_reference_does(tiny):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    asked = ("generate", "Hi", "--model", tiny, "--temperature", 0, "--max-tokens", 4, "--json")
+    texts = []
+    for backend in ("gpu", "reference"):
+        result = ossia(*asked, "--backend", backend, environ={"TRITON_INTERPRET": "1"})
+        assert result.returncode == 0, result.stderr
+        texts.append(json.loads(result.stdout)["messages"])
+    assert texts[0] == texts[1]
+
+
 def test_pulling_without_a_network_says_so(tmp_path):
     # A closed port stands for a network that is not there.
     environ = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}

@@ -330,8 +330,17 @@ def test_a_gpu_and_its_torch_are_told(monkeypatch, tmp_path, shown, torch, state
         program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin" if shown else str(tmp_path))
     monkeypatch.setattr(findings, "_version_of", lambda package: torch)
-    [found] = findings.look_at_gpu()
+    [found] = findings.look_at_gpu(Config())
     assert found.state == state and said in found.words
+    [found] = findings.look_at_gpu(Config(backend="gpu"))
+    assert found.state == ("ok" if state == "ok" else "bad") and bool(found.advice) == (state != "ok")
+
+
+def test_a_gpu_without_triton_is_told_what_to_install(monkeypatch):
+    monkeypatch.setattr(findings, "_gpus", lambda: ["NVIDIA H100 80GB HBM3"])
+    monkeypatch.setattr(findings, "_version_of", {"torch": "2.13.0+cu126", "triton": None}.get)
+    [found] = findings.look_at_gpu(Config())
+    assert found.state == "info" and "triton is not installed" in found.words and "ossia[gpu]" in found.advice
 
 
 def test_a_package_that_is_missing_or_too_old_is_bad_with_the_command_that_mends_it(monkeypatch):
@@ -348,7 +357,7 @@ def test_a_package_that_is_missing_or_too_old_is_bad_with_the_command_that_mends
 
 
 def test_a_fault_in_one_area_leaves_the_others(monkeypatch):
-    def fail() -> None:
+    def fail(_: Config) -> None:
         raise RuntimeError("odd machine")
 
     monkeypatch.setattr(findings, "look_at_gpu", fail)

@@ -61,6 +61,7 @@ def chat(
     dense: options.Dense = None,
     kv: options.KeysAndValues = None,
     kv_memory: options.KvMemory = None,
+    gpu_memory: options.GpuMemory = None,
     max_context: options.MaxContext = None,
 ) -> None:
     """Talk with a model in the terminal.
@@ -89,6 +90,7 @@ def chat(
             "dense": dense,
             "kv": kv,
             "kv_memory": kv_memory,
+            "gpu_memory": gpu_memory,
             "max_context": max_context,
         }
     )

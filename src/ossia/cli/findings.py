@@ -83,7 +83,7 @@ def look() -> list[Finding]:
         ("browser", lambda: look_at_browser(settings)),
         ("mcp", lambda: look_at_mcp(settings)),
         ("server", lambda: look_at_port(settings)),
-        ("gpu", look_at_gpu),
+        ("gpu", lambda: look_at_gpu(settings)),
     ]
     for area, function in areas:
         try:
@@ -443,26 +443,27 @@ def look_at_port(settings: Config) -> Iterator[Finding]:
         yield Finding("server", "warn", words, "Stop what listens there, or give another --port or --host.")
 
 
-def look_at_gpu() -> Iterator[Finding]:
-    """The GPUs of this machine, and whether the installed torch could use them; torch is not imported."""
-    gpus = _gpus()
-    torch = _version_of("torch")
-    built = "" if torch is None else f"torch {torch}" + (" (for processors alone)" if torch.endswith("+cpu") else "")
-    details = {"gpus": gpus, "torch": torch}
+def look_at_gpu(settings: Config) -> Iterator[Finding]:
+    """The GPUs of this machine, and whether what is installed could use them; torch is not imported."""
+    gpus, torch, triton = _gpus(), _version_of("torch"), _version_of("triton")
+    built = "torch is not installed" if torch is None else f"torch {torch}"
+    if torch is not None and torch.endswith("+cpu"):
+        built += " (for processors alone)"
+    details = {"gpus": gpus, "torch": torch, "triton": triton}
+    words = f"{'; '.join(gpus) or 'no NVIDIA GPU (nvidia-smi finds none)'}; {built}"
+    missing: State = "bad" if settings.backend == "gpu" else "info"
     if not gpus:
-        yield Finding(
-            "gpu",
-            "info",
-            f"no NVIDIA GPU (nvidia-smi finds none); {built or 'torch is not installed'}",
-            details=details,
-        )
-        return
-    words = "; ".join(gpus)
-    if torch is None or torch.endswith("+cpu"):
+        advice = "Set backend to cpu, or install the driver of the GPU." if missing == "bad" else ""
+        yield Finding("gpu", missing, words, advice, details)
+    elif torch is None or torch.endswith("+cpu"):
         advice = "Install the torch of pytorch.org that fits the driver, if ossia is to compute on the GPU."
-        yield Finding("gpu", "info", f"{words}; {built or 'torch is not installed'}", advice, details)
+        yield Finding("gpu", missing, words, advice, details)
+    elif triton is None:
+        advice = "Run `pip install 'ossia[gpu]'`, if ossia is to compute on the GPU."
+        yield Finding("gpu", missing, f"{words}; triton is not installed", advice, details)
     else:
-        yield Finding("gpu", "ok", f"{words}; {built}", details=details)
+        words += f"; triton {triton}: --backend gpu can be used, which has been run in Triton's interpreter alone"
+        yield Finding("gpu", "ok", words, details=details)
 
 
 # Parts of these ------------------------------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ def generate(
     dense: options.Dense = None,
     kv: options.KeysAndValues = None,
     kv_memory: options.KvMemory = None,
+    gpu_memory: options.GpuMemory = None,
     max_context: options.MaxContext = None,
 ) -> None:
     """Ask a model and print its answer as it comes.
@@ -73,6 +74,7 @@ def generate(
             "dense": dense,
             "kv": kv,
             "kv_memory": kv_memory,
+            "gpu_memory": gpu_memory,
             "max_context": max_context,
         }
     )

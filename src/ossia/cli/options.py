@@ -18,7 +18,8 @@ Model = Annotated[
     str, typer.Option("--model", "-m", help="A checkpoint folder, a .gguf file, or a name such as gpt-oss-20b.")
 ]
 Backend = Annotated[
-    Literal["cpu", "reference"] | None, typer.Option(help="C++ kernels, or slow and readable numpy. [default: cpu]")
+    Literal["cpu", "gpu", "reference"] | None,
+    typer.Option(help="C++ kernels, Triton kernels on an NVIDIA GPU, or slow and readable numpy. [default: cpu]"),
 ]
 Threads = Annotated[int | None, typer.Option(min=0, help="Threads of the CPU backend; 0 for all cores. [default: 0]")]
 Dense = Annotated[
@@ -29,6 +30,9 @@ KeysAndValues = Annotated[
     Literal["bf16", "q8"] | None, typer.Option(help="How keys and values are kept. [default: bf16]")
 ]
 KvMemory = Annotated[str | None, typer.Option(help="Most memory for keys and values, such as 2GiB. [default: 1GiB]")]
+GpuMemory = Annotated[
+    str | None, typer.Option(help="Most of the GPU's memory to take, such as 16GB. [default: nearly all]")
+]
 MaxContext = Annotated[
     int | None, typer.Option(min=0, help="Most tokens of prompt and answer; 0 for what fits. [default: 0]")
 ]

@@ -81,6 +81,7 @@ def serve(
     dense: options.Dense = None,
     kv: options.KeysAndValues = None,
     kv_memory: options.KvMemory = None,
+    gpu_memory: options.GpuMemory = None,
     max_context: options.MaxContext = None,
 ) -> None:
     """Serve a model to OpenAI's clients: Responses, Chat Completions, and Anthropic's Messages.
@@ -120,6 +121,7 @@ def serve(
             "dense": dense,
             "kv": kv,
             "kv_memory": kv_memory,
+            "gpu_memory": gpu_memory,
             "max_context": max_context,
         }
     )

@@ -58,15 +58,22 @@ class Runner:
         """logits_RV of the rows that the batch asks for; the keys and values of all its tokens are kept."""
         weights = adapt(self._weights, batch)
         if self._experts_BSLA is None:
-            logits_RV: Any = forward(self._ops, self.config, weights, batch, self._caches)
-            return np.asarray(logits_RV, np.float32)
+            return self._logits(self._ops, weights, batch)
         recorder: Any = _RoutingRecorder(self._ops)
-        logits_RV = forward(recorder, self.config, weights, batch, self._caches)
+        logits_RV = self._logits(recorder, weights, batch)
         sequences_T = np.repeat(np.arange(len(batch.key_lengths_N)), np.diff(batch.query_starts_N1))
         size = self.options.block_size
         blocks_T = batch.full_table_NB[sequences_T, batch.positions_T // size]
-        self._experts_BSLA[blocks_T, batch.positions_T % size] = np.stack(recorder.experts_LTA, axis=1)
-        return np.asarray(logits_RV, np.float32)
+        self._experts_BSLA[blocks_T, batch.positions_T % size] = np.stack(
+            [self._to_host(experts_TA) for experts_TA in recorder.experts_LTA], axis=1
+        )
+        return logits_RV
+
+    def _logits(self, ops: AdapterOps, weights: Weights, batch: Batch) -> npt.NDArray[np.float32]:
+        return np.asarray(self._to_host(forward(ops, self.config, weights, batch, self._caches)), np.float32)
+
+    def _to_host(self, array: Array) -> npt.NDArray[Any]:
+        return np.asarray(array)
 
     def routing(self, full_table_B: npt.NDArray[np.int32], num_tokens: int) -> npt.NDArray[np.uint16]:
         """The experts [tokens, layers, A] of a sequence's first tokens, which its blocks hold."""

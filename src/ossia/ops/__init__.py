@@ -2,6 +2,7 @@
 
     reference   numpy, the specification (`reference.py`)
     cpu         C++ kernels (`cpu.py`, `csrc/`)
+    gpu         Triton kernels and torch (`gpu.py`, `triton/`)
     autograd    torch, differentiable, for training (`autograd.py`)
 
 Legend for shapes, used in every file that touches tensors
@@ -23,7 +24,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from ossia.errors import ConfigError
+from ossia.errors import ConfigError, UnavailableError
 
 Array = Any
 """A numpy array or a torch tensor, depending on the backend."""
@@ -224,9 +225,9 @@ SWIGLU_ALPHA = 1.702
 
 
 def load(name: str, **options: Any) -> AdapterOps:
-    """Make a backend: "reference" (option ``dtype``) or "cpu" (options of `ossia.ops.cpu.CpuOps`).
+    """Make a backend: "reference" (option ``dtype``), "cpu" or "gpu" (options of `CpuOps`, `ossia.ops.gpu.GpuOps`).
 
-    Raises ConfigError for another name.
+    Raises ConfigError for another name, UnavailableError where a GPU, or what drives it, is not there.
     """
     # Each backend brings its own heavy imports (an extension, torch): they are paid only by whoever asks for it.
     if name == "reference":
@@ -237,4 +238,19 @@ def load(name: str, **options: Any) -> AdapterOps:
         from ossia.ops.cpu import CpuOps
 
         return CpuOps(**options)
-    raise ConfigError(f"unknown backend {name!r}; expected one of: reference, cpu")
+    if name == "gpu":
+        return _gpu(**options)
+    raise ConfigError(f"unknown backend {name!r}; expected one of: reference, cpu, gpu")
+
+
+def _gpu(**options: Any) -> AdapterOps:
+    try:
+        from ossia.ops.gpu import GpuOps
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "triton"):
+            raise
+        raise UnavailableError(
+            f"backend gpu needs the package {error.name}, which is not installed. Run `pip install 'ossia[gpu]'`, or "
+            "use --backend cpu."
+        ) from error
+    return GpuOps(**options)

@@ -107,7 +107,7 @@ class Packed:
 
     def __init__(self, matrices: Mxfp4, device: torch.device, kernels: _kernels.Context | None) -> None:
         """``kernels`` None: numbers are made by torch, on any device."""
-        self.blocks, self.scales = (_as_tensor(part).to(device) for part in (matrices.blocks, matrices.scales))
+        self.blocks, self.scales = (as_tensor(part).to(device) for part in (matrices.blocks, matrices.scales))
         self.order = matrices.order
         self._kernels = kernels
         self._held = None if kernels is None else hold_mxfp4(matrices)
@@ -367,7 +367,7 @@ class AutogradOps:
         return self._tensor(numbers.reshape(values.shape), dtype)
 
     def _tensor(self, values: Floats, dtype: torch.dtype | None = None) -> Tensor:
-        tensor = _as_tensor(values).to(self.device, dtype)
+        tensor = as_tensor(values).to(self.device, dtype)
         # A parameter must not lie in the read-only file.
         return tensor.clone() if self.trained and _shares_memory(tensor, values) else tensor
 
@@ -425,7 +425,7 @@ def _hold(module: nn.Module, name: str, tensor: Tensor | None, trained: bool) ->
         module.register_buffer(name, tensor, persistent=False)
 
 
-def _as_tensor(values: Floats) -> Tensor:
+def as_tensor(values: Floats) -> Tensor:
     """A tensor over the memory of an array, a read-only mapped file too: frozen weights are never written."""
     is_bfloat16 = values.dtype == ml_dtypes.bfloat16
     with warnings.catch_warnings():

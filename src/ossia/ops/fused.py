@@ -24,14 +24,14 @@ class Fused:
 
     def rms_norm(self, x_TD: Tensor, scale_D: Tensor, eps: float) -> Tensor:
         out_TD = _empty(x_TD)
-        self._kernels.rms_norm(_array(x_TD), _array(scale_D), eps, _array(out_TD))
+        self._kernels.rms_norm(_array(x_TD), _array(_copy(scale_D)), eps, _array(out_TD))
         return out_TD
 
     def rms_norm_backward(self, g_TD: Tensor, x_TD: Tensor, scale_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """(dx_TD, dscale_D)."""
         dx_TD, dscale_D = _empty(x_TD), _empty(scale_D)
         arrays = (_array(tensor) for tensor in (g_TD, dx_TD, dscale_D))
-        self._kernels.rms_norm_backward(_array(x_TD), _array(scale_D), eps, *arrays)
+        self._kernels.rms_norm_backward(_array(x_TD), _array(_copy(scale_D)), eps, *arrays)
         return dx_TD, dscale_D
 
     def rope(self, x_TQH: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class Fused:
         """
         out_TQH = torch.empty(q_TQH.shape, dtype=torch.float32)
         lse_TQ = torch.empty(q_TQH.shape[:2], dtype=torch.float32)
-        q, k, v, sinks = (_array(tensor.float()) for tensor in (q_TQH, k_TKH, v_TKH, sinks_Q))
+        q, k, v, sinks = (_array(tensor.float()) for tensor in (q_TQH, k_TKH, v_TKH, _copy(sinks_Q)))
         places = (np.array(starts, np.int32), window or 0)
         self._kernels.training_attention(q, k, v, sinks, *places, _array(out_TQH), _array(lse_TQ))
         return out_TQH.to(q_TQH.dtype), lse_TQ
@@ -70,7 +70,7 @@ class Fused:
             torch.empty(like.shape, dtype=torch.float32) for like in (q_TQH, k_TKH, v_TKH, lse_TQ)
         )
         q, k, v, sinks, out, lse, g = (
-            _array(tensor.float()) for tensor in (q_TQH, k_TKH, v_TKH, sinks_Q, out_TQH, lse_TQ, g_TQH)
+            _array(tensor.float()) for tensor in (q_TQH, k_TKH, v_TKH, _copy(sinks_Q), out_TQH, lse_TQ, g_TQH)
         )
         places = (np.array(starts, np.int32), window or 0)
         dq, dk, dv, dots = (_array(tensor) for tensor in (dq_TQH, dk_TKH, dv_TKH, dots_TQ))
@@ -116,6 +116,11 @@ class Fused:
 
 def _empty(like: Tensor) -> Tensor:
     return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+def _copy(parameter: Tensor) -> Tensor:
+    """The same numbers elsewhere: after `Tensor.numpy` torch cannot free what it gathered from several processes."""
+    return parameter.detach().clone()
 
 
 def _array(tensor: Tensor) -> np.ndarray[Any, Any]:

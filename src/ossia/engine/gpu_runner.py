@@ -1,0 +1,217 @@
+"""Runs batches on a GPU: one copy to the card, one recorded pass, one copy back.
+
+A pass in which each sequence has one token is filled up to a size of a ladder, so that a few CUDA graphs, recorded
+when they are first needed, serve every such pass: of sequences by `sequence_rungs`, of blocks in a table by powers of
+two. All other passes are launched kernel by kernel. Without a card (Triton's interpreter) nothing is recorded, and all
+the rest is the same.
+
+Keys and values get what the weights and the work of the largest pass leave of the card's memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ossia.engine.config import EngineConfig
+from ossia.engine.runner import Runner
+from ossia.errors import UnavailableError
+from ossia.model.config import ModelConfig
+from ossia.model.transformer import Weights, forward
+from ossia.model.weights import Checkpoint, load_weights
+from ossia.ops import AdapterOps, Batch
+from ossia.ops.gpu import GpuOps
+
+# What libraries, kernels and recorded passes take beside everything that is counted.
+_CONTEXT_BYTES = 768 << 20
+# Of the card's memory where no bound is given: the rest is the driver's, and the screen's.
+_DEFAULT_SHARE = 0.92
+
+
+class _Recorded(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    # What the graph reads: all arrays of its batch in one piece, so that one copy fills them.
+    inputs: Tensor
+    logits_RV: Tensor
+
+
+class GpuRunner(Runner):
+    """One model with its weights and its paged caches on a card."""
+
+    def __init__(self, ops: GpuOps, config: ModelConfig, weights: Weights, options: EngineConfig) -> None:
+        super().__init__(ops, config, weights, options)
+        self._gpu = ops
+        self._rungs = sequence_rungs(options.max_num_seqs)
+        self._recorded: dict[tuple[int, int], _Recorded] = {}
+
+    def replace_weights(self, weights: Weights) -> None:
+        # A recorded pass reads the weights that it was recorded with.
+        self._recorded.clear()
+        super().replace_weights(weights)
+
+    def _logits(self, ops: AdapterOps, weights: Weights, batch: Batch) -> npt.NDArray[np.float32]:
+        num_sequences = len(batch.key_lengths_N)
+        is_plain = weights is self._weights and ops is self._ops
+        if not is_plain or len(batch.positions_T) > num_sequences or num_sequences > self._rungs[-1]:
+            return self._to_host(self._launch(ops, weights, batch))
+        padded = pad(batch, next(rung for rung in self._rungs if rung >= num_sequences))
+        logits_RV = self._replay(padded) if self._gpu.device.type == "cuda" else self._launch(ops, weights, padded)
+        return self._to_host(logits_RV[:num_sequences])[batch.logit_rows_R]
+
+    def _to_host(self, array: Tensor) -> npt.NDArray[Any]:
+        return array.cpu().numpy()
+
+    def _launch(self, ops: AdapterOps, weights: Weights, batch: Batch) -> Tensor:
+        logits_RV: Tensor = forward(ops, self.config, weights, self._gpu.on_device(batch), self._caches)
+        return logits_RV
+
+    def _replay(self, batch: Batch) -> Tensor:
+        """The logits of a padded batch by its recorded pass; they are overwritten by the next."""
+        key = (len(batch.key_lengths_N), batch.full_table_NB.shape[1])
+        if key not in self._recorded:
+            self._recorded[key] = self._record(batch)
+        recorded = self._recorded[key]
+        recorded.inputs.copy_(torch.from_numpy(pack(batch)).pin_memory(), non_blocking=True)
+        recorded.graph.replay()
+        return recorded.logits_RV
+
+    def _record(self, batch: Batch) -> _Recorded:
+        inputs = torch.from_numpy(pack(batch)).to(self._gpu.device)
+        held = unpack(inputs, batch)
+        # Kernels are compiled, and libraries set up, by a pass before: neither may happen while one is recorded. What
+        # it writes to the cache is what the recorded pass will write.
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            forward(self._ops, self.config, self._weights, held, self._caches)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # One pool for all: no two recorded passes run at the same time.
+        pool = next((one.graph.pool() for one in self._recorded.values()), None)
+        with torch.cuda.graph(graph, pool=pool):
+            logits_RV = forward(self._ops, self.config, self._weights, held, self._caches)
+        return _Recorded(graph, inputs, logits_RV)
+
+
+def load_gpu_runner(ops: AdapterOps, checkpoint: Checkpoint, options: EngineConfig, gpu_memory: int) -> GpuRunner:
+    """Put a checkpoint's weights on the card, and give keys and values what is left of ``gpu_memory`` (0: nearly all).
+
+    Without a card keys and values get what ``options`` say. Raises UnavailableError where the card is too small.
+    """
+    assert isinstance(ops, GpuOps)
+    config = checkpoint.config
+    if ops.device.type == "cuda":
+        memory = card_memory(ops.device)
+        # Asked before minutes of loading; MXFP4 and 16-bit matrices are of the size that they have in the file.
+        kv_memory(memory._replace(free=memory.free - checkpoint.size_bytes), gpu_memory, config, options)
+    weights = load_weights(checkpoint, ops)
+    if ops.device.type == "cuda":
+        torch.cuda.empty_cache()
+        left = kv_memory(card_memory(ops.device), gpu_memory, config, options)
+        options = replace(options, kv_memory_bytes=left)
+    return GpuRunner(ops, config, weights, options)
+
+
+def sequence_rungs(max_num_seqs: int) -> tuple[int, ...]:
+    """Numbers of sequences that passes are filled up to: 1, 2, 4, then multiples of 8, the last one at the bound."""
+    rungs = [rung for rung in (1, 2, 4, *range(8, max_num_seqs, 8)) if rung < max_num_seqs]
+    return (*rungs, max_num_seqs)
+
+
+def pad(batch: Batch, num_sequences: int) -> Batch:
+    """A batch of one token for each sequence, filled up with sequences without keys; every row's logits are asked for.
+
+    The tables become one of the widths that there are graphs for; -1 stands where there is no block, so that tokens
+    that fill up are stored nowhere.
+    """
+    num_more = num_sequences - len(batch.key_lengths_N)
+    num_blocks = max(batch.full_table_NB.shape[1], batch.window_table_NB.shape[1])
+    num_blocks = 1 << (num_blocks - 1).bit_length()
+
+    def fill(values: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        return np.pad(values, (0, num_more))
+
+    def widen(table_NB: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        return np.pad(table_NB, ((0, num_more), (0, num_blocks - table_NB.shape[1])), constant_values=-1)
+
+    return replace(
+        batch,
+        token_ids_T=fill(batch.token_ids_T),
+        positions_T=fill(batch.positions_T),
+        query_starts_N1=np.arange(num_sequences + 1, dtype=np.int32),
+        key_lengths_N=fill(batch.key_lengths_N),
+        full_table_NB=widen(batch.full_table_NB),
+        window_table_NB=widen(batch.window_table_NB),
+        logit_rows_R=np.arange(num_sequences, dtype=np.int32),
+    )
+
+
+def pack(batch: Batch) -> npt.NDArray[np.int32]:
+    """All arrays of a batch one after the other."""
+    return np.concatenate([array.ravel() for array in _arrays(batch)])
+
+
+def unpack(packed: Tensor, like: Batch) -> Batch:
+    """The batch whose arrays are views of `packed`, with the shapes of another."""
+    arrays = _arrays(like)
+    pieces = torch.split(packed, [array.size for array in arrays])
+    token_ids, positions, starts, lengths, full_table, window_table, logit_rows = (
+        piece.view(array.shape) for piece, array in zip(pieces, arrays, strict=True)
+    )
+    return Batch(token_ids, positions, starts, lengths, full_table, window_table, logit_rows)
+
+
+def _arrays(batch: Batch) -> list[npt.NDArray[np.int32]]:
+    return [
+        batch.token_ids_T,
+        batch.positions_T,
+        batch.query_starts_N1,
+        batch.key_lengths_N,
+        batch.full_table_NB,
+        batch.window_table_NB,
+        batch.logit_rows_R,
+    ]
+
+
+class CardMemory(NamedTuple):
+    """Bytes of a card: free, and all."""
+
+    free: int
+    total: int
+
+
+def kv_memory(memory: CardMemory, allowed: int, config: ModelConfig, options: EngineConfig) -> int:
+    """Bytes that keys and values may take once the weights are on the card; ``allowed`` 0: nearly all of it.
+
+    Raises UnavailableError, with numbers, where the weights leave nothing.
+    """
+    limit = min(allowed, memory.total) if allowed else int(_DEFAULT_SHARE * memory.total)
+    used = memory.total - memory.free
+    work = work_bytes(config, options) + _CONTEXT_BYTES
+    left = limit - used - work
+    if left <= 0:
+        raise UnavailableError(
+            f"the model does not fit the GPU: {used / 2**30:.1f} GiB are in use with its weights, a pass needs "
+            f"{work / 2**30:.1f} GiB, and ossia may take {limit / 2**30:.1f} of {memory.total / 2**30:.1f} GiB. Free "
+            "the card of other programs, give more with --gpu-memory, or use --backend cpu."
+        )
+    return left
+
+
+def work_bytes(config: ModelConfig, options: EngineConfig) -> int:
+    """Bytes of the largest pass: activations of its tokens, and logits of all sequences."""
+    widths = config.num_heads * config.head_dim + config.hidden_size
+    # Gate and up become hidden numbers of 2 bytes and come back as float32, for each expert of a token.
+    of_experts = config.num_active_experts * (2 * config.intermediate_size + 4 * config.hidden_size)
+    splits = 16 * 4 * config.num_heads * config.head_dim * options.max_num_seqs
+    logits = 2 * 4 * config.vocab_size * options.max_num_seqs
+    return options.max_batch_tokens * (8 * 4 * widths + 2 * of_experts) + splits + logits
+
+
+def card_memory(device: torch.device) -> CardMemory:
+    return CardMemory(*torch.cuda.mem_get_info(device))

@@ -1,0 +1,110 @@
+"""The engine over the GPU's operations, whole passes and padded ones; without a card in Triton's interpreter."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tests.gpu  # noqa: F401
+import torch
+from tests.engine.conftest import TINY, tiny_weights
+
+from ossia.engine import Engine, EngineConfig, Runner, SamplingParams
+from ossia.engine.gpu_runner import CardMemory, GpuRunner, kv_memory, pack, pad, sequence_rungs, unpack, work_bytes
+from ossia.errors import UnavailableError
+from ossia.model.random_checkpoint import SHAPES
+from ossia.ops import Batch, load
+
+GIB = 1 << 30
+OPTIONS = EngineConfig(block_size=4, max_batch_tokens=32, max_num_seqs=6, kv_memory_bytes=1 << 20)
+GREEDY = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+
+
+def engine_of(name: str, options: EngineConfig = OPTIONS) -> Engine:
+    ops = load(name, **({"dtype": "float32"} if name == "gpu" else {"dtype": np.float64}))
+    kind = GpuRunner if name == "gpu" else Runner
+    return Engine(kind(ops, TINY, tiny_weights(ops, TINY), options))
+
+
+def test_greedy_tokens_are_those_of_the_reference(answer):
+    # One is read in two steps, beside others that answer already.
+    prompts = [[5], list(range(2, 36))]
+    requests = [(prompt, GREEDY) for prompt in prompts]
+    expected = answer(engine_of("reference"), requests)
+    assert answer(engine_of("gpu"), requests) == expected
+    assert len({tuple(tokens) for tokens in expected}) == 2
+
+
+def test_a_padded_pass_gives_the_logits_of_the_pass_itself():
+    batch = Batch(
+        token_ids_T=np.array([3, 4, 5], np.int32),
+        positions_T=np.array([0, 0, 0], np.int32),
+        query_starts_N1=np.array([0, 1, 2, 3], np.int32),
+        key_lengths_N=np.array([1, 1, 1], np.int32),
+        full_table_NB=np.array([[4], [2], [9]], np.int32),
+        window_table_NB=np.array([[1], [7], [0]], np.int32),
+        logit_rows_R=np.array([0, 2], np.int32),
+    )
+    ops = load("gpu", dtype="float32")
+    runner = GpuRunner(ops, TINY, tiny_weights(ops, TINY), OPTIONS)
+    before = [cache.k_BKSH.clone() for cache in runner._caches]
+    met = runner.run(batch)
+    expected = Runner(load("reference"), TINY, tiny_weights(load("reference"), TINY), OPTIONS).run(batch)
+    assert met.shape == (2, TINY.vocab_size)
+    np.testing.assert_allclose(met, expected, atol=1e-4 * np.abs(expected).max())
+    # Rows that fill up leave nothing behind.
+    for cache, old, window in zip(runner._caches, before, map(TINY.window, range(TINY.num_layers)), strict=True):
+        used = batch.full_table_NB[:, 0] if window is None else batch.window_table_NB[:, 0]
+        changed = (cache.k_BKSH != old).flatten(1).any(1).nonzero().flatten().tolist()
+        assert changed == sorted(used.tolist())
+
+
+def test_the_experts_of_each_token_are_kept(answer):
+    options = EngineConfig(
+        block_size=4, max_batch_tokens=32, max_num_seqs=6, kv_memory_bytes=1 << 20, record_routing=True
+    )
+    routes = []
+    for name in ("gpu", "reference"):
+        engine = engine_of(name, options)
+        engine.add_request([2, 3, 4], SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, routing=True))
+        outputs = [output for _ in range(2) for output in engine.step()]
+        routes.append(outputs[-1].routing)
+    np.testing.assert_array_equal(*routes)
+
+
+def test_padded_batches_travel_in_one_piece():
+    batch = pad(
+        Batch(
+            *(
+                np.array(one, np.int32)
+                for one in ([7, 8], [3, 9], [0, 1, 2], [4, 10], [[1, -1, -1], [2, 3, 4]], [[5], [6]])
+            ),
+            logit_rows_R=np.array([1], np.int32),
+        ),
+        4,
+    )
+    assert batch.full_table_NB.tolist() == [[1, -1, -1, -1], [2, 3, 4, -1], [-1] * 4, [-1] * 4]
+    assert batch.window_table_NB.shape == (4, 4)
+    assert batch.key_lengths_N.tolist() == [4, 10, 0, 0]
+    back = unpack(torch.from_numpy(pack(batch)), batch)
+    for name in ("token_ids_T", "positions_T", "query_starts_N1", "key_lengths_N", "full_table_NB", "logit_rows_R"):
+        np.testing.assert_array_equal(getattr(back, name), getattr(batch, name))
+
+
+def test_the_ladder_ends_at_the_most_sequences():
+    assert sequence_rungs(64) == (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64)
+    assert sequence_rungs(6) == (1, 2, 4, 6)
+    assert sequence_rungs(1) == (1,)
+
+
+@pytest.mark.parametrize(("allowed", "most"), [(0, 80 * GIB), (70 * GIB, 70 * GIB)])
+def test_keys_and_values_get_what_weights_and_work_leave(allowed, most):
+    shape, options = SHAPES["120b"], EngineConfig()
+    memory = CardMemory(free=18 * GIB, total=80 * GIB)
+    left = kv_memory(memory, allowed, shape, options)
+    assert 62 * GIB + left + work_bytes(shape, options) < most
+    assert left > 4 * GIB
+
+
+def test_a_card_that_the_weights_fill_is_refused_with_numbers():
+    with pytest.raises(UnavailableError, match=r"62\.0 GiB are in use .* 16\.0 of 80\.0 GiB.*--gpu-memory"):
+        kv_memory(CardMemory(18 * GIB, 80 * GIB), 16 * GIB, SHAPES["120b"], EngineConfig())
