@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: help run test test-all sanitize aarch64 check bench web clean
+.PHONY: help run test test-all sanitize aarch64 check bench nano web clean
 
 help:
 	@echo "make run       set up, then answer a prompt with a small model"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-all  also the long tests, the sanitizers and other processors"
 	@echo "make check     ruff and mypy --strict"
 	@echo "make bench     measure, and compare with peers"
+	@echo "make nano      train a small model from nothing, measure it, write its report (hours)"
 	@echo "make web       build the chat page from its sources"
 
 $(BIN)/python:
@@ -62,6 +63,10 @@ check: $(VENV)/.installed-dev
 # The chat page, from its sources; needs Node 20 or newer.
 web:
 	cd web && npm ci --no-audit --no-fund && npm run build
+
+# A small model of the same architecture, from nothing. What is in build/nano is not made again.
+nano: $(VENV)/.installed-dev
+	$(BIN)/python -m ossia.train.nano build/nano --docs build/nano/docs
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/harmony.py

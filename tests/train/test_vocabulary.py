@@ -21,7 +21,7 @@ def texts() -> list[str]:
 
 @pytest.fixture(scope="module")
 def vocabulary(texts) -> Tokenizer:
-    return train_vocabulary(texts, 600, num_common_words=5)
+    return train_vocabulary(texts, 600, num_common_words=30)
 
 
 def test_it_has_exactly_the_ids_that_were_asked_for(vocabulary):

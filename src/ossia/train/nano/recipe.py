@@ -5,7 +5,6 @@
     sft        the model's own words alone; browsing joins, with longer contexts
     anneal     the same while the learning rate falls
     qat        a little more, computed with what MXFP4 keeps of the experts
-    rl         exercises done with tools; what is rewarded more than its group becomes likelier
 
 Sources  the order: `ossia.train.tasks.language`; Muon for the inner matrices and a schedule that holds and then falls:
          https://kellerjordan.github.io/posts/muon/ and arXiv:2405.18392.
@@ -152,22 +151,6 @@ STAGES: tuple[Stage, ...] = (
             "schedule": "linear",
             "warmup": 0.02,
             "final_rate": 0.0,
-        },
-        ("mxfp4",),
-    ),
-    Stage(
-        "rl",
-        "rl",
-        {
-            "task": mix(ALL),
-            "fake_quant": True,
-            "optimizer": "adamw",
-            "learning_rate": 3e-5,
-            "steps": 60,
-            "prompts": 32,
-            "group": 8,
-            "rollout_tokens": 400,
-            "length_cost": "low=0.2,medium=0.05",
         },
         ("mxfp4",),
     ),

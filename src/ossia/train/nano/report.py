@@ -124,8 +124,9 @@ def _page(courses: Sequence[Course], results: Mapping[str, Sequence[Mapping[str,
         "## What it can do\n",
         "Held-out exercises: names, numbers, wordings and combinations of rules that no training has seen. An exercise "
         "counts as right if all of it is: the answer, the call with its arguments, the cited line. Tools are the real "
-        "ones, the python sandbox and the browser. Greedy decoding by the CPU engine, without a grammar. In brackets "
-        "the 95 % interval; behind it the mean tokens of reasoning.\n",
+        "ones, the python sandbox and the browser. Greedy decoding by the CPU engine, without a grammar, "
+        f"{results[last][0]['num_exercises']} exercises per task and effort. In brackets the 95 % interval; behind it "
+        "the mean tokens of reasoning.\n",
         _table_of_results(results[last]),
         "![Accuracy against tokens of reasoning](nano/effort.png)\n",
         "The format is kept from the first token to the last in these shares of the transcripts:\n",
