@@ -108,7 +108,8 @@ def test_logits_are_those_of_transformers_when_the_clamp_bites(
     model, path = saved(deviation=3.0)
     ids = tokens(50)
     got = logits_of(path, ids)
-    assert_same_logits(got, hugging_face_logits(model, ids))
+    # Weights three times as wide widen what float32 rounds.
+    assert_same_logits(got, hugging_face_logits(model, ids), 5e-4)
 
     without = logits_of(path, ids, swiglu_limit=1e9)
     assert np.abs(without - got).max() > 0.1 * np.abs(got).max()

@@ -106,8 +106,9 @@ def test_a_model_saved_by_transformers_in_shards_gives_its_logits(
 
 def test_the_three_layouts_of_the_same_weights_give_the_same_logits(checkpoints, logits_of):
     want = logits_of(checkpoints / "hf", IDS)
-    np.testing.assert_array_equal(logits_of(checkpoints / "hf-bf16", IDS), want)
-    np.testing.assert_array_equal(logits_of(checkpoints / "original", IDS), want)
+    for layout in ("hf-bf16", "original"):
+        # Some libraries of matrix products add up in an order that depends on where an array lies.
+        np.testing.assert_allclose(logits_of(checkpoints / layout, IDS), want, rtol=0, atol=1e-5)
 
 
 def test_transformers_gives_the_same_logits_for_our_bfloat16_layout(
