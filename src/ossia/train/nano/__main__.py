@@ -1,4 +1,4 @@
-"""`python -m ossia.train.nano OUT`: make the embedded model."""
+"""`python -m ossia.train.nano OUT`: make a small model from nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ossia.train.nano.report import write_report
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m ossia.train.nano", description="Make ossia's embedded model.")
+    parser = argparse.ArgumentParser(prog="python -m ossia.train.nano", description="Train a small model from nothing.")
     parser.add_argument("out", type=Path, help="folder of all that is made; what is there is not made again")
     parser.add_argument("--docs", type=Path, help="folder that gets the report, nano.md and its plots")
     parser.add_argument("--count", type=int, default=1000, help="exercises per task and effort that are measured")

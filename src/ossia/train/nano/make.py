@@ -5,7 +5,7 @@ OUT/start/                    random weights of the shape
 OUT/STAGE/                    a run, as `ossia train` leaves it, with weights.safetensors when it is done
 OUT/STAGE/float32/, mxfp4/    its model, as a checkpoint
 OUT/STAGE/measured-*.json     what it can do on held-out exercises
-OUT/model/                    the embedded model
+OUT/model/                    the model of the last stage
 """
 
 from __future__ import annotations
