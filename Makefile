@@ -66,7 +66,7 @@ web:
 
 # A small model of the same architecture, from nothing. What is in build/nano is not made again.
 nano: $(VENV)/.installed-dev
-	$(BIN)/python -m ossia.train.nano build/nano --docs build/nano/docs
+	$(BIN)/python -m ossia.train.nano build/nano --docs build/nano/docs --processes 2
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/harmony.py
