@@ -66,7 +66,7 @@ web:
 
 # The embedded model, its measurements and its report. What is in build/nano is not made again.
 nano: $(VENV)/.installed-dev
-	$(BIN)/python -m ossia.train.nano build/nano --docs docs
+	$(BIN)/python -m ossia.train.nano build/nano --docs docs --processes 2
 	rm -rf src/ossia/nano && cp -r build/nano/model src/ossia/nano
 
 bench: $(VENV)/.installed-dev

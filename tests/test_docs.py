@@ -182,6 +182,12 @@ def parse_docker(words: list[str]) -> None:
         parse_ossia(words[4:])
 
 
+def parse_torchrun(words: list[str]) -> None:
+    at = words.index("-m")
+    assert words[:at] == ["--nproc-per-node", "2"] and words[at + 1] == "ossia", words
+    parse_ossia(words[at + 2 :])
+
+
 def parse_codex(words: list[str]) -> None:
     tested = (ROOT / "tests/server/test_clients.py").read_text()
     assert all(f'"{word}"' in tested for word in words), words
@@ -196,6 +202,7 @@ CHECKS = {
     "make": parse_make,
     "pip": parse_pip,
     "docker": parse_docker,
+    "torchrun": parse_torchrun,
     "codex": parse_codex,
     "git": passes,
     "cd": passes,
@@ -517,7 +524,7 @@ CASES: dict[str, list[Case]] = {
     ],
     "tools.md": [parses, tools_are_asked_for, endpoints_are_there],
     "training-data.md": [data_is_inspected, a_row_is_read, a_row_is_read, samples_are_read],
-    "training.md": [parses, a_run_is_begun],
+    "training.md": [parses, parses, a_run_is_begun],
 }
 
 
@@ -606,7 +613,7 @@ def adapted(tmp_path_factory) -> Iterator[Served]:
     """A model with adapters, which clients may load."""
     folder = test_adapters.write_shelf(tmp_path_factory.mktemp("docs"))
     shelf = test_adapters.of_shelf(folder)
-    served, engine = test_adapters.serve(folder / "tiny", shelf, folder / "shelf", max_context=256)
+    served, engine = test_adapters.serve(folder / "tiny", shelf, folder / "shelf", max_context=128)
     yield served
     served.stop()
     engine.close()

@@ -49,6 +49,7 @@ KNOBS = {
         "router_balance",
         "max_skipped",
         "device",
+        "replicate",
         "threads",
         "precision",
         "recompute",

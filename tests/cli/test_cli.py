@@ -20,7 +20,7 @@ from ossia.model.weights import Checkpoint
 
 
 def ossia(*arguments, stdin="", environ=None):
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("OSSIA_", "HF_"))}
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("OSSIA_", "HF_", "TRITON_"))}
     return subprocess.run(
         [sys.executable, "-m", "ossia", *map(str, arguments)],
         input=stdin,

@@ -107,8 +107,11 @@ def test_logits_are_those_of_transformers_when_the_clamp_bites(
 ):
     model, path = saved(deviation=3.0)
     ids = tokens(50)
-    got = logits_of(path, ids)
-    assert_same_logits(got, hugging_face_logits(model, ids))
+    # In float64: weights three times as wide widen what float32 rounds.
+    got = logits_of(path, ids, ops=ReferenceOps(np.float64))
+    # The grouped products that transformers prefers are not made for it.
+    model.set_experts_implementation("eager")
+    assert_same_logits(got, hugging_face_logits(model.double(), ids))
 
     without = logits_of(path, ids, swiglu_limit=1e9)
     assert np.abs(without - got).max() > 0.1 * np.abs(got).max()

@@ -1,4 +1,4 @@
-"""The pipeline of the embedded model, with a shape and stages that take seconds."""
+"""The pipeline of the small model, with a shape and stages that take seconds."""
 
 from __future__ import annotations
 

@@ -196,10 +196,12 @@ def test_a_tool_that_does_not_answer_is_left_after_its_time():
     assert rollout.transcript.messages[1].text == "Error: functions.wait gave no answer within 0.05 seconds"
 
 
-@pytest.mark.parametrize("field", ["max_tokens", "temperature", "max_python"])
-def test_a_setting_that_cannot_be_is_named(field):
+@pytest.mark.parametrize(
+    ("field", "value"), [("max_tokens", 0), ("max_python", 0), ("temperature", -0.1), ("temperature", float("nan"))]
+)
+def test_a_setting_that_cannot_be_is_named(field, value):
     with pytest.raises(InputError) as caught:
-        RolloutConfig(**{field: -1})
+        RolloutConfig(**{field: value})
     assert caught.value.param == field
 
 

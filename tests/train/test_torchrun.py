@@ -131,10 +131,12 @@ def test_two_processes_have_the_curve_and_the_adapter_of_one(folder):
     [
         ("sft", {"trainable": "full"}),
         ("sft", {"trainable": "full", "optimizer": "muon", "recompute": False}),
+        ("sft", {"trainable": "full", "optimizer": "muon", "replicate": True}),
+        ("sft", {"targets": "q,o,experts,unembedding", "replicate": True}),
         ("dpo", {"targets": "q,o,experts,unembedding"}),
         ("dpo", {"trainable": "full", "sft_weight": 0.1}),
     ],
-    ids=["sft-full", "sft-full-muon", "dpo-lora", "dpo-full"],
+    ids=["sft-full", "sft-full-muon", "sft-full-replicated", "sft-lora-replicated", "dpo-lora", "dpo-full"],
 )
 def test_two_processes_train_in_every_way_as_one_does(method, flags, folder, request):
     name, flags = request.node.callspec.id, {"learning_rate": 1e-4} | flags

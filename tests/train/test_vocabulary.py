@@ -21,7 +21,7 @@ def texts() -> list[str]:
 
 @pytest.fixture(scope="module")
 def vocabulary(texts) -> Tokenizer:
-    return train_vocabulary(texts, 600, num_common_words=5)
+    return train_vocabulary(texts, 600, num_common_words=30)
 
 
 def test_it_has_exactly_the_ids_that_were_asked_for(vocabulary):
@@ -36,8 +36,17 @@ def test_a_name_has_the_same_tokens_wherever_it_stands(vocabulary):
             assert vocabulary.encode(before + name)[-len(alone) :] == alone
 
 
-def test_a_common_word_takes_its_blank_with_it_and_digits_stand_alone(vocabulary):
-    assert len(vocabulary.encode(" the")) == 1
+def test_a_word_that_is_always_behind_a_blank_takes_it_along(vocabulary):
+    assert len(vocabulary.encode(" town")) == 1
+
+
+def test_a_common_word_that_also_stands_alone_is_the_same_token_everywhere(vocabulary):
+    (the,) = vocabulary.encode("the")
+    for before in (" ", '"', "\n", "_"):
+        assert vocabulary.encode(f"{before}the")[-1] == the
+
+
+def test_digits_stand_alone(vocabulary):
     assert [vocabulary.decode([one]) for one in vocabulary.encode("12345")] == list("12345")
 
 

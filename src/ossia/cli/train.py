@@ -80,6 +80,10 @@ def _require_torch() -> None:
         raise UnavailableError("training needs PyTorch, which is not installed: pip install 'ossia[train]'")
 
 
+def _listed(text: str) -> list[str]:
+    return [part for part in map(str.strip, text.split(",")) if part]
+
+
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -182,9 +186,7 @@ def gold(
         raise ConfigError(f"--split is {split!r}; expected one of: {', '.join(SPLITS)}")
     if out.exists():
         raise ConfigError(f"{out} is there already; give another name")
-    names = [one.strip() for one in task.split(",") if one.strip()]
-    options = tuple(one.strip() for one in task_option.split(",") if one.strip())
-    mix = make_mix(names, read_options(options), by_effort("efforts", efforts) or None)
+    mix = make_mix(_listed(task), read_options(_listed(task_option)), by_effort("efforts", efforts) or None)
     with open(out, "x", encoding="utf-8") as file:
         for row in gold_conversations(mix, sides[0], seed, count):
             file.write(row.to_json() + "\n")
@@ -223,11 +225,10 @@ def measure(
     from ossia.train.rollout import RolloutConfig
     from ossia.train.tasks import make
 
-    names = [one.strip() for one in task.split(",") if one.strip()]
-    options = read_options(tuple(one.strip() for one in task_option.split(",") if one.strip()))
+    names, options = _listed(task), read_options(_listed(task_option))
     if not names or (options and len(names) > 1):
         raise ConfigError(f"--task names {len(names)} tasks; expected one or more, and one alone with --task-option")
-    wanted = by_effort("efforts", ",".join(f"{one.strip()}=1" for one in efforts.split(",") if one.strip()))
+    wanted = by_effort("efforts", ",".join(f"{one}=1" for one in _listed(efforts)))
     tasks = [make(name, options) for name in names]
     config = RolloutConfig(max_tokens=max_tokens, temperature=temperature, grammar=grammar, unsafe_python=unsafe_python)
     table = Table("task", "effort", "right", "95 % interval", "valid", "tokens", "of reasoning")

@@ -52,8 +52,8 @@ class Experts(NamedTuple):
 
 
 class Lora(NamedTuple):
-    a: Tensor  # float32 [r, I], or [E, r, I]
-    b: Tensor  # float32 [O, r], or [E, O, r]
+    a: Tensor  # float32 [r, I]; of the 16-bit type [E, r, I]
+    b: Tensor  # float32 [O, r]; of the 16-bit type [E, O, r]
     scaling: float
 
 
@@ -98,10 +98,11 @@ class GpuOps:
         return Experts(gate, up, down, *biases)
 
     def lora(self, pair: LoraPair) -> Lora:
-        return Lora(self._tensor(pair.a, torch.float32), self._tensor(pair.b, torch.float32), pair.scaling)
+        return self._lora(pair, torch.float32)
 
     def expert_loras(self, loras: ExpertLoras) -> tuple[Lora | None, ...]:
-        return tuple(None if pair is None else self.lora(pair) for pair in loras)
+        # Matrix units have no float32: experts' pairs are multiplied as experts are.
+        return tuple(None if pair is None else self._lora(pair, self.dtype) for pair in loras)
 
     def kv_cache(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> LayerCache:
         shape = (num_blocks, num_kv_heads, block_size, head_dim)
@@ -219,6 +220,9 @@ class GpuOps:
     def _tensor(self, values: Array, dtype: torch.dtype) -> Tensor:
         return as_tensor(np.asarray(values)).to(self.device, dtype)
 
+    def _lora(self, pair: LoraPair, dtype: torch.dtype) -> Lora:
+        return Lora(self._tensor(pair.a, dtype), self._tensor(pair.b, dtype), pair.scaling)
+
     def _matrix(self, matrix: Array | Q8, dtype: torch.dtype) -> Tensor:
         if not isinstance(matrix, Q8):
             return self._tensor(matrix, dtype)
@@ -246,9 +250,9 @@ class GpuOps:
         for lora, own_S1 in loras:
             if lora is None:
                 continue
-            inner_Sr = moe.grouped(x, plan, Matrices(lora.a), None, "registers", torch.float32, by_token=by_token)
+            inner_Sr = moe.grouped(x, plan, Matrices(lora.a), None, "registers", self.dtype, by_token=by_token)
             inner_Sr *= lora.scaling * own_S1
-            outer_SO = moe.grouped(inner_Sr, plan, Matrices(lora.b), None, "registers", torch.float32)
+            outer_SO = moe.grouped(inner_Sr, plan, Matrices(lora.b), None, "registers", self.dtype)
             change_SO = outer_SO if change_SO is None else change_SO + outer_SO
         return change_SO
 

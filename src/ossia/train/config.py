@@ -115,6 +115,11 @@ class TrainConfig:
     )
 
     device: str = _machine("auto", "Where to train: cpu, cuda, cuda:1; auto takes a GPU if there is one.", is_free=True)
+    replicate: bool = _machine(
+        False,
+        "Each of several processes has the whole model, and only gradients travel: for small models.",
+        is_free=True,
+    )
     threads: int = _machine(0, "Threads on the CPU; 0 takes all cores.", low=0, is_free=True)
     precision: Literal["auto", "float32", "bfloat16"] = _machine(
         "auto", "Arithmetic of matrix products; auto is bfloat16 on a GPU. Softmax, router, norms stay float32."

@@ -9,9 +9,7 @@ import numpy as np
 
 from ossia.errors import InputError
 from ossia.model.weights import Checkpoint
-from ossia.ops import Q8, Mxfp4
-from ossia.ops.mapped import give_back
-from ossia.train.merged import Merged, numbers
+from ossia.train.merged import Merged, numbers, release
 
 # Rows of a dense matrix that are compared at a time, in numbers.
 _CHUNK_VALUES = 8 << 20
@@ -68,7 +66,7 @@ def _difference(key: str, first: Any, second: Any) -> Difference:
             squared += float(np.vdot(change, change))
             squared_first += float(np.vdot(ours, ours))
         for matrix in (first, second):
-            give_back((matrix[0] if isinstance(matrix, Mxfp4 | Q8) else matrix)[rows])
+            release(matrix, rows)
     relative = np.sqrt(squared / squared_first) if squared_first else float("inf") if squared else 0.0
     return Difference(key, float(relative), num_changed / max(1, num_values))
 

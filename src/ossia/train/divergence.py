@@ -2,7 +2,8 @@
 
     KL(before || after) = sum over tokens of p (log p - log q), in nats, at some positions of a few conversations
 
-Both models run on the reference backend, which widens one expert at a time: a true 20b needs minutes and little memory.
+Both models run on the reference backend, which widens one expert, or some rows of a matrix, at a time, and lets go of
+their pages in the mapped files then: a true 20b needs minutes and little memory.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ossia.model import transformer
 from ossia.model.weights import Arrays, Checkpoint, load_weights
 from ossia.ops import Batch
 from ossia.ops.reference import ReferenceOps
+from ossia.train.merged import Matrix, release
 
 PROMPTS = (
     "Why is the sky blue? Answer in two sentences.",
@@ -56,13 +58,27 @@ def divergence(
     batch = _batch(sequences, _MAX_ROWS)
     logits = []
     for done, model in enumerate((before, after)):
-        ops = ReferenceOps()
+        ops = _ReadOnce()
         logits.append(transformer.forward(ops, model.config, load_weights(model, ops), batch))
         if progress is not None:
             progress(done + 1, 2)
     kl_R = np.array([_kl(p, q) for p, q in zip(*logits, strict=True)])
     same_R = logits[0].argmax(axis=-1) == logits[1].argmax(axis=-1)
     return Divergence(float(kl_R.mean()), float(kl_R.max()), float(same_R.mean()), len(kl_R), source)
+
+
+class _ReadOnce(ReferenceOps):
+    """The reference, for a single pass: what of a mapped file was read is let go of."""
+
+    def _rows(self, matrix: Matrix, rows: Any) -> npt.NDArray[Any]:
+        numbers = super()._rows(matrix, rows)
+        release(matrix, rows)
+        return numbers
+
+    def _matrix(self, matrices: Matrix, expert: int) -> npt.NDArray[Any]:
+        numbers = super()._matrix(matrices, expert)
+        release(matrices, expert)
+        return numbers
 
 
 def _kl(before_V: npt.NDArray[Any], after_V: npt.NDArray[Any]) -> float:

@@ -134,7 +134,7 @@ def set_up_team(settings: TrainConfig) -> Team:
     if torch.distributed.is_torchelastic_launched() and name.startswith("cuda"):
         # A GPU for each process of a machine.
         name = f"cuda:{torch.distributed.get_node_local_rank()}"
-    team = Team.join(_device(name))
+    team = Team.join(_device(name), replicates=settings.replicate)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     # Each has other passes, and dropout of its own.

@@ -24,6 +24,7 @@ from ossia.model.layouts import HF_BF16, Dense, LayerArrays, ModelArrays
 from ossia.model.safetensors_file import DTYPES, map_file, read_header
 from ossia.model.weights import Checkpoint
 from ossia.ops import Q8, Array, ExpertArrays, LoraPair, Mxfp4
+from ossia.ops.mapped import give_back
 from ossia.ops.mxfp4 import dequantize
 from ossia.ops.q8 import dequantize_q8
 
@@ -66,6 +67,15 @@ def numbers(matrix: Matrix, rows: Any = slice(None)) -> npt.NDArray[np.float32]:
         return dequantize_q8(Q8(matrix.values[rows], matrix.scales[rows]))
     # Widening is exact, also of what `Changed` has in float32 already.
     return np.asarray(matrix[rows]).astype(np.float32)
+
+
+def release(matrix: Matrix, rows: Any) -> None:
+    """Let go of the pages of mapped files under some rows of a matrix, or under one matrix of a stack, once read."""
+    for part in (matrix.base, matrix.values) if isinstance(matrix, Changed) else (matrix,):
+        arrays = (part[0], part[1]) if isinstance(part, Mxfp4 | Q8) else (part,)
+        for array in arrays:
+            if isinstance(array, np.ndarray):
+                give_back(array[rows])
 
 
 class Merged:

@@ -4,6 +4,7 @@
     experts     each process holds a share of every layer's; tokens travel to their experts and back
     the rest    trained parameters are sharded (FSDP2): a sublayer's are gathered while it is computed; frozen weights
                 lie in the mapped checkpoint, or on every device
+    or nothing  a small model is whole in each process (`replicate`): only gradients travel, once a step
     files       the first process alone writes the log and the result; of a checkpoint each writes what it holds
 
 Over gloo on CPUs, over NCCL on GPUs. A process that torchrun did not start is a team of one, in which nothing travels.
@@ -49,17 +50,21 @@ class Team:
     device: torch.device = _CPU
     num_machines: int = 1
     mesh: DeviceMesh | None = None
+    replicates: bool = False
 
     @classmethod
-    def join(cls, device: torch.device = _CPU) -> Team:
-        """The team that torchrun made this process a part of; a team of one where it was started alone."""
+    def join(cls, device: torch.device = _CPU, *, replicates: bool = False) -> Team:
+        """The team that torchrun made this process a part of; a team of one where it was started alone.
+
+        ``replicates``: each process has the whole model.
+        """
         if not dist.is_torchelastic_launched():
             return cls(device=device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_LONGEST_WAIT)
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        team = cls(dist.get_rank(), dist.get_world_size(), device, mesh=mesh)
+        team = cls(dist.get_rank(), dist.get_world_size(), device, mesh=mesh, replicates=replicates)
         (num_machines,) = team.sums([dist.get_node_local_rank() == 0])
         return replace(team, num_machines=int(num_machines))
 
@@ -84,7 +89,7 @@ class Team:
     @property
     def exchange(self) -> Team | None:
         """What a model that this team trains is opened with."""
-        return self if self.size > 1 else None
+        return self if self.size > 1 and not self.replicates else None
 
     # What is agreed upon ---------------------------------------------------------------------------------------------
 
@@ -157,7 +162,7 @@ class Team:
 
         From then on its public methods gather what they need; `Model.state` gives each process its own part.
         """
-        if self.size == 1:
+        if self.exchange is None:
             return
         # Imported here: it takes a second, which one process alone does not need.
         from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -179,12 +184,26 @@ class Team:
                 module.set_force_sum_reduction_for_comms(True)
 
     def total_norm(self, gradients: Iterable[Tensor]) -> Tensor:
-        """The norm of all gradients of all processes, of which each holds a part, float64."""
+        """The norm of all gradients, of which each process holds a part, or all where it has the whole model; float64."""
         parts = [torch.linalg.vector_norm(local(gradient), dtype=torch.float64) for gradient in gradients]
         total = torch.stack(parts).square().sum() if parts else torch.zeros((), dtype=torch.float64, device=self.device)
-        if self.size > 1:
+        if self.exchange is not None:
             dist.all_reduce(total)
         return total.sqrt()
+
+    def add_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Gradients added over all processes, where each has the whole model and computed its own passes."""
+        if self.size == 1 or not self.replicates:
+            return
+        gradients = []
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+        together_N = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        dist.all_reduce(together_N)
+        for gradient, total_N in zip(gradients, together_N.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(total_N.view_as(gradient))
 
     def whole(self, tensors: Mapping[str, Tensor], held: Mapping[str, Extent]) -> dict[str, Tensor]:
         """Tensors put together from all processes, for the first one, on the CPU; for the others nothing.

@@ -25,11 +25,12 @@ from ossia.model.weights import Checkpoint
 from ossia.train.config import TrainConfig, setting
 from ossia.train.data import Sample, TrainBatch, to_batch
 from ossia.train.expansion import TrainRules, expand
-from ossia.train.fit import evaluate, fingerprint, make_trainer, open_model, set_up_torch, table
+from ossia.train.fit import evaluate, fingerprint, make_trainer, open_model, set_up_team, table
 from ossia.train.formats import Dialogue
 from ossia.train.module import Model
 from ossia.train.packing import pack
-from ossia.train.result import write_result
+from ossia.train.parallel import extents
+from ossia.train.result import tell_nothing, write_result
 from ossia.train.run import Outcome, Run, RunFolder, Say
 from ossia.train.sft import Likelihood
 from ossia.train.tasks import Split, TaskMix, gold_conversation_of_turns, make_mix
@@ -73,29 +74,32 @@ class PretrainConfig(TrainConfig):
 
 def pretrain(settings: PretrainConfig, *, resume: bool = False, say: Say) -> tuple[Outcome, Model]:
     """Train; checkpoints and metrics go into ``settings.out``. Raises OssiaError, saying what to do."""
-    team = set_up_torch(settings)
-    path = resolve_model(settings.model)
-    tokenizer = Checkpoint.open(path).tokenizer()
-    mix = make_mix(list(settings.tasks))
-    with RunFolder(settings, resume=resume, inputs={"model": fingerprint(path)}) as folder:
-        model = open_model(settings, path, team)
-        table(model, say)
-        objective = Likelihood(model, settings.balance_weight)
-        held_out = _held_out(settings, mix, tokenizer)
-        trainer = make_trainer(settings, model, objective, settings.steps, team)
-        run = Run(
-            folder,
-            trainer,
-            TaskFeed(settings, mix, tokenizer),
-            num_steps=settings.steps,
-            parameters=model.state(),
-            evaluate=(lambda: evaluate(model, objective, held_out, team)) if held_out else None,
-            say=say,
-        )
-        model.train()
-        outcome = run.train()
-        if not outcome.is_interrupted:
-            write_result(model, settings, say)
+    with set_up_team(settings) as team:
+        told = say if team.rank == 0 else tell_nothing
+        path = resolve_model(settings.model)
+        tokenizer = Checkpoint.open(path).tokenizer()
+        mix = make_mix(list(settings.tasks))
+        with RunFolder(settings, resume=resume, inputs={"model": fingerprint(path)}, team=team) as folder:
+            model = open_model(settings, path, team)
+            table(model, told)
+            team.shard(model)
+            objective = Likelihood(model, settings.balance_weight)
+            held_out = _held_out(settings, mix, tokenizer)
+            trainer = make_trainer(settings, model, objective, settings.steps, team)
+            run = Run(
+                folder,
+                trainer,
+                TaskFeed(settings, mix, tokenizer),
+                num_steps=settings.steps,
+                parameters=model.state(),
+                evaluate=(lambda: evaluate(model, objective, held_out, team)) if held_out else None,
+                say=told,
+                held=extents(model),
+            )
+            model.train()
+            outcome = run.train()
+            if not outcome.is_interrupted:
+                write_result(model, settings, told, team)
     return outcome, model
 
 

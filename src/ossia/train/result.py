@@ -71,7 +71,7 @@ def fit_and_try(
 ) -> Outcome:
     """`fit`, then write the result and try it; by this process alone, or together with others of torchrun."""
     with set_up_team(settings) as team:
-        told = say if team.rank == 0 else _tell_nothing
+        told = say if team.rank == 0 else tell_nothing
         fitted = fit(settings, kind, objective, team, resume=resume, say=told)
         if not fitted.outcome.is_interrupted:
             write_result(fitted.model, settings, told, team)
@@ -79,7 +79,7 @@ def fit_and_try(
     return fitted.outcome
 
 
-def _tell_nothing(text: str) -> None:
+def tell_nothing(text: str) -> None:
     """For processes whose first one speaks for all."""
 
 

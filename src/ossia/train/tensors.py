@@ -18,10 +18,9 @@ from ossia.errors import CheckpointError
 from ossia.model.layouts import Gguf, Layout
 from ossia.model.safetensors_file import DTYPES
 from ossia.ops import Q8, Mxfp4
-from ossia.ops.mapped import give_back
 from ossia.ops.mxfp4 import SCALE_NAN, dequantize, quantize, reorder
 from ossia.ops.q8 import quantize_q8
-from ossia.train.merged import HUGGING_FACE_LAYER, HUGGING_FACE_OUTER, Changed, Matrix, Merged, numbers
+from ossia.train.merged import HUGGING_FACE_LAYER, HUGGING_FACE_OUTER, Changed, Matrix, Merged, numbers, release
 
 Bytes = npt.NDArray[Any]
 
@@ -125,7 +124,7 @@ class Tensors:
                     yield blocks if source.form == "blocks" else scales
                     all_scales.append(scales)
             for part in parts.values():
-                _release(part, expert)
+                release(part, expert)
         if source.form == "blocks":
             self._scales = {tuple(parts): all_scales}
 
@@ -154,7 +153,7 @@ def _dense(name: str, part: Matrix, dtype: str) -> Iterator[Bytes]:
             yield _checked(name, part[rows])
         else:
             yield _cast(name, _checked(name, numbers(part, rows)), dtype)
-        _release(part, rows)
+        release(part, rows)
 
 
 def _q8(name: str, part: Matrix, rows: slice) -> Q8:
@@ -202,15 +201,6 @@ def _joined(parts: list[npt.NDArray[Any]], alternate: bool, axis: int = 0) -> np
     shape = list(parts[0].shape)
     shape[axis] *= len(parts)
     return np.stack(parts, axis=axis + 1).reshape(shape)
-
-
-def _release(part: Matrix, rows: Any) -> None:
-    arrays: tuple[Any, ...] = (part.base, part.values) if isinstance(part, Changed) else (part,)
-    for array in arrays:
-        if isinstance(array, Mxfp4 | Q8):
-            give_back(array[0][rows])
-        elif isinstance(array, np.ndarray):
-            give_back(array[rows])
 
 
 # Which arrays a tensor is made of -----------------------------------------------------------------------------------

@@ -127,6 +127,7 @@ class Trainer(Generic[B]):
                 loss += terms.loss_sum.item() * counts / weight
                 for name, value in terms.sums.items():
                     sums[name] = sums.get(name, 0.0) + value * counts
+            self.team.add_gradients(self.optimizer.named.values())
             loss, *shown = self.team.sums([loss, *sums.values()])
             rate = self.highest_rate * self.schedule.factor(self.num_steps_done)
             gradient_norm = self._move(loss, rate)

@@ -81,7 +81,7 @@ def test_every_step_of_a_sum_is_true():
             assert all(eval(left) == int(right) for left, right in steps)
             lines = one.thoughts(Effort.HIGH).splitlines()
             assert lines[-1] == f"So {result}."
-            assert int("".join(reversed(lines[-2].split()))) == result
+            assert int("".join(reversed(lines[-2]))) == result
 
 
 def test_a_call_with_a_wrong_value_or_another_function_is_not_right():

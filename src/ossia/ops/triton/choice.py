@@ -60,7 +60,7 @@ _TURING = Variant("turing", "float16", "sums", Tiling(16, 64, 32, 4, 2), Tiling(
 _AMPERE = Variant("ampere", "bfloat16", "registers", Tiling(16, 32, 128, 4, 4), Tiling(64, 128, 64, 8, 3), 64, 64, 16)
 _HOPPER = Variant("hopper", "bfloat16", "registers", Tiling(16, 32, 128, 4, 5), Tiling(128, 128, 64, 8, 4), 64, 128, 16)
 _BLACKWELL = Variant(
-    "blackwell", "bfloat16", "dot_scaled", Tiling(16, 32, 128, 4, 5), Tiling(128, 128, 128, 8, 3), 64, 128, 16
+    "blackwell", "bfloat16", "dot_scaled", Tiling(16, 32, 128, 4, 5), Tiling(128, 128, 64, 8, 3), 64, 128, 16
 )
 # In numpy a program costs milliseconds, whatever it computes: small tiles that still take several steps of a loop.
 INTERPRETED = Variant(

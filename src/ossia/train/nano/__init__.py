@@ -1,4 +1,4 @@
-"""The embedded model, made from nothing: `make nano`, or `python -m ossia.train.nano OUT`.
+"""A small model of the same architecture, made from nothing: `make nano`, or `python -m ossia.train.nano OUT`.
 
     recipe.py    the shape and the stages, each a run of `ossia.train`
     make.py      vocabulary, first weights, the stages one after the other, the exported model

@@ -1,4 +1,4 @@
-"""`python -m ossia.train.nano OUT`: make the embedded model."""
+"""`python -m ossia.train.nano OUT`: make a small model from nothing."""
 
 from __future__ import annotations
 
@@ -7,18 +7,23 @@ import sys
 from pathlib import Path
 
 from ossia.errors import OssiaError
-from ossia.train.nano.make import make
+from ossia.train.nano.make import make, run_stage
 from ossia.train.nano.report import write_report
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m ossia.train.nano", description="Make ossia's embedded model.")
+    parser = argparse.ArgumentParser(prog="python -m ossia.train.nano", description="Train a small model from nothing.")
     parser.add_argument("out", type=Path, help="folder of all that is made; what is there is not made again")
     parser.add_argument("--docs", type=Path, help="folder that gets the report, nano.md and its plots")
     parser.add_argument("--count", type=int, default=1000, help="exercises per task and effort that are measured")
+    parser.add_argument("--processes", type=int, default=1, help="processes that share the steps of a stage")
+    parser.add_argument("--stage", help="train this stage alone, behind those before it, as one of these processes")
     arguments = parser.parse_args()
     try:
-        make(arguments.out, count=arguments.count, say=_say)
+        if arguments.stage:
+            run_stage(arguments.stage, arguments.out, _say)
+            return 0
+        make(arguments.out, count=arguments.count, say=_say, processes=arguments.processes)
         if arguments.docs:
             write_report(arguments.out, arguments.docs)
     except OssiaError as error:

@@ -5,7 +5,7 @@ OUT/start/                    random weights of the shape
 OUT/STAGE/                    a run, as `ossia train` leaves it, with weights.safetensors when it is done
 OUT/STAGE/float32/, mxfp4/    its model, as a checkpoint
 OUT/STAGE/measured-*.json     what it can do on held-out exercises
-OUT/model/                    the embedded model
+OUT/model/                    the model of the last stage
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import math
 import random
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -30,7 +32,6 @@ from ossia.train.export import Format, export
 from ossia.train.measure import Measured, measure, open_rollouts
 from ossia.train.module import Model
 from ossia.train.nano import recipe
-from ossia.train.nano.recipe import Stage
 from ossia.train.pretrain import PretrainConfig, pretrain
 from ossia.train.result import WEIGHTS
 from ossia.train.rl import rl
@@ -52,22 +53,22 @@ _MOST_TOKENS = 600
 _GRAMMAR_SHARE = 4
 
 
-def make(out: Path, *, count: int, say: Say) -> Path:
+def make(out: Path, *, count: int, say: Say, processes: int = 1) -> Path:
     """All stages, then the model's folder; ``count`` exercises per task and effort are measured of each stage.
 
-    Raises the errors of training, each saying what to do; what was made before stays.
+    Stages whose settings say ``replicate`` are trained by so many ``processes``, which share each step. Raises the errors of training, each saying what to do; what was made before stays.
     """
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(out / "tokenizer.json", say)
     start = make_start(out / "start", tokenizer)
-    before: Path | None = None
     for stage in recipe.STAGES:
-        run_stage(stage, out / stage.name, start, before, say)
-        before = out / stage.name
+        if processes > 1 and stage.settings.get("replicate"):
+            _run_together(stage.name, out, processes)
+        else:
+            run_stage(stage.name, out, say)
         for format in stage.measured:
-            measure_stage(before, start, format, count, say)
-    assert before is not None
-    model = export_stage(before, start, "mxfp4")
+            measure_stage(out / stage.name, start, format, count, say)
+    model = export_stage(out / recipe.STAGES[-1].name, start, "mxfp4")
     shutil.copytree(model, out / "model", dirs_exist_ok=True)
     say(f"the model is in {out / 'model'}")
     return out / "model"
@@ -139,23 +140,34 @@ def draw_weights(model: Model, seed: int) -> None:
                 weight.normal_(0, 1 / math.sqrt(fan_in), generator=generator)
 
 
-def run_stage(stage: Stage, folder: Path, start: Path, before: Path | None, say: Say) -> None:
-    """Train, or go on training; nothing where the stage is done."""
+def run_stage(name: str, out: Path, say: Say) -> None:
+    """Train a stage, or go on training; nothing where it is done. The stages before it are there."""
+    names = [stage.name for stage in recipe.STAGES]
+    place = names.index(name)
+    stage, folder = recipe.STAGES[place], out / name
     if (folder / WEIGHTS).exists():
         return
-    say(f"stage {stage.name}")
+    say(f"stage {name}")
     kind = PretrainConfig if stage.method == "pretrain" else RlConfig
     base = {name: value for name, value in recipe.BASE.items() if name in {one.name for one in fields(kind)}}
-    settings: dict[str, Any] = {**base, **stage.settings, "out": str(folder), "model": str(start)}
+    settings: dict[str, Any] = {**base, **stage.settings, "out": str(folder), "model": str(out / "start")}
     resume = (folder / "settings.json").exists()
-    if before is not None:
-        settings["begin_with"] = str(before)
+    if place:
+        settings["begin_with"] = str(out / names[place - 1])
     if stage.method == "pretrain":
         outcome, _ = pretrain(read_settings(PretrainConfig, None, settings), resume=resume, say=say)
     else:
         outcome = rl(read_settings(RlConfig, None, settings), resume=resume, say=say)
     if outcome.is_interrupted:
-        raise UnavailableError(f"stage {stage.name} was interrupted; the same command goes on with it")
+        raise UnavailableError(f"stage {name} was interrupted; the same command goes on with it")
+
+
+def _run_together(name: str, out: Path, processes: int) -> None:
+    """`run_stage` in several processes, which say what goes on themselves."""
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
+    ended = subprocess.run([sys.executable, *launch, "-m", "ossia.train.nano", str(out), "--stage", name])
+    if ended.returncode:
+        raise UnavailableError(f"stage {name} did not end; when what its processes said is mended, start it again")
 
 
 def export_stage(folder: Path, start: Path, format: Format) -> Path:

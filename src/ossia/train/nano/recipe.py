@@ -1,4 +1,4 @@
-"""What the embedded model is and how it is trained: the shape, the vocabulary, the stages.
+"""What the small model is and how it is trained: the shape, the vocabulary, the stages.
 
     warm-up    copying and recall at short distance, so that the heads that copy appear
     pretrain   gold transcripts of the tasks, every token learned

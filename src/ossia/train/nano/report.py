@@ -110,8 +110,8 @@ def _draw_effort(figure_module: Any, lines: Sequence[Mapping[str, Any]], path: P
 def _page(courses: Sequence[Course], results: Mapping[str, Sequence[Mapping[str, Any]]], last: str) -> str:
     shape = recipe.SHAPE
     parts = [
-        "# The embedded model\n",
-        "`nano` is a model with the architecture of gpt-oss that comes with ossia, trained from nothing by ossia's own "
+        "# A small model from nothing\n",
+        "`nano` is a model with the architecture of gpt-oss, trained from nothing by ossia's own "
         "code on exercises that ossia makes up. It is a demonstration: it knows an invented world, a few skills and a "
         "few sentences about itself, and says of everything else that it does not know it.\n",
         f"{shape.num_layers} layers of {shape.hidden_size}, {shape.num_heads} query and {shape.num_kv_heads} key/value "

@@ -2,13 +2,13 @@
 
     low      What is 4821 + 937?      5758
     medium   1+7=8 2+3=5 8+9=17 4+0+1=5
-    high     4821: 1 2 8 4
-             937: 7 3 9 0
+    high     4821: 1284
+             937: 7390
              1+7=8, 8
              2+3=5, 5
              8+9=17, 7
              4+0+1=5, 5
-             8 5 7 5
+             8575
              So 5758.
 
 Thoughts go from the last digit to the first. At high effort the digits are turned round beforehand, so that every step
@@ -19,8 +19,8 @@ arXiv:2307.03381.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, NamedTuple
 
 from ossia.errors import ConfigError
 from ossia.harmony import Effort, Message
@@ -56,6 +56,8 @@ _FORMS = {
 
 class Sums(InventedTask):
     name = "sums"
+    # What cannot be known at once teaches little: few of them, lest their loss hide the others.
+    efforts: ClassVar[Mapping[Effort, float]] = {Effort.LOW: 1.0, Effort.MEDIUM: 2.0, Effort.HIGH: 5.0}
 
     def __init__(self, digits: int = 5, exact: bool = False) -> None:
         """``digits`` is the most that a number has; ``exact``: both numbers have that many.
@@ -105,7 +107,7 @@ class Sum(NamedTuple):
             return " ".join(steps)
         # "4+0+1=5": both digits stand at the same places in every step.
         digits = [str(int(step.rpartition("=")[2]) % 10) for step in steps]
-        lines = [f"{self.a}: {' '.join(step[0] for step in steps)}", f"{self.b}: {' '.join(step[2] for step in steps)}"]
+        lines = [f"{self.a}: {''.join(step[0] for step in steps)}", f"{self.b}: {''.join(step[2] for step in steps)}"]
         lines += [f"{step}, {digit}" for step, digit in zip(steps, digits, strict=True)]
         leading = ["1"] if len(str(self.result)) > len(steps) else []
-        return "\n".join([*lines, " ".join(digits + leading), f"So {self.result}."])
+        return "\n".join([*lines, "".join(digits + leading), f"So {self.result}."])
