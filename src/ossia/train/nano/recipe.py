@@ -6,8 +6,8 @@
     sft        the model's own words alone, while the learning rate falls; browsing joins, with longer contexts
     qat        a little more, computed with what MXFP4 keeps of the experts
 
-Sources  the order: `ossia.train.tasks.language`; Muon for the inner matrices https://kellerjordan.github.io/posts/muon/; a rate
-         that falls from the start, arXiv:2502.15938.
+Sources  the order: `ossia.train.tasks.language`; Muon for the inner matrices:
+         https://kellerjordan.github.io/posts/muon/; a rate that falls from the start: arXiv:2502.15938.
 """
 
 from __future__ import annotations
