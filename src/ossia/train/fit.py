@@ -195,8 +195,8 @@ def lora_config(settings: TrainConfig) -> LoraConfig:
     )
 
 
-def make_optimizer(settings: TrainConfig, model: Model) -> Optimizer:
-    """The optimiser of all that is trained."""
+def make_optimizer(settings: TrainConfig, model: Model, team: Team | None = None) -> Optimizer:
+    """The optimiser of all that is trained, by the processes of ``team``."""
     return Optimizer(
         model.state().items(),
         kind=settings.optimizer,
@@ -204,6 +204,7 @@ def make_optimizer(settings: TrainConfig, model: Model) -> Optimizer:
         betas=(settings.beta1, settings.beta2),
         epsilon=settings.epsilon,
         momentum=settings.momentum,
+        team=team,
     )
 
 
@@ -218,7 +219,7 @@ def make_trainer(
     """What moves all that is trained, towards an objective."""
     return Trainer(
         objective,
-        make_optimizer(settings, model),
+        make_optimizer(settings, model, team),
         make_schedule(settings, num_steps),
         highest_rate=settings.highest_rate,
         clip=settings.clip,

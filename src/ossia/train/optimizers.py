@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,13 +19,19 @@ from torch import Tensor
 from ossia.errors import CheckpointError
 from ossia.train.shards import is_sharded, local
 
+if TYPE_CHECKING:
+    from ossia.train.parallel import Team
+
 _VECTORS = ("bias", "norm", "sinks")
 _NOT_INNER = ("embedding", "router")
 """Matrices that stay with AdamW: their rows are tokens or experts, which are no directions of one space."""
 
 
 class Optimizer:
-    """All parameters' optimisers as one. ``learning_rate`` is set before each step."""
+    """All parameters' optimisers as one. ``learning_rate`` is set before each step.
+
+    Processes of ``team`` that have the whole model each do a part of Muon's work for all of them.
+    """
 
     def __init__(
         self,
@@ -36,6 +42,7 @@ class Optimizer:
         betas: tuple[float, float] = (0.9, 0.95),
         epsilon: float = 1e-8,
         momentum: float = 0.95,
+        team: Team | None = None,
     ) -> None:
         self.named = dict(named)
         inner = [name for name, p in self.named.items() if kind == "muon" and is_inner_matrix(name, p)]
@@ -52,7 +59,8 @@ class Optimizer:
         if groups:
             self._parts.append(torch.optim.AdamW(groups, betas=betas, eps=epsilon, fused=True))
         if inner:
-            self._parts.append(Muon([self.named[name] for name in inner], momentum=momentum, weight_decay=weight_decay))
+            matrices = [self.named[name] for name in inner]
+            self._parts.append(Muon(matrices, momentum=momentum, weight_decay=weight_decay, team=team))
 
     def step(self, learning_rate: float) -> None:
         """Move every parameter that has a gradient."""
@@ -103,27 +111,35 @@ class Optimizer:
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal by five Newton-Schulz steps. Parameters [..., O, I]: leading axes are many matrices."""
 
-    def __init__(self, params: Iterable[Tensor], *, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self, params: Iterable[Tensor], *, momentum: float = 0.95, weight_decay: float = 0.0, team: Team | None = None
+    ) -> None:
         super().__init__(params, {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay})
+        self._team = team
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Move every parameter that has a gradient; ``closure`` is not used."""
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._move(parameter, parameter.grad, group)
+            parameters: list[Tensor] = [one for one in group["params"] if one.grad is not None]
+            moved = [self._moved(one, one.grad, group) for one in parameters if one.grad is not None]
+            if self._team is not None and self._team.replicates:
+                updates = self._team.divided(_orthogonalized, moved)
+            else:
+                updates = [_orthogonalized(one_OI) for one_OI in moved]
+            for parameter, update_OI in zip(parameters, updates, strict=True):
+                # An update of AdamW has a root mean square of about 0.2; an orthogonal one of 1 / sqrt(larger side).
+                scale = 0.2 * math.sqrt(max(parameter.shape[-2:]))
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update_OI.to(parameter.dtype), alpha=-group["lr"] * scale)
 
-    def _move(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
+    def _moved(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> Tensor:
+        """The gradient with its momentum, as Nesterov has it."""
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         momentum = state["momentum"].lerp_(gradient, 1 - group["momentum"])
-        update = _orthogonalized(torch.lerp(gradient, momentum, group["momentum"]))
-        # An update of AdamW has a root mean square of about 0.2; an orthogonal one of 1 / sqrt(larger side).
-        scale = 0.2 * math.sqrt(max(parameter.shape[-2:]))
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(update.to(parameter.dtype), alpha=-group["lr"] * scale)
+        return torch.lerp(gradient, momentum, group["momentum"])
 
 
 def _orthogonalized(moved_OI: Tensor) -> Tensor:

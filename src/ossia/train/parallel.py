@@ -184,7 +184,7 @@ class Team:
                 module.set_force_sum_reduction_for_comms(True)
 
     def total_norm(self, gradients: Iterable[Tensor]) -> Tensor:
-        """The norm of all gradients, of which each process holds a part, or all where it has the whole model; float64."""
+        """The norm of all gradients, of which a process holds a part, or all where it has the whole model; float64."""
         parts = [torch.linalg.vector_norm(local(gradient), dtype=torch.float64) for gradient in gradients]
         total = torch.stack(parts).square().sum() if parts else torch.zeros((), dtype=torch.float64, device=self.device)
         if self.exchange is not None:
@@ -202,8 +202,27 @@ class Team:
             gradients.append(parameter.grad)
         together_N = torch.cat([gradient.reshape(-1) for gradient in gradients])
         dist.all_reduce(together_N)
-        for gradient, total_N in zip(gradients, together_N.split([g.numel() for g in gradients]), strict=True):
+        for gradient, total_N in zip(gradients, _cut(together_N, gradients), strict=True):
             gradient.copy_(total_N.view_as(gradient))
+
+    def divided(self, compute: Callable[[Tensor], Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+        """``compute`` of each tensor, which gives one of its shape, each by one process and then on all of them."""
+        work = [0] * self.size
+        owners = []
+        for one in inputs:
+            owners.append(min(range(self.size), key=work.__getitem__))
+            work[owners[-1]] += one.numel()
+        outputs = [
+            compute(one) if owner == self.rank else torch.empty_like(one)
+            for one, owner in zip(inputs, owners, strict=True)
+        ]
+        for rank in set(owners) if self.size > 1 else ():
+            own = [output for output, owner in zip(outputs, owners, strict=True) if owner == rank]
+            together_N = torch.cat([output.reshape(-1) for output in own])
+            dist.broadcast(together_N, rank)
+            for output, part_N in zip(own, _cut(together_N, own), strict=True):
+                output.copy_(part_N.view_as(output))
+        return outputs
 
     def whole(self, tensors: Mapping[str, Tensor], held: Mapping[str, Extent]) -> dict[str, Tensor]:
         """Tensors put together from all processes, for the first one, on the CPU; for the others nothing.
@@ -224,6 +243,11 @@ class Team:
             if self.rank == 0:
                 found[name] = gathered.to("cpu", copy=True)
         return found
+
+
+def _cut(together_N: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors that were laid end to end, flat."""
+    return list(torch.split(together_N, [one.numel() for one in like]))
 
 
 class _Exchanged(torch.autograd.Function):

@@ -56,7 +56,8 @@ _GRAMMAR_SHARE = 4
 def make(out: Path, *, count: int, say: Say, processes: int = 1) -> Path:
     """All stages, then the model's folder; ``count`` exercises per task and effort are measured of each stage.
 
-    Stages whose settings say ``replicate`` are trained by so many ``processes``, which share each step. Raises the errors of training, each saying what to do; what was made before stays.
+    Stages whose settings say ``replicate`` are trained by so many ``processes``, which share each step.
+    Raises the errors of training, each saying what to do; what was made before stays.
     """
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(out / "tokenizer.json", say)

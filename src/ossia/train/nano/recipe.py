@@ -1,13 +1,13 @@
 """What the small model is and how it is trained: the shape, the vocabulary, the stages.
 
-    warm-up    copying and recall at short distance, so that the heads that copy appear
+    warm-up    copying of runs that grow from one word, so that the heads that copy appear
+    recall     copying of runs of any length, and values by their keys
     pretrain   gold transcripts of the tasks, every token learned
-    sft        the model's own words alone; browsing joins, with longer contexts
-    anneal     the same while the learning rate falls
+    sft        the model's own words alone, while the learning rate falls; browsing joins, with longer contexts
     qat        a little more, computed with what MXFP4 keeps of the experts
 
-Sources  the order: `ossia.train.tasks.language`; Muon for the inner matrices and a schedule that holds and then falls:
-         https://kellerjordan.github.io/posts/muon/ and arXiv:2405.18392.
+Sources  the order: `ossia.train.tasks.language`; Muon for the inner matrices:
+         https://kellerjordan.github.io/posts/muon/; a rate that falls from the start: arXiv:2502.15938.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ SHAPE = ModelConfig(
 )
 
 # Shares of the tasks, of which `browsing` has long transcripts and joins later.
-SHORT = {"about": 6, "sums": 18, "functions": 24, "hierarchy": 7, "policies": 12, "python": 13, "structured": 12}
+SHORT = {"about": 6, "sums": 36, "functions": 24, "hierarchy": 7, "policies": 12, "python": 13, "structured": 12}
 ALL = {**SHORT, "browsing": 8}
-VOCABULARY_SHARES = {**SHORT, "browsing": 14}
+VOCABULARY_SHARES = {**SHORT, "sums": 18, "browsing": 14}
 
 
 class Stage(NamedTuple):
@@ -93,6 +93,21 @@ STAGES: tuple[Stage, ...] = (
         },
     ),
     Stage(
+        "recall",
+        "pretrain",
+        {
+            "tasks": mix(SHORT),
+            "language": 1.0,
+            "max_tokens": 160,
+            "step_tokens": 1536,
+            "pass_tokens": 1536,
+            "learning_rate": 1e-2,
+            "warmup": 0.02,
+            "steps": 500,
+            "eval_every": 0,
+        },
+    ),
+    Stage(
         "pretrain",
         "pretrain",
         {
@@ -101,11 +116,13 @@ STAGES: tuple[Stage, ...] = (
             "learn": "all",
             "turns": 6,
             "max_tokens": 512,
-            "step_tokens": 3072,
-            "pass_tokens": 3072,
+            "step_tokens": 3500,
+            "pass_tokens": 2048,
+            "replicate": True,
+            "router_balance": 0.03,
             "learning_rate": 8e-3,
             "warmup": 0.02,
-            "steps": 400,
+            "steps": 500,
         },
     ),
     Stage(
@@ -113,27 +130,18 @@ STAGES: tuple[Stage, ...] = (
         "pretrain",
         {
             "tasks": mix(ALL),
-            "language": 0.03,
+            "language": 0.02,
             "turns": 6,
             "idle_tools": 0.1,
             "max_tokens": 1280,
-            "warmup": 0.005,
-            "steps": 1291,
-        },
-        ("bf16",),
-    ),
-    Stage(
-        "anneal",
-        "pretrain",
-        {
-            "tasks": mix(ALL),
-            "turns": 6,
-            "idle_tools": 0.1,
-            "max_tokens": 1280,
-            "steps": 1500,
+            "step_tokens": 4800,
+            "pass_tokens": 2500,
+            "replicate": True,
+            "router_balance": 0.03,
             "schedule": "linear",
-            "warmup": 0.0,
-            "final_rate": 0.05,
+            "warmup": 0.005,
+            "final_rate": 0.03,
+            "steps": 5400,
         },
         ("bf16", "mxfp4"),
     ),
