@@ -3,7 +3,8 @@
     warm-up    copying of runs that grow from one word, so that the heads that copy appear
     recall     copying of runs of any length, and values by their keys
     pretrain   gold transcripts of the tasks, every token learned
-    sft        the model's own words alone, while the learning rate falls; browsing joins, with longer contexts
+    sft        the model's own words alone; browsing joins, with longer contexts; the rate begins to fall
+    anneal     the same, until it has fallen
     qat        a little more, computed with what MXFP4 keeps of the experts
 
 Sources  the order: `ossia.train.tasks.language`; Muon for the inner matrices:
@@ -140,8 +141,27 @@ STAGES: tuple[Stage, ...] = (
             "router_balance": 0.03,
             "schedule": "linear",
             "warmup": 0.005,
+            "final_rate": 0.565,
+            "steps": 2440,
+        },
+    ),
+    Stage(
+        "anneal",
+        "pretrain",
+        {
+            "tasks": mix(ALL),
+            "turns": 6,
+            "idle_tools": 0.1,
+            "max_tokens": 1280,
+            "step_tokens": 4800,
+            "pass_tokens": 2500,
+            "replicate": True,
+            "router_balance": 0.03,
+            "learning_rate": 3.39e-3,
+            "schedule": "linear",
+            "warmup": 0.0,
             "final_rate": 0.03,
-            "steps": 5400,
+            "steps": 2000,
         },
         ("bf16", "mxfp4"),
     ),
@@ -153,8 +173,12 @@ STAGES: tuple[Stage, ...] = (
             "turns": 6,
             "idle_tools": 0.1,
             "max_tokens": 1280,
-            "steps": 200,
+            "step_tokens": 4800,
+            "pass_tokens": 2500,
+            "replicate": True,
+            "router_balance": 0.03,
             "fake_quant": True,
+            "steps": 200,
             "learning_rate": 4e-4,
             "schedule": "linear",
             "warmup": 0.02,
