@@ -89,6 +89,8 @@ class Config:
     """Most memory that keys and values may take, such as 2GiB; never exceeded. A GPU's follows from gpu_memory."""
     gpu_memory: Size = _ALL
     """Most of a GPU's memory that ossia may take, weights, keys and values together; 0 takes nearly all of it."""
+    tp: int = 0
+    """GPUs that share one model, each with a process of torchrun's; 0 takes as many as torchrun started."""
     max_context: int = 0
     """Longest prompt and answer together, in tokens; 0 takes what the model allows and kv_memory holds."""
     adapters: Mapping[str, str] = field(default_factory=dict)

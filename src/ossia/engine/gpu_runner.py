@@ -23,7 +23,7 @@ from ossia.engine.runner import Runner
 from ossia.errors import UnavailableError
 from ossia.model.config import ModelConfig
 from ossia.model.transformer import Weights, forward
-from ossia.model.weights import Checkpoint, load_weights
+from ossia.model.weights import Arrays, Checkpoint, load_weights, size_bytes
 from ossia.ops import AdapterOps, Batch
 from ossia.ops.gpu import GpuOps
 
@@ -67,7 +67,10 @@ class GpuRunner(Runner):
         return array.cpu().numpy()
 
     def _launch(self, ops: AdapterOps, weights: Weights, batch: Batch) -> Tensor:
-        logits_RV: Tensor = forward(ops, self.config, weights, self._gpu.on_device(batch), self._caches)
+        return self._forward(ops, weights, self._gpu.on_device(batch))
+
+    def _forward(self, ops: AdapterOps, weights: Weights, batch: Batch) -> Tensor:
+        logits_RV: Tensor = forward(ops, self.config, weights, batch, self._caches)
         return logits_RV
 
     def _replay(self, batch: Batch) -> Tensor:
@@ -88,13 +91,13 @@ class GpuRunner(Runner):
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            forward(self._ops, self.config, self._weights, held, self._caches)
+            self._forward(self._ops, self._weights, held)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # One pool for all: no two recorded passes run at the same time.
         pool = next((one.graph.pool() for one in self._recorded.values()), None)
         with torch.cuda.graph(graph, pool=pool):
-            logits_RV = forward(self._ops, self.config, self._weights, held, self._caches)
+            logits_RV = self._forward(self._ops, self._weights, held)
         return _Recorded(graph, inputs, logits_RV)
 
 
@@ -104,17 +107,21 @@ def load_gpu_runner(ops: AdapterOps, checkpoint: Checkpoint, options: EngineConf
     Without a card keys and values get what ``options`` say. Raises UnavailableError where the card is too small.
     """
     assert isinstance(ops, GpuOps)
-    config = checkpoint.config
-    if ops.device.type == "cuda":
-        memory = card_memory(ops.device)
-        # Asked before minutes of loading; MXFP4 and 16-bit matrices are of the size that they have in the file.
-        kv_memory(memory._replace(free=memory.free - checkpoint.size_bytes), gpu_memory, config, options)
-    weights = load_weights(checkpoint, ops)
-    if ops.device.type == "cuda":
-        torch.cuda.empty_cache()
-        left = kv_memory(card_memory(ops.device), gpu_memory, config, options)
-        options = replace(options, kv_memory_bytes=left)
-    return GpuRunner(ops, config, weights, options)
+    weights, options = load_onto_card(ops, checkpoint, options, gpu_memory)
+    return GpuRunner(ops, checkpoint.config, weights, options)
+
+
+def load_onto_card(ops: GpuOps, model: Arrays, options: EngineConfig, gpu_memory: int) -> tuple[Weights, EngineConfig]:
+    """The weights on the card, and the options with the memory that is left for keys and values."""
+    if ops.device.type != "cuda":
+        return load_weights(model, ops), options
+    memory = card_memory(ops.device)
+    # Asked before minutes of loading; MXFP4 and 16-bit matrices are of the size that they have in the file.
+    kv_memory(memory._replace(free=memory.free - size_bytes(model)), gpu_memory, model.config, options)
+    weights = load_weights(model, ops)
+    torch.cuda.empty_cache()
+    left = kv_memory(card_memory(ops.device), gpu_memory, model.config, options)
+    return weights, replace(options, kv_memory_bytes=left)
 
 
 def sequence_rungs(max_num_seqs: int) -> tuple[int, ...]:
