@@ -510,6 +510,7 @@ CASES: dict[str, list[Case]] = {
         parses,
         prints("It is 8. 7"),
         parses,
+        parses,
         prints("Done."),
         prints("ossia-.{43}"),
         parses,

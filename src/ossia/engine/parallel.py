@@ -299,8 +299,8 @@ def load_team_runner(
         return load_gpu_runner(ops, checkpoint, options, gpu_memory)
     share = Share(checkpoint, team.rank, team.size)
     try:
-        weights, options = load_onto_card(ops, share, options, gpu_memory)
-        return TeamRunner(ops, share, weights, options, team)
+        placed = load_onto_card(ops, share, options, gpu_memory)
+        return TeamRunner(placed.ops, share, placed.weights, placed.options, team)
     except Exception as error:
         raise team.failure(error) from error
 

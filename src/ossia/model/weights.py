@@ -226,19 +226,6 @@ def load_weights(model: Arrays, ops: Ops) -> Weights:
     )
 
 
-def size_bytes(model: Arrays) -> int:
-    """The bytes of all its arrays; none is read."""
-    arrays: list[Any] = [model.outer(), *(model.layer(i) for i in range(model.config.num_layers))]
-    total = 0
-    while arrays:
-        one = arrays.pop()
-        if isinstance(one, tuple):
-            arrays += one
-        elif isinstance(one, np.ndarray):
-            total += one.nbytes
-    return total
-
-
 def _merge(headers: Iterable[dict[str, TensorEntry]]) -> dict[str, TensorEntry]:
     tensors: dict[str, TensorEntry] = {}
     for header in headers:
