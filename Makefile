@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+# Processes that share the tests of `make test`.
+WORKERS ?= 2
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
 .PHONY: help run test test-all sanitize aarch64 check bench nano web clean
@@ -34,7 +36,7 @@ run: $(VENV)/.installed
 	  | $(BIN)/ossia chat --tools python --show-reasoning --effort high --temperature 0
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses $(WORKERS) --dist loadfile
 
 test-all: $(VENV)/.installed-dev sanitize aarch64
 	SOAK_SECONDS=900 $(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered

@@ -509,6 +509,8 @@ CASES: dict[str, list[Case]] = {
     "serving.md": [
         parses,
         prints("It is 8. 7"),
+        parses,
+        parses,
         prints("Done."),
         prints("ossia-.{43}"),
         parses,

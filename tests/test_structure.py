@@ -32,6 +32,7 @@ MAY_IMPORT_TORCH = (
     "ops/gpu.py",
     "ops/autograd.py",
     "ops/fused.py",
+    "ops/offload.py",
     "ops/triton/",
     "engine/gpu_runner.py",
     "engine/parallel.py",

@@ -90,9 +90,11 @@ class Config:
     kv: Literal["bf16", "q8"] = "bf16"
     """How the CPU backend holds keys and values."""
     kv_memory: Size = _GIB
-    """Most memory that keys and values may take, such as 2GiB; never exceeded. A GPU's follows from gpu_memory."""
+    """Most memory for keys and values, such as 2GiB, never exceeded; a GPU gives them all that it has left."""
     gpu_memory: Size = _ALL
-    """Most of a GPU's memory that ossia may take, weights, keys and values together; 0 takes nearly all of it."""
+    """Most of a GPU's memory to take, 0 for nearly all; experts beyond it, and beyond kv_memory, stay with the host."""
+    tp: int = 0
+    """GPUs that share one model, each with a process of torchrun's; 0 takes as many as torchrun started."""
     max_context: int = 0
     """Longest prompt and answer together, in tokens; 0 takes what the model allows and kv_memory holds."""
     adapters: Mapping[str, str] = field(default_factory=dict)

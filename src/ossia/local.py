@@ -15,12 +15,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ossia import ops as backends
 from ossia.config import EMBEDDED, Config, from_arguments
 from ossia.engine import Engine, EngineConfig, FinishReason, Runner, SamplingParams, TokenOutput
-from ossia.errors import InputError, OssiaError, UnavailableError
+from ossia.errors import ConfigError, InputError, OssiaError, UnavailableError
 from ossia.harmony import (
     Channel,
     Conversation,
@@ -45,6 +45,9 @@ from ossia.model.hub import downloaded, resolve_model
 from ossia.model.memory import available_bytes, own_bytes, weight_bytes
 from ossia.model.weights import Checkpoint, load_weights
 from ossia.ops import AdapterOps
+
+if TYPE_CHECKING:
+    from ossia.engine.parallel import TeamRunner
 
 _log = logging.getLogger(__name__)
 
@@ -74,17 +77,11 @@ class LocalModel:
     @classmethod
     def open(cls, config: Config) -> LocalModel:
         """Open what the settings name; see `load`."""
-        tell_of_demonstration(config)
-        checkpoint = Checkpoint.open(resolve_model(config.model))
-        check_memory(config, checkpoint.config)
+        checkpoint = _open_checkpoint(config)
         ops = backends.load(config.backend, **backend_options(config))
-        options = EngineConfig(
-            kv_memory_bytes=config.kv_memory,
-            max_context=config.max_context or None,
-            adapter_memory_bytes=config.adapter_memory,
-        )
+        _check_first(config)
         tokenizer = checkpoint.tokenizer()
-        runner = make_runner(config, ops, checkpoint, options)
+        runner = make_runner(config, ops, checkpoint, _engine_options(config))
         model = cls(Engine(runner, token_bytes=tokenizer.token_bytes), tokenizer, checkpoint)
         for name, path in config.adapters.items():
             model.load_adapter(path, name)
@@ -364,8 +361,50 @@ def make_runner(config: Config, ops: AdapterOps, checkpoint: Checkpoint, options
     Raises UnavailableError, with numbers, where a GPU does not hold the model.
     """
     if config.backend != "gpu":
+        if config.tp > 1:
+            raise ConfigError(f"tp is {config.tp}; only GPUs share a model: give --backend gpu", param="tp")
         return Runner(ops, checkpoint.config, load_weights(checkpoint, ops), options)
     # It brings torch, which no other backend needs.
-    from ossia.engine.gpu_runner import load_gpu_runner
+    from ossia.engine.parallel import load_team_runner
 
-    return load_gpu_runner(ops, checkpoint, options, config.gpu_memory)
+    return load_team_runner(ops, checkpoint, options, config.gpu_memory, config.tp)
+
+
+def open_share(config: Config) -> TeamRunner | None:
+    """In a process that torchrun started beside a first one: its share of the model, to `follow` with; else None."""
+    if config.backend != "gpu":
+        return None
+    ops = backends.load(config.backend)
+    from ossia.engine.parallel import TeamRunner, is_follower
+
+    if not is_follower():
+        return None
+    runner = make_runner(config, ops, _open_checkpoint(config), _engine_options(config))
+    assert isinstance(runner, TeamRunner)
+    return runner
+
+
+def _check_first(config: Config) -> None:
+    """Raise UnavailableError in a process beside a first one that did not ask `open_share` what it is there for."""
+    if config.backend == "gpu":
+        from ossia.engine.parallel import is_follower
+
+        if is_follower():
+            raise UnavailableError(
+                "this runs in one process, and torchrun started several. `ossia serve` and `ossia generate` take them"
+            )
+
+
+def _open_checkpoint(config: Config) -> Checkpoint:
+    tell_of_demonstration(config)
+    checkpoint = Checkpoint.open(resolve_model(config.model))
+    check_memory(config, checkpoint.config)
+    return checkpoint
+
+
+def _engine_options(config: Config) -> EngineConfig:
+    return EngineConfig(
+        kv_memory_bytes=config.kv_memory,
+        max_context=config.max_context or None,
+        adapter_memory_bytes=config.adapter_memory,
+    )

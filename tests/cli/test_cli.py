@@ -62,8 +62,9 @@ def test_every_command_explains_itself(command):
     assert "Usage: ossia" in result.stdout
 
 
-def test_help_does_not_wait_for_the_engine():
-    program = "import sys\nfrom ossia.cli import main\nmain(['--help'])\nassert 'numpy' not in sys.modules"
+@pytest.mark.parametrize(("command", "unneeded"), [("--help", "numpy"), ("tokenize Hi", "ossia.train")])
+def test_a_command_does_not_wait_for_what_it_does_not_need(command, unneeded):
+    program = f"import sys\nfrom ossia.cli import main\nmain({command.split()})\nassert {unneeded!r} not in sys.modules"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
 
@@ -75,7 +76,8 @@ def test_the_version_is_printed():
 
 
 def test_wrong_usage_ends_with_2():
-    assert ossia("no-such-command").returncode == 2
+    misspelled = ossia("genrate")
+    assert misspelled.returncode == 2 and "Did you mean 'generate'" in misspelled.stderr
     assert ossia("generate").returncode == 2
     assert ossia("generate", "hi", "--effort", "extreme").returncode == 2
 

@@ -84,6 +84,9 @@ class FakeRunner:
         # A size of whole thousands tells the adapters of these tests apart.
         return HeldAdapter(adapter.name, {}, size_bytes=1000 * adapter.rank, cache_key=adapter.name.encode())
 
+    def close(self) -> None:
+        pass
+
     def _place(self, table_B: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         size = self.options.block_size
         blocks = table_B[positions // size]

@@ -9,10 +9,25 @@ import torch
 from tests.engine.conftest import TINY, tiny_weights
 
 from ossia.engine import Engine, EngineConfig, Runner, SamplingParams
-from ossia.engine.gpu_runner import CardMemory, GpuRunner, kv_memory, pack, pad, sequence_rungs, unpack, work_bytes
+from ossia.engine.gpu_runner import (
+    CardMemory,
+    GpuRunner,
+    kv_memory,
+    load_gpu_runner,
+    pack,
+    pad,
+    room,
+    sequence_rungs,
+    unpack,
+    work_bytes,
+)
+from ossia.engine.placement import least_kv_bytes, model_bytes
 from ossia.errors import UnavailableError
-from ossia.model.random_checkpoint import SHAPES
+from ossia.model.random_checkpoint import SHAPES, write_random_checkpoint
+from ossia.model.weights import Checkpoint, load_weights
 from ossia.ops import Batch, load
+from ossia.ops.gpu import GpuOps
+from ossia.ops.offload import HostExperts
 
 GIB = 1 << 30
 OPTIONS = EngineConfig(block_size=4, max_batch_tokens=32, max_num_seqs=6, kv_memory_bytes=1 << 20)
@@ -108,3 +123,52 @@ def test_keys_and_values_get_what_weights_and_work_leave(allowed, most):
 def test_a_card_that_the_weights_fill_is_refused_with_numbers():
     with pytest.raises(UnavailableError, match=r"62\.0 GiB are in use .* 16\.0 of 80\.0 GiB.*--gpu-memory"):
         kv_memory(CardMemory(18 * GIB, 80 * GIB), 16 * GIB, SHAPES["120b"], EngineConfig())
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Checkpoint:
+    return Checkpoint.open(write_random_checkpoint(tmp_path_factory.mktemp("card") / "model", TINY))
+
+
+def card_with(room_bytes: int) -> int:
+    """The size of a card that has this much beside the work of a pass."""
+    return room_bytes - room(CardMemory(0, 0), 1, TINY, OPTIONS)
+
+
+def card_for_two_layers(ops: GpuOps, checkpoint: Checkpoint) -> int:
+    """The size of a card that has this model's dense weights, buffers for two of three layers and the least keys."""
+    dense, layer = model_bytes(checkpoint)
+    layer_kv = ops.kv_block_bytes(OPTIONS.block_size, TINY.num_kv_heads, TINY.head_dim)
+    return card_with(dense + 2 * layer + least_kv_bytes(TINY, OPTIONS, layer_kv))
+
+
+def test_experts_that_a_card_has_no_room_for_change_no_token(checkpoint, answer, caplog):
+    ops = load("gpu", dtype="float32")
+    runner = load_gpu_runner(ops, checkpoint, OPTIONS, card_for_two_layers(ops, checkpoint))
+    assert all(isinstance(layer.experts, HostExperts) for layer in runner._weights.layers)
+    assert "experts of 3 of 3 layers do not fit the GPU and stay in the host's memory" in caplog.text
+    reference = load("reference", dtype=np.float64)
+    alone = Runner(reference, TINY, load_weights(checkpoint, reference), OPTIONS)
+    # One is read in two steps, beside another that answers already: passes of many tokens, and of few.
+    requests = [(prompt, GREEDY) for prompt in ([5], list(range(2, 36)))]
+    assert answer(Engine(runner), requests) == answer(Engine(alone), requests)
+
+
+def test_a_bound_that_leaves_room_for_all_keeps_all_on_the_card(checkpoint):
+    dense, layer = model_bytes(checkpoint)
+    bound = card_with(dense + TINY.num_layers * layer + OPTIONS.kv_memory_bytes)
+    runner = load_gpu_runner(load("gpu", dtype="float32"), checkpoint, OPTIONS, bound)
+    assert not any(isinstance(layer.experts, HostExperts) for layer in runner._weights.layers)
+    assert runner.options.kv_memory_bytes == OPTIONS.kv_memory_bytes
+
+
+def test_a_bound_below_dense_weights_and_one_layer_is_told_with_its_parts(checkpoint):
+    with pytest.raises(UnavailableError, match=r"even with its experts in the host's memory: dense weights take .*GiB"):
+        load_gpu_runner(load("gpu", dtype="float32"), checkpoint, OPTIONS, card_with(model_bytes(checkpoint).dense))
+
+
+def test_a_host_without_the_memory_for_experts_is_told(checkpoint, monkeypatch):
+    monkeypatch.setattr("ossia.engine.gpu_runner.available_bytes", lambda: (1000, 1 << 40))
+    ops = load("gpu", dtype="float32")
+    with pytest.raises(UnavailableError, match=r"experts of 3 of 3 layers do not fit the GPU and take .* are free"):
+        load_gpu_runner(ops, checkpoint, OPTIONS, card_for_two_layers(ops, checkpoint))

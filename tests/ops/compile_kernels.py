@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 
 from ossia.ops import Adapted, Batch, Routing, gpu
 from ossia.ops.triton.choice import choose
+from ossia.ops.triton.fetch import fetch
 
 CAPABILITY = tuple(int(number) for number in sys.argv[1].split("."))
 T, E, A, D, F = 3, 8, 2, 320, 288
@@ -72,6 +73,11 @@ for num_tokens in (T, E * ops.variant.prefill.tokens):
 for window in (None, 128):
     for new, cached in ((1, True), (9, True), (9, False)):
         compile_attention(window, new, cached)
+fetch(
+    torch.zeros(E, F, D // 32, 16, dtype=torch.uint8),
+    torch.zeros(4, F, D // 32, 16, dtype=torch.uint8),
+    torch.zeros(4, dtype=torch.int64),
+)
 ops.rms_norm(torch.zeros(T, 2880), torch.zeros(2880), 1e-5)
 ops.rope(torch.zeros(T, 64, 64), torch.zeros(T, 32), torch.zeros(T, 32))
 ops.route(torch.zeros(T, 128), 4)

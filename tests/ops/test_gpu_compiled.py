@@ -10,7 +10,19 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed: the kernels of the GPU backend are not compiled")
-KERNELS = {"_sort", "_gate_up", "_grouped", "_combine", "_store", "_attend", "_merge", "_rms_norm", "_rope", "_route"}
+KERNELS = {
+    "_sort",
+    "_gate_up",
+    "_grouped",
+    "_combine",
+    "_store",
+    "_attend",
+    "_merge",
+    "_rms_norm",
+    "_rope",
+    "_route",
+    "_fetch",
+}
 
 
 # Bytes of shared memory that a program may have: CUDA C++ Programming Guide, technical specifications.

@@ -356,6 +356,8 @@ def test_trained_weights_replace_those_of_the_base_under_either_name(bases, tmp_
         weights = tmp_path / f"{name}.safetensors"
         done = export(bases / "hf", tmp_path / name, "mxfp4", weights=weights, measure=False)
         assert set(done.rounding) == {f"layers.1.experts.{part}" for part in ("gate", "up", "down")}
+        # What was trained as a whole is random no more.
+        assert not Checkpoint.open(tmp_path / name).has_random_weights
     assert sha256(tmp_path / "ours/model.safetensors") == sha256(tmp_path / "theirs/model.safetensors")
     layer = Checkpoint.open(tmp_path / "ours").layer(1)
     np.testing.assert_array_equal(
@@ -363,6 +365,7 @@ def test_trained_weights_replace_those_of_the_base_under_either_name(bases, tmp_
     )
     np.testing.assert_array_equal(layer.experts.up_bias_EF, bias[:, F:].astype(np.float32).astype(ml_dtypes.bfloat16))
     export(bases / "hf", tmp_path / "bf16", "bf16", weights=tmp_path / "ours.safetensors", measure=False)
+    assert not Checkpoint.open(tmp_path / "bf16").has_random_weights
     written = load_file(tmp_path / "bf16/model.safetensors")
     for name, values in theirs.items():
         np.testing.assert_array_equal(written[name], values.astype(np.float32).astype(ml_dtypes.bfloat16), err_msg=name)
@@ -387,6 +390,7 @@ def test_a_runs_checkpoint_is_read_by_its_trainable_file(bases, tmp_path):
     assert list(read_tensors(tmp_path / "step", CONFIG)) == ["layers.0.sinks"]
     export(bases / "hf", tmp_path / "out", "merged", weights=tmp_path / "step", measure=False)
     assert Checkpoint.open(tmp_path / "out").layer(0).sinks_Q.tolist() == list(range(8))
+    assert Checkpoint.open(tmp_path / "out").has_random_weights
 
 
 # Other programs

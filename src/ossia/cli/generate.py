@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,6 +11,7 @@ import typer
 
 from ossia.cli import options
 from ossia.cli.prompts import argument_or_stdin, printable
+from ossia.cli.team import follows
 from ossia.errors import InputError
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ def generate(
     kv: options.KeysAndValues = None,
     kv_memory: options.KvMemory = None,
     gpu_memory: options.GpuMemory = None,
+    tp: options.Tp = None,
     max_context: options.MaxContext = None,
 ) -> None:
     """Ask a model and print its answer as it comes.
@@ -75,9 +78,12 @@ def generate(
             "kv": kv,
             "kv_memory": kv_memory,
             "gpu_memory": gpu_memory,
+            "tp": tp,
             "max_context": max_context,
         }
     )
+    if follows(settings):
+        return
     prompt = argument_or_stdin(prompt)
     if not prompt.strip():
         raise InputError("the prompt is empty; give what to ask, or `-` and a text in standard input")
@@ -100,7 +106,7 @@ def generate(
         seed=seed,
         adapter=adapter_name,
     )
-    with generation:
+    with contextlib.closing(local.engine), generation:
         if as_json:
             for _ in generation:
                 pass

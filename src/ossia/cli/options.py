@@ -33,6 +33,10 @@ KvMemory = Annotated[str | None, typer.Option(help="Most memory for keys and val
 GpuMemory = Annotated[
     str | None, typer.Option(help="Most of the GPU's memory to take, such as 16GB. [default: nearly all]")
 ]
+Tp = Annotated[
+    int | None,
+    typer.Option(min=0, help="GPUs that share the model, a process of torchrun's for each. [default: all it started]"),
+]
 MaxContext = Annotated[
     int | None, typer.Option(min=0, help="Most tokens of prompt and answer; 0 for what fits. [default: 0]")
 ]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ossia.cli import options
+from ossia.cli.team import follows
 
 if TYPE_CHECKING:
     from ossia.config import Config
@@ -82,6 +83,7 @@ def serve(
     kv: options.KeysAndValues = None,
     kv_memory: options.KvMemory = None,
     gpu_memory: options.GpuMemory = None,
+    tp: options.Tp = None,
     max_context: options.MaxContext = None,
 ) -> None:
     """Serve a model to OpenAI's clients: Responses, Chat Completions, and Anthropic's Messages.
@@ -122,6 +124,7 @@ def serve(
             "kv": kv,
             "kv_memory": kv_memory,
             "gpu_memory": gpu_memory,
+            "tp": tp,
             "max_context": max_context,
         }
     )
@@ -129,6 +132,8 @@ def serve(
         if not settings.key_file:
             raise ConfigError("--new-key needs --key-file: the file that keeps the key's hash")
         print(Keys.make(Path(settings.key_file).expanduser(), new_key))
+        return
+    if follows(settings):
         return
     keys = Keys.read(Path(settings.key_file).expanduser()) if settings.key_file else Keys()
     check_bind(settings.host, keys, is_open_allowed=settings.open_to_all == "yes")

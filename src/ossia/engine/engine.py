@@ -231,10 +231,11 @@ class Engine:
         )
 
     def close(self) -> None:
-        """End the thread that fills masks, if there is one."""
+        """End the thread that fills masks, if there is one, and the processes that compute with this one."""
         if self._mask_thread is not None:
             self._mask_thread.shutdown()
             self._mask_thread = None
+        self._runner.close()
 
     def _step(self) -> list[TokenOutput]:
         outputs, self._ended = self._ended, []

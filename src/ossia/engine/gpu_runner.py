@@ -5,11 +5,13 @@ when they are first needed, serve every such pass: of sequences by `sequence_run
 two. All other passes are launched kernel by kernel. Without a card (Triton's interpreter) nothing is recorded, and all
 the rest is the same.
 
-Keys and values get what the weights and the work of the largest pass leave of the card's memory.
+Keys and values get what the weights and the work of the largest pass leave of the card's memory; where that holds not
+even the weights, experts of some layers stay with the host (`placement.py`).
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -19,13 +21,18 @@ import torch
 from torch import Tensor
 
 from ossia.engine.config import EngineConfig
+from ossia.engine.placement import Placement, least_kv_bytes, model_bytes, place
 from ossia.engine.runner import Runner
 from ossia.errors import UnavailableError
 from ossia.model.config import ModelConfig
+from ossia.model.memory import available_bytes
 from ossia.model.transformer import Weights, forward
-from ossia.model.weights import Checkpoint, load_weights
+from ossia.model.weights import Arrays, Checkpoint, load_weights
 from ossia.ops import AdapterOps, Batch
 from ossia.ops.gpu import GpuOps
+from ossia.ops.offload import OffloadOps
+
+_log = logging.getLogger(__name__)
 
 # What libraries, kernels and recorded passes take beside everything that is counted.
 _CONTEXT_BYTES = 768 << 20
@@ -67,7 +74,10 @@ class GpuRunner(Runner):
         return array.cpu().numpy()
 
     def _launch(self, ops: AdapterOps, weights: Weights, batch: Batch) -> Tensor:
-        logits_RV: Tensor = forward(ops, self.config, weights, self._gpu.on_device(batch), self._caches)
+        return self._forward(ops, weights, self._gpu.on_device(batch))
+
+    def _forward(self, ops: AdapterOps, weights: Weights, batch: Batch) -> Tensor:
+        logits_RV: Tensor = forward(ops, self.config, weights, batch, self._caches)
         return logits_RV
 
     def _replay(self, batch: Batch) -> Tensor:
@@ -88,13 +98,13 @@ class GpuRunner(Runner):
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            forward(self._ops, self.config, self._weights, held, self._caches)
+            self._forward(self._ops, self._weights, held)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # One pool for all: no two recorded passes run at the same time.
         pool = next((one.graph.pool() for one in self._recorded.values()), None)
         with torch.cuda.graph(graph, pool=pool):
-            logits_RV = forward(self._ops, self.config, self._weights, held, self._caches)
+            logits_RV = self._forward(self._ops, self._weights, held)
         return _Recorded(graph, inputs, logits_RV)
 
 
@@ -104,17 +114,65 @@ def load_gpu_runner(ops: AdapterOps, checkpoint: Checkpoint, options: EngineConf
     Without a card keys and values get what ``options`` say. Raises UnavailableError where the card is too small.
     """
     assert isinstance(ops, GpuOps)
-    config = checkpoint.config
-    if ops.device.type == "cuda":
-        memory = card_memory(ops.device)
-        # Asked before minutes of loading; MXFP4 and 16-bit matrices are of the size that they have in the file.
-        kv_memory(memory._replace(free=memory.free - checkpoint.size_bytes), gpu_memory, config, options)
-    weights = load_weights(checkpoint, ops)
-    if ops.device.type == "cuda":
+    placed = load_onto_card(ops, checkpoint, options, gpu_memory)
+    return GpuRunner(placed.ops, checkpoint.config, placed.weights, placed.options)
+
+
+class OnCard(NamedTuple):
+    """Weights where they lie, the operations that know where that is, and the options with the memory that is left."""
+
+    ops: GpuOps
+    weights: Weights
+    options: EngineConfig
+
+
+def load_onto_card(ops: GpuOps, model: Arrays, options: EngineConfig, gpu_memory: int) -> OnCard:
+    """Weights on the card, but for experts that it has no room for; keys and values get what is left.
+
+    Without a card ``gpu_memory`` is the size of one that is made up; 0 is no bound then. Raises UnavailableError where
+    the card, or the host's memory for its experts, is too small.
+    """
+    is_card, config = ops.device.type == "cuda", model.config
+    if not is_card and not gpu_memory:
+        return OnCard(ops, load_weights(model, ops), options)
+    memory = card_memory(ops.device) if is_card else CardMemory(gpu_memory, gpu_memory)
+    layer_bytes = ops.kv_block_bytes(options.block_size, config.num_kv_heads, config.head_dim)
+    # Asked before minutes of loading.
+    placement = place(
+        model_bytes(model),
+        config.num_layers,
+        room(memory, gpu_memory, config, options),
+        least_kv_bytes(config, options, layer_bytes),
+        options.kv_memory_bytes,
+    )
+    if placement.host_bytes:
+        _check_host(placement)
+        ops = OffloadOps(ops, placement.is_on_card, placement.num_buffers)
+    weights = load_weights(model, ops)
+    left = placement.kv_bytes
+    if is_card:
         torch.cuda.empty_cache()
         left = kv_memory(card_memory(ops.device), gpu_memory, config, options)
-        options = replace(options, kv_memory_bytes=left)
-    return GpuRunner(ops, config, weights, options)
+    return OnCard(ops, weights, replace(options, kv_memory_bytes=left))
+
+
+def _check_host(placement: Placement) -> None:
+    """Raise UnavailableError unless the host has memory for the experts that it is to hold; say that it does."""
+    num_layers = len(placement.is_on_card)
+    num_on_host = num_layers - sum(placement.is_on_card)
+    available, _ = available_bytes()
+    if placement.host_bytes > available:
+        raise UnavailableError(
+            f"experts of {num_on_host} of {num_layers} layers do not fit the GPU and take "
+            f"{placement.host_bytes / 2**30:.1f} GiB of the host's memory, of which {available / 2**30:.1f} GiB are "
+            "free. Give more with --gpu-memory, free some, or use --backend cpu, which reads them from the disk."
+        )
+    _log.warning(
+        "experts of %d of %d layers do not fit the GPU and stay in the host's memory, %.1f GiB: each pass fetches them",
+        num_on_host,
+        num_layers,
+        placement.host_bytes / 2**30,
+    )
 
 
 def sequence_rungs(max_num_seqs: int) -> tuple[int, ...]:
@@ -190,17 +248,26 @@ def kv_memory(memory: CardMemory, allowed: int, config: ModelConfig, options: En
 
     Raises UnavailableError, with numbers, where the weights leave nothing.
     """
-    limit = min(allowed, memory.total) if allowed else int(_DEFAULT_SHARE * memory.total)
-    used = memory.total - memory.free
-    work = work_bytes(config, options) + _CONTEXT_BYTES
-    left = limit - used - work
+    left = room(memory, allowed, config, options)
     if left <= 0:
+        used, limit = memory.total - memory.free, _limit(memory, allowed)
         raise UnavailableError(
             f"the model does not fit the GPU: {used / 2**30:.1f} GiB are in use with its weights, a pass needs "
-            f"{work / 2**30:.1f} GiB, and ossia may take {limit / 2**30:.1f} of {memory.total / 2**30:.1f} GiB. Free "
-            "the card of other programs, give more with --gpu-memory, or use --backend cpu."
+            f"{(limit - used - left) / 2**30:.1f} GiB, and ossia may take {limit / 2**30:.1f} of "
+            f"{memory.total / 2**30:.1f} GiB. Free the card of other programs, give more with --gpu-memory, or use "
+            "--backend cpu."
         )
     return left
+
+
+def room(memory: CardMemory, allowed: int, config: ModelConfig, options: EngineConfig) -> int:
+    """Bytes of a card that are left beside what is in use and the largest pass; negative if there are too few."""
+    used = memory.total - memory.free
+    return _limit(memory, allowed) - used - work_bytes(config, options) - _CONTEXT_BYTES
+
+
+def _limit(memory: CardMemory, allowed: int) -> int:
+    return min(allowed, memory.total) if allowed else int(_DEFAULT_SHARE * memory.total)
 
 
 def work_bytes(config: ModelConfig, options: EngineConfig) -> int:

@@ -38,7 +38,7 @@ class Runner:
         layer_bytes = ops.kv_block_bytes(options.block_size, config.num_kv_heads, config.head_dim)
         self.num_blocks = divide_memory(config, options, layer_bytes)
         # None if no layer has one.
-        self.window = config.sliding_window if _num_window_layers(config) else None
+        self.window = config.sliding_window if num_window_layers(config) else None
         self._ops = ops
         self._weights = weights
         try:
@@ -90,6 +90,9 @@ class Runner:
         """An adapter as a batch names it. May be called from any thread."""
         return hold_adapter(self._ops, adapter)
 
+    def close(self) -> None:
+        """Let go of what is beside this process; of a runner that is alone there is nothing."""
+
 
 class _RoutingRecorder:
     """A backend that keeps a note of the experts that `route` chose, layer by layer; else the backend itself."""
@@ -112,9 +115,9 @@ def divide_memory(config: ModelConfig, options: EngineConfig, layer_bytes: int) 
 
     Raises ConfigError if not even one sequence could run.
     """
-    num_window_layers = _num_window_layers(config)
-    full_bytes = (config.num_layers - num_window_layers) * layer_bytes
-    window_bytes = num_window_layers * layer_bytes
+    num_windowed = num_window_layers(config)
+    full_bytes = (config.num_layers - num_windowed) * layer_bytes
+    window_bytes = num_windowed * layer_bytes
     memory, context = options.kv_memory_bytes, max_context(config, options)
     # Blocks of no layer take no memory: as many as could ever be asked for.
     no_limit = options.max_num_seqs * -(-context // options.block_size)
@@ -143,5 +146,6 @@ def max_context(config: ModelConfig, options: EngineConfig) -> int:
     return min(config.max_context, options.max_context or config.max_context)
 
 
-def _num_window_layers(config: ModelConfig) -> int:
+def num_window_layers(config: ModelConfig) -> int:
+    """Layers whose tokens see a window."""
     return sum(config.window(i) is not None for i in range(config.num_layers))

@@ -28,7 +28,7 @@ _COMPARED_ROWS = 16_384
 _EXPERTS = ("gate", "up", "down")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class HeldAdapter:
     """An adapter as a backend holds it."""
 

@@ -12,7 +12,7 @@ Shapes: see `ossia.ops`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -229,10 +229,13 @@ class GpuOps:
         values, scales = self._tensor(matrix.values, torch.float32), self._tensor(matrix.scales, torch.float32)
         return (values * scales[..., None]).reshape(matrix.shape).to(dtype)
 
-    def _matrices(self, matrices: Mxfp4 | Array) -> Matrices:
+    def _matrices(
+        self, matrices: Mxfp4 | Array, hold: Callable[[Array, torch.dtype], Tensor] | None = None
+    ) -> Matrices:
+        hold = hold or self._tensor
         if not isinstance(matrices, Mxfp4):
-            return Matrices(self._tensor(matrices, self.dtype))
-        values, scales = (self._tensor(part, torch.uint8) for part in (matrices.blocks, matrices.scales))
+            return Matrices(hold(matrices, self.dtype))
+        values, scales = (hold(part, torch.uint8) for part in (matrices.blocks, matrices.scales))
         return Matrices(values, scales, matrices.order == "halves")
 
     def _loras(self, adapted: Adapted) -> Iterator[tuple[Any, Tensor]]:

@@ -200,6 +200,9 @@ class _Writer:
             for name in ("config.json", "model.safetensors.index.json"):
                 if (self.base.folder / name).is_file():
                     shutil.copyfile(self.base.folder / name, place / name)
+            if self.base.has_random_weights and not self.model.is_random:
+                fields = read_json(place / "config.json")
+                write_json(place / "config.json", {k: value for k, value in fields.items() if k != RANDOM_WEIGHTS})
 
     # Hugging Face -----------------------------------------------------------------------------------------------------
 
@@ -236,12 +239,13 @@ class _Writer:
             own = read_json(path) if path.is_file() else {}
             # The one in original/ is silent about the model's type, and spelled otherwise.
             if "model_type" in own:
-                kept = {name: value for name, value in own.items() if name not in ("quantization_config", "dtype")}
+                replaced = ("quantization_config", "dtype", RANDOM_WEIGHTS)
+                kept = {name: value for name, value in own.items() if name not in replaced}
                 quantization = {"quantization_config": fields["quantization_config"]} if mxfp4 else {}
                 # FSDP renames the architecture of what it wraps, and nothing loads it then.
                 fields = kept | {"architectures": fields["architectures"], "torch_dtype": "bfloat16"} | quantization
                 break
-        return fields | ({RANDOM_WEIGHTS: True} if self.base.has_random_weights else {})
+        return fields | ({RANDOM_WEIGHTS: True} if self.model.is_random else {})
 
     # GGUF -------------------------------------------------------------------------------------------------------------
 

@@ -94,6 +94,11 @@ class Merged:
         """The keys of what is changed, such as layers.3.q.weight or layers.3.experts.gate."""
         return frozenset(self._tensors) | {_key_of_pair(key) for key in self._pairs}
 
+    @property
+    def is_random(self) -> bool:
+        """Whether these are a random checkpoint's weights still; a full training gives all of them anew."""
+        return self.checkpoint.has_random_weights and "embedding" not in self._tensors
+
     def outer(self) -> ModelArrays:
         """The arrays outside the layers."""
         base = self.checkpoint.outer()

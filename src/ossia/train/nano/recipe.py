@@ -3,7 +3,9 @@
     warm-up    copying of runs that grow from one word, so that the heads that copy appear
     recall     copying of runs of any length, and values by their keys
     pretrain   gold transcripts of the tasks, every token learned
-    sft        the model's own words alone, while the learning rate falls; browsing joins, with longer contexts
+    sft        the model's own words alone; browsing joins, with longer contexts; the rate begins to fall
+    anneal     the same, until it has fallen
+    again      the rate rises and falls once more, on more of what was learned least
     qat        a little more, computed with what MXFP4 keeps of the experts
 
 Sources  the order: `ossia.train.tasks.language`; Muon for the inner matrices:
@@ -42,6 +44,17 @@ SHAPE = ModelConfig(
 # Shares of the tasks, of which `browsing` has long transcripts and joins later.
 SHORT = {"about": 6, "sums": 36, "functions": 24, "hierarchy": 7, "policies": 12, "python": 13, "structured": 12}
 ALL = {**SHORT, "browsing": 8}
+# More of what was learned least, when the rest was nearly there.
+LATE = {
+    "about": 8,
+    "sums": 54,
+    "functions": 30,
+    "hierarchy": 10,
+    "policies": 12,
+    "python": 13,
+    "structured": 14,
+    "browsing": 4,
+}
 VOCABULARY_SHARES = {**SHORT, "sums": 18, "browsing": 14}
 
 
@@ -140,8 +153,47 @@ STAGES: tuple[Stage, ...] = (
             "router_balance": 0.03,
             "schedule": "linear",
             "warmup": 0.005,
+            "final_rate": 0.565,
+            "steps": 2440,
+        },
+    ),
+    Stage(
+        "anneal",
+        "pretrain",
+        {
+            "tasks": mix(ALL),
+            "turns": 6,
+            "idle_tools": 0.1,
+            "max_tokens": 1280,
+            "step_tokens": 4800,
+            "pass_tokens": 2500,
+            "replicate": True,
+            "router_balance": 0.03,
+            "learning_rate": 3.39e-3,
+            "schedule": "linear",
+            "warmup": 0.0,
             "final_rate": 0.03,
-            "steps": 5400,
+            "steps": 2000,
+        },
+        ("bf16",),
+    ),
+    Stage(
+        "again",
+        "pretrain",
+        {
+            "tasks": mix(LATE),
+            "turns": 6,
+            "idle_tools": 0.1,
+            "max_tokens": 1280,
+            "step_tokens": 4800,
+            "pass_tokens": 2500,
+            "replicate": True,
+            "router_balance": 0.03,
+            "learning_rate": 3e-3,
+            "schedule": "linear",
+            "warmup": 0.02,
+            "final_rate": 0.03,
+            "steps": 1100,
         },
         ("bf16", "mxfp4"),
     ),
@@ -149,13 +201,17 @@ STAGES: tuple[Stage, ...] = (
         "qat",
         "pretrain",
         {
-            "tasks": mix(ALL),
+            "tasks": mix(LATE),
             "turns": 6,
             "idle_tools": 0.1,
             "max_tokens": 1280,
-            "steps": 200,
+            "step_tokens": 4800,
+            "pass_tokens": 2500,
+            "replicate": True,
+            "router_balance": 0.03,
             "fake_quant": True,
-            "learning_rate": 4e-4,
+            "steps": 120,
+            "learning_rate": 3e-4,
             "schedule": "linear",
             "warmup": 0.02,
             "final_rate": 0.0,
