@@ -32,7 +32,7 @@ $(VENV)/.installed-dev: $(NATIVE) | $(BIN)/python
 	@touch $@ $(VENV)/.installed
 
 run: $(VENV)/.installed
-	printf '%s\n' 'What is 4821 + 937?' 'Use python to find 48213 times 7719.' \
+	echo 'Use python to find 48213 times 7719.' \
 	  | $(BIN)/ossia chat --tools python --show-reasoning --effort high --temperature 0
 
 test: $(VENV)/.installed-dev
