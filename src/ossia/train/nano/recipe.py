@@ -175,7 +175,6 @@ STAGES: tuple[Stage, ...] = (
             "final_rate": 0.03,
             "steps": 2000,
         },
-        ("bf16",),
     ),
     Stage(
         "again",
@@ -195,7 +194,6 @@ STAGES: tuple[Stage, ...] = (
             "final_rate": 0.03,
             "steps": 1100,
         },
-        ("bf16", "mxfp4"),
     ),
     Stage(
         "qat",

@@ -125,7 +125,7 @@ def _page(courses: Sequence[Course], results: Mapping[str, Sequence[Mapping[str,
         "Held-out exercises: names, numbers, wordings and combinations of rules that no training has seen. An exercise "
         "counts as right if all of it is: the answer, the call with its arguments, the cited line. Tools are the real "
         "ones, the python sandbox and the browser. Greedy decoding by the CPU engine, without a grammar, "
-        f"{results[last][0]['num_exercises']} exercises per task and effort. In brackets the 95 % interval; behind it "
+        f"{_counts(results[last])} exercises per task and effort. In brackets the 95 % interval; behind it "
         "the mean tokens of reasoning.\n",
         _table_of_results(results[last]),
         "![Accuracy against tokens of reasoning](nano/effort.png)\n",
@@ -142,6 +142,12 @@ def _page(courses: Sequence[Course], results: Mapping[str, Sequence[Mapping[str,
         "does not know, or is wrong. Its verdicts show the form of policy work and are no moderation.\n",
     ]
     return "\n".join(parts)
+
+
+def _counts(lines: Iterable[Mapping[str, Any]]) -> str:
+    """How many exercises were done without the grammar: "1,000", or from the fewest to the most."""
+    counts = sorted({int(row["num_exercises"]) for row in lines if not row["grammar"]})
+    return " to ".join(f"{count:,}" for count in (counts[:1] + counts[1:][-1:]))
 
 
 def _table_of_results(lines: Iterable[Mapping[str, Any]]) -> str:
