@@ -36,6 +36,7 @@ MAY_IMPORT_TORCH = (
     "ops/offload.py",
     "ops/triton/",
     "engine/gpu_runner.py",
+    "engine/gpu_sampler.py",
     "engine/parallel.py",
     "train/",
 )

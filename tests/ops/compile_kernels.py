@@ -15,6 +15,7 @@ from tests.ops import cases
 from triton.backends.compiler import GPUTarget
 
 from ossia.ops import Adapted, Batch, Routing, gpu
+from ossia.ops.triton import sampling
 from ossia.ops.triton.choice import choose
 from ossia.ops.triton.fetch import fetch
 
@@ -81,3 +82,6 @@ fetch(
 ops.rms_norm(torch.zeros(T, 2880), torch.zeros(2880), 1e-5)
 ops.rope(torch.zeros(T, 64, 64), torch.zeros(T, 32), torch.zeros(T, 32))
 ops.route(torch.zeros(T, 128), 4)
+sampling.choose(
+    torch.zeros(T, 201_088), torch.zeros(T, 7, dtype=torch.float64), torch.zeros(1, 6284, dtype=torch.int32)
+)

@@ -22,6 +22,7 @@ KERNELS = {
     "_rope",
     "_route",
     "_fetch",
+    "_choose",
 }
 
 

@@ -1,4 +1,4 @@
-"""Runs batches on a GPU: one copy to the card, one recorded pass, one copy back.
+"""Runs batches on a GPU: one copy to the card, one recorded pass; of its logits come back the tokens that are drawn.
 
 A pass in which each sequence has one token is filled up to a size of a ladder, so that a few CUDA graphs, recorded
 when they are first needed, serve every such pass: of sequences by `sequence_rungs`, of blocks in a table by powers of
@@ -12,6 +12,7 @@ even the weights, experts of some layers stay with the host (`placement.py`).
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -21,8 +22,11 @@ import torch
 from torch import Tensor
 
 from ossia.engine.config import EngineConfig
+from ossia.engine.gpu_sampler import sample_on_device, score_on_device
 from ossia.engine.placement import Placement, least_kv_bytes, model_bytes, place
+from ossia.engine.request import Scored
 from ossia.engine.runner import Runner
+from ossia.engine.sampler import Asked, Draw, Sampled
 from ossia.errors import UnavailableError
 from ossia.model.config import ModelConfig
 from ossia.model.memory import available_bytes
@@ -61,17 +65,25 @@ class GpuRunner(Runner):
         self._recorded.clear()
         super().replace_weights(weights)
 
-    def _logits(self, ops: AdapterOps, weights: Weights, batch: Batch) -> npt.NDArray[np.float32]:
+    def sample(self, logits_RV: Tensor, draws: Sequence[Draw]) -> list[Sampled | Exception]:
+        return sample_on_device(logits_RV, draws)
+
+    def score(self, logits_RV: Tensor, asked: Sequence[Asked]) -> list[Scored]:
+        return score_on_device(logits_RV, asked)
+
+    def to_host(self, array: Tensor) -> npt.NDArray[Any]:
+        return array.cpu().numpy()
+
+    def _logits(self, ops: AdapterOps, weights: Weights, batch: Batch) -> Tensor:
         num_sequences = len(batch.key_lengths_N)
         is_plain = weights is self._weights and ops is self._ops
         if not is_plain or len(batch.positions_T) > num_sequences or num_sequences > self._rungs[-1]:
-            return self._to_host(self._launch(ops, weights, batch))
+            return self._launch(ops, weights, batch)
         padded = pad(batch, next(rung for rung in self._rungs if rung >= num_sequences))
         logits_RV = self._replay(padded) if self._gpu.device.type == "cuda" else self._launch(ops, weights, padded)
-        return self._to_host(logits_RV[:num_sequences])[batch.logit_rows_R]
-
-    def _to_host(self, array: Tensor) -> npt.NDArray[Any]:
-        return array.cpu().numpy()
+        rows_R = batch.logit_rows_R
+        # Nearly always all of them: no copy.
+        return logits_RV[:num_sequences] if len(rows_R) == num_sequences else logits_RV[torch.as_tensor(rows_R)]
 
     def _launch(self, ops: AdapterOps, weights: Weights, batch: Batch) -> Tensor:
         return self._forward(ops, weights, self._gpu.on_device(batch))
