@@ -23,6 +23,7 @@ KERNELS = {
     "_route",
     "_fetch",
     "_choose",
+    "_qkv",
 }
 
 

@@ -12,7 +12,7 @@ even the weights, experts of some layers stay with the host (`placement.py`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ from ossia.engine.sampler import Asked, Draw, Sampled
 from ossia.errors import UnavailableError
 from ossia.model.config import ModelConfig
 from ossia.model.memory import available_bytes
-from ossia.model.transformer import Weights, forward
+from ossia.model.transformer import Weights, attention, hidden
 from ossia.model.weights import Arrays, Checkpoint, load_weights
 from ossia.ops import AdapterOps, Batch
 from ossia.ops.gpu import GpuOps
@@ -42,6 +42,8 @@ _log = logging.getLogger(__name__)
 _CONTEXT_BYTES = 768 << 20
 # Of the card's memory where no bound is given: the rest is the driver's, and the screen's.
 _DEFAULT_SHARE = 0.92
+# One tile of tokens: with more, each matrix would be read more than once.
+_MAX_JOINED_TOKENS = 16
 
 
 class _Recorded(NamedTuple):
@@ -89,8 +91,15 @@ class GpuRunner(Runner):
         return self._forward(ops, weights, self._gpu.on_device(batch))
 
     def _forward(self, ops: AdapterOps, weights: Weights, batch: Batch) -> Tensor:
-        logits_RV: Tensor = forward(ops, self.config, weights, batch, self._caches)
+        run = run_joined if self._can_join(ops, weights, batch) else None
+        x_RD = hidden(ops, self.config, weights, batch, self._caches, run)
+        logits_RV: Tensor = ops.linear(x_RD, weights.unembedding)
         return logits_RV
+
+    def _can_join(self, ops: AdapterOps, weights: Weights, batch: Batch) -> bool:
+        """Whether `run_joined` is for this pass: the model alone, and one token for each of few sequences."""
+        is_plain = ops is self._ops and weights is self._weights
+        return is_plain and len(batch.positions_T) == len(batch.key_lengths_N) <= _MAX_JOINED_TOKENS
 
     def _replay(self, batch: Batch) -> Tensor:
         """The logits of a padded batch by its recorded pass; they are overwritten by the next."""
@@ -118,6 +127,19 @@ class GpuRunner(Runner):
         with torch.cuda.graph(graph, pool=pool):
             logits_RV = self._forward(self._ops, self._weights, held)
         return _Recorded(graph, inputs, logits_RV)
+
+
+def run_joined(layer_index: int, sublayer: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """A sublayer of a pass with one token for each sequence, attention with fewer kernels where these can be joined."""
+    if sublayer is not attention:
+        return sublayer(*arguments)
+    ops, config, layer, x_TD, rope, cache, batch, window = arguments
+    if not ops.can_join(layer.q, layer.k, layer.v):
+        return sublayer(*arguments)
+    norm_D, eps, projections = layer.attention_norm_D, config.rms_norm_eps, (layer.q, layer.k, layer.v)
+    o_TQH = ops.normed_attention(x_TD, norm_D, eps, projections, rope, layer.sinks_Q, cache, batch, window)
+    out_TD: Tensor = ops.linear(o_TQH.flatten(1), layer.o)
+    return out_TD
 
 
 def load_gpu_runner(ops: AdapterOps, checkpoint: Checkpoint, options: EngineConfig, gpu_memory: int) -> GpuRunner:

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ossia.engine.config import EngineConfig
-from ossia.engine.gpu_runner import GpuRunner, load_gpu_runner, load_onto_card
+from ossia.engine.gpu_runner import GpuRunner, load_gpu_runner, load_onto_card, run_joined
 from ossia.engine.request import Scored
 from ossia.engine.sampler import Asked, Draw, Sampled
 from ossia.errors import ConfigError, OssiaError, UnavailableError
@@ -276,8 +276,11 @@ class TeamRunner(GpuRunner):
     # All ------------------------------------------------------------------------------------------------------------
 
     def _forward(self, ops: AdapterOps, weights: Weights, batch: Batch) -> Tensor:
-        def run(_: int, sublayer: Callable[..., Array], *arguments: Any) -> Array:
-            return self._team.add(sublayer(*arguments))
+        joins = self._can_join(ops, weights, batch)
+
+        def run(layer: int, sublayer: Callable[..., Array], *arguments: Any) -> Array:
+            own = run_joined(layer, sublayer, *arguments) if joins else sublayer(*arguments)
+            return self._team.add(own)
 
         x_RD = hidden(ops, self.config, weights, batch, self._caches, run)
         return self._team.gather(ops.linear(x_RD, weights.unembedding), self.config.vocab_size)
