@@ -24,12 +24,12 @@ from torch.nn import functional as F
 
 from ossia.errors import UnavailableError
 from ossia.ops import Q8, Adapted, Batch, ExpertArrays, ExpertLoras, LoraPair, Mxfp4, Routing
-from ossia.ops.autograd import as_tensor
 from ossia.ops.triton import attention, fused, moe, qkv
 from ossia.ops.triton.attention import LayerCache
 from ossia.ops.triton.choice import INTERPRETED, Variant, choose
 from ossia.ops.triton.moe import Matrices, Schedule
 from ossia.ops.triton.tile import INTERPRETED as IS_INTERPRETED
+from ossia.ops.upload import Uploader
 
 Array = npt.NDArray[Any]
 
@@ -77,6 +77,7 @@ class GpuOps:
             variant = choose(torch.cuda.get_device_capability()) if self.device.type == "cuda" else INTERPRETED
         self.variant = variant
         self.dtype: torch.dtype = getattr(torch, dtype or variant.dtype)
+        self._uploader = Uploader(self.device)
         # Frequencies by their bytes: a recorded pass must not copy from the host.
         self._inv_freq: dict[bytes, Tensor] = {}
 
@@ -246,7 +247,7 @@ class GpuOps:
         return torch.as_tensor(values, dtype=torch.int32, device=self.device)
 
     def _tensor(self, values: Array, dtype: torch.dtype) -> Tensor:
-        return as_tensor(np.asarray(values)).to(self.device, dtype)
+        return self._uploader.upload(np.asarray(values), dtype)
 
     def _lora(self, pair: LoraPair, dtype: torch.dtype) -> Lora:
         return Lora(self._tensor(pair.a, dtype), self._tensor(pair.b, dtype), pair.scaling)
