@@ -35,7 +35,9 @@ MAY_IMPORT_TORCH = (
     "ops/fused.py",
     "ops/offload.py",
     "ops/triton/",
+    "ops/upload.py",
     "engine/gpu_runner.py",
+    "engine/gpu_sampler.py",
     "engine/parallel.py",
     "train/",
 )

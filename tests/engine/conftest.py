@@ -33,7 +33,7 @@ TINY = ModelConfig(
 )
 
 
-class FakeRunner:
+class FakeRunner(Runner):
     """Its memory holds token ids where others hold keys and values; its logits are a hash of what it finds there.
 
     A block that is lost, mixed up or overwritten too early changes the answer or fails an assertion.

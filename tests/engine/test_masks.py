@@ -791,7 +791,7 @@ def test_a_turn_that_fills_an_automaton_by_itself_is_refused():
 # -- the engine ------------------------------------------------------------------------------------
 
 
-class RandomRunner:
+class RandomRunner(Runner):
     """A model whose logits are noise, with Blind's bias."""
 
     window = 128

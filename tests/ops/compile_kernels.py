@@ -15,6 +15,7 @@ from tests.ops import cases
 from triton.backends.compiler import GPUTarget
 
 from ossia.ops import Adapted, Batch, Routing, gpu
+from ossia.ops.triton import sampling
 from ossia.ops.triton.choice import choose
 from ossia.ops.triton.fetch import fetch
 
@@ -67,6 +68,18 @@ def compile_attention(window: int | None, new: int, cached: bool) -> None:
     ops.attention(q, k, v, ops.vector(case.sinks()), cache, batch, window)
 
 
+def compile_qkv(dtype: torch.dtype) -> None:
+    case = cases.Attention("", ((70, 1),) * T, Q=64, K=8, H=64)
+    dtype = ops.dtype if dtype == torch.bfloat16 else dtype
+    projections = [
+        gpu.Linear(torch.zeros(heads * 64, 2880, dtype=dtype), torch.zeros(heads * 64)) for heads in (64, 8, 8)
+    ]
+    angles = torch.zeros(T, 32)
+    cache = ops.kv_cache(case.num_blocks, case.S, case.K, case.H)
+    x, norm, sinks = torch.zeros(T, 2880), torch.zeros(2880), torch.zeros(64)
+    ops.normed_attention(x, norm, 1e-5, projections, (angles, angles), sinks, cache, case.batch(), None)
+
+
 for num_tokens in (T, E * ops.variant.prefill.tokens):
     for kind in ("mxfp4", "halves", "bfloat16"):
         compile_experts(num_tokens, kind)
@@ -81,3 +94,8 @@ fetch(
 ops.rms_norm(torch.zeros(T, 2880), torch.zeros(2880), 1e-5)
 ops.rope(torch.zeros(T, 64, 64), torch.zeros(T, 32), torch.zeros(T, 32))
 ops.route(torch.zeros(T, 128), 4)
+for kind in ("bfloat16", "float32"):
+    compile_qkv(getattr(torch, kind))
+sampling.choose(
+    torch.zeros(T, 201_088), torch.zeros(T, 7, dtype=torch.float64), torch.zeros(1, 6284, dtype=torch.int32)
+)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from tests.ops import cases
 from torch import Tensor
 
 from ossia.ops import Adapted, ExpertArrays, Mxfp4, Routing, load, mxfp4
+from ossia.ops.gpu import Linear
 from ossia.ops.reference import ReferenceOps
 from ossia.ops.triton.choice import INTERPRETED
 
@@ -184,8 +185,17 @@ def test_attention_in_16_bits(case: cases.Attention) -> None:
 
 def attend(ops: Any, case: cases.Attention) -> Any:
     """The older keys are in the cache already, then the case's own tokens are attended to."""
-    hold = on_device if ops is not REFERENCE else lambda values: values.astype(np.float64)
-    batch, cache = case.batch(), ops.kv_cache(case.num_blocks, case.S, case.K, case.H)
+    batch, cache = case.batch(), filled_cache(ops, case)
+    qkv = map(holder(ops), case.qkv(len(batch.positions_T), seed=99))
+    return ops.attention(*qkv, ops.vector(case.sinks()), cache, batch, case.window)
+
+
+def holder(ops: Any) -> Callable[[np.ndarray], Any]:
+    return on_device if ops is not REFERENCE else lambda values: values.astype(np.float64)
+
+
+def filled_cache(ops: Any, case: cases.Attention) -> Any:
+    hold, batch, cache = holder(ops), case.batch(), ops.kv_cache(case.num_blocks, case.S, case.K, case.H)
     for n, (old, _) in enumerate(case.sequences):
         _, *keys_and_values = case.qkv(old, seed=n)
         blocks, slots = batch.full_table_NB[n, np.arange(old) // case.S], np.arange(old) % case.S
@@ -194,8 +204,43 @@ def attend(ops: Any, case: cases.Attention) -> Any:
                 held[blocks, slots] = new
             else:
                 held[on_device(blocks).long(), :, on_device(slots)] = new.to(held.dtype)
-    qkv = map(hold, case.qkv(len(batch.positions_T), seed=99))
-    return ops.attention(*qkv, ops.vector(case.sinks()), cache, batch, case.window)
+    return cache
+
+
+@pytest.mark.parametrize("case", quickly(cases.ATTENTION, "decode", "window of 1", "odd group and head dim"))
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_norm_projections_and_rope_join_attention(case: cases.Attention, dtype: str) -> None:
+    """Of each sequence of a case the last token alone; in 16 bits against the same kernels one by one."""
+    case = dataclasses.replace(case, sequences=tuple((old + new - 1, 1) for old, new in case.sequences))
+    ops, batch, rng = (EXACT if dtype == "float32" else HALVES[dtype]), case.batch(), np.random.default_rng(3)
+    x, norm = (rng.standard_normal(shape).astype(np.float32) for shape in ((len(case.sequences), 160), 160))
+    matrices = [rng.standard_normal((heads * case.H, 160)) / np.sqrt(160) for heads in (case.Q, case.K, case.K)]
+    biases = [rng.standard_normal(len(matrix)) for matrix in matrices]
+    inv_freq = 150000.0 ** (-np.arange(0, case.H, 2) / case.H)
+
+    def projections(ops: Any) -> list[Any]:
+        if ops is REFERENCE:
+            return [ops.linear_weights(*pair) for pair in zip(matrices, biases, strict=True)]
+        return [Linear(on_device(m).to(ops.dtype), ops.vector(bias)) for m, bias in zip(matrices, biases, strict=True)]
+
+    def attended(ops: Any, joined: bool) -> tuple[Any, Any]:
+        cache, held, sinks = filled_cache(ops, case), holder(ops)(x), ops.vector(case.sinks())
+        rope = ops.rope_angles(batch.positions_T, inv_freq, 1.3)
+        if joined:
+            arguments = ops.vector(norm), 1e-5, projections(ops), rope, sinks, cache, batch, case.window
+            return ops.normed_attention(held, *arguments), cache
+        normed = ops.rms_norm(held, ops.vector(norm), 1e-5)
+        q, k, v = (ops.linear(normed, each).reshape(len(x), -1, case.H) for each in projections(ops))
+        return ops.attention(ops.rope(q, *rope), ops.rope(k, *rope), v, sinks, cache, batch, case.window), cache
+
+    assert ops.can_join(*projections(ops)) and not ops.can_join(Linear(on_device(x), None))
+    met, cache = attended(ops, True)
+    expected, expected_cache = attended(REFERENCE if ops is EXACT else ops, False)
+    for own, other in ((met, expected), *zip(cache, expected_cache, strict=True)):
+        if ops is not EXACT:
+            assert_close(own, numbers(other), 0.02)
+        else:
+            assert_close(own if own is met else own.movedim(1, 2), other, 3e-5)
 
 
 def test_attention_without_a_cache_sees_the_tokens_of_the_batch() -> None:

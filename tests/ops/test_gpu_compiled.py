@@ -22,6 +22,8 @@ KERNELS = {
     "_rope",
     "_route",
     "_fetch",
+    "_choose",
+    "_qkv",
 }
 
 

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -20,13 +20,12 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 import numpy as np
-import numpy.typing as npt
 
 from ossia.engine.batch import Scheduled, make_batch
 from ossia.engine.block_manager import BlockManager
 from ossia.engine.request import NO_TOKEN, Constraint, FinishReason, SamplingParams, Sequence, TokenOutput
 from ossia.engine.runner import Runner, max_context
-from ossia.engine.sampler import sample, score
+from ossia.engine.sampler import Asked, Draw, Mask, Sampled
 from ossia.engine.scheduler import Scheduler, Totals
 from ossia.errors import ConfigError, ContextLengthError, InputError, NotFoundError, OssiaError, UnavailableError
 from ossia.model.adapted import HeldAdapter, held_bytes
@@ -34,8 +33,6 @@ from ossia.model.adapter import Adapter
 from ossia.model.transformer import Weights
 
 _log = logging.getLogger(__name__)
-
-Mask = npt.NDArray[np.uint32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,40 +240,20 @@ class Engine:
         if not scheduled:
             return outputs
         batch = make_batch(scheduled)
-        sampled = [one.sequence for one in scheduled if one.is_sampled]
         # Masks are filled beside the forward pass.
-        masks = self._fill_masks(sampled)
-        num_scored = [len(one.scored_rows) for one in scheduled]
+        masks = self._fill_masks(one.sequence for one in scheduled if one.is_sampled)
+        scored, asked, draws = _wanted(scheduled, masks)
         logits_RV = self._runner.run(batch)
-        logits_RV = self._score(scheduled, num_scored, logits_RV)
+        if asked:
+            for sequence, logprobs in zip(scored, self._runner.score(logits_RV, asked), strict=True):
+                sequence.prompt_logprobs.append(logprobs)
         for sequence, num_tokens in scheduled:
             self._blocks.commit(sequence.blocks, sequence.token_ids, num_tokens)
         self._totals.num_steps += 1
         self._totals.num_computed_tokens += len(batch.token_ids_T)
-        for sequence, logits_V in zip(sampled, logits_RV, strict=True):
-            outputs.append(self._sample(sequence, logits_V, masks.get(sequence.request_id)))
+        for draw, token in zip(draws, self._runner.sample(logits_RV, draws), strict=True):
+            outputs.append(self._append(draw.sequence, token))
         return outputs
-
-    def _score(
-        self, scheduled: SequenceOf[Scheduled], num_scored: SequenceOf[int], logits_RV: npt.NDArray[np.float32]
-    ) -> npt.NDArray[np.float32]:
-        """Take note of how likely the prompts' tokens were; the logits of the rows that are sampled."""
-        if not any(num_scored):
-            return logits_RV
-        sampled: list[int] = []
-        row = 0
-        for one, count in zip(scheduled, num_scored, strict=True):
-            sequence = one.sequence
-            for logits_V in logits_RV[row : row + count]:
-                place = (sequence.params.score_from or 0) + len(sequence.prompt_logprobs)
-                sequence.prompt_logprobs.append(
-                    score(logits_V, sequence.token_ids[place], sequence.params.top_logprobs)
-                )
-            row += count
-            if one.is_sampled:
-                sampled.append(row)
-                row += 1
-        return logits_RV[sampled]
 
     def _fill_masks(self, sequences: Iterable[Sequence]) -> dict[int, Future[Mask]]:
         masks: dict[int, Future[Mask]] = {}
@@ -288,9 +265,10 @@ class Engine:
                 masks[sequence.request_id] = self._mask_thread.submit(_filled, sequence.constraint, num_words)
         return masks
 
-    def _sample(self, sequence: Sequence, logits_V: npt.NDArray[np.float32], mask: Future[Mask] | None) -> TokenOutput:
+    def _append(self, sequence: Sequence, token: Sampled | Exception) -> TokenOutput:
         try:
-            token = sample(logits_V, sequence, None if mask is None else mask.result())
+            if isinstance(token, Exception):
+                raise token
             if sequence.constraint is not None:
                 sequence.constraint.accept(token.token_id)
             finish_reason, stop = sequence.append(token.token_id)
@@ -327,6 +305,25 @@ class Engine:
     def _forget(self, sequence: Sequence) -> None:
         self._scheduler.remove(sequence)
         del self._sequences[sequence.request_id]
+
+
+def _wanted(
+    scheduled: Iterable[Scheduled], masks: Mapping[int, Future[Mask]]
+) -> tuple[list[Sequence], list[Asked], list[Draw]]:
+    """What becomes of each row of the logits: whose prompts are scored, by which rows, and who gets a token."""
+    scored: list[Sequence] = []
+    asked: list[Asked] = []
+    draws: list[Draw] = []
+    for one in scheduled:
+        sequence = one.sequence
+        place = (sequence.params.score_from or 0) + len(sequence.prompt_logprobs)
+        for i in range(len(one.scored_rows)):
+            scored.append(sequence)
+            row = len(asked) + len(draws)
+            asked.append(Asked(row, sequence.token_ids[place + i], sequence.params.top_logprobs))
+        if one.is_sampled:
+            draws.append(Draw(len(asked) + len(draws), sequence, masks.get(sequence.request_id)))
+    return scored, asked, draws
 
 
 def _filled(constraint: Constraint, num_words: int) -> Mask:

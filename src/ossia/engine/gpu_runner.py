@@ -1,4 +1,4 @@
-"""Runs batches on a GPU: one copy to the card, one recorded pass, one copy back.
+"""Runs batches on a GPU: one copy to the card, one recorded pass; of its logits come back the tokens that are drawn.
 
 A pass in which each sequence has one token is filled up to a size of a ladder, so that a few CUDA graphs, recorded
 when they are first needed, serve every such pass: of sequences by `sequence_rungs`, of blocks in a table by powers of
@@ -12,6 +12,7 @@ even the weights, experts of some layers stay with the host (`placement.py`).
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -21,12 +22,15 @@ import torch
 from torch import Tensor
 
 from ossia.engine.config import EngineConfig
+from ossia.engine.gpu_sampler import sample_on_device, score_on_device
 from ossia.engine.placement import Placement, least_kv_bytes, model_bytes, place
+from ossia.engine.request import Scored
 from ossia.engine.runner import Runner
+from ossia.engine.sampler import Asked, Draw, Sampled
 from ossia.errors import UnavailableError
 from ossia.model.config import ModelConfig
 from ossia.model.memory import available_bytes
-from ossia.model.transformer import Weights, forward
+from ossia.model.transformer import Weights, attention, hidden
 from ossia.model.weights import Arrays, Checkpoint, load_weights
 from ossia.ops import AdapterOps, Batch
 from ossia.ops.gpu import GpuOps
@@ -38,6 +42,8 @@ _log = logging.getLogger(__name__)
 _CONTEXT_BYTES = 768 << 20
 # Of the card's memory where no bound is given: the rest is the driver's, and the screen's.
 _DEFAULT_SHARE = 0.92
+# One tile of tokens: with more, each matrix would be read more than once.
+_MAX_JOINED_TOKENS = 16
 
 
 class _Recorded(NamedTuple):
@@ -61,24 +67,39 @@ class GpuRunner(Runner):
         self._recorded.clear()
         super().replace_weights(weights)
 
-    def _logits(self, ops: AdapterOps, weights: Weights, batch: Batch) -> npt.NDArray[np.float32]:
+    def sample(self, logits_RV: Tensor, draws: Sequence[Draw]) -> list[Sampled | Exception]:
+        return sample_on_device(logits_RV, draws)
+
+    def score(self, logits_RV: Tensor, asked: Sequence[Asked]) -> list[Scored]:
+        return score_on_device(logits_RV, asked)
+
+    def to_host(self, array: Tensor) -> npt.NDArray[Any]:
+        return array.cpu().numpy()
+
+    def _logits(self, ops: AdapterOps, weights: Weights, batch: Batch) -> Tensor:
         num_sequences = len(batch.key_lengths_N)
         is_plain = weights is self._weights and ops is self._ops
         if not is_plain or len(batch.positions_T) > num_sequences or num_sequences > self._rungs[-1]:
-            return self._to_host(self._launch(ops, weights, batch))
+            return self._launch(ops, weights, batch)
         padded = pad(batch, next(rung for rung in self._rungs if rung >= num_sequences))
         logits_RV = self._replay(padded) if self._gpu.device.type == "cuda" else self._launch(ops, weights, padded)
-        return self._to_host(logits_RV[:num_sequences])[batch.logit_rows_R]
-
-    def _to_host(self, array: Tensor) -> npt.NDArray[Any]:
-        return array.cpu().numpy()
+        rows_R = batch.logit_rows_R
+        # Nearly always all of them: no copy.
+        return logits_RV[:num_sequences] if len(rows_R) == num_sequences else logits_RV[torch.as_tensor(rows_R)]
 
     def _launch(self, ops: AdapterOps, weights: Weights, batch: Batch) -> Tensor:
         return self._forward(ops, weights, self._gpu.on_device(batch))
 
     def _forward(self, ops: AdapterOps, weights: Weights, batch: Batch) -> Tensor:
-        logits_RV: Tensor = forward(ops, self.config, weights, batch, self._caches)
+        run = run_joined if self._can_join(ops, weights, batch) else None
+        x_RD = hidden(ops, self.config, weights, batch, self._caches, run)
+        logits_RV: Tensor = ops.linear(x_RD, weights.unembedding)
         return logits_RV
+
+    def _can_join(self, ops: AdapterOps, weights: Weights, batch: Batch) -> bool:
+        """Whether `run_joined` is for this pass: the model alone, and one token for each of few sequences."""
+        is_plain = ops is self._ops and weights is self._weights
+        return is_plain and len(batch.positions_T) == len(batch.key_lengths_N) <= _MAX_JOINED_TOKENS
 
     def _replay(self, batch: Batch) -> Tensor:
         """The logits of a padded batch by its recorded pass; they are overwritten by the next."""
@@ -106,6 +127,19 @@ class GpuRunner(Runner):
         with torch.cuda.graph(graph, pool=pool):
             logits_RV = self._forward(self._ops, self._weights, held)
         return _Recorded(graph, inputs, logits_RV)
+
+
+def run_joined(layer_index: int, sublayer: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """A sublayer of a pass with one token for each sequence, attention with fewer kernels where these can be joined."""
+    if sublayer is not attention:
+        return sublayer(*arguments)
+    ops, config, layer, x_TD, rope, cache, batch, window = arguments
+    if not ops.can_join(layer.q, layer.k, layer.v):
+        return sublayer(*arguments)
+    norm_D, eps, projections = layer.attention_norm_D, config.rms_norm_eps, (layer.q, layer.k, layer.v)
+    o_TQH = ops.normed_attention(x_TD, norm_D, eps, projections, rope, layer.sinks_Q, cache, batch, window)
+    out_TD: Tensor = ops.linear(o_TQH.flatten(1), layer.o)
+    return out_TD
 
 
 def load_gpu_runner(ops: AdapterOps, checkpoint: Checkpoint, options: EngineConfig, gpu_memory: int) -> GpuRunner:

@@ -17,20 +17,20 @@ import os
 import pickle
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing.connection import Client, Connection, Listener, wait
 from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ossia.engine.config import EngineConfig
-from ossia.engine.gpu_runner import GpuRunner, load_gpu_runner, load_onto_card
+from ossia.engine.gpu_runner import GpuRunner, load_gpu_runner, load_onto_card, run_joined
+from ossia.engine.request import Scored
+from ossia.engine.sampler import Asked, Draw, Sampled
 from ossia.errors import ConfigError, OssiaError, UnavailableError
 from ossia.model.adapted import HeldAdapter
 from ossia.model.adapter import Adapter
@@ -197,18 +197,21 @@ class TeamRunner(GpuRunner):
 
     # The first process ----------------------------------------------------------------------------------------------
 
-    def run(self, batch: Batch) -> npt.NDArray[np.float32]:
+    def run(self, batch: Batch) -> Tensor:
         """As `Runner.run`, by all processes. Raises UnavailableError once one of them has failed."""
         self._tell(_Pass(replace(batch, adapters=tuple(one and one.cache_key for one in batch.adapters)), self._take()))
-        try:
+        with self._amid_a_pass():
             return super().run(batch)
-        except Exception as error:
-            self._failed = self._team.failure(error)
-            raise self._failed from error
-        except BaseException:
-            # The others are amid the pass: there is no way back to the same place.
-            self._failed = UnavailableError("a pass was interrupted; start the command again")
-            raise
+
+    # Where the host first waits for a pass, a fault in it is seen.
+
+    def sample(self, logits_RV: Tensor, draws: Sequence[Draw]) -> list[Sampled | Exception]:
+        with self._amid_a_pass():
+            return super().sample(logits_RV, draws)
+
+    def score(self, logits_RV: Tensor, asked: Sequence[Asked]) -> list[Scored]:
+        with self._amid_a_pass():
+            return super().score(logits_RV, asked)
 
     def hold(self, adapter: Adapter) -> HeldAdapter:
         held = super().hold(self._share.adapter(adapter))
@@ -222,6 +225,18 @@ class TeamRunner(GpuRunner):
         with contextlib.suppress(OSError):
             self._team.tell(None)
         self._team.leave()
+
+    @contextlib.contextmanager
+    def _amid_a_pass(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._failed = self._team.failure(error)
+            raise self._failed from error
+        except BaseException:
+            # The others are amid the pass: there is no way back to the same place.
+            self._failed = UnavailableError("a pass was interrupted; start the command again")
+            raise
 
     def _tell(self, message: _Message) -> None:
         with self._lock:
@@ -261,8 +276,11 @@ class TeamRunner(GpuRunner):
     # All ------------------------------------------------------------------------------------------------------------
 
     def _forward(self, ops: AdapterOps, weights: Weights, batch: Batch) -> Tensor:
-        def run(_: int, sublayer: Callable[..., Array], *arguments: Any) -> Array:
-            return self._team.add(sublayer(*arguments))
+        joins = self._can_join(ops, weights, batch)
+
+        def run(layer: int, sublayer: Callable[..., Array], *arguments: Any) -> Array:
+            own = run_joined(layer, sublayer, *arguments) if joins else sublayer(*arguments)
+            return self._team.add(own)
 
         x_RD = hidden(ops, self.config, weights, batch, self._caches, run)
         return self._team.gather(ops.linear(x_RD, weights.unembedding), self.config.vocab_size)

@@ -7,6 +7,7 @@ more than a quarter; the rest is for full attention.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,8 @@ import numpy.typing as npt
 
 from ossia.engine.block_manager import blocks_in_window
 from ossia.engine.config import EngineConfig
+from ossia.engine.request import Scored
+from ossia.engine.sampler import Asked, Draw, Sampled, sample_row, score_rows
 from ossia.errors import ConfigError
 from ossia.model.adapted import HeldAdapter, adapt, hold_adapter
 from ossia.model.adapter import Adapter
@@ -54,8 +57,11 @@ class Runner:
             shape = (self.num_blocks.full, options.block_size, config.num_layers, config.num_active_experts)
             self._experts_BSLA = np.zeros(shape, np.uint16)
 
-    def run(self, batch: Batch) -> npt.NDArray[np.float32]:
-        """logits_RV of the rows that the batch asks for; the keys and values of all its tokens are kept."""
+    def run(self, batch: Batch) -> Array:
+        """logits_RV, float32, of the rows that the batch asks for, where the backend leaves them until the next pass.
+
+        The keys and values of all its tokens are kept.
+        """
         weights = adapt(self._weights, batch)
         if self._experts_BSLA is None:
             return self._logits(self._ops, weights, batch)
@@ -65,14 +71,23 @@ class Runner:
         size = self.options.block_size
         blocks_T = batch.full_table_NB[sequences_T, batch.positions_T // size]
         self._experts_BSLA[blocks_T, batch.positions_T % size] = np.stack(
-            [self._to_host(experts_TA) for experts_TA in recorder.experts_LTA], axis=1
+            [self.to_host(experts_TA) for experts_TA in recorder.experts_LTA], axis=1
         )
         return logits_RV
 
-    def _logits(self, ops: AdapterOps, weights: Weights, batch: Batch) -> npt.NDArray[np.float32]:
-        return np.asarray(self._to_host(forward(ops, self.config, weights, batch, self._caches)), np.float32)
+    def _logits(self, ops: AdapterOps, weights: Weights, batch: Batch) -> Array:
+        return np.asarray(forward(ops, self.config, weights, batch, self._caches), np.float32)
 
-    def _to_host(self, array: Array) -> npt.NDArray[Any]:
+    def sample(self, logits_RV: Array, draws: Sequence[Draw]) -> list[Sampled | Exception]:
+        """The next tokens of sequences, or why one has none, from what `run` gave."""
+        return [sample_row(logits_RV, draw) for draw in draws]
+
+    def score(self, logits_RV: Array, asked: Sequence[Asked]) -> list[Scored]:
+        """How likely given tokens were, from what `run` gave."""
+        return score_rows(logits_RV, asked)
+
+    def to_host(self, array: Array) -> npt.NDArray[Any]:
+        """What the backend computed as a numpy array; returns when it is finished."""
         return np.asarray(array)
 
     def routing(self, full_table_B: npt.NDArray[np.int32], num_tokens: int) -> npt.NDArray[np.uint16]:

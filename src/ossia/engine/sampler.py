@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence as SequenceOf
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,9 +24,10 @@ from ossia.errors import OssiaError
 
 Floats = npt.NDArray[Any]
 Ids = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.uint32]
 
 # Below this, dividing by the temperature would leave the range of float32.
-_GREEDY_BELOW = 1e-5
+GREEDY_BELOW = 1e-5
 # Values that are summed or compared as one before a closer look: about the square root of the vocabulary.
 _RUN = 256
 # What to add to eight logits for each value of a mask's byte: 0 where the bit is set, -inf where it is not.
@@ -41,7 +44,38 @@ class Sampled(NamedTuple):
     drawn_logprob: float | None = None
 
 
-def sample(logits_V: Floats, sequence: Sequence, mask: npt.NDArray[np.uint32] | None = None) -> Sampled:
+class Draw(NamedTuple):
+    """A row of a pass's logits whose token is wanted."""
+
+    row: int
+    sequence: Sequence
+    # Filled beside the pass; see `Constraint.fill`.
+    mask: Future[Mask] | None = None
+
+
+class Asked(NamedTuple):
+    """A row of a pass's logits, the token whose log-probability is wanted, and how many of the likeliest are."""
+
+    row: int
+    token_id: int
+    num_top: int
+
+
+def sample_row(logits_RV: Floats, draw: Draw) -> Sampled | Exception:
+    """The token of one row, or why it has none: a fault of one sequence must not end others."""
+    try:
+        return sample(logits_RV[draw.row], draw.sequence, None if draw.mask is None else draw.mask.result())
+    # A constraint is the caller's code, which may raise anything.
+    except Exception as error:
+        return error
+
+
+def score_rows(logits_RV: Floats, asked: SequenceOf[Asked]) -> list[Scored]:
+    """How likely given tokens were."""
+    return [score(logits_RV[one.row], one.token_id, one.num_top) for one in asked]
+
+
+def sample(logits_V: Floats, sequence: Sequence, mask: Mask | None = None) -> Sampled:
     """The next token of a sequence. ``logits_V`` is float32 and is not changed; ``mask``: see `Constraint.fill`.
 
     Raises OssiaError if the logits are not finite or no token is allowed.
@@ -53,7 +87,7 @@ def sample(logits_V: Floats, sequence: Sequence, mask: npt.NDArray[np.uint32] | 
     if not math.isfinite(peak):
         raise _no_peak(logits_V)
     drawn_logprob = None
-    if params.temperature < _GREEDY_BELOW:
+    if params.temperature < GREEDY_BELOW:
         token_id = likeliest
         drawn_logprob = 0.0 if params.drawn_logprobs else None
     else:
@@ -80,12 +114,11 @@ def uniform(seed: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def adjust(logits_V: Floats, sequence: Sequence, mask: npt.NDArray[np.uint32] | None) -> Floats:
+def adjust(logits_V: Floats, sequence: Sequence, mask: Mask | None) -> Floats:
     """The logits after penalties, bias, bans and mask; the same array if there is nothing to do."""
     params, counts = sequence.params, sequence.token_counts
-    too_short = sequence.num_output_tokens < params.min_tokens and len(sequence.eos_token_ids) > 0
-    has_bans = too_short or len(sequence.banned_token_ids) > 0
-    if counts is None and mask is None and not params.logit_bias and not has_bans:
+    banned = banned_ids(sequence)
+    if counts is None and mask is None and not params.logit_bias and not len(banned):
         return logits_V
     if mask is None:
         out_V = logits_V.copy()
@@ -103,10 +136,15 @@ def adjust(logits_V: Floats, sequence: Sequence, mask: npt.NDArray[np.uint32] | 
         out_V[penalised] = values
     for token_id, bias in params.logit_bias.items():
         out_V[token_id] += np.float32(bias)
-    out_V[sequence.banned_token_ids] = -np.inf
-    if too_short:
-        out_V[sequence.eos_token_ids] = -np.inf
+    out_V[banned] = -np.inf
     return out_V
+
+
+def banned_ids(sequence: Sequence) -> Ids:
+    """Tokens that the next one may not be: the request's, and those that end an answer which is too short yet."""
+    if sequence.num_output_tokens >= sequence.params.min_tokens:
+        return sequence.banned_token_ids
+    return np.concatenate([sequence.banned_token_ids, sequence.eos_token_ids])
 
 
 class Kept(NamedTuple):

@@ -24,12 +24,12 @@ from torch.nn import functional as F
 
 from ossia.errors import UnavailableError
 from ossia.ops import Q8, Adapted, Batch, ExpertArrays, ExpertLoras, LoraPair, Mxfp4, Routing
-from ossia.ops.autograd import as_tensor
-from ossia.ops.triton import attention, fused, moe
+from ossia.ops.triton import attention, fused, moe, qkv
 from ossia.ops.triton.attention import LayerCache
 from ossia.ops.triton.choice import INTERPRETED, Variant, choose
 from ossia.ops.triton.moe import Matrices, Schedule
 from ossia.ops.triton.tile import INTERPRETED as IS_INTERPRETED
+from ossia.ops.upload import Uploader
 
 Array = npt.NDArray[Any]
 
@@ -77,6 +77,7 @@ class GpuOps:
             variant = choose(torch.cuda.get_device_capability()) if self.device.type == "cuda" else INTERPRETED
         self.variant = variant
         self.dtype: torch.dtype = getattr(torch, dtype or variant.dtype)
+        self._uploader = Uploader(self.device)
         # Frequencies by their bytes: a recorded pass must not copy from the host.
         self._inv_freq: dict[bytes, Tensor] = {}
 
@@ -166,7 +167,35 @@ class GpuOps:
         table_NB = batch.full_table_NB if window is None else batch.window_table_NB
         if cache is not None:
             attention.store(k_TKH, v_TKH, cache, batch, table_NB)
-        return attention.attend(q_TQH, k_TKH, v_TKH, sinks_Q, cache, batch, table_NB, window, self.variant, self.dtype)
+        keys = (k_TKH, v_TKH) if cache is None else cache
+        return attention.attend(q_TQH, keys, sinks_Q, batch, table_NB, window, self.variant, self.dtype)
+
+    def normed_attention(
+        self,
+        x_TD: Tensor,
+        norm_D: Tensor,
+        eps: float,
+        projections: tuple[Linear, Linear, Linear],
+        rope: tuple[Tensor, Tensor],
+        sinks_Q: Tensor,
+        cache: LayerCache,
+        batch: Batch,
+        window: int | None,
+    ) -> Tensor:
+        """o_TQH of `rms_norm`, three `linear` (q, k, v), `rope` and `attention`; each token is its sequence's only one.
+
+        The projections must be ones that `can_join` says can be joined.
+        """
+        batch = self.on_device(batch)
+        table_NB = batch.full_table_NB if window is None else batch.window_table_NB
+        q, k, v = (qkv.Projection(*each) for each in projections)
+        q_TQH = qkv.qkv(x_TD, norm_D, eps, (q, k, v), rope, cache, batch, table_NB)
+        return attention.attend(q_TQH, cache, sinks_Q, batch, table_NB, window, self.variant, self.dtype)
+
+    def can_join(self, *projections: Linear) -> bool:
+        """Whether one kernel can compute these: all with a bias, and matrices of one dtype."""
+        has_biases = all(one.bias_O is not None for one in projections)
+        return has_biases and len({one.weight_OI.dtype for one in projections}) == 1
 
     def route(self, logits_TE: Tensor, num_active: int) -> Routing:
         return Routing(*fused.route(logits_TE, num_active))
@@ -218,7 +247,7 @@ class GpuOps:
         return torch.as_tensor(values, dtype=torch.int32, device=self.device)
 
     def _tensor(self, values: Array, dtype: torch.dtype) -> Tensor:
-        return as_tensor(np.asarray(values)).to(self.device, dtype)
+        return self._uploader.upload(np.asarray(values), dtype)
 
     def _lora(self, pair: LoraPair, dtype: torch.dtype) -> Lora:
         return Lora(self._tensor(pair.a, dtype), self._tensor(pair.b, dtype), pair.scaling)

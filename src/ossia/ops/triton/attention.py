@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ossia.ops import Batch
 from ossia.ops.triton.choice import Variant
-from ossia.ops.triton.tile import dot
+from ossia.ops.triton.tile import TRITON_DTYPES, dot
 
 # The smallest side of a matrix unit's tile.
 _MIN_ROWS = 16
@@ -63,21 +63,21 @@ def store(k_TKH: Tensor, v_TKH: Tensor, cache: LayerCache, batch: Batch, table_N
 
 def attend(
     q_TQH: Tensor,
-    k_TKH: Tensor,
-    v_TKH: Tensor,
+    keys: LayerCache | tuple[Tensor, Tensor],
     sinks_Q: Tensor,
-    cache: LayerCache | None,
     batch: Batch,
     table_NB: Tensor,
     window: int | None,
     variant: Variant,
     dtype: torch.dtype,
 ) -> Tensor:
-    """o_TQH, float32. The batch's own keys are in the cache already; without a cache, ``k_TKH`` are all there are."""
+    """o_TQH, float32. ``keys``: a cache, which has those of the batch already, or (k_TKH, v_TKH), which are all."""
     num_tokens, num_heads, head_dim = q_TQH.shape
-    num_kv_heads, num_sequences = k_TKH.shape[1], len(batch.key_lengths_N)
+    is_paged = isinstance(keys, LayerCache)
+    k, v = keys
+    num_kv_heads, num_sequences = k.shape[1], len(batch.key_lengths_N)
     group = num_heads // num_kv_heads
-    is_decode = cache is not None and num_tokens == num_sequences
+    is_decode = is_paged and num_tokens == num_sequences
     heads = triton.next_power_of_2(group)
     if is_decode:
         heads = max(_MIN_ROWS, heads)
@@ -87,15 +87,12 @@ def attend(
     num_splits = variant.attention_splits if is_decode and window is None else 1
     out_LTQH = torch.empty((num_splits, *q_TQH.shape), dtype=torch.float32, device=q_TQH.device)
     peak_LTQ, total_LTQ = (torch.empty(out_LTQH.shape[:3], dtype=torch.float32, device=q_TQH.device) for _ in "ml")
-    keys, values = (k_TKH, v_TKH) if cache is None else cache
     # Of keys and values alike: between blocks, between heads, between slots.
-    stride_block, stride_head, stride_slot = (
-        (0, head_dim, num_kv_heads * head_dim) if cache is None else keys.stride()[:3]
-    )
+    stride_block, stride_head, stride_slot = k.stride()[:3] if is_paged else (0, head_dim, num_kv_heads * head_dim)
     _attend[(num_tiles, num_kv_heads, num_splits)](
         q_TQH,
-        keys,
-        values,
+        k,
+        v,
         sinks_Q,
         out_LTQH,
         peak_LTQ,
@@ -109,16 +106,16 @@ def attend(
         num_heads,
         group,
         head_dim,
-        0 if cache is None else keys.shape[2],
+        k.shape[2] if is_paged else 0,
         stride_block,
         stride_head,
         stride_slot,
         0 if window is None else window,
         _LOG2_E / math.sqrt(head_dim),
-        PAGED=cache is not None,
+        PAGED=is_paged,
         WINDOWED=window is not None,
         SPLITS=num_splits,
-        DTYPE={torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype],
+        DTYPE=TRITON_DTYPES[dtype],
         N=triton.next_power_of_2(num_sequences),
         TOKENS=tokens,
         HEADS=heads,

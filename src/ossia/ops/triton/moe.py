@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ossia.ops import SWIGLU_ALPHA
 from ossia.ops.triton.choice import Tiling, Unpacking
-from ossia.ops.triton.tile import device, dot, e2m1, e8m0
+from ossia.ops.triton.tile import TRITON_DTYPES, device, dot, e2m1, e8m0
 
 _ALPHA = tl.constexpr(SWIGLU_ALPHA)
 # Slots that are sorted at a time: as many times the experts are compared at once.
@@ -118,7 +118,7 @@ def gate_up(
         CHANGED=changes is not None,
         UNPACKING=_unpacking(gate, unpacking),
         HALVES=gate.is_halves,
-        DTYPE=_TRITON[dtype],
+        DTYPE=TRITON_DTYPES[dtype],
         TOKENS=tiling.tokens,
         OUTPUTS=tiling.outputs,
         INPUTS=_tile_inputs(gate, unpacking, tiling),
@@ -158,7 +158,7 @@ def grouped(
         BIASED=bias_EO is not None,
         UNPACKING=_unpacking(matrices, unpacking),
         HALVES=matrices.is_halves,
-        DTYPE=_TRITON[dtype],
+        DTYPE=TRITON_DTYPES[dtype],
         TOKENS=tiling.tokens,
         OUTPUTS=tiling.outputs,
         INPUTS=_tile_inputs(matrices, unpacking, tiling),
@@ -175,9 +175,6 @@ def combine(y_SD: Tensor, weights_TA: Tensor) -> Tensor:
     width = min(1024, triton.next_power_of_2(size))
     _combine[(num_tokens, triton.cdiv(size, width))](y_SD, weights_TA, out_TD, size, num_active, D=width)
     return out_TD
-
-
-_TRITON = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 def _scales(matrices: Matrices) -> Tensor:

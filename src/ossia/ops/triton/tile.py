@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 import triton
 import triton.language as tl
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 _INTERPRETED = tl.constexpr(INTERPRETED)
+TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
