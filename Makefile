@@ -9,12 +9,12 @@ NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 .PHONY: help run test test-all sanitize aarch64 check bench nano web clean
 
 help:
-	@echo "make run       set up, then answer a prompt with a small model"
+	@echo "make run       set up, then let the embedded model think, call python and answer"
 	@echo "make test      set up, then the tests (minutes)"
 	@echo "make test-all  also the long tests, the sanitizers and other processors"
 	@echo "make check     ruff and mypy --strict"
 	@echo "make bench     measure, and compare with peers"
-	@echo "make nano      train a small model from nothing, measure it, write its report (hours)"
+	@echo "make nano      make the embedded model from nothing (hours; goes on where it was)"
 	@echo "make web       build the chat page from its sources"
 
 $(BIN)/python:
@@ -32,8 +32,8 @@ $(VENV)/.installed-dev: $(NATIVE) | $(BIN)/python
 	@touch $@ $(VENV)/.installed
 
 run: $(VENV)/.installed
-	@test -d build/random-tiny || $(BIN)/ossia checkpoint new build/random-tiny --shape tiny
-	$(BIN)/ossia generate "What is an ossia?" --model build/random-tiny --max-tokens 48 --seed 1
+	echo 'Use python to find 48213 times 7719.' \
+	  | $(BIN)/ossia chat --tools python --show-reasoning --effort high --temperature 0
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow" --numprocesses $(WORKERS) --dist loadfile
@@ -66,9 +66,10 @@ check: $(VENV)/.installed-dev
 web:
 	cd web && npm ci --no-audit --no-fund && npm run build
 
-# A small model of the same architecture, from nothing. What is in build/nano is not made again.
+# The embedded model, its measurements and its report. What is in build/nano is not made again.
 nano: $(VENV)/.installed-dev
-	$(BIN)/python -m ossia.train.nano build/nano --docs build/nano/docs --processes 2
+	$(BIN)/python -m ossia.train.nano build/nano --docs docs --processes 2
+	rm -rf src/ossia/nano && cp -r build/nano/model src/ossia/nano
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/harmony.py

@@ -31,8 +31,8 @@ def test_settings_are_checked_and_spelled_as_in_the_settings_file(tiny):
         ossia.load(tiny, kv_memory="lots")
     with pytest.raises(ConfigError, match="unknown setting 'kvmemory'; did you mean 'kv_memory'"):
         ossia.load(tiny, kvmemory=1)
-    with pytest.raises(NotFoundError, match="no model was named"):
-        ossia.load()
+    with pytest.raises(NotFoundError, match=r"there is no file or folder nan, .*nano, gpt-oss-20b"):
+        ossia.load("nan")
 
 
 # Adapters ------------------------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ import pytest
 
 import ossia.local
 from ossia.config import Config
-from ossia.errors import NotFoundError, UnavailableError
-from ossia.local import check_memory, require_model
+from ossia.errors import UnavailableError
+from ossia.local import check_memory, tell_of_demonstration
 from ossia.model.memory import own_bytes, weight_bytes
 from ossia.model.random_checkpoint import SHAPES
 
@@ -47,12 +47,14 @@ def test_weights_that_will_be_read_from_the_disk_are_told(free, caplog):
     assert caplog.text == ""
 
 
-def test_without_a_model_those_that_are_here_are_named(monkeypatch):
-    monkeypatch.setattr(ossia.local, "downloaded", lambda: ["gpt-oss-20b", "me/tuned"])
-    with pytest.raises(
-        NotFoundError, match=r"Here already: gpt-oss-20b, me/tuned\. Take one with `--model gpt-oss-20b`"
-    ):
-        require_model(Config())
+def test_the_demonstration_says_what_it_is_and_how_to_get_more(monkeypatch, caplog):
+    monkeypatch.setattr(ossia.local, "downloaded", lambda: ["gpt-oss-20b"])
+    tell_of_demonstration(Config())
+    assert "small demonstration that comes with ossia; here are gpt-oss-20b for --model" in caplog.text
+    caplog.clear()
     monkeypatch.setattr(ossia.local, "downloaded", list)
-    with pytest.raises(NotFoundError, match=r"none is here\. Fetch one with `ossia pull gpt-oss-20b`"):
-        require_model(Config())
+    tell_of_demonstration(Config())
+    assert "`ossia pull gpt-oss-20b` fetches a real one" in caplog.text
+    caplog.clear()
+    tell_of_demonstration(Config(model="gpt-oss-20b"))
+    assert caplog.text == ""

@@ -71,12 +71,16 @@ _4_GIB = Size(4 << 30)
 _32_MIB = Size(32 << 20)
 
 
+EMBEDDED = "nano"
+"""The demonstration that comes with ossia: a few million parameters with gpt-oss's architecture, `docs/nano.md`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Config:
     """Every setting, with its default."""
 
-    model: str = ""
-    """Checkpoint to use: a folder, a .gguf file, or a name such as gpt-oss-20b; empty asks for one."""
+    model: str = EMBEDDED
+    """Checkpoint to use: a folder, a .gguf file, or a name such as gpt-oss-20b; nano is the demonstration built in."""
     backend: Literal["cpu", "gpu", "reference"] = "cpu"
     """Where the arithmetic runs: C++ kernels, Triton kernels on an NVIDIA GPU, or the slow readable numpy."""
     threads: int = 0

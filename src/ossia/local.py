@@ -18,9 +18,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from ossia import ops as backends
-from ossia.config import Config, from_arguments
+from ossia.config import EMBEDDED, Config, from_arguments
 from ossia.engine import Engine, EngineConfig, FinishReason, Runner, SamplingParams, TokenOutput
-from ossia.errors import ConfigError, InputError, NotFoundError, OssiaError, UnavailableError
+from ossia.errors import ConfigError, InputError, OssiaError, UnavailableError
 from ossia.harmony import (
     Channel,
     Conversation,
@@ -55,7 +55,7 @@ Messages = str | Conversation | Sequence[Message | Mapping[str, Any]]
 """One user message as text, or a conversation; messages as dicts take the form of `ossia.harmony.messages`."""
 
 
-def load(model: str | Path = "", **settings: Any) -> LocalModel:
+def load(model: str | Path = EMBEDDED, **settings: Any) -> LocalModel:
     """Open a checkpoint: a folder, a .gguf file, or a name such as "gpt-oss-20b" that `ossia pull` has fetched.
 
     ``settings`` are fields of `ossia.config.Config`: backend, threads, dense, kv, kv_memory (such as "2GiB"),
@@ -320,21 +320,12 @@ def _effort(effort: Effort | str | None) -> Effort:
         raise InputError(f"effort is {effort!r}; expected one of: {', '.join(Effort)}", param="effort") from None
 
 
-def require_model(config: Config) -> None:
-    """Raise NotFoundError, saying how to name one, unless the settings name a model."""
-    if config.model:
-        return
-    here = downloaded()
-    if here:
-        raise NotFoundError(
-            f"no model was named. Here already: {', '.join(here)}. Take one with `--model {here[0]}` (or OSSIA_MODEL), "
-            "or give the path of a checkpoint."
-        )
-    raise NotFoundError(
-        "no model was named, and none is here. Fetch one with `ossia pull gpt-oss-20b` (12.8 GiB; `ossia doctor` tells "
-        "whether this machine has the memory) and give `--model gpt-oss-20b` (or OSSIA_MODEL), or the path of a "
-        "checkpoint."
-    )
+def tell_of_demonstration(config: Config) -> None:
+    """Log what the embedded model is, and how to get a real one."""
+    if config.model == EMBEDDED:
+        here = downloaded()
+        better = f"here are {', '.join(here)} for --model" if here else "`ossia pull gpt-oss-20b` fetches a real one"
+        _log.warning("the model is %s, a small demonstration that comes with ossia; %s", EMBEDDED, better)
 
 
 def check_memory(config: Config, shape: ModelConfig) -> None:
@@ -405,7 +396,7 @@ def _check_first(config: Config) -> None:
 
 
 def _open_checkpoint(config: Config) -> Checkpoint:
-    require_model(config)
+    tell_of_demonstration(config)
     checkpoint = Checkpoint.open(resolve_model(config.model))
     check_memory(config, checkpoint.config)
     return checkpoint

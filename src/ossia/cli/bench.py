@@ -55,7 +55,6 @@ def bench(
     lengths, depths, batches = _numbers("--prefill", prefill), _numbers("--depth", depth), _numbers("--batch", batch)
     flags = {"model": model or None, "threads": threads, "dense": dense, "kv": kv, "kv_memory": kv_memory}
     settings = config.load(flags | {"backend": "cpu"})
-    local.require_model(settings)
     notes = Console(stderr=True, highlight=False)
     cpu = backends.load("cpu", **local.backend_options(settings))
     with notes.status("measuring this machine"):

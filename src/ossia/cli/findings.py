@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ossia import config
-from ossia.config import Config
+from ossia.config import EMBEDDED, Config
 from ossia.errors import ConfigError, OssiaError
 from ossia.model.memory import PROGRAM_BYTES, available_bytes, weight_bytes
 
@@ -212,17 +212,15 @@ def look_at_memory(settings: Config, memory: tuple[int, int]) -> Iterator[Findin
 
 
 def look_at_models(settings: Config) -> Iterator[Finding]:
-    """The model of the settings, and which are here."""
+    """The model of the settings, and which published ones are here."""
     from ossia.model.hub import downloaded, resolve_model
     from ossia.model.inspection import inspect_checkpoint
 
     here = downloaded()
     if here:
         yield Finding("model", "ok", f"downloaded: {', '.join(here)}", details={"downloaded": here})
-    elif not settings.model:
+    elif settings.model == EMBEDDED:
         yield Finding("model", "info", "no gpt-oss model is downloaded", "Run `ossia pull gpt-oss-20b`.")
-    if not settings.model:
-        return
     try:
         found = inspect_checkpoint(resolve_model(settings.model))
     except OssiaError as error:

@@ -13,30 +13,34 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ossia.config import EMBEDDED
 from ossia.errors import InputError, NotFoundError, OssiaError, UnavailableError
 
 # Names that need no owner.
 PUBLISHED = ("gpt-oss-20b", "gpt-oss-120b", "gpt-oss-safeguard-20b", "gpt-oss-safeguard-120b")
+_EMBEDDED_FOLDER = Path(__file__).parent.parent / EMBEDDED
 # The same weights again in two other layouts: twice the download, and nothing here needs them.
 _SKIPPED = ["original/*", "metal/*"]
 
 
 def resolve_model(name_or_path: str | Path, revision: str | None = None) -> Path:
-    """The folder or file of a model: a path that exists, or a model in the Hugging Face cache.
+    """The folder or file of a model: a path that exists, the embedded model, or one in the Hugging Face cache.
 
-    Names are those of `PUBLISHED` and repositories such as openai/gpt-oss-20b. Raises NotFoundError when there is
-    neither.
+    Names are `EMBEDDED`, those of `PUBLISHED`, and repositories such as openai/gpt-oss-20b. Raises NotFoundError when
+    there is none of these.
     """
     name = str(name_or_path)
     # os.path.expanduser keeps what names no home as it is, where Path's raises; exists is false for names too long.
     path = Path(os.path.expanduser(name))
     if name and os.path.exists(path):
         return path
+    if name == EMBEDDED:
+        return _EMBEDDED_FOLDER
     repository = _repository(name)
     if repository is None:
         raise NotFoundError(
             f"there is no file or folder {name}, and it is no model's name. Give a checkpoint's path, a repository "
-            f"such as openai/gpt-oss-20b, or one of: {', '.join(PUBLISHED)}."
+            f"such as openai/gpt-oss-20b, or one of: {', '.join((EMBEDDED, *PUBLISHED))}."
         )
     # Imported here: it costs a fifth of a second, and a path needs none of it.
     from huggingface_hub import constants, snapshot_download

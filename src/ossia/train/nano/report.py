@@ -93,9 +93,10 @@ def _draw_effort(figure_module: Any, lines: Sequence[Mapping[str, Any]], path: P
             if name.startswith("sums") == (title == "sums"):
                 shown = [row for row in rows if not row["grammar"]]
                 x, y = [row["reasoning"] for row in shown], [100 * row["exact"] for row in shown]
+                # An interval from 0 on may begin a rounding above it.
                 error = [
-                    [100 * (row["exact"] - row["low"]) for row in shown],
-                    [100 * (row["high"] - row["exact"]) for row in shown],
+                    [100 * max(0.0, row["exact"] - row["low"]) for row in shown],
+                    [100 * max(0.0, row["high"] - row["exact"]) for row in shown],
                 ]
                 axes.errorbar(x, y, yerr=error, marker="o", ms=4, lw=1, label=name)
         axes.set(title=title, xlabel="tokens of reasoning, mean", ylabel="right, %", ylim=(-3, 103))
@@ -129,7 +130,8 @@ def _page(courses: Sequence[Course], results: Mapping[str, Sequence[Mapping[str,
         "the mean tokens of reasoning.\n",
         _table_of_results(results[last]),
         "![Accuracy against tokens of reasoning](nano/effort.png)\n",
-        "The format is kept from the first token to the last in these shares of the transcripts:\n",
+        "The format is kept from the first token to the last in these shares of the transcripts; one that is not at its end after "
+        "600 tokens does not count as kept:\n",
         _table_of_format(results[last]),
         "## What each stage brought\n",
         "Right, in percent, over all efforts of a task.\n",
