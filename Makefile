@@ -32,7 +32,7 @@ $(VENV)/.installed-dev: $(NATIVE) | $(BIN)/python
 	@touch $@ $(VENV)/.installed
 
 run: $(VENV)/.installed
-	echo 'Use python to find 48213 times 7719.' \
+	printf '%s\n' 'What is the factorial of 13?' 'Calculate 481 * 7719' \
 	  | $(BIN)/ossia chat --tools python --show-reasoning --effort high --temperature 0
 
 test: $(VENV)/.installed-dev

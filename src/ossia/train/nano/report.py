@@ -130,8 +130,8 @@ def _page(courses: Sequence[Course], results: Mapping[str, Sequence[Mapping[str,
         "the mean tokens of reasoning.\n",
         _table_of_results(results[last]),
         "![Accuracy against tokens of reasoning](nano/effort.png)\n",
-        "The format is kept from the first token to the last in these shares of the transcripts; one that is not at its end after "
-        "600 tokens does not count as kept:\n",
+        "The format is kept from the first token to the last in these shares of the transcripts; one that is not at "
+        "its end after 600 tokens does not count as kept:\n",
         _table_of_format(results[last]),
         "## What each stage brought\n",
         "Right, in percent, over all efforts of a task.\n",
