@@ -367,14 +367,14 @@ def test_a_label_that_is_no_namespace_of_its_own_is_refused(label):
 @pytest.mark.parametrize(
     ("required", "asked"),
     [
-        (None, {"echo", "write"}),
-        ("always", {"echo", "write"}),
-        ("never", set()),
-        ({"never": {"tool_names": ["echo"]}}, {"write"}),
-        ({"never": {"read_only": True}}, {"write"}),
-        ({"always": {"tool_names": ["write"]}}, {"echo", "write"}),
-        ({"always": {"tool_names": ["write"]}, "never": {}}, {"write"}),
-        ({"always": {"read_only": True}, "never": {"tool_names": ["echo", "write"]}}, {"echo"}),
+        (None, ["echo", "write"]),
+        ("always", ["echo", "write"]),
+        ("never", []),
+        ({"never": {"tool_names": ["echo"]}}, ["write"]),
+        ({"never": {"read_only": True}}, ["write"]),
+        ({"always": {"tool_names": ["write"]}}, ["echo", "write"]),
+        ({"always": {"tool_names": ["write"]}, "never": {}}, ["write"]),
+        ({"always": {"read_only": True}, "never": {"tool_names": ["echo", "write"]}}, ["echo"]),
     ],
     ids=str,
 )
@@ -382,7 +382,7 @@ def test_a_person_is_asked_unless_the_request_says_otherwise(required, asked):
     async def main():
         scripted = Scripted()
         async with http_tool(scripted, require_approval=required) as docs:
-            assert {name for name in ("echo", "write") if docs.is_approval_needed(name)} == asked
+            assert [name for name in ("echo", "write") if docs.is_approval_needed(name)] == asked
             for name in asked:
                 output = await docs.run(name, "{}")
                 assert output.is_error and output.details["approval_required"]
