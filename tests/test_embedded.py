@@ -15,6 +15,7 @@ import ossia
 from ossia.config import EMBEDDED, Config
 from ossia.engine import AsyncEngine
 from ossia.engine.masks import GrammarCompiler
+from ossia.errors import UnavailableError
 from ossia.harmony import Effort
 from ossia.local import LocalModel
 from ossia.model import transformer
@@ -88,8 +89,11 @@ def test_it_says_what_it_does_not_know(nano):
 
 def test_it_does_most_of_the_python_that_it_never_saw():
     config = RolloutConfig(temperature=0, max_tokens=200)
-    with open_rollouts(FOLDER, config, threads=1, dense="bf16", kv_memory="64MiB") as rollouts:
-        found = measure(rollouts, make_task("python"), Effort.HIGH, 60)
+    try:
+        with open_rollouts(FOLDER, config, threads=1, dense="bf16", kv_memory="64MiB") as rollouts:
+            found = measure(rollouts, make_task("python"), Effort.HIGH, 60)
+    except UnavailableError as error:
+        pytest.skip(f"no sandbox works on this machine: {error.message[:300]}")
     assert found.exact >= 0.5
     assert found.valid >= 0.9
 
