@@ -506,6 +506,7 @@ CASES: dict[str, list[Case]] = {
         rows_are_made,
     ],
     "sandbox.md": [],
+    "nano.md": [],
     "serving.md": [
         parses,
         prints("It is 8. 7"),

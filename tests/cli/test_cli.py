@@ -336,9 +336,10 @@ def test_a_prompt_that_cannot_fit_is_refused_with_numbers(tiny):
     assert result.returncode == 1 and "64" in result.stderr
 
 
-def test_no_model_named_says_how_to_name_one(tmp_path):
+def test_no_model_named_is_the_embedded_one_and_says_how_to_get_another(tmp_path):
     result = ossia("generate", "Hi", environ={"HF_HOME": str(tmp_path)})
-    assert result.returncode == 1 and "--model" in result.stderr and "ossia pull" in result.stderr
+    assert result.returncode == 0 and result.stdout
+    assert "the model is nano" in result.stderr and "ossia pull" in result.stderr
 
 
 @pytest.mark.parametrize("hidden", ["torch", "triton"])

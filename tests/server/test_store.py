@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import sys
 import threading
 import time
@@ -39,7 +40,8 @@ def postgres(tmp_path_factory) -> Iterator[str]:
     if os.geteuid() == 0:
         # PostgreSQL refuses to run as root.
         as_user = {"user": "nobody", "group": "nogroup"}
-        for path in (folder, *folder.parents[:2]):
+        temporary = Path(tempfile.gettempdir())
+        for path in (folder, *(parent for parent in folder.parents if temporary in parent.parents)):
             path.chmod(0o755)
         shutil.chown(folder, "nobody")
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, **as_user, "cwd": "/"}
