@@ -550,6 +550,8 @@ class Terminal:
         self.text = ""
         self._fd, theirs = pty.openpty()
         termios.tcsetwinsize(theirs, (30, 100))
+        # Its size is what the terminal says; processes that share tests are told one of their own.
+        environ = {key: value for key, value in environ.items() if key not in ("COLUMNS", "LINES")}
         self.process = subprocess.Popen(
             command, stdin=theirs, stdout=theirs, stderr=theirs, env=environ, start_new_session=True,
             preexec_fn=lambda: __import__("fcntl").ioctl(0, termios.TIOCSCTTY, 0),

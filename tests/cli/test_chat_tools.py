@@ -97,6 +97,10 @@ def test_python_and_browser_answer_in_a_pipe_and_the_next_line_finds_them_as_the
     assert "root:" not in prompts[9]
 
 
+# The line of status below the prompt begins so; what is typed before it is drawn may be lost.
+_PROMPT = "gpt-oss-20b · effort medium"
+
+
 def test_tools_are_shown_on_a_terminal_and_ctrl_c_stops_the_code_that_runs(sandbox, folder, environ):
     slow = "import subprocess; print(subprocess.run(['sleep', '775.5']))"
     scripts = f"[browser('search', query='rivers'), python('6 * 7'), python({slow!r}), final('On we go.')]"
@@ -118,10 +122,11 @@ def test_tools_are_shown_on_a_terminal_and_ctrl_c_stops_the_code_that_runs(sandb
             break
         time.sleep(0.02)
     assert not sleepers("775.5")
+    terminal.until(_PROMPT)
     time.sleep(0.3)
     terminal.type("go on\r")
-    terminal.until("On we go.")
-    time.sleep(0.5)
+    terminal.until("On we go.*?" + _PROMPT)
+    time.sleep(0.3)
     terminal.type("\x04")
     terminal.until("left 0")
     assert terminal.leave() == 0
@@ -130,8 +135,8 @@ def test_tools_are_shown_on_a_terminal_and_ctrl_c_stops_the_code_that_runs(sandb
 @pytest.mark.parametrize("approves", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_call_of_a_server_is_shown_and_made_when_it_is_approved(folder, environ, approves):
     terminal = Terminal(command(folder, "[notes('add', a=20, b=3), final('Done so.')]", "mcp"), environ)
-    terminal.until("tools mcp:notes")
-    time.sleep(0.5)
+    terminal.until(_PROMPT + ".*?tools mcp:notes")
+    time.sleep(0.3)
     terminal.type("add\r")
     told = terminal.until(r"Call notes.add\? \[y/N\]")
     assert '"a": 20' in told
@@ -139,10 +144,12 @@ def test_a_call_of_a_server_is_shown_and_made_when_it_is_approved(folder, enviro
     terminal.type("y\r" if approves else "\r")
     told = terminal.until("Done so.")
     assert ("notes.add {" in told) is approves
-    time.sleep(0.5)
+    terminal.until(_PROMPT)
+    time.sleep(0.3)
     terminal.type("/tools\r")
     terminal.until(r"mcp:notes\s+on\s+tools of the server \[mcp.notes\]; you are asked before each call")
-    time.sleep(0.5)
+    terminal.until(_PROMPT)
+    time.sleep(0.3)
     terminal.type("\x04")
     terminal.until("left 0")
     assert terminal.leave() == 0

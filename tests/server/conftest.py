@@ -37,8 +37,8 @@ class Served:
         self.thread.start()
         while not self.server.started:
             time.sleep(0.005)
-        self.http = httpx.Client(base_url=self.url, timeout=20)
-        self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=20)
+        self.http = httpx.Client(base_url=self.url, timeout=60)
+        self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
 
     def play(self, *scripts: str, delay_s: float = 0) -> Scripted:
         """What the model says from now on, answer by answer."""
