@@ -150,7 +150,8 @@ def run_stage(name: str, out: Path, say: Say) -> None:
         return
     say(f"stage {name}")
     kind = PretrainConfig if stage.method == "pretrain" else RlConfig
-    base = {name: value for name, value in recipe.BASE.items() if name in {one.name for one in fields(kind)}}
+    known = {one.name for one in fields(kind)}
+    base = {key: value for key, value in recipe.BASE.items() if key in known}
     settings: dict[str, Any] = {**base, **stage.settings, "out": str(folder), "model": str(out / "start")}
     resume = (folder / "settings.json").exists()
     if place:
