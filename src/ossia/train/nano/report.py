@@ -133,9 +133,7 @@ def _page(courses: Sequence[Course], results: Mapping[str, Sequence[Mapping[str,
         "The format is kept from the first token to the last in these shares of the transcripts; one that is not at "
         "its end after 600 tokens does not count as kept:\n",
         _table_of_format(results[last]),
-        "## What each stage brought\n",
-        "Right, in percent, over all efforts of a task.\n",
-        _table_of_stages(results),
+        *_stages(results),
         "## What it cost\n",
         _table_of_courses(courses),
         "![Loss by tokens](nano/loss.png)\n",
@@ -148,8 +146,8 @@ def _page(courses: Sequence[Course], results: Mapping[str, Sequence[Mapping[str,
 
 def _counts(lines: Iterable[Mapping[str, Any]]) -> str:
     """How many exercises were done without the grammar: "1,000", or from the fewest to the most."""
-    counts = sorted({int(row["num_exercises"]) for row in lines if not row["grammar"]})
-    return " to ".join(f"{count:,}" for count in (counts[:1] + counts[1:][-1:]))
+    counts = [int(row["num_exercises"]) for row in lines if not row["grammar"]]
+    return " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)}))
 
 
 def _table_of_results(lines: Iterable[Mapping[str, Any]]) -> str:
@@ -177,6 +175,14 @@ def _table_of_format(lines: Iterable[Mapping[str, Any]]) -> str:
         ]
         rows.append(f"| {name} | {100 * shares[0]:.2f} % | {100 * shares[1]:.2f} % |")
     return "\n".join(rows) + "\n"
+
+
+def _stages(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """What each measured stage brought; nothing where only the last one was measured."""
+    if len(results) == 1:
+        return []
+    explained = "Right, in percent, over all efforts of a task.\n"
+    return ["## What each stage brought\n", explained, _table_of_stages(results)]
 
 
 def _table_of_stages(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
