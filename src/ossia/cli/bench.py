@@ -55,6 +55,7 @@ def bench(
     lengths, depths, batches = _numbers("--prefill", prefill), _numbers("--depth", depth), _numbers("--batch", batch)
     flags = {"model": model or None, "threads": threads, "dense": dense, "kv": kv, "kv_memory": kv_memory}
     settings = config.load(flags | {"backend": "cpu"})
+    local.tell_of_demonstration(settings)
     notes = Console(stderr=True, highlight=False)
     cpu = backends.load("cpu", **local.backend_options(settings))
     with notes.status("measuring this machine"):
