@@ -19,19 +19,11 @@ from ossia.ops.cpu import ISAS
 from ossia.ops.reference import ReferenceOps
 from ossia.train.quantize import fake_quantize
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 REFERENCE = ReferenceOps(np.float64)
 OPS = AutogradOps(torch.float64)
 FULL = AutogradOps(torch.float64, trained=True)
 F64 = torch.float64
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    """Arrays this small gain nothing from a second thread, and lose much where other programs hold the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def assert_close(met: torch.Tensor, expected: np.ndarray, tolerance: float = 1e-12) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,10 @@ from ossia.ops.reference import ReferenceOps
 from ossia.ops.triton.choice import INTERPRETED
 
 # The exponential of a very negative gate is infinite, and its sigmoid then 0, as it should be.
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
+]
 REFERENCE = ReferenceOps(np.float64)
 EXACT = load("gpu", dtype="float32")
 # Operands of 16 bits: 8 bits of mantissa, or 11.
@@ -28,15 +31,6 @@ BY_VARIANT = {
     name: load("gpu", variant=dataclasses.replace(INTERPRETED, name=name, unpacking=name, dtype="bfloat16"))
     for name in ("registers", "sums", "dot_scaled")
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Arrays this small gain nothing from a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def quickly(table: list[Any], *names: str) -> list[Any]:

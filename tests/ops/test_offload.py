@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import tests.gpu  # noqa: F401
@@ -13,16 +11,9 @@ from tests.ops import cases
 from ossia.ops import Adapted, load
 from ossia.ops.offload import HostExperts, OffloadOps
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 EXACT = load("gpu", dtype="float32")
 F, D, E, A = 96, 64, 8, 2
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def a_pass(ops, layers, x_TD, logits_TE, adapters=()):
