@@ -36,9 +36,7 @@ run: $(VENV)/.installed
 	  | $(BIN)/ossia chat --tools python --show-reasoning --effort high --temperature 0
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow" --numprocesses $(WORKERS) --dist loadfile --ignore tests/cli/test_chat_tools.py
-	# Alone: these wait for a terminal, and were once seen to wait in vain beside others.
-	$(BIN)/python -m pytest -m "not slow" tests/cli/test_chat_tools.py
+	$(BIN)/python -m pytest -m "not slow" --numprocesses $(WORKERS) --dist loadfile
 
 test-all: $(VENV)/.installed-dev sanitize aarch64
 	SOAK_SECONDS=900 $(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
