@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 from ossia.errors import OssiaError
 from ossia.train.nano.make import make, run_stage
 from ossia.train.nano.report import write_report
+from ossia.train.result import tell_nothing
 
 
 def main() -> int:
@@ -21,7 +23,8 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         if arguments.stage:
-            run_stage(arguments.stage, arguments.out, _say)
+            is_first = os.environ.get("RANK", "0") == "0"
+            run_stage(arguments.stage, arguments.out, _say if is_first else tell_nothing)
             return 0
         make(arguments.out, count=arguments.count, say=_say, processes=arguments.processes)
         if arguments.docs:
