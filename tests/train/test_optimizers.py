@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ossia.errors import CheckpointError
+from ossia.train import optimizers
 from ossia.train.optimizers import Optimizer, is_inner_matrix, is_matrix, orthogonalize
 
 SHAPES = {
@@ -71,12 +72,13 @@ def test_adamw_moves_as_its_paper_says():
 def test_an_orthogonal_update_has_singular_values_around_one(shape):
     g = torch.randn(shape, generator=torch.Generator().manual_seed(3))
     values = torch.linalg.svdvals(orthogonalize(g))
-    assert values.max() < 1.3 and values.median() > 0.65
+    assert values.max() < 1.21 and values.min() > 0.79
     u, _, vh = torch.linalg.svd(g, full_matrices=False)
     assert torch.nn.functional.cosine_similarity(orthogonalize(g).flatten(), (u @ vh).flatten(), dim=0) > 0.95
 
 
-def test_muon_agrees_with_torchs_own_on_two_dimensions():
+def test_muon_with_torchs_polynomial_agrees_with_torchs_own_on_two_dimensions(monkeypatch):
+    monkeypatch.setattr(optimizers, "_NEWTON_SCHULZ", ((3.4445, -4.7750, 2.0315),) * 5)
     ours, theirs = (torch.randn(24, 16, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))
     optimizer = Optimizer([("w", ours)], kind="muon", weight_decay=0.1, momentum=0.9)
     peer = torch.optim.Muon([theirs], lr=0.05, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw")

@@ -7,7 +7,7 @@ import pytest
 
 from ossia.errors import InputError
 from ossia.train.data import KINDS, PairSample, Sample, to_batch
-from ossia.train.packing import pack, plan
+from ossia.train.packing import pack, pack_evenly, plan
 
 PACKINGS = ["best_fit", "buckets", "none"]
 
@@ -57,6 +57,22 @@ def test_packs_come_a_buffer_at_a_time():
     assert [len(one) for one in next(packs)] == [10] * 4
     assert len(taken) == 8
     assert sum(len(one) for one in packs) == 96
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_even_packs_are_few_and_of_like_size(seed):
+    samples = [[0] * n for n in _lengths(seed, 20 + seed, 300)]
+    packs = pack_evenly(samples, 1024)
+    sizes = [sum(map(len, one)) for one in packs]
+    assert sorted(len(one) for packed in packs for one in packed) == sorted(map(len, samples))
+    assert max(sizes) <= 1024 and max(sizes) - min(sizes) <= 150
+    assert len(packs) <= -(-sum(sizes) // 1024) + 1
+
+
+def test_even_packs_of_long_samples_do_not_overflow():
+    assert sorted(map(sum, ([len(one) for one in packed] for packed in pack_evenly([[0] * 7] * 3, 10)))) == [7, 7, 7]
+    with pytest.raises(InputError, match="41"):
+        pack_evenly([[0] * 41], 40)
 
 
 def test_a_sample_that_is_longer_than_a_pack_is_an_error_that_says_both_numbers():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -123,6 +124,26 @@ def test_plain_language_is_mixed_in(settings, tokenizer):
     assert sample is not None
     assert sample.token_ids_L[0] == tokenizer.special("<|startoftext|>")
     assert sample.token_ids_L[-1] == tokenizer.special("<|endoftext|>")
+
+
+def test_of_facts_the_answers_alone_are_learned(settings, tokenizer):
+    sample = draw_sample(replace(settings, facts=1.0), make_mix(["sums"]), tokenizer, "train", 0)
+    assert sample is not None
+    text = "".join(
+        tokenizer.decode([int(one)]) if learned else "_"
+        for one, learned in zip(sample.token_ids_L, sample.weights_L, strict=True)
+    )
+    assert re.fullmatch(r"(_+[01][p-z]?\d)+_", text)
+    assert sample.weights_L.sum() >= 48
+
+
+def test_the_passes_of_a_step_are_of_about_one_size(settings, tokenizer):
+    whole = replace(settings, facts=0.5, step_tokens=2400, pass_tokens=1280)
+    feed = TaskFeed(whole, make_mix(["sums", "about"]), tokenizer)
+    for _ in range(20):
+        sizes = [one.num_tokens for one in feed.next_step()]
+        assert len(sizes) == 2 and max(sizes) <= 1280
+        assert max(sizes) < 1.4 * min(sizes)
 
 
 def test_the_loss_falls_and_a_run_that_ended_early_goes_on_bit_for_bit(settings, tmp_path):

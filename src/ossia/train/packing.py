@@ -38,6 +38,24 @@ def pack(
             yield [held[i] for i in indices]
 
 
+def pack_evenly(samples: Sequence[S], max_tokens: int) -> list[list[S]]:
+    """As few lists as hold the samples, of about the same number of tokens each: the longest first, to the emptiest.
+
+    Raises InputError for a sample that is longer than ``max_tokens``.
+    """
+    num_packs = len(plan([len(one) for one in samples], max_tokens))
+    while True:
+        packs: list[list[S]] = [[] for _ in range(num_packs)]
+        sizes = [0] * num_packs
+        for one in sorted(samples, key=len, reverse=True):
+            place = sizes.index(min(sizes))
+            packs[place].append(one)
+            sizes[place] += len(one)
+        if max(sizes, default=0) <= max_tokens:
+            return packs
+        num_packs += 1
+
+
 def plan(lengths: Sequence[int], max_tokens: int, packing: Packing = "best_fit") -> list[list[int]]:
     """The same for lengths alone: indices of each pack, packs in the order of their first samples."""
     too_long = [length for length in lengths if length > max_tokens]

@@ -1,6 +1,7 @@
 """Training on tasks: every step sees new exercises, made as it goes, so that nothing is read from files or seen twice.
 
     copying and recall     plain texts, every token of which is learned        (share `language`)
+    sums of single digits  plain texts, of which the results are learned       (share `facts`)
     gold transcripts       of the tasks, whole ("all") or the model's own words alone ("answers")
 
 It begins from any checkpoint: random weights of a new shape, or an earlier stage. What step k sees follows from the
@@ -28,19 +29,21 @@ from ossia.train.expansion import TrainRules, expand
 from ossia.train.fit import evaluate, fingerprint, make_trainer, open_model, set_up_team, table
 from ossia.train.formats import Dialogue
 from ossia.train.module import Model
-from ossia.train.packing import pack
+from ossia.train.packing import pack, pack_evenly
 from ossia.train.parallel import extents
 from ossia.train.result import tell_nothing, write_result
 from ossia.train.run import Outcome, Run, RunFolder, Say
 from ossia.train.sft import Likelihood
 from ossia.train.tasks import Split, TaskMix, gold_conversation_of_turns, make_mix
 from ossia.train.tasks.language import draw_copy, draw_recall
+from ossia.train.tasks.sums import draw_fact
 
 _HELD_OUT_SEED = 1_000_003
 # Share of conversations whose earlier turns are shown as inference shows them.
 _FORGETFUL_SHARE = 0.25
 _NEW_WEIGHT = 0.1
 _LONGEST_RUN = 9
+_NUM_FACTS = 24
 # The browser's description is long.
 _PYTHON, _BROWSER = ToolNamespace.python(), ToolNamespace.browser()
 _IDLE_TOOLS = ((_PYTHON,), (_PYTHON,), (_PYTHON, _BROWSER))
@@ -57,6 +60,7 @@ class PretrainConfig(TrainConfig):
         0.0, "Share of conversations with python or the browser beside what they need.", low=0, high=1
     )
     language: float = setting(0.0, "Share of samples that are copying and recall, as plain texts.", low=0, high=1)
+    facts: float = setting(0.0, "Share of samples that are sums of single digits, as plain texts.", low=0, high=1)
     growth: int = setting(
         0, "Copying alone, of runs that grow by a word each so many samples; 0 for all lengths, and recall.", low=0
     )
@@ -126,7 +130,7 @@ class TaskFeed:
                 num_left_out += 1
                 if num_left_out > 1000:
                     raise TrainingError(f"1000 transcripts in a row are longer than {self._settings.max_tokens} tokens")
-        return [to_batch(one) for one in pack(samples, self._settings.pass_tokens)]
+        return [to_batch(one) for one in pack_evenly(samples, self._settings.pass_tokens)]
 
     @property
     def position(self) -> Mapping[str, Any]:
@@ -141,7 +145,10 @@ def draw_sample(
 ) -> Sample | None:
     """Draw ``number`` as tokens; None for one of more than ``settings.max_tokens``."""
     rng = random.Random(f"language {settings.seed} {number}")
-    if rng.random() < settings.language:
+    kind = rng.random()
+    if kind < settings.facts:
+        return _facts(rng, tokenizer)
+    if kind < settings.facts + settings.language:
         text = _text(settings, rng, split, number)
         ids = [tokenizer.special("<|startoftext|>"), *tokenizer.encode(text), tokenizer.special("<|endoftext|>")]
         token_ids_L = np.array(ids, np.int32)
@@ -159,6 +166,18 @@ def draw_sample(
             return sample
         num_turns //= 2
     return None
+
+
+def _facts(rng: random.Random, tokenizer: Tokenizer) -> Sample:
+    """Single steps of sums, of which the answers are learned."""
+    parts = [(tokenizer.special("<|startoftext|>"), 0.0)]
+    for _ in range(_NUM_FACTS):
+        asked, answer = draw_fact(rng)
+        parts += [(one, 0.0) for one in tokenizer.encode(asked)]
+        parts += [(one, 1.0) for one in tokenizer.encode(answer)]
+        parts += [(one, 0.0) for one in tokenizer.encode("\n")]
+    token_ids, weights = zip(*parts, strict=True)
+    return Sample(np.array(token_ids, np.int32), np.array(weights, np.float32))
 
 
 def _text(settings: PretrainConfig, rng: random.Random, split: Split, number: int) -> str:

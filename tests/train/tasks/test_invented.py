@@ -15,7 +15,7 @@ from ossia.train.tasks.about import ABSTENTION
 from ossia.train.tasks.invented import final, same_json
 from ossia.train.tasks.phrases import Phrases, expand
 from ossia.train.tasks.policies import Rule, Text
-from ossia.train.tasks.sums import Sum
+from ossia.train.tasks.sums import Sum, draw_fact
 from ossia.train.tasks.words import invented_word, is_held_out
 
 NAMES = ["sums", "python", "functions", "browsing", "structured", "policies", "hierarchy", "about"]
@@ -70,18 +70,45 @@ def test_effort_is_the_length_of_the_thoughts():
     assert lengths[0] < lengths[1] < lengths[2]
 
 
-def test_every_step_of_a_sum_is_true():
+def is_true(x, sign, y, before, carry, digit):
+    """Whether the digits, with what is carried or borrowed, make what the step says."""
+    x, y, before, carry, digit = (int(one) for one in (x, y, before, carry, digit))
+    return x + y + before == 10 * carry + digit if sign == "+" else x - y - before == digit - 10 * carry
+
+
+def test_every_step_of_a_sum_is_true_and_carries_on():
     rng = random.Random(0)
     for _ in range(300):
         a, b = sorted((rng.randrange(10 ** rng.randint(1, 8)) for _ in range(2)), reverse=True)
         for sign, result in (("+", a + b), ("-", a - b)):
             one = Sum(a, sign, b)
-            steps = re.findall(r"([\d+-]+)=(-?\d+)", one.thoughts(Effort.MEDIUM))
+            steps = re.findall(r"(\d)([+-])(\d)[+-](\d)=(\d)(\d)", one.thoughts(Effort.MEDIUM))
             assert len(steps) == len(str(a))
-            assert all(eval(left) == int(right) for left, right in steps)
-            lines = one.thoughts(Effort.HIGH).splitlines()
-            assert lines[-1] == f"So {result}."
-            assert int("".join(reversed(lines[-2]))) == result
+            assert all(is_true(*step) for step in steps)
+            assert [step[3] for step in steps] == ["0", *(step[4] for step in steps[:-1])]
+            first, second, *lines, last = one.thoughts(Effort.HIGH).splitlines()
+            assert re.sub("[a-z]", "", last).lstrip("0") == str(result).lstrip("0")
+            for given, number in ((first, a), (second, b)):
+                named, _, digits = given.partition("=")
+                assert int(named) == int(re.sub("[a-zA-Z]", "", digits)[::-1]) == number
+            shown = [re.fullmatch(r"\w(\d)([+-])\w(\d)[+-](\d)=(\d)\w(\d)", line) for line in lines]
+            assert [match.groups() for match in shown if match] == steps
+
+
+def test_a_digit_is_behind_the_same_letter_wherever_it_stands():
+    first, second, *lines, last = Sum(4821, "+", 937).thoughts(Effort.HIGH).splitlines()
+    found = re.findall(r"[a-zA-Z]\d", " ".join(lines))
+    assert found[0::3] == re.findall(r"[a-z]\d", first)
+    assert found[1::3] == re.findall(r"[A-Z]\d", second)
+    assert found[2::3] == re.findall(r"[a-z]\d", last)[::-1]
+
+
+def test_facts_are_steps_as_sums_have_them():
+    rng = random.Random(2)
+    facts = ["".join(draw_fact(rng)) for _ in range(400)]
+    found = [re.fullmatch(r"[a-f]?(\d)([+-])[A-F]?(\d)[+-](\d)=(\d)[p-u]?(\d)", one) for one in facts]
+    assert all(match and is_true(*match.groups()) for match in found)
+    assert len({match.groups() for match in found if match}) > 200
 
 
 def test_a_call_with_a_wrong_value_or_another_function_is_not_right():

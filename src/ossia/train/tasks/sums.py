@@ -1,19 +1,22 @@
 """Sums and differences at three efforts, for a small model: at once, digit by digit in one line, or written out.
 
     low      What is 4821 + 937?      5758
-    medium   1+7=8 2+3=5 8+9=17 4+0+1=5
-    high     4821: 1284
-             937: 7390
-             1+7=8, 8
-             2+3=5, 5
-             8+9=17, 7
-             4+0+1=5, 5
-             8575
-             So 5758.
+    medium   1+7+0=08 2+3+0=05 8+9+0=17 4+0+1=05
+    high     4821=a1b2c8d4
+             937=A7B3C9D0
+             a1+A7+0=0p8
+             b2+B3+0=0q5
+             c8+C9+0=1r7
+             d4+D0+1=0s5
+             s5r7q5p8
 
-Thoughts go from the last digit to the first. At high effort the digits are turned round beforehand, so that every step
-finds its operands at the same distance. Source of the idea: Lee et al., *Teaching Arithmetic to Small Transformers*,
-arXiv:2307.03381.
+Thoughts go from the last digit to the first. A step adds two digits and what the step before it carried; before the
+result stands what is carried on, or for a difference what is borrowed. Whatever a step needs is found behind its letter
+at high effort, so that nothing has to be counted: small letters for the first number, capitals for the second, p to u
+for the result.
+
+Sources  digits from the last to the first: Lee et al., *Teaching Arithmetic to Small Transformers*, arXiv:2307.03381.
+         Letters for places: Zhou et al., *What Algorithms can Transformers Learn?*, arXiv:2310.16028.
 """
 
 from __future__ import annotations
@@ -25,11 +28,12 @@ from typing import ClassVar, NamedTuple
 from ossia.errors import ConfigError
 from ossia.harmony import Effort, Message
 from ossia.train.tasks import words
-from ossia.train.tasks.arithmetic import written_steps
 from ossia.train.tasks.base import Instance
 from ossia.train.tasks.invented import InventedTask, final, think
 from ossia.train.tasks.phrases import Phrases
 
+# Of the first number's places, the second's and the result's.
+_LETTERS = ("abcdefghij", "ABCDEFGHIJ", "pqrstuvwxyz")
 _ASK = "[What is|What's|How much is|Compute|Calculate|Work out|Give me|Find|Tell me|Please compute] "
 _FORMS = {
     "+": Phrases(
@@ -57,19 +61,19 @@ _FORMS = {
 class Sums(InventedTask):
     name = "sums"
     # What cannot be known at once teaches little: few of them, lest their loss hide the others.
-    efforts: ClassVar[Mapping[Effort, float]] = {Effort.LOW: 1.0, Effort.MEDIUM: 2.0, Effort.HIGH: 5.0}
+    efforts: ClassVar[Mapping[Effort, float]] = {Effort.LOW: 1.0, Effort.MEDIUM: 3.0, Effort.HIGH: 8.0}
 
     def __init__(self, digits: int = 5, exact: bool = False) -> None:
         """``digits`` is the most that a number has; ``exact``: both numbers have that many.
 
         Raises ConfigError for a number of digits that cannot be.
         """
-        if not 1 <= digits <= 18:
-            raise ConfigError(f"digits is {digits}; expected 1 to 18", param="digits")
+        if not 1 <= digits <= 10:
+            raise ConfigError(f"digits is {digits}; expected 1 to 10", param="digits")
         self.digits, self.exact = digits, exact
 
     def draw(self, rng: random.Random, held_out: bool) -> Instance:
-        a, b = (self._number(rng) for _ in range(2))
+        a, b = self._numbers(rng)
         sign = "+" if rng.random() < 0.7 else "-"
         if sign == "-" and b > a:
             a, b = b, a
@@ -83,8 +87,15 @@ class Sums(InventedTask):
     def gold(self, instance: Instance, effort: Effort) -> Sequence[Message]:
         return (*think(instance.data["sum"].thoughts(effort)), final(instance.answer))
 
-    def _number(self, rng: random.Random) -> int:
-        return words.number_of_digits(rng, self.digits if self.exact else rng.randint(1, self.digits))
+    def _numbers(self, rng: random.Random) -> list[int]:
+        """More often long than short, and half of the time of one length."""
+        if self.exact:
+            sizes = [self.digits, self.digits]
+        else:
+            most = rng.choices(range(1, self.digits + 1), range(1, self.digits + 1))[0]
+            sizes = [most, most if rng.random() < 0.5 else rng.randint(1, most)]
+            rng.shuffle(sizes)
+        return [words.number_of_digits(rng, size) for size in sizes]
 
 
 class Sum(NamedTuple):
@@ -102,12 +113,52 @@ class Sum(NamedTuple):
         """The chain of thought of that effort; "" at low."""
         if effort is Effort.LOW:
             return ""
-        steps = written_steps(self.a, self.b, self.sign)
+        steps = self._steps()
         if effort is Effort.MEDIUM:
-            return " ".join(steps)
-        # "4+0+1=5": both digits stand at the same places in every step.
-        digits = [str(int(step.rpartition("=")[2]) % 10) for step in steps]
-        lines = [f"{self.a}: {''.join(step[0] for step in steps)}", f"{self.b}: {''.join(step[2] for step in steps)}"]
-        lines += [f"{step}, {digit}" for step, digit in zip(steps, digits, strict=True)]
-        leading = ["1"] if len(str(self.result)) > len(steps) else []
-        return "\n".join([*lines, "".join(digits + leading), f"So {self.result}."])
+            return " ".join(f"{one.x}{self.sign}{one.y}{self.sign}{one.before}={one.carry}{one.digit}" for one in steps)
+        tops, bottoms, results = (letters[: len(steps)] for letters in _LETTERS)
+        lines = [
+            f"{self.a}={''.join(f'{letter}{one.x}' for letter, one in zip(tops, steps, strict=True))}",
+            f"{self.b}={''.join(f'{letter}{one.y}' for letter, one in zip(bottoms, steps, strict=True))}",
+        ]
+        lines += [
+            f"{top}{one.x}{self.sign}{bottom}{one.y}{self.sign}{one.before}={one.carry}{result}{one.digit}"
+            for top, bottom, result, one in zip(tops, bottoms, results, steps, strict=True)
+        ]
+        digits = [one.digit for one in steps] + [1] * steps[-1].carry
+        result = [f"{letter}{digit}" for letter, digit in zip(_LETTERS[2], digits, strict=False)]
+        return "\n".join([*lines, "".join(reversed(result))])
+
+    def _steps(self) -> list[Step]:
+        """From the last digit to the first; what a number lacks is 0."""
+        tops, bottoms = str(self.a)[::-1], str(self.b)[::-1]
+        steps: list[Step] = []
+        for place in range(max(len(tops), len(bottoms))):
+            x, y = (int(digits[place]) if place < len(digits) else 0 for digits in (tops, bottoms))
+            steps.append(Step.of(x, self.sign, y, steps[-1].carry if steps else 0))
+        return steps
+
+
+class Step(NamedTuple):
+    """One place: digits x and y, what the step before carried or borrowed, what this one does, and its digit."""
+
+    x: int
+    y: int
+    before: int
+    carry: int
+    digit: int
+
+    @classmethod
+    def of(cls, x: int, sign: str, y: int, before: int) -> Step:
+        value = x + y + before if sign == "+" else x - y - before
+        return cls(x, y, before, int(not 0 <= value <= 9), value % 10)
+
+
+def draw_fact(rng: random.Random) -> tuple[str, str]:
+    """One step alone, as medium or high effort write it: what is asked, and the answer."""
+    sign, letters = rng.choice("+-"), ("", "", "")
+    step = Step.of(rng.randrange(10), sign, rng.randrange(10), rng.randrange(2))
+    if rng.random() < 0.7:
+        letters = rng.choice(list(zip(*_LETTERS, strict=False))[:6])
+    top, bottom, result = letters
+    return f"{top}{step.x}{sign}{bottom}{step.y}{sign}{step.before}=", f"{step.carry}{result}{step.digit}"
