@@ -24,7 +24,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ossia.errors import LimitError, OssiaError, TooLargeError
 from ossia.responses.schema import Json
-from ossia.server import adapters, chat, completions, containers, files, messages, ollama, responses, webpage
+from ossia.server import (
+    adapters,
+    chat,
+    completions,
+    containers,
+    conversations,
+    files,
+    messages,
+    ollama,
+    responses,
+    webpage,
+)
 from ossia.server.absent import absent
 from ossia.server.document import openapi, page
 from ossia.server.limits import check_page
@@ -67,7 +78,7 @@ def create_app(service: Service) -> FastAPI:
     )
     document: Json | None = None
     app.include_router(adapters.router(service.adapters, service.model))
-    for part in (webpage, responses, chat, completions, containers, files, messages, ollama):
+    for part in (webpage, responses, conversations, chat, completions, containers, files, messages, ollama):
         app.include_router(part.router(service))
 
     @app.get("/health", tags=["Server"], summary="Whether the server runs")

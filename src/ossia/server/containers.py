@@ -15,7 +15,7 @@ from starlette.responses import Response as HttpResponse
 
 from ossia.errors import InputError, NotFoundError, OssiaError, UnsupportedError
 from ossia.responses.schema import Json
-from ossia.server.responses import After, Limit, page
+from ossia.server.lists import After, Limit, page
 from ossia.server.service import Service
 from ossia.server.stream import JSONResponse
 from ossia.tools.containers import Container, ContainerFile, Containers

@@ -13,7 +13,7 @@ from starlette.responses import Response as HttpResponse
 from ossia.errors import InputError
 from ossia.responses.schema import Json
 from ossia.server.containers import attachment
-from ossia.server.responses import After, page
+from ossia.server.lists import After, page
 from ossia.server.service import Service
 from ossia.server.stream import JSONResponse
 

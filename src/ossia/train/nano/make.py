@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from ossia.errors import UnavailableError
-from ossia.harmony import Effort, Tokenizer, render_for_training
+from ossia.harmony import Effort, Tokenizer, render
 from ossia.model.random_checkpoint import write_random_checkpoint
 from ossia.train.config import read_settings
 from ossia.train.export import Format, export
@@ -94,8 +94,7 @@ def vocabulary_texts() -> Iterator[str]:
     special = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
     for number in range(recipe.VOCABULARY_CONVERSATIONS):
         conversation = gold_conversation(mix.draw("train", 0, number))
-        rendered = render_for_training(conversation, by_bytes, drop_analysis="never")
-        yield from filter(None, special.split(by_bytes.decode(rendered.token_ids)))
+        yield from filter(None, special.split(by_bytes.decode(render(conversation, by_bytes))))
     rng = random.Random(1)
     for _ in range(recipe.VOCABULARY_TEXTS):
         yield draw_copy(rng)

@@ -1,13 +1,12 @@
 """What the small model is and how it is trained: the shape, the vocabulary, the stages.
 
     warm-up    copying of runs that grow from one word, so that the heads that copy appear
-    recall     copying of runs of any length, values by their keys, and sums of single digits
+    recall     copying of runs of any length, and values by their keys
     pretrain   gold transcripts of the tasks, every token learned
-    sft        the model's own words alone; the rate begins to fall
-    browse     browsing joins, with longer contexts, until the rate has fallen
+    sft        the model's own words alone; browsing joins, with longer contexts; the rate begins to fall
+    anneal     the same, until it has fallen
+    again      the rate rises and falls once more, on more of what was learned least
     qat        a little more, computed with what MXFP4 keeps of the experts
-
-Steps are small, since it is their number that counts: `design/nano.md`.
 
 Sources  the order: `ossia.train.tasks.language`; Muon for the inner matrices:
          https://kellerjordan.github.io/posts/muon/; a rate that falls from the start: arXiv:2502.15938.
@@ -43,9 +42,20 @@ SHAPE = ModelConfig(
 )
 
 # Shares of the tasks, of which `browsing` has long transcripts and joins later.
-SHORT = {"about": 5, "sums": 30, "functions": 24, "hierarchy": 9, "policies": 14, "python": 8, "structured": 16}
-ALL = {**SHORT, "browsing": 6}
-VOCABULARY_SHARES = {**SHORT, "sums": 18, "python": 13, "browsing": 14}
+SHORT = {"about": 6, "sums": 36, "functions": 24, "hierarchy": 7, "policies": 12, "python": 13, "structured": 12}
+ALL = {**SHORT, "browsing": 8}
+# More of what was learned least, when the rest was nearly there.
+LATE = {
+    "about": 8,
+    "sums": 54,
+    "functions": 30,
+    "hierarchy": 10,
+    "policies": 12,
+    "python": 13,
+    "structured": 14,
+    "browsing": 4,
+}
+VOCABULARY_SHARES = {**SHORT, "sums": 18, "browsing": 14}
 
 
 class Stage(NamedTuple):
@@ -60,13 +70,15 @@ class Stage(NamedTuple):
 BASE: Mapping[str, Any] = {
     "trainable": "full",
     "optimizer": "muon",
+    "learning_rate": 6e-3,
     "schedule": "constant",
-    "router_balance": 0.03,
+    "router_balance": 0.01,
     "recompute": False,
     "threads": 1,
-    "replicate": True,
-    "eval_every": 1000,
-    "save_every": 500,
+    "step_tokens": 4096,
+    "pass_tokens": 4096,
+    "eval_every": 100,
+    "save_every": 50,
     "keep": 1,
 }
 
@@ -79,67 +91,93 @@ def mix(shares: Mapping[str, float]) -> tuple[str, ...]:
 # Of copying, as plain texts.
 _COPYING: Mapping[str, Any] = {
     "tasks": mix(SHORT),
-    "max_tokens": 300,
-    "step_tokens": 1024,
-    "pass_tokens": 520,
+    "language": 1.0,
+    "max_tokens": 160,
+    "step_tokens": 1536,
+    "pass_tokens": 1536,
     "learning_rate": 1e-2,
     "eval_every": 0,
 }
-# Of conversations.
-_TALKING: Mapping[str, Any] = {
-    "tasks": mix(SHORT),
-    "turns": 4,
-    "max_tokens": 640,
-    "step_tokens": 1200,
-    "pass_tokens": 680,
-    "learning_rate": 8e-3,
-}
-_BROWSING: Mapping[str, Any] = {
-    **_TALKING,
-    "tasks": mix(ALL),
+# Of the model's own words in conversations, by several processes.
+_ANSWERS: Mapping[str, Any] = {
+    "turns": 6,
     "idle_tools": 0.1,
     "max_tokens": 1280,
-    "step_tokens": 1800,
-    "pass_tokens": 1300,
+    "step_tokens": 4800,
+    "pass_tokens": 2500,
+    "replicate": True,
+    "router_balance": 0.03,
     "schedule": "linear",
 }
 
 STAGES: tuple[Stage, ...] = (
-    Stage("warm-up", "pretrain", {**_COPYING, "language": 1.0, "growth": 8000, "warmup": 0.03, "steps": 1500}),
-    Stage("recall", "pretrain", {**_COPYING, "language": 0.7, "facts": 0.3, "warmup": 0.02, "steps": 800}),
+    Stage("warm-up", "pretrain", {**_COPYING, "growth": 8000, "warmup": 0.03, "steps": 700}),
+    Stage("recall", "pretrain", {**_COPYING, "warmup": 0.02, "steps": 500}),
     Stage(
         "pretrain",
         "pretrain",
-        {**_TALKING, "language": 0.15, "facts": 0.15, "learn": "all", "warmup": 0.02, "steps": 1500},
+        {
+            "tasks": mix(SHORT),
+            "language": 0.15,
+            "learn": "all",
+            "turns": 6,
+            "max_tokens": 512,
+            "step_tokens": 3500,
+            "pass_tokens": 2048,
+            "replicate": True,
+            "router_balance": 0.03,
+            "learning_rate": 8e-3,
+            "warmup": 0.02,
+            "steps": 500,
+        },
     ),
     Stage(
         "sft",
         "pretrain",
         {
-            **_TALKING,
+            **_ANSWERS,
+            "tasks": mix(ALL),
             "language": 0.02,
-            "facts": 0.08,
-            "schedule": "linear",
             "warmup": 0.005,
-            "final_rate": 0.4,
-            "steps": 16000,
+            "final_rate": 0.565,
+            "steps": 2439,
         },
     ),
     Stage(
-        "browse",
+        "anneal",
         "pretrain",
-        {**_BROWSING, "facts": 0.03, "learning_rate": 3.2e-3, "warmup": 0.0, "final_rate": 0.02, "steps": 6000},
+        {
+            **_ANSWERS,
+            "tasks": mix(ALL),
+            "learning_rate": 3.39e-3,
+            "warmup": 0.0,
+            "final_rate": 0.03,
+            "steps": 2000,
+        },
+    ),
+    Stage(
+        "again",
+        "pretrain",
+        {
+            **_ANSWERS,
+            "tasks": mix(LATE),
+            "learning_rate": 3e-3,
+            "warmup": 0.02,
+            "final_rate": 0.03,
+            "steps": 1100,
+        },
     ),
     Stage(
         "qat",
         "pretrain",
         {
-            **_BROWSING,
+            **_ANSWERS,
+            "tasks": mix(LATE),
             "fake_quant": True,
             "learning_rate": 3e-4,
             "warmup": 0.02,
             "final_rate": 0.0,
-            "steps": 400,
+            "steps": 120,
         },
         ("mxfp4",),
     ),

@@ -4,16 +4,16 @@
     medium   1+7+0=08 2+3+0=05 8+9+0=17 4+0+1=05
     high     4821=a1b2c8d4
              937=A7B3C9D0
-             a1+A7+0=0p8
-             b2+B3+0=0q5
-             c8+C9+0=1r7
-             d4+D0+1=0s5
+             a1A7:1+7+0=08p8
+             b2B3:2+3+0=05q5
+             c8C9:8+9+0=17r7
+             d4D0:4+0+1=05s5
              s5r7q5p8
 
 Thoughts go from the last digit to the first. A step adds two digits and what the step before it carried; before the
 result stands what is carried on, or for a difference what is borrowed. Whatever a step needs is found behind its letter
 at high effort, so that nothing has to be counted: small letters for the first number, capitals for the second, p to u
-for the result.
+for the result. The step itself looks the same everywhere, since 400 facts are enough to be learned once.
 
 Sources  digits from the last to the first: Lee et al., *Teaching Arithmetic to Small Transformers*, arXiv:2307.03381.
          Letters for places: Zhou et al., *What Algorithms can Transformers Learn?*, arXiv:2310.16028.
@@ -114,16 +114,17 @@ class Sum(NamedTuple):
         if effort is Effort.LOW:
             return ""
         steps = self._steps()
+        facts = ["".join(one.fact(self.sign)) for one in steps]
         if effort is Effort.MEDIUM:
-            return " ".join(f"{one.x}{self.sign}{one.y}{self.sign}{one.before}={one.carry}{one.digit}" for one in steps)
+            return " ".join(facts)
         tops, bottoms, results = (letters[: len(steps)] for letters in _LETTERS)
         lines = [
             f"{self.a}={''.join(f'{letter}{one.x}' for letter, one in zip(tops, steps, strict=True))}",
             f"{self.b}={''.join(f'{letter}{one.y}' for letter, one in zip(bottoms, steps, strict=True))}",
         ]
         lines += [
-            f"{top}{one.x}{self.sign}{bottom}{one.y}{self.sign}{one.before}={one.carry}{result}{one.digit}"
-            for top, bottom, result, one in zip(tops, bottoms, results, steps, strict=True)
+            f"{top}{one.x}{bottom}{one.y}:{fact}{result}{one.digit}"
+            for top, bottom, result, one, fact in zip(tops, bottoms, results, steps, facts, strict=True)
         ]
         digits = [one.digit for one in steps] + [1] * steps[-1].carry
         result = [f"{letter}{digit}" for letter, digit in zip(_LETTERS[2], digits, strict=False)]
@@ -153,12 +154,12 @@ class Step(NamedTuple):
         value = x + y + before if sign == "+" else x - y - before
         return cls(x, y, before, int(not 0 <= value <= 9), value % 10)
 
+    def fact(self, sign: str) -> tuple[str, str]:
+        """What is asked, and the answer."""
+        return f"{self.x}{sign}{self.y}{sign}{self.before}=", f"{self.carry}{self.digit}"
+
 
 def draw_fact(rng: random.Random) -> tuple[str, str]:
-    """One step alone, as medium or high effort write it: what is asked, and the answer."""
-    sign, letters = rng.choice("+-"), ("", "", "")
-    step = Step.of(rng.randrange(10), sign, rng.randrange(10), rng.randrange(2))
-    if rng.random() < 0.7:
-        letters = rng.choice(list(zip(*_LETTERS, strict=False))[:6])
-    top, bottom, result = letters
-    return f"{top}{step.x}{sign}{bottom}{step.y}{sign}{step.before}=", f"{step.carry}{result}{step.digit}"
+    """One step alone: what is asked, and the answer."""
+    sign = rng.choice("+-")
+    return Step.of(rng.randrange(10), sign, rng.randrange(10), rng.randrange(2)).fact(sign)
