@@ -6,6 +6,9 @@
     sft        the model's own words alone; browsing joins, with longer contexts; the rate begins to fall
     anneal     the same, until it has fallen
     again      the rate rises and falls once more, on more of what was learned least
+    facts      sums of single digits, many of them, among the tasks
+    small      many small steps, since it is their number that counts, without browsing
+    last       browsing again, until the rate has fallen
     qat        a little more, computed with what MXFP4 keeps of the experts
 
 Sources  the order: `ossia.train.tasks.language`; Muon for the inner matrices:
@@ -58,6 +61,11 @@ LATE = {
 VOCABULARY_SHARES = {**SHORT, "sums": 18, "browsing": 14}
 
 
+# When sums and calls were what was left to learn.
+SMALL = {"about": 5, "sums": 32, "functions": 24, "hierarchy": 9, "policies": 14, "python": 6, "structured": 16}
+LAST = {**SMALL, "browsing": 6}
+
+
 class Stage(NamedTuple):
     """One run: its name, its method, and the settings that differ from `BASE`."""
 
@@ -108,6 +116,27 @@ _ANSWERS: Mapping[str, Any] = {
     "replicate": True,
     "router_balance": 0.03,
     "schedule": "linear",
+}
+# The same in small steps.
+_SMALL: Mapping[str, Any] = {
+    **_ANSWERS,
+    "tasks": mix(SMALL),
+    "turns": 4,
+    "idle_tools": 0.0,
+    "max_tokens": 640,
+    "step_tokens": 1200,
+    "pass_tokens": 680,
+    "learning_rate": 5e-3,
+    "eval_every": 1000,
+    "save_every": 500,
+}
+_LAST: Mapping[str, Any] = {
+    **_SMALL,
+    "tasks": mix(LAST),
+    "idle_tools": 0.1,
+    "max_tokens": 1280,
+    "step_tokens": 1800,
+    "pass_tokens": 1300,
 }
 
 STAGES: tuple[Stage, ...] = (
@@ -167,18 +196,18 @@ STAGES: tuple[Stage, ...] = (
             "steps": 1100,
         },
     ),
+    Stage("facts", "pretrain", {**_SMALL, "schedule": "constant", "facts": 0.45, "warmup": 0.05, "steps": 1500}),
+    Stage("small", "pretrain", {**_SMALL, "facts": 0.1, "warmup": 0.005, "final_rate": 0.4, "steps": 9000}),
+    Stage(
+        "last",
+        "pretrain",
+        {**_LAST, "facts": 0.03, "learning_rate": 2e-3, "warmup": 0.0, "final_rate": 0.02, "steps": 3500},
+        ("bf16",),
+    ),
     Stage(
         "qat",
         "pretrain",
-        {
-            **_ANSWERS,
-            "tasks": mix(LATE),
-            "fake_quant": True,
-            "learning_rate": 3e-4,
-            "warmup": 0.02,
-            "final_rate": 0.0,
-            "steps": 120,
-        },
+        {**_LAST, "fake_quant": True, "learning_rate": 3e-4, "warmup": 0.02, "final_rate": 0.0, "steps": 300},
         ("mxfp4",),
     ),
 )
