@@ -6,9 +6,9 @@
     sft        the model's own words alone; browsing joins, with longer contexts; the rate begins to fall
     anneal     the same, until it has fallen
     again      the rate rises and falls once more, on more of what was learned least
-    facts      sums of single digits, many of them, among the tasks
-    small      many small steps, since it is their number that counts, without browsing
-    last       browsing again, until the rate has fallen
+    facts      small steps, and sums of single digits among the tasks
+    small      steps of half the size that they had before; the rate falls from 4e-3 to 2e-3
+    settle     more of what was learned least, until it has fallen
     qat        a little more, computed with what MXFP4 keeps of the experts
 
 Sources  the order: `ossia.train.tasks.language`; Muon for the inner matrices:
@@ -61,9 +61,19 @@ LATE = {
 VOCABULARY_SHARES = {**SHORT, "sums": 18, "browsing": 14}
 
 
-# When sums and calls were what was left to learn.
-SMALL = {"about": 5, "sums": 32, "functions": 24, "hierarchy": 9, "policies": 14, "python": 6, "structured": 16}
-LAST = {**SMALL, "browsing": 6}
+# Later courses, each with more of what was learned least then.
+FACTS = {"about": 5, "sums": 32, "functions": 24, "hierarchy": 9, "policies": 14, "python": 6, "structured": 16}
+SMALL = {**FACTS, "functions": 26, "structured": 18, "browsing": 3}
+SETTLE = {
+    "about": 5,
+    "sums": 34,
+    "functions": 24,
+    "hierarchy": 12,
+    "policies": 12,
+    "python": 8,
+    "structured": 20,
+    "browsing": 2,
+}
 
 
 class Stage(NamedTuple):
@@ -117,26 +127,15 @@ _ANSWERS: Mapping[str, Any] = {
     "router_balance": 0.03,
     "schedule": "linear",
 }
-# The same in small steps.
+# The same in smaller steps.
 _SMALL: Mapping[str, Any] = {
     **_ANSWERS,
-    "tasks": mix(SMALL),
-    "turns": 4,
-    "idle_tools": 0.0,
-    "max_tokens": 640,
-    "step_tokens": 1200,
-    "pass_tokens": 680,
-    "learning_rate": 5e-3,
-    "eval_every": 1000,
-    "save_every": 500,
-}
-_LAST: Mapping[str, Any] = {
-    **_SMALL,
-    "tasks": mix(LAST),
-    "idle_tools": 0.1,
-    "max_tokens": 1280,
-    "step_tokens": 1800,
+    "turns": 5,
+    "idle_tools": 0.05,
+    "step_tokens": 2400,
     "pass_tokens": 1300,
+    "eval_every": 700,
+    "save_every": 350,
 }
 
 STAGES: tuple[Stage, ...] = (
@@ -196,18 +195,63 @@ STAGES: tuple[Stage, ...] = (
             "steps": 1100,
         },
     ),
-    Stage("facts", "pretrain", {**_SMALL, "schedule": "constant", "facts": 0.45, "warmup": 0.05, "steps": 1500}),
-    Stage("small", "pretrain", {**_SMALL, "facts": 0.1, "warmup": 0.005, "final_rate": 0.4, "steps": 9000}),
     Stage(
-        "last",
+        "facts",
         "pretrain",
-        {**_LAST, "facts": 0.03, "learning_rate": 2e-3, "warmup": 0.0, "final_rate": 0.02, "steps": 3500},
+        {
+            **_SMALL,
+            "tasks": mix(FACTS),
+            "facts": 0.45,
+            "turns": 4,
+            "idle_tools": 0.0,
+            "max_tokens": 640,
+            "step_tokens": 1200,
+            "pass_tokens": 680,
+            "learning_rate": 5e-3,
+            "schedule": "constant",
+            "warmup": 0.05,
+            "steps": 1500,
+        },
+    ),
+    Stage(
+        "small",
+        "pretrain",
+        {
+            **_SMALL,
+            "tasks": mix(SMALL),
+            "facts": 0.06,
+            "learning_rate": 4e-3,
+            "warmup": 0.01,
+            "final_rate": 0.503,
+            "steps": 3212,
+        },
+    ),
+    Stage(
+        "settle",
+        "pretrain",
+        {
+            **_SMALL,
+            "tasks": mix(SETTLE),
+            "facts": 0.03,
+            "learning_rate": 2.2e-3,
+            "warmup": 0.005,
+            "final_rate": 0.02,
+            "steps": 3500,
+        },
         ("bf16",),
     ),
     Stage(
         "qat",
         "pretrain",
-        {**_LAST, "fake_quant": True, "learning_rate": 3e-4, "warmup": 0.02, "final_rate": 0.0, "steps": 300},
+        {
+            **_SMALL,
+            "tasks": mix(SETTLE),
+            "fake_quant": True,
+            "learning_rate": 1.5e-4,
+            "warmup": 0.02,
+            "final_rate": 0.0,
+            "steps": 250,
+        },
         ("mxfp4",),
     ),
 )

@@ -8,12 +8,16 @@
              b2B3:2+3+0=05q5
              c8C9:8+9+0=17r7
              d4D0:4+0+1=05s5
-             s5r7q5p8
+             s5:5
+             r7:57
+             q5:575
+             p8:5758
 
 Thoughts go from the last digit to the first. A step adds two digits and what the step before it carried; before the
 result stands what is carried on, or for a difference what is borrowed. Whatever a step needs is found behind its letter
 at high effort, so that nothing has to be counted: small letters for the first number, capitals for the second, p to u
-for the result. The step itself looks the same everywhere, since 400 facts are enough to be learned once.
+for the result. The step itself looks the same everywhere, since 400 facts are enough to be learned once. The result is
+put together from its first digit on, so that the answer only repeats the last line.
 
 Sources  digits from the last to the first: Lee et al., *Teaching Arithmetic to Small Transformers*, arXiv:2307.03381.
          Letters for places: Zhou et al., *What Algorithms can Transformers Learn?*, arXiv:2310.16028.
@@ -127,8 +131,16 @@ class Sum(NamedTuple):
             for top, bottom, result, one, fact in zip(tops, bottoms, results, steps, facts, strict=True)
         ]
         digits = [one.digit for one in steps] + [1] * steps[-1].carry
-        result = [f"{letter}{digit}" for letter, digit in zip(_LETTERS[2], digits, strict=False)]
-        return "\n".join([*lines, "".join(reversed(result))])
+        lines += [
+            f"{_LETTERS[2][place]}{digits[place]}:{self._first(digits, place)}" for place in range(len(digits))[::-1]
+        ]
+        return "\n".join(lines)
+
+    @staticmethod
+    def _first(digits: Sequence[int], place: int) -> str:
+        """Digits of the result, last first, from the first of it to ``place``, without zeros in front."""
+        found = "".join(map(str, reversed(digits[place:]))).lstrip("0")
+        return found if place or found else "0"
 
     def _steps(self) -> list[Step]:
         """From the last digit to the first; what a number lacks is 0."""
