@@ -698,6 +698,9 @@ class Bytes:
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id]) if token_id < 256 else list(self.special_tokens)[token_id - 256].encode()
 
+    def token_of(self, spelling: bytes) -> int | None:
+        return spelling[0] if len(spelling) == 1 else None
+
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
@@ -711,6 +714,23 @@ class Bytes:
         token_id = int(random.choice(special if len(special) and random.random() < 0.3 else allowed))
         constraint.accept(token_id)
         return token_id
+
+
+def test_a_certain_text_may_be_spelled_as_the_vocabulary_spells_it_as_a_whole():
+    """What is left of it may be spelled in another way when it is alone."""
+    ranks = {bytes([i]): i for i in range(256)}
+    ranks |= {one.encode(): 256 + i for i, one in enumerate(("is", "ys", "an", "al", "alys", "lys", "si"))}
+    special = {f"<|{name}|>": 300 + i for i, name in enumerate(("return", "constrain", "channel", "start", "end"))}
+    special |= {"<|message|>": 305, "<|call|>": 306, "<|endoftext|>": 307}
+    vocabulary = Tokenizer(ranks, special)
+    compiler = GrammarCompiler(vocabulary)
+    for spelled in (vocabulary.encode("analysis"), [ranks[b"an"], ranks[b"alys"], ranks[b"is"]], list(b"analysis")):
+        constraint = compiler.constraint(turn_grammar([]))
+        for token_id in [special["<|channel|>"], *spelled, special["<|message|>"]]:
+            mask = np.zeros(-(-vocabulary.vocab_size // 32), np.uint32)
+            constraint.fill(mask)
+            assert mask[token_id // 32] >> np.uint32(token_id % 32) & 1
+            constraint.accept(token_id)
 
 
 def test_any_vocabulary_will_do_that_has_harmonys_special_tokens():

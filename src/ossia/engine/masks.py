@@ -51,6 +51,8 @@ class Vocabulary(Protocol):
 
     def token_bytes(self, token_id: int) -> bytes: ...
 
+    def token_of(self, spelling: bytes) -> int | None: ...
+
     def encode(self, text: str) -> list[int]: ...
 
 
@@ -72,7 +74,8 @@ class GrammarCompiler:
         self._special = {name: vocabulary.special_tokens[name] for name in _FRAME if name in vocabulary.special_tokens}
         if missing := [name for name in _FRAME if name not in self._special]:
             raise InputError(f"the vocabulary lacks {', '.join(missing)}; a turn's grammar needs a harmony vocabulary")
-        self._token_bytes = vocabulary.token_bytes
+        self._vocabulary = vocabulary
+        self._longest = max(len(vocabulary.token_bytes(i)) for i in range(vocabulary.vocab_size))
         self._tokenizer = _llguidance_tokenizer(vocabulary)
         self._opening = [self._special["<|start|>"], *vocabulary.encode("assistant")]
         self._max_grammars = max_grammars
@@ -100,7 +103,7 @@ class GrammarCompiler:
         return self._constraint(self._walk(grammar, grammar.text), cap, self._walk(grammar, grammar.rest))
 
     def _constraint(self, walk: _Walk, cap: int | None = None, rest: _Walk | None = None) -> TurnConstraint:
-        return TurnConstraint(walk, self._tokenizer.vocab_size, self._special, self._token_bytes, cap, rest)
+        return TurnConstraint(walk, self._vocabulary, self._longest, self._special, cap, rest)
 
     def _walk(self, grammar: TurnGrammar, text: str, opening: Sequence[int] = ()) -> _Walk:
         def begin(is_worn: bool) -> llguidance.LLMatcher:
@@ -202,6 +205,11 @@ class _Walk:
         error = self._matcher.get_error()
         return self.compute_mask(mask, num_words) if self._is_renewed(error) else error
 
+    def certain(self) -> bytes:
+        """What has to come next, whatever is chosen; empty where there is a choice."""
+        forced: bytes = self._matcher.compute_ff_bytes()
+        return forced
+
     def consume(self, token_id: int) -> str | None:
         """Go on by a token; an error for one that cannot be followed."""
         if self._matcher.consume_token(token_id):
@@ -234,21 +242,23 @@ class TurnConstraint:
     def __init__(
         self,
         walk: _Walk,
-        vocab_size: int,
+        vocabulary: Vocabulary,
+        longest: int,
         special: Mapping[str, int],
-        token_bytes: Callable[[int], bytes],
         max_reasoning_tokens: int | None = None,
         rest: _Walk | None = None,
     ) -> None:
         self.is_complete = False
         self.num_reasoning_tokens = 0
         self._walk = walk
-        self._num_words = -(-vocab_size // 32)
+        self._num_words = -(-vocabulary.vocab_size // 32)
+        self._vocabulary = vocabulary
+        # Bytes of the longest token.
+        self._longest = longest
         self._special = special
         self._special_ids = frozenset(special.values())
         self._stop_ids = (special["<|return|>"], special["<|call|>"])
         self._end_id = special["<|end|>"]
-        self._token_bytes = token_bytes
         self._max_reasoning_tokens = max_reasoning_tokens
         self._rest = rest
         # Text of the header that is being emitted; None in content.
@@ -270,6 +280,7 @@ class TurnConstraint:
         began_s = time.thread_time()
         if error := self._walk.compute_mask(mask, self._num_words):
             raise self._too_complex(error)
+        self._allow_other_spellings(mask)
         self._budget_s -= time.thread_time() - began_s - _MASK_BUDGET_PER_TOKEN_S
         if self._budget_s < 0:
             raise self._too_complex("its masks take too long")
@@ -291,7 +302,7 @@ class TurnConstraint:
             if self._in_reasoning:
                 self.num_reasoning_tokens += 1
             elif self._header is not None:
-                self._header += self._token_bytes(token_id)
+                self._header += self._vocabulary.token_bytes(token_id)
         elif token_id in self._stop_ids:
             self.is_complete = True
         elif token_id == self._special["<|message|>"]:
@@ -303,6 +314,21 @@ class TurnConstraint:
                 self._walk, self._rest = self._rest, None
             self._in_reasoning = False
             self._header = b""
+
+    def _allow_other_spellings(self, mask: npt.NDArray[np.uint32]) -> None:
+        """Add all tokens that a certain text begins with, among which is what the model has learned to write.
+
+        llguidance allows one: it spells the text anew from the last token on, which need not be as it is spelled as a
+        whole ("is" behind "alys" as in "analysis", but not in "alysis").
+        """
+        if np.count_nonzero(mask[: self._num_words]) != 1:
+            return
+        # Special tokens begin with a byte that no text has.
+        certain = self._walk.certain().partition(b"\xff")[0]
+        for length in range(1, min(len(certain), self._longest) + 1):
+            token_id = self._vocabulary.token_of(certain[:length])
+            if token_id is not None:
+                mask[token_id // 32] |= np.uint32(1 << token_id % 32)
 
     @property
     def _ends_reasoning(self) -> bool:

@@ -189,6 +189,10 @@ class Tokenizer:
         """Bytes of one token; a special token's are its name, an unknown id's are U+FFFD's."""
         return self._bytes_of[token_id]
 
+    def token_of(self, spelling: bytes) -> int | None:
+        """The ordinary token of exactly these bytes, if there is one."""
+        return self._ordinary.get(spelling)
+
     def decode_bytes(self, token_ids: Iterable[int]) -> bytes:
         return b"".join(map(self._bytes_of.__getitem__, token_ids))
 
