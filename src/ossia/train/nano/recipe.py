@@ -8,7 +8,8 @@
     again      the rate rises and falls once more, on more of what was learned least
     facts      small steps, and sums of single digits among the tasks
     small      steps of half the size that they had before; the rate falls from 4e-3 to 2e-3
-    settle     more of what was learned least, until it has fallen
+    settle     more of what was learned least; to 1.1e-3
+    end        still more of sums, until the rate has fallen
     qat        a little more, computed with what MXFP4 keeps of the experts
 
 Sources  the order: `ossia.train.tasks.language`; Muon for the inner matrices:
@@ -74,6 +75,7 @@ SETTLE = {
     "structured": 20,
     "browsing": 2,
 }
+END = {**SETTLE, "sums": 42, "policies": 10}
 
 
 class Stage(NamedTuple):
@@ -234,9 +236,22 @@ STAGES: tuple[Stage, ...] = (
             "tasks": mix(SETTLE),
             "facts": 0.03,
             "learning_rate": 2.2e-3,
+            "warmup": 0.01,
+            "final_rate": 0.511,
+            "steps": 1756,
+        },
+    ),
+    Stage(
+        "end",
+        "pretrain",
+        {
+            **_SMALL,
+            "tasks": mix(END),
+            "facts": 0.02,
+            "learning_rate": 1.2e-3,
             "warmup": 0.005,
-            "final_rate": 0.02,
-            "steps": 3500,
+            "final_rate": 0.01,
+            "steps": 3800,
         },
         ("bf16",),
     ),
@@ -245,9 +260,9 @@ STAGES: tuple[Stage, ...] = (
         "pretrain",
         {
             **_SMALL,
-            "tasks": mix(SETTLE),
+            "tasks": mix(END),
             "fake_quant": True,
-            "learning_rate": 1.5e-4,
+            "learning_rate": 1.2e-4,
             "warmup": 0.02,
             "final_rate": 0.0,
             "steps": 250,
