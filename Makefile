@@ -32,7 +32,7 @@ $(VENV)/.installed-dev: $(NATIVE) | $(BIN)/python
 	@touch $@ $(VENV)/.installed
 
 run: $(VENV)/.installed
-	printf '%s\n' 'What is the factorial of 13?' 'Calculate 481 * 7719' \
+	printf '%s\n' 'What is 4821 + 937?' 'What is the factorial of 13?' \
 	  | $(BIN)/ossia chat --tools python --show-reasoning --effort high --temperature 0
 
 test: $(VENV)/.installed-dev
