@@ -131,7 +131,8 @@ def _page(courses: Sequence[Course], results: Mapping[str, Sequence[Mapping[str,
         _table_of_results(results[last]),
         "![Accuracy against tokens of reasoning](nano/effort.png)\n",
         "The format is kept from the first token to the last in these shares of the transcripts; one that is not at "
-        "its end after 600 tokens does not count as kept:\n",
+        f"its end after 600 tokens does not count as kept. With the grammar: {_counts(results[last], grammar=True)} "
+        "exercises.\n",
         _table_of_format(results[last]),
         *_stages(results),
         "## What it cost\n",
@@ -144,9 +145,9 @@ def _page(courses: Sequence[Course], results: Mapping[str, Sequence[Mapping[str,
     return "\n".join(parts)
 
 
-def _counts(lines: Iterable[Mapping[str, Any]]) -> str:
-    """How many exercises were done without the grammar: "1,000", or from the fewest to the most."""
-    counts = [int(row["num_exercises"]) for row in lines if not row["grammar"]]
+def _counts(lines: Iterable[Mapping[str, Any]], *, grammar: bool = False) -> str:
+    """How many exercises were done without the grammar, or with it: "1,000", or from the fewest to the most."""
+    counts = [int(row["num_exercises"]) for row in lines if row["grammar"] is grammar]
     return " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)}))
 
 
@@ -181,7 +182,8 @@ def _stages(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     """What each measured stage brought; nothing where only the last one was measured."""
     if len(results) == 1:
         return []
-    explained = "Right, in percent, over all efforts of a task.\n"
+    counts = ", ".join(f"{_counts(lines)} of {name}" for name, lines in results.items())
+    explained = f"Right, in percent, over all efforts of a task. Exercises per task and effort: {counts}.\n"
     return ["## What each stage brought\n", explained, _table_of_stages(results)]
 
 
