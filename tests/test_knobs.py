@@ -147,6 +147,7 @@ KNOBS = {
         "turns",
         "idle_tools",
         "language",
+        "facts",
         "growth",
         "pass_tokens",
         "max_tokens",
