@@ -75,8 +75,9 @@ class GrammarCompiler:
         if missing := [name for name in _FRAME if name not in self._special]:
             raise InputError(f"the vocabulary lacks {', '.join(missing)}; a turn's grammar needs a harmony vocabulary")
         self._vocabulary = vocabulary
-        self._longest = max(len(vocabulary.token_bytes(i)) for i in range(vocabulary.vocab_size))
-        self._tokenizer = _llguidance_tokenizer(vocabulary)
+        wrapped = _Wrapped(vocabulary)
+        self._longest = max(map(len, wrapped.tokens))
+        self._tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(wrapped))
         self._opening = [self._special["<|start|>"], *vocabulary.encode("assistant")]
         self._max_grammars = max_grammars
         self._max_grammar_chars = max_grammar_chars
@@ -321,8 +322,6 @@ class TurnConstraint:
         llguidance allows one: it spells the text anew from the last token on, which need not be as it is spelled as a
         whole ("is" behind "alys" as in "analysis", but not in "alysis").
         """
-        if np.count_nonzero(mask[: self._num_words]) != 1:
-            return
         # Special tokens begin with a byte that no text has.
         certain = self._walk.certain().partition(b"\xff")[0]
         for length in range(1, min(len(certain), self._longest) + 1):
@@ -364,10 +363,6 @@ class _Wrapped:
 
     def __call__(self, text: bytes) -> list[int]:
         return self._encode(text.decode("utf-8", "replace"))
-
-
-def _llguidance_tokenizer(vocabulary: Vocabulary) -> llguidance.LLTokenizer:
-    return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Wrapped(vocabulary)))
 
 
 def _allow(mask: npt.NDArray[np.uint32], token_ids: Sequence[int]) -> None:
