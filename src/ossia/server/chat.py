@@ -30,8 +30,9 @@ from ossia.responses.loop import Extras, Run
 from ossia.responses.schema import Json, Metadata, ResponseRequest, dumps, error_object, new_id, quoted
 from ossia.responses.tools import without_secrets
 from ossia.server.adapters import card
+from ossia.server.conversations import NewMetadata
 from ossia.server.effort import budget_of, effort_of
-from ossia.server.lists import After, Limit, NewMetadata, envelope, page
+from ossia.server.lists import After, Limit, envelope, page
 from ossia.server.sampled import Sampled
 from ossia.server.service import Service
 from ossia.server.stream import EventStream, JSONResponse, merged, opened, together, while_there

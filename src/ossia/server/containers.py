@@ -15,6 +15,7 @@ from starlette.responses import Response as HttpResponse
 
 from ossia.errors import InputError, NotFoundError, OssiaError, UnsupportedError
 from ossia.responses.schema import Json
+from ossia.server.document import says
 from ossia.server.lists import After, Limit, page
 from ossia.server.service import Service
 from ossia.server.stream import JSONResponse
@@ -53,7 +54,7 @@ def router(service: Service) -> APIRouter:
             raise NotFoundError(f"there are no containers, since the python tool is off: {reason}")
         return containers
 
-    @routes.post("", responses=_says(ContainerCreateResponse), summary="Create a container")
+    @routes.post("", responses=says(ContainerCreateResponse), summary="Create a container")
     async def create(body: NewContainer) -> HttpResponse:
         if body.network_policy and body.network_policy.get("type") != "disabled":
             raise UnsupportedError("network_policy: code has no network here", param="network_policy")
@@ -74,7 +75,7 @@ def router(service: Service) -> APIRouter:
         containers = known()
         return JSONResponse(page([_container(containers, one) for one in containers.all()], limit, after, order))
 
-    @routes.get("/{container_id}", responses=_says(ContainerCreateResponse), summary="Retrieve a container")
+    @routes.get("/{container_id}", responses=says(ContainerCreateResponse), summary="Retrieve a container")
     async def retrieve(container_id: str) -> HttpResponse:
         containers = known()
         return JSONResponse(_container(containers, containers.get(container_id)))
@@ -86,7 +87,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.post(
         "/{container_id}/files",
-        responses=_says(FileCreateResponse),
+        responses=says(FileCreateResponse),
         summary="Upload a file",
         openapi_extra={"requestBody": {"required": True, "content": _UPLOADS}},
     )
@@ -110,7 +111,7 @@ def router(service: Service) -> APIRouter:
         found.sort(key=lambda file: (file.created_at, file.path))
         return JSONResponse(page([_file(container_id, file) for file in found], limit, after, order))
 
-    @routes.get("/{container_id}/files/{file_id}", responses=_says(FileCreateResponse), summary="Retrieve a file")
+    @routes.get("/{container_id}/files/{file_id}", responses=says(FileCreateResponse), summary="Retrieve a file")
     async def file(container_id: str, file_id: str) -> HttpResponse:
         return JSONResponse(_file(container_id, await known().file(container_id, file_id)))
 
@@ -169,7 +170,3 @@ def _file(container_id: str, file: ContainerFile) -> Json:
         "path": f"/mnt/data/{file.path}",
         "source": "user" if file.is_by_user else "assistant",
     }
-
-
-def _says(model: type[Any]) -> dict[int | str, dict[str, Any]]:
-    return {200: {"model": model}}

@@ -13,7 +13,8 @@ from starlette.responses import Response as HttpResponse
 from ossia.errors import NotFoundError
 from ossia.responses.convert import Entry, History, Reader
 from ossia.responses.schema import Json, Metadata
-from ossia.server.lists import After, Include, Limit, NewMetadata, Order, PlainInclude, envelope, page, says, shown_of
+from ossia.server.document import says
+from ossia.server.lists import After, Include, Limit, Order, PlainInclude, envelope, page, shown_of
 from ossia.server.service import Service
 from ossia.server.stream import JSONResponse, caller_of
 
@@ -49,6 +50,13 @@ class NewItems(BaseModel):
 
     model_config = ConfigDict(extra="allow")
     items: Annotated[list[Json], Field(max_length=20)]
+
+
+class NewMetadata(BaseModel):
+    """The body of POST /v1/conversations/{id}, and of what else is given new metadata."""
+
+    model_config = ConfigDict(extra="allow")
+    metadata: Metadata | None = None
 
 
 def router(service: Service) -> APIRouter:

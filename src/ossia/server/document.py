@@ -65,6 +65,11 @@ _ERRORS: Json = {
 }
 
 
+def says(model: type[Any]) -> dict[int | str, dict[str, Any]]:
+    """What a route answers, as it tells FastAPI: a type of the openai package's, or one like it."""
+    return {200: {"model": model}}
+
+
 def openapi(app: FastAPI) -> Json:
     """The document. Takes a second or two."""
     document: Json = get_openapi(title="ossia", version="1", description=_DESCRIPTION, routes=app.routes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from fastapi import APIRouter, Query
 from openai.types import FileDeleted, FileObject
@@ -13,6 +13,7 @@ from starlette.responses import Response as HttpResponse
 from ossia.errors import InputError
 from ossia.responses.schema import Json
 from ossia.server.containers import attachment
+from ossia.server.document import says
 from ossia.server.lists import After, page
 from ossia.server.service import Service
 from ossia.server.stream import JSONResponse
@@ -36,7 +37,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.post(
         "",
-        responses=_says(FileObject),
+        responses=says(FileObject),
         summary="Upload a file",
         openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _UPLOAD}}}},
     )
@@ -62,7 +63,7 @@ def router(service: Service) -> APIRouter:
     ) -> HttpResponse:
         return JSONResponse(page(await store.run(store.files, purpose), limit, after, order))
 
-    @routes.get("/{file_id}", responses=_says(FileObject), summary="Retrieve a file")
+    @routes.get("/{file_id}", responses=says(FileObject), summary="Retrieve a file")
     async def retrieve(file_id: str) -> HttpResponse:
         return JSONResponse(await store.run(store.file, file_id))
 
@@ -70,7 +71,7 @@ def router(service: Service) -> APIRouter:
     async def content(file_id: str) -> HttpResponse:
         return attachment(*await store.run(store.file_content, file_id))
 
-    @routes.delete("/{file_id}", responses=_says(FileDeleted), summary="Delete a file")
+    @routes.delete("/{file_id}", responses=says(FileDeleted), summary="Delete a file")
     async def delete(file_id: str) -> HttpResponse:
         await store.run(store.delete_file, file_id)
         return JSONResponse({"id": file_id, "object": "file", "deleted": True})
@@ -96,7 +97,3 @@ def _read_lifetime(given: object) -> float | None:
             f"expires_after.seconds is {str(given)[:40]!r}; expected {low} to {high}", param="expires_after"
         )
     return float(given)
-
-
-def _says(model: type[Any]) -> dict[int | str, dict[str, Any]]:
-    return {200: {"model": model}}

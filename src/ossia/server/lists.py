@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import Query
-from pydantic import BaseModel, ConfigDict
 
 from ossia.errors import InputError, NotFoundError
 from ossia.responses.convert import Entry
 from ossia.responses.include import retrieved
-from ossia.responses.schema import Json, Metadata, unknown_include
+from ossia.responses.schema import Json, unknown_include
 from ossia.server.service import Service
 
 Limit = Annotated[int, Query(ge=1, le=100)]
@@ -19,13 +18,6 @@ Order = Annotated[Literal["asc", "desc"], Query()]
 # Clients of the API say include[]=, people say include=.
 Include = Annotated[list[str] | None, Query(alias="include[]", description="What items show besides.")]
 PlainInclude = Annotated[list[str] | None, Query(alias="include", include_in_schema=False)]
-
-
-class NewMetadata(BaseModel):
-    """The body of a request that gives something new metadata."""
-
-    model_config = ConfigDict(extra="allow")
-    metadata: Metadata | None = None
 
 
 def page(items: list[Json], limit: int, after: str | None, order: str) -> Json:
@@ -67,8 +59,3 @@ def shown(service: Service, items: list[Json], entries: list[Entry], wanted: fro
 def shown_of(service: Service, entries: list[Entry], *includes: list[str] | None) -> list[Json]:
     """The items of entries, with what is to be included."""
     return shown(service, [entry.item for entry in entries], entries, wanted_of(*includes))
-
-
-def says(model: type[Any]) -> dict[int | str, dict[str, Any]]:
-    """The documented answer: a type of the openai package's."""
-    return {200: {"model": model}}

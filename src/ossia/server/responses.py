@@ -26,7 +26,8 @@ from ossia.responses.schema import (
     ResponseRequest,
     new_id,
 )
-from ossia.server.lists import After, Include, Limit, Order, PlainInclude, page, says, shown, shown_of, wanted_of
+from ossia.server.document import says
+from ossia.server.lists import After, Include, Limit, Order, PlainInclude, page, shown, shown_of, wanted_of
 from ossia.server.service import Service, split
 from ossia.server.stream import EventStream, JSONResponse, opened, while_there
 
