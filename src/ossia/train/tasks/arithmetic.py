@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from ossia.errors import ConfigError
 from ossia.harmony import Channel, Effort, Message, Role
@@ -60,13 +61,36 @@ class Arithmetic(Task):
         return (Message(Role.ASSISTANT, thought, channel=Channel.ANALYSIS), final)
 
 
+class Step(NamedTuple):
+    """One place: digits x and y, what the step before carried or borrowed, what this one does, and its digit."""
+
+    x: int
+    y: int
+    before: int
+    carry: int
+    digit: int
+
+    @classmethod
+    def of(cls, x: int, sign: str, y: int, before: int) -> Step:
+        value = x + y + before if sign == "+" else x - y - before
+        return cls(x, y, before, int(not 0 <= value <= 9), value % 10)
+
+
+def steps_of(a: int, b: int, sign: str) -> list[Step]:
+    """Of a + b, or a - b with a >= b, from the last digit to the first; what a number lacks is 0."""
+    tops, bottoms = str(a)[::-1], str(b)[::-1]
+    steps: list[Step] = []
+    for place in range(max(len(tops), len(bottoms))):
+        x, y = (int(digits[place]) if place < len(digits) else 0 for digits in (tops, bottoms))
+        steps.append(Step.of(x, sign, y, steps[-1].carry if steps else 0))
+    return steps
+
+
 def written_steps(a: int, b: int, sign: str) -> list[str]:
     """A step for each digit from the right: "7+6=13", "4+8+1=13" with the carry, "3-5-1=-3" with what was borrowed."""
-    top, bottom = str(a)[::-1], str(b)[::-1]
-    steps, carry = [], 0
-    for i in range(max(len(top), len(bottom))):
-        x, y = (int(digits[i]) if i < len(digits) else 0 for digits in (top, bottom))
-        result = x + y + carry if sign == "+" else x - y - carry
-        steps.append(f"{x}{sign}{y}" + (f"{sign}{carry}" if carry else "") + f"={result}")
-        carry = int(result > 9) if sign == "+" else int(result < 0)
-    return steps
+    return [
+        f"{one.x}{sign}{one.y}"
+        + (f"{sign}{one.before}" if one.before else "")
+        + f"={one.digit + (10 if sign == '+' else -10) * one.carry}"
+        for one in steps_of(a, b, sign)
+    ]

@@ -32,6 +32,7 @@ from typing import ClassVar, NamedTuple
 from ossia.errors import ConfigError
 from ossia.harmony import Effort, Message
 from ossia.train.tasks import words
+from ossia.train.tasks.arithmetic import Step, steps_of
 from ossia.train.tasks.base import Instance
 from ossia.train.tasks.invented import InventedTask, final, think
 from ossia.train.tasks.phrases import Phrases
@@ -117,8 +118,8 @@ class Sum(NamedTuple):
         """The chain of thought of that effort; "" at low."""
         if effort is Effort.LOW:
             return ""
-        steps = self._steps()
-        facts = ["".join(one.fact(self.sign)) for one in steps]
+        steps = steps_of(self.a, self.b, self.sign)
+        facts = ["".join(fact_of(one, self.sign)) for one in steps]
         if effort is Effort.MEDIUM:
             return " ".join(facts)
         tops, bottoms, results = (letters[: len(steps)] for letters in _LETTERS)
@@ -142,36 +143,13 @@ class Sum(NamedTuple):
         found = "".join(map(str, reversed(digits[place:]))).lstrip("0")
         return found if place or found else "0"
 
-    def _steps(self) -> list[Step]:
-        """From the last digit to the first; what a number lacks is 0."""
-        tops, bottoms = str(self.a)[::-1], str(self.b)[::-1]
-        steps: list[Step] = []
-        for place in range(max(len(tops), len(bottoms))):
-            x, y = (int(digits[place]) if place < len(digits) else 0 for digits in (tops, bottoms))
-            steps.append(Step.of(x, self.sign, y, steps[-1].carry if steps else 0))
-        return steps
 
-
-class Step(NamedTuple):
-    """One place: digits x and y, what the step before carried or borrowed, what this one does, and its digit."""
-
-    x: int
-    y: int
-    before: int
-    carry: int
-    digit: int
-
-    @classmethod
-    def of(cls, x: int, sign: str, y: int, before: int) -> Step:
-        value = x + y + before if sign == "+" else x - y - before
-        return cls(x, y, before, int(not 0 <= value <= 9), value % 10)
-
-    def fact(self, sign: str) -> tuple[str, str]:
-        """What is asked, and the answer."""
-        return f"{self.x}{sign}{self.y}{sign}{self.before}=", f"{self.carry}{self.digit}"
+def fact_of(step: Step, sign: str) -> tuple[str, str]:
+    """A step as it is written: what is asked, and the answer."""
+    return f"{step.x}{sign}{step.y}{sign}{step.before}=", f"{step.carry}{step.digit}"
 
 
 def draw_fact(rng: random.Random) -> tuple[str, str]:
     """One step alone: what is asked, and the answer."""
     sign = rng.choice("+-")
-    return Step.of(rng.randrange(10), sign, rng.randrange(10), rng.randrange(2)).fact(sign)
+    return fact_of(Step.of(rng.randrange(10), sign, rng.randrange(10), rng.randrange(2)), sign)
