@@ -137,6 +137,16 @@ def test_of_facts_the_answers_alone_are_learned(settings, tokenizer):
     assert sample.weights_L.sum() >= 48
 
 
+def test_facts_too_are_left_out_where_they_are_too_long(settings, tokenizer):
+    short = replace(settings, facts=1.0, max_tokens=64)
+    assert draw_sample(short, make_mix(["sums"]), tokenizer, "train", 0) is None
+
+
+def test_shares_of_more_than_all_samples_are_an_error(settings):
+    with pytest.raises(ConfigError, match=r"facts is 0\.7 and language 0\.5"):
+        replace(settings, facts=0.7, language=0.5).check()
+
+
 def test_the_passes_of_a_step_are_of_about_one_size(settings, tokenizer):
     whole = replace(settings, facts=0.5, step_tokens=2400, pass_tokens=1800)
     feed = TaskFeed(whole, make_mix(["sums", "about"]), tokenizer)

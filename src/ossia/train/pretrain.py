@@ -72,6 +72,8 @@ class PretrainConfig(TrainConfig):
         TrainConfig.check(self)
         if not self.steps:
             raise ConfigError("steps is not set; exercises never end, so say how many steps to train")
+        if self.facts + self.language > 1:
+            raise ConfigError(f"facts is {self.facts} and language {self.language}; expected 1 at most together")
         if self.max_tokens > self.pass_tokens:
             raise ConfigError(f"max_tokens is {self.max_tokens} and pass_tokens {self.pass_tokens}: samples must fit")
 
@@ -147,7 +149,8 @@ def draw_sample(
     rng = random.Random(f"language {settings.seed} {number}")
     kind = rng.random()
     if kind < settings.facts:
-        return _facts(rng, tokenizer)
+        sample = _facts(rng, tokenizer)
+        return sample if len(sample) <= settings.max_tokens else None
     if kind < settings.facts + settings.language:
         text = _text(settings, rng, split, number)
         ids = [tokenizer.special("<|startoftext|>"), *tokenizer.encode(text), tokenizer.special("<|endoftext|>")]
