@@ -98,6 +98,15 @@ def test_it_does_most_of_the_python_that_it_never_saw():
     assert found.valid >= 0.9
 
 
+def test_it_adds_what_it_never_saw_where_it_thinks_long_enough():
+    config = RolloutConfig(temperature=0, max_tokens=300)
+    with open_rollouts(FOLDER, config, threads=1, dense="bf16", kv_memory="64MiB") as rollouts:
+        task = make_task("sums", {"digits": 4, "exact": True})
+        at_once, written_out = (measure(rollouts, task, effort, 60).exact for effort in (Effort.LOW, Effort.HIGH))
+    assert at_once <= 0.1
+    assert written_out >= 0.7
+
+
 def test_transformers_has_the_same_logits(tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
