@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -127,14 +128,47 @@ def test_plain_language_is_mixed_in(settings, tokenizer):
 
 
 def test_of_facts_the_answers_alone_are_learned(settings, tokenizer):
-    sample = draw_sample(replace(settings, facts=1.0), make_mix(["sums"]), tokenizer, "train", 0)
+    """An answer stands behind "=" in sums, behind ":" elsewhere."""
+    long = replace(settings, facts=1.0, max_tokens=8192, pass_tokens=8192)
+    kinds = set()
+    for number in range(12):
+        sample = draw_sample(long, make_mix(["sums"]), tokenizer, "train", number)
+        assert sample is not None
+        pairs = list(zip(sample.token_ids_L.tolist(), sample.weights_L, strict=True))
+        runs = [
+            (is_learned, tokenizer.decode([one for one, _ in run]))
+            for is_learned, run in itertools.groupby(pairs, key=lambda pair: pair[1] > 0)
+        ]
+        for (_, asked), (is_learned, answer) in itertools.pairwise(runs):
+            if is_learned:
+                assert asked[-1] in "=:"
+                assert re.fullmatch(r"[01]\d" if asked[-1] == "=" else r" [^\n]+", answer)
+                kinds.add(asked[-1])
+        assert sum(is_learned for is_learned, _ in runs) >= 8
+    assert kinds == {"=", ":"}
+
+
+def test_a_brief_system_message_tells_the_effort_and_nothing_else(settings, tokenizer):
+    sample = draw_sample(replace(settings, brief=1.0), make_mix(["sums"]), tokenizer, "train", 0)
     assert sample is not None
-    text = "".join(
-        tokenizer.decode([int(one)]) if learned else "_"
-        for one, learned in zip(sample.token_ids_L, sample.weights_L, strict=True)
-    )
-    assert re.fullmatch(r"(_+[01]\d)+_", text)
-    assert sample.weights_L.sum() >= 48
+    text = tokenizer.decode(sample.token_ids_L.tolist())
+    assert re.match(r"<\|start\|>system<\|message\|>Reasoning: (low|medium|high)\n*<\|end\|><\|start\|>user", text)
+
+
+@pytest.mark.parametrize("evenness", [0.0, 0.5, 1.0])
+def test_short_answers_can_weigh_as_much_as_long_ones(settings, tokenizer, evenness):
+    """A token's weight falls with the number of an answer's tokens as the setting says: not at all, or inversely."""
+    even = replace(settings, evenness=evenness)
+    counts, weights = [], []
+    for number in range(12):
+        sample = draw_sample(even, make_mix(["sums", "about"]), tokenizer, "train", number)
+        assert sample is not None
+        learned_L = sample.weights_L[sample.weights_L > 0]
+        assert (learned_L == learned_L[0]).all()
+        counts.append(len(learned_L))
+        weights.append(float(learned_L[0]))
+    assert len(set(counts)) > 5
+    np.testing.assert_allclose(np.array(weights) * np.array(counts) ** evenness, 64**evenness, rtol=1e-5)
 
 
 def test_facts_too_are_left_out_where_they_are_too_long(settings, tokenizer):

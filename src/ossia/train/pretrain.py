@@ -1,7 +1,7 @@
 """Training on tasks: every step sees new exercises, made as it goes, so that nothing is read from files or seen twice.
 
     copying and recall     plain texts, every token of which is learned        (share `language`)
-    sums of single digits  plain texts, of which the results are learned       (share `facts`)
+    parts of exercises     plain texts, of which the answers are learned       (share `facts`)
     gold transcripts       of the tasks, whole ("all") or the model's own words alone ("answers")
 
 It begins from any checkpoint: random weights of a new shape, or an earlier stage. What step k sees follows from the
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -20,7 +20,17 @@ import numpy as np
 import numpy.typing as npt
 
 from ossia.errors import ConfigError, TrainingError
-from ossia.harmony import Channel, Conversation, Tokenizer, ToolNamespace, render_for_training
+from ossia.harmony import (
+    Channel,
+    Conversation,
+    Effort,
+    Message,
+    Role,
+    SystemContent,
+    Tokenizer,
+    ToolNamespace,
+    render_for_training,
+)
 from ossia.model.hub import resolve_model
 from ossia.model.weights import Checkpoint
 from ossia.train.config import TrainConfig, setting
@@ -34,16 +44,18 @@ from ossia.train.parallel import extents
 from ossia.train.result import tell_nothing, write_result
 from ossia.train.run import Outcome, Run, RunFolder, Say
 from ossia.train.sft import Likelihood
-from ossia.train.tasks import Split, TaskMix, gold_conversation_of_turns, make_mix
+from ossia.train.tasks import Split, TaskMix, gold_conversation_of_turns, make_mix, policies, structured, sums
 from ossia.train.tasks.language import draw_copy, draw_recall
-from ossia.train.tasks.sums import draw_fact
 
 _HELD_OUT_SEED = 1_000_003
 # Share of conversations whose earlier turns are shown as inference shows them.
 _FORGETFUL_SHARE = 0.25
 _NEW_WEIGHT = 0.1
 _LONGEST_RUN = 9
-_NUM_FACTS = 24
+_NUM_FACTS = 8
+# What such texts are of, and how often.
+_FACTS = {sums.draw_facts: 1, policies.draw_facts: 4, structured.draw_facts: 4}
+_USUAL_TOKENS = 64
 # The browser's description is long.
 _PYTHON, _BROWSER = ToolNamespace.python(), ToolNamespace.browser()
 _IDLE_TOOLS = ((_PYTHON,), (_PYTHON,), (_PYTHON, _BROWSER))
@@ -60,7 +72,24 @@ class PretrainConfig(TrainConfig):
         0.0, "Share of conversations with python or the browser beside what they need.", low=0, high=1
     )
     language: float = setting(0.0, "Share of samples that are copying and recall, as plain texts.", low=0, high=1)
-    facts: float = setting(0.0, "Share of samples that are sums of single digits, as plain texts.", low=0, high=1)
+    facts: float = setting(
+        0.0,
+        "Share of samples that are parts of exercises, as plain texts: single steps of sums, facts of a text.",
+        low=0,
+        high=1,
+    )
+    brief: float = setting(
+        0.0,
+        "Share of conversations whose system message tells the effort alone: more of a step's tokens are learned.",
+        low=0,
+        high=1,
+    )
+    evenness: float = setting(
+        0.0,
+        "How far conversations count alike, however long their answers are: 0 each token, 1 each conversation.",
+        low=0,
+        high=1,
+    )
     growth: int = setting(
         0, "Copying alone, of runs that grow by a word each so many samples; 0 for all lengths, and recall.", low=0
     )
@@ -161,24 +190,37 @@ def draw_sample(
     num_turns = rng.randint(1, settings.turns)
     beside = rng.choice(_IDLE_TOOLS) if rng.random() < settings.idle_tools else ()
     keeps_thoughts = rng.random() >= _FORGETFUL_SHARE
+    is_brief = rng.random() < settings.brief
     while num_turns:
-        sample = _conversation_sample(
-            settings, gold_conversation_of_turns(draw, num_turns, rng, beside), tokenizer, keeps_thoughts
-        )
+        gold = gold_conversation_of_turns(draw, num_turns, rng, beside)
+        if is_brief:
+            gold = Conversation((_brief(draw.effort), *gold.messages[1:]))
+        sample = _conversation_sample(settings, gold, tokenizer, keeps_thoughts)
         if len(sample) <= settings.max_tokens:
-            return sample
+            return _evened(sample, settings.evenness)
         num_turns //= 2
     return None
 
 
+def _brief(effort: Effort) -> Message:
+    return Message(Role.SYSTEM, SystemContent(model_identity=None, knowledge_cutoff=None, effort=effort, channels=()))
+
+
+def _evened(sample: Sample, evenness: float) -> Sample:
+    """Short answers weigh more by the token, long ones less; those of `_USUAL_TOKENS` as before."""
+    total = float(sample.weights_L.sum())
+    if not evenness or not total:
+        return sample
+    return replace(sample, weights_L=sample.weights_L * np.float32((_USUAL_TOKENS / total) ** evenness))
+
+
 def _facts(rng: random.Random, tokenizer: Tokenizer) -> Sample:
-    """Single steps of sums, of which the answers are learned."""
+    """Small exercises one below the other, of which the answers are learned."""
     parts = [(tokenizer.special("<|startoftext|>"), 0.0)]
+    (draw,) = rng.choices(list(_FACTS), list(_FACTS.values()))
     for _ in range(_NUM_FACTS):
-        asked, answer = draw_fact(rng)
-        parts += [(one, 0.0) for one in tokenizer.encode(asked)]
-        parts += [(one, 1.0) for one in tokenizer.encode(answer)]
-        parts += [(one, 0.0) for one in tokenizer.encode("\n")]
+        for text, is_answer in (*draw(rng), ("\n", False)):
+            parts += [(one, float(is_answer)) for one in tokenizer.encode(text)]
     token_ids, weights = zip(*parts, strict=True)
     return Sample(np.array(token_ids, np.int32), np.array(weights, np.float32))
 

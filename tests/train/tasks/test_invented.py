@@ -10,13 +10,21 @@ from collections import Counter
 import pytest
 
 from ossia.harmony import Channel, Effort, Message, Role
-from ossia.train.tasks import Transcript, gold_conversation, gold_conversation_of_turns, make, make_mix
+from ossia.train.tasks import (
+    Transcript,
+    gold_conversation,
+    gold_conversation_of_turns,
+    make,
+    make_mix,
+    policies,
+    structured,
+)
 from ossia.train.tasks.about import ABSTENTION
-from ossia.train.tasks.invented import final, same_json
+from ossia.train.tasks.invented import final, notes, same_json
 from ossia.train.tasks.phrases import Phrases, expand
 from ossia.train.tasks.policies import Rule, Text
-from ossia.train.tasks.sums import Sum, draw_fact
-from ossia.train.tasks.words import invented_word, is_held_out
+from ossia.train.tasks.sums import Sum, draw_facts
+from ossia.train.tasks.words import invented_word, is_held_out, place
 
 NAMES = ["sums", "python", "functions", "browsing", "structured", "policies", "hierarchy", "about"]
 
@@ -111,10 +119,30 @@ def test_a_digit_is_behind_the_same_letter_wherever_it_stands():
 
 def test_facts_are_steps_as_sums_have_them():
     rng = random.Random(2)
-    facts = ["".join(draw_fact(rng)) for _ in range(400)]
+    facts = "".join(text for _ in range(150) for text, _ in (*draw_facts(rng), ("\n", False))).splitlines()
     found = [re.fullmatch(r"(\d)([+-])(\d)[+-](\d)=(\d)(\d)", one) for one in facts]
     assert all(match and is_true(*match.groups()) for match in found)
     assert len({match.groups() for match in found if match}) > 200
+
+
+def test_facts_of_a_message_are_those_of_the_thought():
+    parts = policies.draw_facts(random.Random(1))
+    text = "".join(text for text, _ in parts)
+    assert re.search(r"\nThe message: (\w+)", text)[1] in policies.TOPICS
+    assert [is_answer for _, is_answer in parts] == [False, True]
+
+
+def test_facts_of_a_record_are_read_off_it():
+    for seed in range(20):
+        (record, _), *facts = structured.draw_facts(random.Random(seed))
+        answers = [text.strip() for text, is_answer in facts if is_answer]
+        assert len(answers) >= 5
+        assert all(answer in record or answer in ("true", "false") for answer in answers)
+
+
+def test_noted_keys_are_led_from_line_to_line_by_letters():
+    assert notes({"town": "Bo", "paid": True}) == "town: Bo\npaid: true"
+    assert notes({"town": "Bo", "paid": True}, is_listed=True) == "a town\nb paid\nc\na town: Bo\nb paid: true\nc"
 
 
 def test_a_call_with_a_wrong_value_or_another_function_is_not_right():
@@ -166,6 +194,22 @@ def test_some_questions_need_a_second_page():
 def test_a_rule_is_broken_by_what_it_says(rule, text, is_broken):
     assert rule.is_broken_by(text) is is_broken
     assert rule.finding(text).endswith("broken" if is_broken else "kept")
+
+
+def test_a_finding_names_each_part_of_a_rule_and_whether_it_is_there():
+    text = Text("I need a bet for Kran.", "gambling", frozenset({"person"}))
+    assert Rule("gambling", None, "price").wording() == "gambling unless price"
+    assert Rule("gambling", None, "price").finding(text) == "gambling yes unless price no, broken"
+    assert Rule("food", "person", None).finding(text) == "food no with person yes, kept"
+    assert Rule(None, "person", None).finding(text) == "person yes, broken"
+
+
+def test_names_of_places_have_an_ending_behind_a_vowel_alone():
+    """Behind a consonant the vocabulary would need a piece for each pair of them."""
+    rng = random.Random(0)
+    ends = [match for _ in range(500) if (match := re.fullmatch(r"(\w+)(ford|haven|burg)", place(rng)))]
+    assert len(ends) > 20
+    assert all(match[1][-1] in "aeiou" for match in ends)
 
 
 def test_held_out_policies_have_a_rule_that_was_never_trained():

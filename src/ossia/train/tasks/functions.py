@@ -16,7 +16,7 @@ from ossia.harmony.messages import ToolDescription
 from ossia.tools.base import Tool, ToolOutput
 from ossia.train.tasks import words
 from ossia.train.tasks.base import Instance, Reward, Transcript
-from ossia.train.tasks.invented import InventedTask, call, compact, final, result, same_json, think
+from ossia.train.tasks.invented import InventedTask, call, compact, final, notes, result, same_json, think
 from ossia.train.tasks.phrases import Phrases
 
 OPENING = Phrases(
@@ -86,14 +86,15 @@ class FunctionCalls(InventedTask):
 
     def gold(self, instance: Instance, effort: Effort) -> Sequence[Message]:
         wanted: Function | None = instance.data["wanted"]
-        names = ", ".join(function.name for function in instance.data["functions"])
         if wanted is None:
-            thought = "No function fits." if effort is not Effort.HIGH else f"I have {names}. None fits."
-            return (*think(thought if effort is not Effort.LOW else ""), final(NONE_FITS))
+            return (*think("No function fits." if effort is not Effort.LOW else ""), final(NONE_FITS))
+        given = instance.data["arguments"]
+        # What is not asked for is listed too, to be left out.
+        declared = {p.key: given.get(p.key, "no") for p in wanted.parameters}
         thought = {
             Effort.LOW: "",
-            Effort.MEDIUM: f"I call {wanted.name}.",
-            Effort.HIGH: f"I have {names}. I call {wanted.name} with {', '.join(instance.data['arguments'])}.",
+            Effort.MEDIUM: f"{wanted.name}\n{notes(given)}",
+            Effort.HIGH: f"{wanted.name}\n{notes(declared, is_listed=True)}",
         }[effort]
         asked = call(f"functions.{wanted.name}", compact(instance.data["arguments"]))
         return (*think(thought), asked, result(asked, instance.data["found"].text), final(instance.answer))
@@ -220,7 +221,7 @@ def draw_function(rng: random.Random, held_out: bool) -> Function:
     action = rng.choice(list(_ACTIONS))
     third, plain = _ACTIONS[action]
     thing = words.invented_word(rng, held_out)
-    name = f"{action}_{thing}" if rng.random() < 0.8 else f"{action}{thing.title()}"
+    name = f"{action}_{thing}"
     parameters: list[Parameter] = []
     if rng.random() < 0.35:
         parameters.append(_invented_parameter(rng, held_out))

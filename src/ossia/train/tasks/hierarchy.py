@@ -105,8 +105,14 @@ class Hierarchy(InventedTask):
         return float(instance.data["case"].is_kept(answer))
 
     def gold(self, instance: Instance, effort: Effort) -> Sequence[Message]:
-        thought = "The developer's rule comes first." if instance.data["case"].kind != "none" else "No rule forbids it."
-        return (*think(thought if effort is Effort.HIGH else ""), final(instance.answer))
+        case: Case = instance.data["case"]
+        wish = case.errand or case.rule
+        thought = {
+            Effort.LOW: "",
+            Effort.MEDIUM: f"{case.rule}; {wish}",
+            Effort.HIGH: f"The rule: {case.rule}.\nThe user: {wish}.",
+        }[effort]
+        return (*think(thought), final(instance.answer))
 
 
 class Case(NamedTuple):
@@ -119,6 +125,18 @@ class Case(NamedTuple):
     errand: str | None
     """The word that the user wants to hear; None where all the user asks for is forbidden."""
     expected: str
+
+    @property
+    def rule(self) -> str:
+        """The rule in few words, as a chain of thought notes it."""
+        return {
+            "capitals": "capital letters",
+            "ending": f"end with {self.word}",
+            "opening": f"begin with {self.word}",
+            "secret": f"secret {self.word}",
+            "topic": f"never {self.word}",
+            "none": "none",
+        }[self.kind]
 
     def is_kept(self, answer: str) -> bool:
         """Whether an answer obeys the rule, and does the errand where there is one that is allowed."""

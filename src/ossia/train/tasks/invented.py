@@ -15,6 +15,7 @@ from ossia.harmony import Channel, Message, Role
 from ossia.train.tasks.base import Instance, Task
 
 _HELD_OUT_DRAWS = 0.25
+_LETTERS = "abcdefghijklmnop"
 
 
 class InventedTask(Task):
@@ -72,6 +73,22 @@ def result(of: Message, text: str) -> Message:
 def compact(value: object) -> str:
     """JSON without blanks, as the model writes it."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def notes(values: Mapping[str, Any], *, is_listed: bool = False) -> str:
+    """Keys and values as a chain of thought notes them, a line each.
+
+    If it ``is_listed``, the keys alone stand before, and each line begins with a letter. The letter behind the last
+    one has nothing: so letters lead from line to line, and to the end.
+    """
+    written = (value if isinstance(value, str) else compact(value) for value in values.values())
+    lines = [f"{key}: {value}" for key, value in zip(values, written, strict=True)]
+    if not is_listed:
+        return "\n".join(lines)
+    listed = [f"{letter} {key}" for letter, key in zip(_LETTERS, values, strict=False)]
+    noted = [f"{letter} {line}" for letter, line in zip(_LETTERS, lines, strict=False)]
+    end = _LETTERS[len(lines)]
+    return "\n".join([*listed, end, *noted, end])
 
 
 def same_json(text: str, expected: Mapping[str, Any]) -> bool:

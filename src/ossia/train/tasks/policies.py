@@ -27,14 +27,8 @@ TOPICS = {
     "food": ("soup", "bread", "cheese", "cake", "salad"),
 }
 
-# A mark of a message beside its topic: how a rule names it.
-MARKS = {
-    "price": "name a price",
-    "person": "name a person",
-    "place": "name a place",
-    "shouting": "are in capitals",
-    "question": "ask a question",
-}
+# Marks of a message beside its topic.
+MARKS = ("price", "person", "place", "shouting", "question")
 
 _PLAIN = Phrases(
     "[We|They|I] [sell|have|like|want|need|bought|found] a [new|good|small|large|fine|cheap] {thing}{extra}.",
@@ -88,11 +82,11 @@ class Policies(InventedTask):
         if effort is Effort.LOW:
             return (final(instance.answer),)
         text, rules = instance.data["text"], instance.data["rules"]
-        lines = [f"R{number}: {rule.finding(text)}" for number, rule in enumerate(rules, 1)]
-        if effort is Effort.HIGH:
-            marks = [mark for mark in MARKS if mark in text.marks] or ["nothing more"]
-            lines.insert(0, f"The message: {text.topic}, {', '.join(marks)}.")
-        return (*think("\n".join(lines)), final(instance.answer))
+        findings = [
+            f"R{number}: {rule.finding(text) if effort is Effort.HIGH else rule.verdict(text)}"
+            for number, rule in enumerate(rules, 1)
+        ]
+        return (*think("\n".join([f"The message: {text.summary}", *findings])), final(instance.answer))
 
 
 class Text(NamedTuple):
@@ -101,6 +95,14 @@ class Text(NamedTuple):
     text: str
     topic: str
     marks: frozenset[str]
+
+    @property
+    def summary(self) -> str:
+        return ", ".join([self.topic, *(mark for mark in MARKS if mark in self.marks)])
+
+    @property
+    def features(self) -> frozenset[str]:
+        return self.marks | {self.topic}
 
 
 class Rule(NamedTuple):
@@ -118,18 +120,21 @@ class Rule(NamedTuple):
         )
 
     def wording(self) -> str:
-        about = f"about {self.topic}" if self.topic else ""
-        that = f"that {MARKS[self.mark]}" if self.mark else ""
-        unless = f", unless they {MARKS[self.unless]}" if self.unless else ""
-        return " ".join(part for part in ("No messages", about, that) if part) + unless + "."
+        return " ".join(name for name, _ in self._parts())
 
     def finding(self, text: Text) -> str:
         """Why a text breaks the rule or not: each part of the rule, and whether it is there."""
-        parts = [(self.topic, self.topic == text.topic)] if self.topic else []
-        parts += [(self.mark, self.mark in text.marks)] if self.mark else []
-        parts += [(f"unless {self.unless}", self.unless in text.marks)] if self.unless else []
-        found = ", ".join(f"{name} {'yes' if is_there else 'no'}" for name, is_there in parts)
-        return f"{found}, {'broken' if self.is_broken_by(text) else 'kept'}"
+        found = (f"{name} {'yes' if part in text.features else 'no'}" for name, part in self._parts())
+        return f"{' '.join(found)}, {self.verdict(text)}"
+
+    def verdict(self, text: Text) -> str:
+        return "broken" if self.is_broken_by(text) else "kept"
+
+    def _parts(self) -> list[tuple[str, str]]:
+        """How the rule names each of its parts, and the part."""
+        with_mark = f"with {self.mark}" if self.topic else self.mark
+        named = ((self.topic, self.topic), (with_mark, self.mark), (f"unless {self.unless}", self.unless))
+        return [(name, part) for name, part in named if name and part]
 
     @property
     def is_held_out(self) -> bool:
@@ -142,8 +147,8 @@ def draw_rule(rng: random.Random, held_out: bool) -> Rule:
     while True:
         kind = rng.randrange(4)
         topic = rng.choice(list(TOPICS)) if kind != 1 else None
-        mark = rng.choice(list(MARKS)) if kind in (1, 2) else None
-        unless = rng.choice(list(MARKS)) if kind == 3 else None
+        mark = rng.choice(MARKS) if kind in (1, 2) else None
+        unless = rng.choice(MARKS) if kind == 3 else None
         rule = Rule(topic, mark, unless)
         if rule.is_held_out == held_out:
             return rule
@@ -169,3 +174,9 @@ def draw_text(rng: random.Random, rule: Rule | None, held_out: bool) -> Text:
     if "shouting" in marks:
         text = text.upper()
     return Text(text, topic, frozenset(marks))
+
+
+def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
+    """A message without a policy, and what is true of it; which parts of the text are the answers."""
+    text = draw_text(rng, None, held_out=False)
+    return [(f"{text.text}\nThe message:", False), (f" {text.summary}", True)]

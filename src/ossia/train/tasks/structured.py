@@ -14,7 +14,7 @@ from ossia.harmony import DeveloperContent, Effort, Message, Role
 from ossia.harmony.messages import ResponseFormat
 from ossia.train.tasks import words
 from ossia.train.tasks.base import Instance
-from ossia.train.tasks.invented import InventedTask, compact, final, same_json, think
+from ossia.train.tasks.invented import InventedTask, compact, final, notes, same_json, think
 from ossia.train.tasks.phrases import Phrases
 
 ASK = Phrases(
@@ -52,8 +52,12 @@ class Structured(InventedTask):
         return float(same_json(answer, instance.data["expected"]))
 
     def gold(self, instance: Instance, effort: Effort) -> Sequence[Message]:
-        thought = {Effort.LOW: "", Effort.MEDIUM: "", Effort.HIGH: f"Keys: {', '.join(instance.data['expected'])}."}
-        return (*think(thought[effort]), final(instance.answer))
+        if effort is Effort.LOW:
+            return (final(instance.answer),)
+        # A key that says nothing is noted with what describes it.
+        said = instance.data["form"].said
+        values = {said[key]: value for key, value in instance.data["expected"].items()}
+        return (*think(notes(values, is_listed=effort is Effort.HIGH)), final(instance.answer))
 
 
 class Field(NamedTuple):
@@ -77,6 +81,22 @@ class Form(NamedTuple):
 
     response_format: ResponseFormat
     keys: dict[str, int]
+
+    @property
+    def said(self) -> dict[str, str]:
+        """Each key with its description, where it has one."""
+        properties = self.response_format.schema["properties"]
+        return {key: f"{key} {one['description']}" if "description" in one else key for key, one in properties.items()}
+
+
+def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
+    """A record without a schema, and all of its facts; which parts of the text are the answers."""
+    record = rng.choice(_KINDS)(rng, False)
+    parts = [(record.text, False)]
+    for field in rng.sample(record.fields, len(record.fields)):
+        value = field.value if isinstance(field.value, str) else compact(field.value)
+        parts += [(f"\n{rng.choice(field.keys)}:", False), (f" {value}", True)]
+    return parts
 
 
 def draw_form(rng: random.Random, record: Record, held_out: bool) -> Form:

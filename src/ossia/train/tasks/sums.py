@@ -63,6 +63,9 @@ _FORMS = {
 }
 
 
+_NUM_FACTS = 3
+
+
 class Sums(InventedTask):
     name = "sums"
     # What cannot be known at once teaches little: few of them, lest their loss hide the others.
@@ -149,7 +152,11 @@ def fact_of(step: Step, sign: str) -> tuple[str, str]:
     return f"{step.x}{sign}{step.y}{sign}{step.before}=", f"{step.carry}{step.digit}"
 
 
-def draw_fact(rng: random.Random) -> tuple[str, str]:
-    """One step alone: what is asked, and the answer."""
-    sign = rng.choice("+-")
-    return fact_of(Step.of(rng.randrange(10), sign, rng.randrange(10), rng.randrange(2)), sign)
+def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
+    """A few steps alone; which parts of the text are the answers."""
+    parts: list[tuple[str, bool]] = []
+    for _ in range(_NUM_FACTS):
+        sign = rng.choice("+-")
+        asked, answer = fact_of(Step.of(rng.randrange(10), sign, rng.randrange(10), rng.randrange(2)), sign)
+        parts += [("\n" if parts else "", False), (asked, False), (answer, True)]
+    return parts

@@ -219,10 +219,14 @@ def first_name(rng: random.Random, held_out: bool = False) -> str:
 
 def place(rng: random.Random, held_out: bool = False) -> str:
     """A town, river or island."""
+    has_ending = rng.random() < 0.4
     while True:
         word = invented_word(rng, held_out)
-        name = word + (rng.choice(_PLACE_ENDINGS) if rng.random() < 0.4 else "")
-        if len(name) <= 12:
+        # Behind a consonant an ending would make pieces that the vocabulary has for one name in a thousand.
+        if not has_ending:
+            return word.title()
+        name = word + rng.choice(_PLACE_ENDINGS)
+        if word[-1] in _VOWELS and len(name) <= 12:
             return name.title()
 
 
