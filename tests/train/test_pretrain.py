@@ -128,10 +128,10 @@ def test_plain_language_is_mixed_in(settings, tokenizer):
 
 
 def test_of_facts_the_answers_alone_are_learned(settings, tokenizer):
-    """An answer stands behind "=" in sums, behind ":" elsewhere."""
+    """An answer stands behind "=" in sums, behind ":" or in a line of its own elsewhere."""
     long = replace(settings, facts=1.0, max_tokens=8192, pass_tokens=8192)
     kinds = set()
-    for number in range(12):
+    for number in range(60):
         sample = draw_sample(long, make_mix(["sums"]), tokenizer, "train", number)
         assert sample is not None
         pairs = list(zip(sample.token_ids_L.tolist(), sample.weights_L, strict=True))
@@ -141,11 +141,10 @@ def test_of_facts_the_answers_alone_are_learned(settings, tokenizer):
         ]
         for (_, asked), (is_learned, answer) in itertools.pairwise(runs):
             if is_learned:
-                assert asked[-1] in "=:"
-                assert re.fullmatch(r"[01]\d" if asked[-1] == "=" else r" [^\n]+", answer)
+                assert re.fullmatch({"=": r"[01]\d", ":": r" [^\n]+", "\n": r"(?s).+\S"}[asked[-1]], answer)
                 kinds.add(asked[-1])
-        assert sum(is_learned for is_learned, _ in runs) >= 8
-    assert kinds == {"=", ":"}
+        assert sum(is_learned for is_learned, _ in runs) >= 6
+    assert kinds == {"=", ":", "\n"}
 
 
 def test_a_brief_system_message_tells_the_effort_and_nothing_else(settings, tokenizer):

@@ -11,6 +11,7 @@ seed and k alone, so that a run that was killed goes on as if nothing had been.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -44,7 +45,16 @@ from ossia.train.parallel import extents
 from ossia.train.result import tell_nothing, write_result
 from ossia.train.run import Outcome, Run, RunFolder, Say
 from ossia.train.sft import Likelihood
-from ossia.train.tasks import Split, TaskMix, gold_conversation_of_turns, make_mix, policies, structured, sums
+from ossia.train.tasks import (
+    Split,
+    TaskMix,
+    functions,
+    gold_conversation_of_turns,
+    make_mix,
+    policies,
+    structured,
+    sums,
+)
 from ossia.train.tasks.language import draw_copy, draw_recall
 
 _HELD_OUT_SEED = 1_000_003
@@ -52,9 +62,10 @@ _HELD_OUT_SEED = 1_000_003
 _FORGETFUL_SHARE = 0.25
 _NEW_WEIGHT = 0.1
 _LONGEST_RUN = 9
-_NUM_FACTS = 8
+_NUM_FACTS = 6
+_SPECIAL = re.compile(r"(<\|\w+\|>)")
 # What such texts are of, and how often.
-_FACTS = {sums.draw_facts: 1, policies.draw_facts: 4, structured.draw_facts: 4}
+_FACTS = {sums.draw_facts: 1, policies.draw_facts: 8, structured.draw_facts: 10, functions.draw_facts: 5}
 _USUAL_TOKENS = 64
 # The browser's description is long.
 _PYTHON, _BROWSER = ToolNamespace.python(), ToolNamespace.browser()
@@ -220,7 +231,9 @@ def _facts(rng: random.Random, tokenizer: Tokenizer) -> Sample:
     (draw,) = rng.choices(list(_FACTS), list(_FACTS.values()))
     for _ in range(_NUM_FACTS):
         for text, is_answer in (*draw(rng), ("\n", False)):
-            parts += [(one, float(is_answer)) for one in tokenizer.encode(text)]
+            for piece in _SPECIAL.split(text):
+                ids = [tokenizer.special(piece)] if _SPECIAL.fullmatch(piece) else tokenizer.encode(piece)
+                parts += [(one, float(is_answer)) for one in ids]
     token_ids, weights = zip(*parts, strict=True)
     return Sample(np.array(token_ids, np.int32), np.array(weights, np.float32))
 

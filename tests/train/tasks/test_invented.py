@@ -12,6 +12,7 @@ import pytest
 from ossia.harmony import Channel, Effort, Message, Role
 from ossia.train.tasks import (
     Transcript,
+    functions,
     gold_conversation,
     gold_conversation_of_turns,
     make,
@@ -125,19 +126,60 @@ def test_facts_are_steps_as_sums_have_them():
     assert len({match.groups() for match in found if match}) > 200
 
 
-def test_facts_of_a_message_are_those_of_the_thought():
-    parts = policies.draw_facts(random.Random(1))
-    text = "".join(text for text, _ in parts)
-    assert re.search(r"\nThe message: (\w+)", text)[1] in policies.TOPICS
-    assert [is_answer for _, is_answer in parts] == [False, True]
+def answers_of(draw_facts, count: int) -> list[tuple[str, str]]:
+    """What is asked and what is answered, of exercises with one answer."""
+    rng = random.Random(1)
+    drawn = [draw_facts(rng) for _ in range(count)]
+    return [(parts[0][0], parts[1][0]) for parts in drawn if [is_answer for _, is_answer in parts] == [False, True]]
+
+
+def test_facts_of_messages_and_rules_are_those_of_the_thought():
+    pairs = answers_of(policies.draw_facts, 60)
+    messages = [(asked, answer) for asked, answer in pairs if asked.endswith("The message:")]
+    assert len(messages) > 10
+    assert all(answer.strip().split(", ")[0] in policies.TOPICS for _, answer in messages)
+    findings = [(asked, answer) for asked, answer in pairs if not asked.endswith("The message:")]
+    assert len(findings) > 10
+    for asked, answer in findings:
+        *rules, message = asked.splitlines()
+        lines = answer.removesuffix("<|end|>").splitlines()
+        assert len(lines) == len(rules)
+        features = set(message.removeprefix("The message: ").split(", "))
+        for rule, line in zip(rules, lines, strict=True):
+            number, first = re.match(r"(R\d): (\w+)", rule).groups()
+            assert line.startswith(f"{number}: {first} {'yes' if first in features else 'no'}")
 
 
 def test_facts_of_a_record_are_read_off_it():
-    for seed in range(20):
-        (record, _), *facts = structured.draw_facts(random.Random(seed))
+    rng = random.Random(0)
+    drawn = [parts for _ in range(40) if len(parts := structured.draw_facts(rng)) > 2]
+    assert len(drawn) > 5
+    for (record, _), *facts in drawn:
         answers = [text.strip() for text, is_answer in facts if is_answer]
         assert len(answers) >= 5
         assert all(answer in record or answer in ("true", "false") for answer in answers)
+
+
+def test_keys_are_listed_as_a_schema_or_a_declaration_has_them():
+    schemas = [(asked, answer) for asked, answer in answers_of(structured.draw_facts, 60) if "required" in asked]
+    assert len(schemas) > 10
+    for asked, answer in schemas:
+        required = json.loads("[" + re.search(r'"required":\[([^]]*)', asked)[1] + "]")
+        # Behind a key that says nothing stands what describes it.
+        assert [line.split()[1] for line in answer.splitlines()[:-1]] == required
+    for asked, answer in answers_of(functions.draw_facts, 20):
+        block = asked.split(f"type {asked.splitlines()[-1]} = ")[1].split("}")[0]
+        assert [line[2:] for line in answer.splitlines()[:-1]] == re.findall(r"^(\w+)\??:", block, re.MULTILINE)
+
+
+def test_noted_facts_become_json():
+    pairs = [(asked, answer) for asked, answer in answers_of(structured.draw_facts, 60) if answer.startswith("{")]
+    assert len(pairs) > 5
+    for asked, answer in pairs:
+        values = json.loads(answer.removesuffix("<|return|>"))
+        lines = asked.splitlines()
+        assert len(lines) == len(values) + 1
+        assert all(line[2:].startswith(key) for line, key in zip(lines, values, strict=False))
 
 
 def test_noted_keys_are_led_from_line_to_line_by_letters():

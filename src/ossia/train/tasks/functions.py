@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from ossia.harmony import Effort, Message, ToolNamespace
 from ossia.harmony.messages import ToolDescription
+from ossia.harmony.typescript import typescript
 from ossia.tools.base import Tool, ToolOutput
 from ossia.train.tasks import words
 from ossia.train.tasks.base import Instance, Reward, Transcript
@@ -240,6 +241,17 @@ def draw_function(rng: random.Random, held_out: bool) -> Function:
         tuple(parameters),
         required,
     )
+
+
+def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
+    """The parameters of one of two declared functions; which parts of the text are the answers."""
+    functions = [draw_function(rng, held_out=False) for _ in range(2)]
+    declared = "".join(
+        f"type {one.name} = (_: {typescript(one.declaration().parameters)}) => any;\n\n" for one in functions
+    )
+    wanted = rng.choice(functions)
+    listed = notes(dict.fromkeys((p.key for p in wanted.parameters), ""), is_listed=True).split("\na ", 1)[0]
+    return [(f"{declared}{wanted.name}\n", False), (listed, True)]
 
 
 def _request(rng: random.Random, errand: str, parameters: Sequence[Parameter]) -> str:

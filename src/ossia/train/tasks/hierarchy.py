@@ -106,7 +106,7 @@ class Hierarchy(InventedTask):
 
     def gold(self, instance: Instance, effort: Effort) -> Sequence[Message]:
         case: Case = instance.data["case"]
-        wish = case.errand or case.rule
+        wish = case.expected if case.kind == "none" else case.errand or case.rule
         thought = {
             Effort.LOW: "",
             Effort.MEDIUM: f"{case.rule}; {wish}",

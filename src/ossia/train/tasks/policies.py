@@ -177,6 +177,14 @@ def draw_text(rng: random.Random, rule: Rule | None, held_out: bool) -> Text:
 
 
 def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
-    """A message without a policy, and what is true of it; which parts of the text are the answers."""
-    text = draw_text(rng, None, held_out=False)
-    return [(f"{text.text}\nThe message:", False), (f" {text.summary}", True)]
+    """What is true of a message, or what rules say to it, and no more; which parts of the text are the answers."""
+    if rng.random() < 0.4:
+        text = draw_text(rng, None, held_out=False)
+        return [(f"{text.text}\nThe message:", False), (f" {text.summary}", True)]
+    rules = [draw_rule(rng, False) for _ in range(rng.randint(2, 4))]
+    text = draw_text(rng, rng.choice(rules), held_out=False)
+    policy, findings = (
+        "\n".join(f"R{number}: {line}" for number, line in enumerate(lines, 1))
+        for lines in ([rule.wording() for rule in rules], [rule.finding(text) for rule in rules])
+    )
+    return [(f"{policy}\nThe message: {text.summary}\n", False), (f"{findings}<|end|>", True)]

@@ -90,13 +90,26 @@ class Form(NamedTuple):
 
 
 def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
-    """A record without a schema, and all of its facts; which parts of the text are the answers."""
+    """All facts of a record without a schema, the keys of a schema, or noted facts as JSON; which parts of the text are
+    the answers.
+    """
     record = rng.choice(_KINDS)(rng, False)
-    parts = [(record.text, False)]
-    for field in rng.sample(record.fields, len(record.fields)):
-        value = field.value if isinstance(field.value, str) else compact(field.value)
-        parts += [(f"\n{rng.choice(field.keys)}:", False), (f" {value}", True)]
-    return parts
+    kind = rng.random()
+    if kind < 0.3:
+        parts = [(record.text, False)]
+        for field in rng.sample(record.fields, len(record.fields)):
+            value = field.value if isinstance(field.value, str) else compact(field.value)
+            parts += [(f"\n{rng.choice(field.keys)}:", False), (f" {value}", True)]
+        return parts
+    form = draw_form(rng, record, held_out=False)
+    noted = notes({form.said[key]: record.fields[index].value for key, index in form.keys.items()}, is_listed=True)
+    listed, lines = noted.split("\na ", 1)
+    if kind < 0.7:
+        schema = compact(form.response_format.schema)
+        tail = schema[schema.index('"required"') :] if rng.random() < 0.5 else schema
+        return [(f"{tail}\n", False), (listed, True)]
+    values = compact({key: record.fields[index].value for key, index in form.keys.items()})
+    return [(f"a {lines}\n", False), (f"{values}<|return|>", True)]
 
 
 def draw_form(rng: random.Random, record: Record, held_out: bool) -> Form:
