@@ -328,6 +328,40 @@ def test_the_keyboard_is_enough(tab, served):
     opened.until("document.querySelector('h1').innerText === 'New chat'")
 
 
+def test_pictures_on_buttons_are_drawn_and_need_no_font(tab, tools):
+    opened = tab(tools)
+    page = opened.page
+    opened.ask("What is 2 + 2?")
+    opened.wait()
+    for button in page.locator("button.icon:visible").all():
+        assert button.get_attribute("aria-label")
+        assert button.text_content() == ""
+        assert button.locator("svg[aria-hidden=true]").bounding_box()["width"] == 16
+    labels = [one.get_attribute("aria-label").split()[0] for one in page.locator("button.icon:visible").all()]
+    assert {"Conversations", "Settings", "Rename", "Delete"} < set(labels)
+
+
+def test_an_answer_is_copied_also_where_the_browser_has_no_clipboard_for_pages(tab, served):
+    opened = tab(served)
+    page = opened.page
+    opened.ask("What is 2 + 2?")
+    opened.wait()
+    # As on a page that came by plain HTTP from another machine.
+    page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined, configurable: true})")
+    page.click(".answered >> text=Copy")
+    page.wait_for_selector("text=Copied")
+    page.evaluate("delete navigator.clipboard")
+    assert page.evaluate("navigator.clipboard.readText()") == "The answer is 4."
+
+
+def test_on_a_phone_escape_puts_the_conversations_away(tab, served):
+    page = tab(served, PHONE).page
+    page.click("[aria-label=Conversations]")
+    page.wait_for_selector(".sidebar")
+    page.keyboard.press("Escape")
+    page.wait_for_selector(".sidebar", state="detached")
+
+
 class Held:
     """Requests of a tab that wait until they are let go, and the order in which those and answers came."""
 

@@ -1,19 +1,15 @@
 // The page: conversations at the side, one conversation, what is written next.
-import { signal } from "@preact/signals";
 import { useEffect } from "preact/hooks";
 import { Composer } from "./composer";
 import { Dialogs, dialog } from "./dialogs";
+import { Icon } from "./icon";
 import { Messages } from "./messages";
-import { Sidebar, isSidebarOpen } from "./sidebar";
+import { Sidebar, isNarrow, isSidebarOpen } from "./sidebar";
 import * as state from "./state";
-
-export const isNarrow = signal(matchMedia("(max-width: 800px)").matches);
 
 export function App() {
   useEffect(() => {
     void state.start();
-    const narrow = matchMedia("(max-width: 800px)");
-    narrow.addEventListener("change", () => (isNarrow.value = narrow.matches));
     addEventListener("keydown", shortcut);
     return () => removeEventListener("keydown", shortcut);
   }, []);
@@ -35,7 +31,7 @@ export function App() {
       <main>
         <header>
           <button type="button" class="icon" aria-label="Conversations" aria-expanded={isSidebarOpen.value} onClick={() => (isSidebarOpen.value = !isSidebarOpen.value)}>
-            ☰
+            <Icon name="menu" />
           </button>
           <h1>{title}</h1>
           <ModelName />
@@ -50,7 +46,7 @@ export function App() {
             </button>
           )}
           <button type="button" class="icon" aria-label="Settings" onClick={() => (dialog.value = "settings")}>
-            ⚙
+            <Icon name="settings" />
           </button>
         </header>
         <Messages />
@@ -58,7 +54,7 @@ export function App() {
           <p class="fault" role="alert">
             {state.fault.value}
             <button type="button" class="icon" aria-label="Dismiss" onClick={() => (state.fault.value = "")}>
-              ✕
+              <Icon name="close" />
             </button>
           </p>
         )}
@@ -87,8 +83,11 @@ function ModelName() {
 
 function shortcut(event: KeyboardEvent): void {
   const isCommand = event.ctrlKey || event.metaKey;
-  if (event.key === "Escape" && state.isBusy.value && !dialog.value) state.stop();
-  else if (isCommand && event.key.toLowerCase() === "k") {
+  if (event.key === "Escape" && !dialog.value) {
+    // On a narrow screen the conversations lie over everything.
+    if (isNarrow() && isSidebarOpen.value) isSidebarOpen.value = false;
+    else if (state.isBusy.value) state.stop();
+  } else if (isCommand && event.key.toLowerCase() === "k") {
     event.preventDefault();
     isSidebarOpen.value = true;
     requestAnimationFrame(() => document.getElementById("search")?.focus());

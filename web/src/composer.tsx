@@ -1,6 +1,7 @@
 // Where the next message is written: text, files, effort, tools.
 import { signal } from "@preact/signals";
 import { useEffect, useRef } from "preact/hooks";
+import { Icon } from "./icon";
 import * as state from "./state";
 import type { Effort } from "./types";
 
@@ -91,7 +92,7 @@ export function Composer() {
         {"python" in tools && (
           <>
             <button type="button" class="icon" aria-label="Add files" onClick={() => picker.current?.click()}>
-              📎︎
+              <Icon name="attach" />
             </button>
             <input ref={picker} type="file" multiple hidden onChange={(e) => upload(e.currentTarget.files)} />
           </>

@@ -3,6 +3,7 @@ import { signal } from "@preact/signals";
 import type { ComponentChildren } from "preact";
 import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import { savedKey } from "./api";
+import { Icon } from "./icon";
 import { markdownOf, partsOf } from "./items";
 import { Url } from "./messages";
 import * as state from "./state";
@@ -33,7 +34,7 @@ function Dialog({ title, wide, onClose, children }: { title: string; wide?: bool
       <header>
         <h2 id="dialog-title">{title}</h2>
         <button type="button" class="icon" aria-label="Close" onClick={onClose}>
-          ✕
+          <Icon name="close" />
         </button>
       </header>
       {children}
@@ -210,7 +211,7 @@ function TokensDialog() {
       <pre class="tokens" tabIndex={0}>
         {all.map((token) => (
           <span class={`token ${token.kind}`} title={hover(token)}>
-            {token.text.replace(/\n/g, "⏎\n")}
+            {token.text.replace(/\n/g, "¶\n")}
           </span>
         ))}
       </pre>

@@ -4,6 +4,7 @@ import { useEffect, useMemo, useRef, useState } from "preact/hooks";
 import { blob } from "./api";
 import { draft } from "./composer";
 import { cited } from "./dialogs";
+import { Icon } from "./icon";
 import { actionOf, partsOf, seconds, textOf } from "./items";
 import { highlighted, toHtml } from "./markdown";
 import * as state from "./state";
@@ -173,7 +174,7 @@ function FileLink({ file }: { file: FileCitation }) {
     <figure>
       {picture && <img src={picture} alt={file.filename} />}
       <button type="button" class="file" onClick={() => void save()}>
-        ⬇ {file.filename}
+        <Icon name="download" /> {file.filename}
       </button>
     </figure>
   );
@@ -279,7 +280,7 @@ function Call({ item }: { item: Item }) {
 
 function CopyButton({ text, id }: { text: string; id: string }) {
   const copy = async () => {
-    await navigator.clipboard.writeText(text);
+    await toClipboard(text);
     copied.value = id;
     setTimeout(() => copied.value === id && (copied.value = ""), 1500);
   };
@@ -288,6 +289,21 @@ function CopyButton({ text, id }: { text: string; id: string }) {
       {copied.value === id ? "Copied" : "Copy"}
     </button>
   );
+}
+
+/** Copy a text, also where the page came by plain HTTP from another machine: browsers have no clipboard API there. */
+async function toClipboard(text: string): Promise<void> {
+  if (navigator.clipboard) return navigator.clipboard.writeText(text);
+  const before = document.activeElement as HTMLElement | null;
+  const field = document.createElement("textarea");
+  field.className = "unseen";
+  field.value = text;
+  document.body.append(field);
+  field.select();
+  const isCopied = document.execCommand("copy");
+  field.remove();
+  before?.focus();
+  if (!isCopied) throw new Error("The browser did not let the text be copied.");
 }
 
 function Numbers() {

@@ -1,10 +1,12 @@
 // The conversations of this server: search, open, rename, delete.
 import { signal } from "@preact/signals";
 import { useRef } from "preact/hooks";
+import { Icon } from "./icon";
 import * as state from "./state";
 import type { Conversation } from "./types";
 
-export const isSidebarOpen = signal(!matchMedia("(max-width: 800px)").matches);
+export const isNarrow = (): boolean => matchMedia("(max-width: 800px)").matches;
+export const isSidebarOpen = signal(!isNarrow());
 const renamed = signal("");
 const doomed = signal("");
 
@@ -21,7 +23,7 @@ export function Sidebar() {
       <div class="brand">
         <img src="/web/icon.svg" alt="" width="24" height="24" /> ossia
         <button type="button" class="icon only-narrow" aria-label="Close" onClick={() => (isSidebarOpen.value = false)}>
-          ✕
+          <Icon name="close" />
         </button>
       </div>
       <button type="button" class="new" disabled={state.isBusy.value} onClick={() => leave(state.fresh)}>
@@ -85,16 +87,16 @@ function Row({ conversation }: { conversation: Conversation }) {
         {title}
       </button>
       <button type="button" class="icon" aria-label={`Rename ${title}`} onClick={() => (renamed.value = conversation.id)}>
-        ✎
+        <Icon name="rename" />
       </button>
       <button type="button" class="icon" aria-label={`Delete ${title}`} disabled={state.isBusy.value && isCurrent} onClick={() => (doomed.value = conversation.id)}>
-        🗑︎
+        <Icon name="delete" />
       </button>
     </li>
   );
 }
 
 function leave(action: () => void): void {
-  if (matchMedia("(max-width: 800px)").matches) isSidebarOpen.value = false;
+  if (isNarrow()) isSidebarOpen.value = false;
   action();
 }
