@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -116,6 +118,21 @@ def test_an_answer_stops_at_a_call_whatever_the_checkpoint_says(model):
         model.engine._runner.config = published
     assert generation.token_ids == [call] and generation.finish_reason == "stop"
     assert going_on.token_ids == [call] * 5
+
+
+def test_the_checkpoint_says_how_to_sample_unless_it_is_said(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "likeliest")
+    generation = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(generation | {"temperature": 0.0, "top_k": 5}))
+    model = ossia.load(folder)
+
+    def say(**sampling):
+        generation = model.generate("Hello", max_tokens=8, current_date="2026-01-01", **sampling)
+        list(generation)
+        return generation.token_ids
+
+    assert say(seed=1) == say(seed=2) == say(temperature=0)
+    assert say(seed=1, temperature=1.0) != say(seed=1)
 
 
 def test_a_date_that_is_none_is_refused(model):

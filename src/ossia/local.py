@@ -72,6 +72,8 @@ class LocalModel:
         self.engine = engine
         self.tokenizer = tokenizer
         self.checkpoint = checkpoint
+        self.sampling: Mapping[str, Any] = checkpoint.sampling()
+        """How an answer is sampled that does not say otherwise: what the checkpoint names of `SamplingParams`."""
         self._outputs: dict[int, deque[TokenOutput]] = {}
 
     @classmethod
@@ -127,7 +129,7 @@ class LocalModel:
         instead. What is elsewhere called the system prompt is ``instructions`` here: a system message of your own
         stands as it is, without the lines on reasoning and channels that the model was trained with, unless its content
         is a SystemContent. ``sampling`` are fields of `ossia.engine.SamplingParams`: max_tokens, temperature, top_p,
-        seed, adapter, ...
+        seed, adapter, ...; those that the checkpoint's generation_config.json names hold unless they are given.
         A call of a tool ends the answer: see ``Generation.messages``.
 
         Raises InputError for what cannot be used and ContextLengthError for what cannot fit.
@@ -141,7 +143,7 @@ class LocalModel:
         for name in sampling:
             if name not in known:
                 raise InputError(f"unknown parameter {name!r}; expected one of: {', '.join(known)}", param=name)
-        params = SamplingParams(**sampling)
+        params = SamplingParams(**{**self.sampling, **sampling})
         if not params.ignore_eos:
             # Not every published generation_config.json names <|call|>: behind it the model would invent the result.
             params = replace(params, stop_token_ids=(*params.stop_token_ids, *self.tokenizer.stop_ids))

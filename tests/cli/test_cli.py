@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -288,6 +289,23 @@ def test_the_same_seed_gives_the_same_answer_as_json(tiny):
     assert first["messages"] == second["messages"]
     assert first["usage"]["completion_tokens"] == 6 and first["finish_reason"] == "length"
     assert json.loads(ossia(*arguments, "--seed", 8).stdout)["messages"] != first["messages"]
+
+
+def test_commands_sample_as_the_checkpoint_says_unless_they_are_told(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "likeliest")
+    (folder / "generation_config.json").write_text('{"do_sample": false}')
+    arguments = ["--model", folder, "--max-tokens", 6, "--date", "2026-01-01"]
+
+    def generate(*more):
+        return json.loads(ossia("generate", "Hello", *arguments, "--json", *more).stdout)["messages"]
+
+    assert generate("--seed", 1) == generate("--seed", 2) != generate("--seed", 1, "--temperature", 1)
+    likeliest, told = (
+        ossia("chat", *arguments, "--show-reasoning", "--seed", 1, *more, stdin="Hello").stdout
+        for more in ((), ("--temperature", 1))
+    )
+    assert likeliest != told
+    assert ossia("chat", *arguments, "--show-reasoning", "--seed", 2, stdin="Hello").stdout == likeliest
 
 
 def test_a_prompt_is_the_same_from_an_argument_and_from_a_pipe(tiny):

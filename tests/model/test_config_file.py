@@ -9,7 +9,13 @@ import pytest
 
 from ossia.errors import CheckpointError
 from ossia.model.config import FULL_ATTENTION, SLIDING_ATTENTION, ModelConfig, RopeConfig
-from ossia.model.config_file import generation_config, hugging_face_config, original_config, read_config
+from ossia.model.config_file import (
+    generation_config,
+    hugging_face_config,
+    original_config,
+    read_config,
+    read_sampling,
+)
 
 PUBLISHED = ModelConfig(layer_types=(SLIDING_ATTENTION, FULL_ATTENTION) * 12)
 YARN = {
@@ -187,3 +193,35 @@ def test_a_factor_written_as_a_whole_float_and_the_usual_attention_factor_are_ac
     scaling = YARN | {"factor": factor, "attention_factor": rope.concentration, "partial_rotary_factor": 1}
     config = read(published(rope_scaling=scaling, num_hidden_layers=24.0))
     assert config.rope == rope and config.num_layers == 24
+
+
+# generation_config.json ---------------------------------------------------------------------------------------------
+
+
+def sampling(tmp_path, **fields: Any) -> dict[str, float]:
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps(fields))
+    return read_sampling(path)
+
+
+def test_how_to_sample_is_what_generation_config_names_and_nothing_else(tmp_path):
+    assert sampling(tmp_path, **generation_config(PUBLISHED)) == {}
+    named = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0, "repetition_penalty": 1.05}
+    assert sampling(tmp_path, do_sample=True, max_new_tokens=9, **named) == named
+    assert sampling(tmp_path, temperature=None, top_k=-1) == {"top_k": 0}
+    assert sampling(tmp_path, do_sample=False, top_p=0.9) == {"temperature": 0, "top_p": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("temperature", -1, "a number, 0 or more"),
+        ("temperature", "hot", "a number, 0 or more"),
+        ("temperature", True, "a number, 0 or more"),
+        ("top_p", 1.5, "and 1 at most"),
+        ("top_k", 2.5, "a whole number, -1 or more"),
+    ],
+)
+def test_a_number_that_nothing_can_be_sampled_by_is_named(tmp_path, field, value, expected):
+    with pytest.raises(CheckpointError, match=rf"generation_config.json: {field} is {value!r}, expected .*{expected}"):
+        sampling(tmp_path, **{field: value})

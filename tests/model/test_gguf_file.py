@@ -219,6 +219,13 @@ def test_the_configuration_comes_from_the_metadata(folder, tmp_path):
     assert checkpoint.layout.name == "gguf"
 
 
+def test_how_to_sample_is_what_the_metadata_names(folder, tmp_path):
+    named = {"general.sampling.temp": 0.6, "general.sampling.top_k": 20, "general.sampling.penalty_repeat": 1.05}
+    path = write_gguf(tmp_path / "a.gguf", folder, change=named)
+    assert Checkpoint.open(path).sampling() == {"temperature": 0.6, "top_k": 20, "repetition_penalty": 1.05}
+    assert Checkpoint.open(write_gguf(tmp_path / "b.gguf", folder)).sampling() == {}
+
+
 def test_metadata_that_may_differ_or_be_missing_is_followed(folder, tmp_path):
     change = {
         "gpt-oss.expert_feed_forward_length": None,

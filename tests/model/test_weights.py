@@ -368,3 +368,10 @@ def test_a_file_that_may_not_be_read_is_named(name, copy, monkeypatch):
     monkeypatch.setattr(io, "open", refuse)
     with pytest.raises(CheckpointError, match=f"{name} cannot be read: Permission denied"):
         Checkpoint.open(copy)
+
+
+def test_how_to_sample_lies_beside_the_weights_or_beside_the_original_folder(checkpoints, copy, tmp_path):
+    assert Checkpoint.open(copy).sampling() == {}
+    rewrite(copy / "generation_config.json", lambda fields: fields.update(temperature=0.6))
+    original = shutil.copytree(checkpoints / "original" / "original", copy / "original")
+    assert Checkpoint.open(copy).sampling() == Checkpoint.open(original).sampling() == {"temperature": 0.6}

@@ -12,7 +12,10 @@ import openai
 import pytest
 from pydantic import BaseModel
 from tests.responses.lint import lint, read_sse
-from tests.responses.scripts import CALL, FINAL, PREAMBLE, REASONED, TOKENIZER, tokens
+from tests.responses.scripts import CALL, FINAL, PREAMBLE, REASONED, TOKENIZER, Scripted, model, tokens
+from tests.server.conftest import Served
+
+from ossia.server.store import Store
 
 ADD = {"type": "function", "name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "number"}}}}
 
@@ -459,3 +462,24 @@ def test_the_agents_sdk_runs_a_tool_and_answers(served):
     for prompt, after in ((0, 1), (2, 3)):
         sampled = tokens(REASONED + CALL)
         assert engine.prompts[after][: len(engine.prompts[prompt]) + len(sampled)] == engine.prompts[prompt] + sampled
+
+
+def test_a_request_that_does_not_say_is_sampled_as_the_checkpoint_says(tmp_path):
+    named = {"temperature": 0.6, "top_k": 20}
+    served = Served(model(engine=Scripted(FINAL), sampling=named), Store(f"sqlite:///{tmp_path / 'db'}"))
+    client, asked = served.openai, {"model": "gpt-oss-20b"}
+    hello = [{"role": "user", "content": "Hi"}]
+    try:
+        echoed = [
+            client.responses.create(**asked, input="Hi"),
+            client.responses.create(**asked, input="Hi", temperature=0),
+        ]
+        client.chat.completions.create(**asked, messages=hello)
+        client.chat.completions.create(**asked, messages=hello, top_p=0.5, extra_body={"top_k": -1})
+        client.completions.create(**asked, prompt="Hi")
+        served.http.post("/v1/messages", json={**asked, "max_tokens": 9, "messages": hello}).raise_for_status()
+        sampled = [(one.temperature, one.top_p, one.top_k) for one in served.engine.params]
+    finally:
+        served.stop()
+    assert sampled == [(0.6, 1, 20), (0, 1, 20), (0.6, 1, 20), (0.6, 0.5, 0), (0.6, 1, 20), (0.6, 1, 20)]
+    assert [(one.temperature, one.top_p) for one in echoed] == [(0.6, 1), (0, 1)]

@@ -47,10 +47,8 @@ def chat(
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="End each answer after this many tokens, thoughts included.")
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0, max=2, help="0 always takes the likeliest token.")] = 1.0,
-    top_p: Annotated[
-        float, typer.Option(min=0, max=1, help="Sample among the likeliest tokens that reach this share.")
-    ] = 1.0,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
     seed: Annotated[
         int | None, typer.Option(min=-(2**62), max=2**62, help="The same seed gives the same conversation.")
     ] = None,
@@ -115,6 +113,7 @@ def chat(
                 local.tokenizer,
                 constrain=constrain,
                 budget=budget,
+                sampling=local.sampling,
             ),
             data_folder=config.data_folder(),
             shows_reasoning=show_reasoning,
@@ -126,7 +125,7 @@ def chat(
             effort=effort,
             instructions=system,
             max_tokens=max_tokens,
-            sampling={"temperature": temperature, "top_p": top_p},
+            sampling=options.sampling(temperature, top_p),
             seed=seed,
             current_date=current_date,
         )

@@ -36,10 +36,8 @@ def generate(
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Stop after this many tokens, thoughts included.")
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 1.0,
-    top_p: Annotated[
-        float, typer.Option(min=0, max=1, help="Sample among the likeliest tokens that reach this share.")
-    ] = 1.0,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
     seed: Annotated[
         int | None, typer.Option(min=-(2**63), max=2**63 - 1, help="The same seed gives the same answer.")
     ] = None,
@@ -101,10 +99,9 @@ def generate(
         instructions=instructions,
         current_date=date,
         max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
         seed=seed,
         adapter=adapter_name,
+        **options.sampling(temperature, top_p),
     )
     with contextlib.closing(local.engine), generation:
         if as_json:

@@ -54,6 +54,25 @@ PythonSandbox = Annotated[
 ]
 UnsafePython = Annotated[bool, typer.Option("--unsafe-python", help="Run the model's code with no sandbox at all.")]
 
+Temperature = Annotated[
+    float | None,
+    typer.Option(min=0, help="0 always takes the likeliest token. [default: the checkpoint's, else 1]"),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        help="Sample among the likeliest tokens that reach this share. [default: the checkpoint's, else 1]",
+    ),
+]
+
+
+def sampling(temperature: float | None, top_p: float | None) -> dict[str, float]:
+    """Those of the two that were given; the rest is the checkpoint's to say."""
+    asked = {"temperature": temperature, "top_p": top_p}
+    return {name: value for name, value in asked.items() if value is not None}
+
 
 def with_adapter(settings: Config, adapter: str | None) -> tuple[Config, str | None]:
     """Settings that load the adapter of ``--adapter`` and no other, and the name that it then has."""

@@ -89,7 +89,8 @@ def serve(
     """Serve a model to OpenAI's clients: Responses, Chat Completions, and Anthropic's Messages.
 
     Settings may also come from OSSIA_* variables and ~/.config/ossia/config.toml; /docs on the running server tells
-    every endpoint.
+    every endpoint. Where a request names no temperature, top_p, top_k, min_p or repetition_penalty, those of the
+    checkpoint's generation_config.json hold.
 
     Example: ossia serve --model gpt-oss-20b
     """
@@ -243,7 +244,10 @@ def _open(settings: Config, keys: object, name: str, tools: Toolboxes) -> tuple[
     constrain = Grammars(GrammarCompiler(local.tokenizer))
     budget = Budget(settings.max_tool_calls, settings.max_tool_seconds, settings.max_tool_tokens)
     seal = Seal.at(folder / "seal.key")
-    model = Model(called, engine, local.tokenizer, seal, constrain=constrain, budget=budget)
+    if local.sampling:
+        named = ", ".join(f"{name} {value:g}" for name, value in local.sampling.items())
+        print(f"ossia: sampled as the checkpoint says where a request does not: {named}", file=sys.stderr)
+    model = Model(called, engine, local.tokenizer, seal, constrain=constrain, budget=budget, sampling=local.sampling)
     aliases = _aliases(called)
     adapters = Adapters(engine, local.read_adapter, taken=(called, *aliases), folder=adapter_dir)
     for adapter_name, path in settings.adapters.items():

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,43 @@ def read_config(folder: Path) -> ModelConfig:
     )
     check_consistency(fields, config)
     return config
+
+
+# What a checkpoint may say of sampling, as generation_config.json and `SamplingParams` name it, and the most it may be.
+_MOST = {"temperature": math.inf, "top_p": 1.0, "top_k": math.inf, "min_p": 1.0, "repetition_penalty": math.inf}
+
+
+def read_sampling(path: Path) -> dict[str, float]:
+    """How to sample where a request does not say, of a generation_config.json; fields of `SamplingParams`.
+
+    A field that is not named stays as `SamplingParams` has it: the top_k of 50 that transformers takes then is not
+    assumed. ``"do_sample": false`` is temperature 0. Raises CheckpointError for a number that cannot be.
+
+    Source: vLLM, which takes the same fields by default (`--generation-config auto`) and max_new_tokens besides.
+    """
+    fields = Fields(path, read_json(path), remedy="Correct it, or take the field out.")
+    found = sampling_fields(fields, {name: name for name in _MOST})
+    return found | {"temperature": 0.0} if fields.get("do_sample") is False else found
+
+
+def sampling_fields(fields: Fields, names: Mapping[str, str]) -> dict[str, float]:
+    """The ``fields`` that are there, called ``names`` there, as those of `SamplingParams`. Raises CheckpointError."""
+    found: dict[str, float] = {}
+    for name, called in names.items():
+        value = fields.get(called)
+        if value is None:
+            continue
+        if name == "top_k" and type(value) is int and value >= -1:
+            # -1 and 0 keep all.
+            found[name] = max(value, 0)
+        elif name != "top_k" and type(value) in (int, float) and 0 <= value <= _MOST[name] and value < math.inf:
+            # GGUF keeps 0.6 in 32 bits, as 0.6000000238.
+            found[name] = round(float(value), 6)
+        else:
+            kind = "a whole number, -1 or more" if name == "top_k" else "a number, 0 or more"
+            upto = " and 1 at most" if _MOST[name] == 1 else ""
+            raise fields.error(f"{called} is {value!r}, expected {kind}{upto}")
+    return found
 
 
 def read_json(path: Path) -> dict[str, Any]:

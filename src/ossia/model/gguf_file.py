@@ -30,7 +30,7 @@ import numpy.typing as npt
 from ossia.errors import CheckpointError
 from ossia.harmony.tokenizer import O200K_PATTERN
 from ossia.model.config import ModelConfig, RopeConfig
-from ossia.model.config_file import Fields, check_consistency
+from ossia.model.config_file import Fields, check_consistency, sampling_fields
 from ossia.model.safetensors_file import TensorEntry, refuse_lfs_pointer
 
 ARCHITECTURE = "gpt-oss"
@@ -82,6 +82,21 @@ def read_gguf(path: Path, mapped: npt.NDArray[np.uint8]) -> GgufHeader:
         return _Reader(path, mapped.data).read()
     except (struct.error, OverflowError, UnicodeDecodeError):
         raise CheckpointError(f"{path} is cut off or damaged within its header. Download it again.") from None
+
+
+# Of `SamplingParams`, as llama.cpp spells them.
+_SAMPLING = {
+    "temperature": "general.sampling.temp",
+    "top_p": "general.sampling.top_p",
+    "top_k": "general.sampling.top_k",
+    "min_p": "general.sampling.min_p",
+    "repetition_penalty": "general.sampling.penalty_repeat",
+}
+
+
+def gguf_sampling(path: Path, metadata: Mapping[str, Any]) -> dict[str, float]:
+    """How to sample where a request does not say: fields of `SamplingParams`. Raises CheckpointError."""
+    return sampling_fields(Fields(path, dict(metadata), remedy=GGUF_REMEDY), _SAMPLING)
 
 
 def gguf_config(path: Path, header: GgufHeader) -> ModelConfig:

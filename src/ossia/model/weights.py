@@ -18,8 +18,15 @@ from ossia.errors import CheckpointError
 from ossia.harmony.tokenizer import Tokenizer
 from ossia.model.checkpoint_files import find_files
 from ossia.model.config import ModelConfig
-from ossia.model.config_file import CONFIG_REMEDY, RANDOM_WEIGHTS, read_config, read_json
-from ossia.model.gguf_file import GGUF_REMEDY, GgufHeader, gguf_config, read_gguf, tokenizer_document
+from ossia.model.config_file import CONFIG_REMEDY, RANDOM_WEIGHTS, read_config, read_json, read_sampling
+from ossia.model.gguf_file import (
+    GGUF_REMEDY,
+    GgufHeader,
+    gguf_config,
+    gguf_sampling,
+    read_gguf,
+    tokenizer_document,
+)
 from ossia.model.layouts import Dense, Expected, LayerArrays, Layout, ModelArrays, detect_layout
 from ossia.model.safetensors_file import DTYPES, TensorEntry, map_file, read_header
 from ossia.model.transformer import Layer, Weights
@@ -127,8 +134,17 @@ class Checkpoint:
     @property
     def tokenizer_path(self) -> Path | None:
         """The tokenizer.json that belongs to the checkpoint: beside it, or beside its original/ folder."""
-        folders = [self.folder, self.folder.parent] if self.folder.name == "original" else [self.folder]
-        return next((path for folder in folders if (path := folder / "tokenizer.json").is_file()), None)
+        return self._beside("tokenizer.json")
+
+    def sampling(self) -> dict[str, float]:
+        """How those who published it would have it sampled, as fields of `SamplingParams`; of any, or none.
+
+        Of generation_config.json, or of the GGUF metadata. Raises CheckpointError for a number that cannot be.
+        """
+        if self.metadata:
+            return gguf_sampling(self.files[0], self.metadata)
+        path = self._beside("generation_config.json")
+        return {} if path is None else read_sampling(path)
 
     @property
     def has_random_weights(self) -> bool:
@@ -158,6 +174,10 @@ class Checkpoint:
                 f"o200k_harmony's {tokenizer.vocab_size}. Put the tokenizer.json that belongs to it in the folder."
             )
         return tokenizer
+
+    def _beside(self, name: str) -> Path | None:
+        folders = [self.folder, self.folder.parent] if self.folder.name == "original" else [self.folder]
+        return next((path for folder in folders if (path := folder / name).is_file()), None)
 
     def _num_layers(self) -> int:
         numbers = (_layer_number(name, self.layout) for name in self.tensors)

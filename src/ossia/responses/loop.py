@@ -130,6 +130,12 @@ class Model:
     budget: Budget = field(default_factory=Budget)
     # The date that the model is told, YYYY-MM-DD.
     today: Callable[[], str] = _today
+    # How to sample where a request does not say: fields of SamplingParams.
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+
+    def sampled(self, **asked: float | None) -> dict[str, Any]:
+        """How to sample for a request that has asked for this; None where it has not."""
+        return {**self.sampling, **{name: value for name, value in asked.items() if value is not None}}
 
 
 @dataclass(frozen=True)
@@ -190,14 +196,23 @@ class Run:
         request = self.request = prepared.request
         self.tools, self.input, self.current_date = prepared.tools, prepared.entries, prepared.current_date
         self._choice, self._prompt = prepared.choice, prepared.prompt
-        self.response = new_response(request, model.name)
+        sampled = model.sampled(temperature=request.temperature, top_p=request.top_p)
+        self.response = new_response(request, model.name, sampled)
         # Tools that are not offered here are not echoed as if they were.
         offered = [tool for tool in self.response["tools"] if tool["type"] not in self.tools.ignored]
         self.response["tools"] = [without_secrets(tool) for tool in offered]
         self.response["input_transformations"] = self.history.transformations
         self._extras = extras or Extras()
         self._builder = Builder(self.response, self.tools, toolbox=self.toolbox, stops=self._extras.stops)
-        self._params = _sampling(request, self._extras)
+        self._params = SamplingParams(
+            **{
+                **sampled,
+                "logprobs": request.wants_logprobs,
+                "top_logprobs": request.top_logprobs or 0,
+                "max_tokens": request.max_output_tokens,
+                **self._extras.sampling,
+            }
+        )
         self._usage = Usage()
         self._num_tool_calls = 0
         self._num_unknown_calls = 0
@@ -742,19 +757,6 @@ async def finish(run: Run) -> Json:
     if run.error is not None:
         raise run.error
     return run.response
-
-
-def _sampling(request: ResponseRequest, extras: Extras) -> SamplingParams:
-    return SamplingParams(
-        **{
-            "temperature": 1.0 if request.temperature is None else request.temperature,
-            "top_p": 1.0 if request.top_p is None else request.top_p,
-            "logprobs": request.wants_logprobs,
-            "top_logprobs": request.top_logprobs or 0,
-            "max_tokens": request.max_output_tokens,
-            **extras.sampling,
-        }
-    )
 
 
 def _header(parsed: ParsedMessage) -> Header:

@@ -280,8 +280,8 @@ def new_id(prefix: str) -> str:
     return f"{prefix}_{secrets.token_hex(24)}"
 
 
-def new_response(request: ResponseRequest, model: str) -> Json:
-    """The response as it begins: every key of the API, the request's own parameters echoed."""
+def new_response(request: ResponseRequest, model: str, sampled: Mapping[str, Any]) -> Json:
+    """The response as it begins: every key of the API, the request's parameters and how it is ``sampled`` echoed."""
     shape: Json = {"type": request.format.type}
     if request.format.type == "json_schema":
         shape |= {
@@ -326,13 +326,13 @@ def new_response(request: ResponseRequest, model: str) -> Json:
         "safety_identifier": request.safety_identifier,
         "service_tier": "default",
         "store": request.store is not False,
-        "temperature": 1.0 if request.temperature is None else request.temperature,
+        "temperature": sampled.get("temperature", 1.0),
         "text": {"format": shape, "verbosity": (request.text and request.text.verbosity) or "medium"},
         "tool_choice": request.tool_choice or "auto",
         "tools": [{"strict": None, "parameters": None, **t} if t.get("type") == "function" else t
                   for t in request.tools or ()],
         "top_logprobs": request.top_logprobs or 0,
-        "top_p": 1.0 if request.top_p is None else request.top_p,
+        "top_p": sampled.get("top_p", 1.0),
         "truncation": request.truncation or "disabled",
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,

@@ -107,8 +107,7 @@ class _Raw:
         wanted = body.logprobs is not None
         self._params = SamplingParams(
             **{
-                "temperature": 1.0 if body.temperature is None else body.temperature,
-                "top_p": 1.0 if body.top_p is None else body.top_p,
+                **model.sampled(temperature=body.temperature, top_p=body.top_p),
                 "max_tokens": 16 if body.max_tokens is None else max(body.max_tokens, 1),
                 "stop_strings": body.stops,
                 "logprobs": wanted,
