@@ -322,12 +322,19 @@ def _effort(effort: Effort | str | None) -> Effort:
         raise InputError(f"effort is {effort!r}; expected one of: {', '.join(Effort)}", param="effort") from None
 
 
+def demonstration(config: Config) -> str:
+    """What the embedded model is, and how to get a real one; "" for another model."""
+    if config.model != EMBEDDED:
+        return ""
+    here = downloaded()
+    better = f"here are {', '.join(here)} for --model" if here else "`ossia pull gpt-oss-20b` fetches a real one"
+    return f"The model is {EMBEDDED}, a small demonstration that comes with ossia; {better}"
+
+
 def tell_of_demonstration(config: Config) -> None:
-    """Log what the embedded model is, and how to get a real one."""
-    if config.model == EMBEDDED:
-        here = downloaded()
-        better = f"here are {', '.join(here)} for --model" if here else "`ossia pull gpt-oss-20b` fetches a real one"
-        _log.warning("the model is %s, a small demonstration that comes with ossia; %s", EMBEDDED, better)
+    """Log what the embedded model is, where it is the model."""
+    if words := demonstration(config):
+        _log.warning("%s", words)
 
 
 def check_memory(config: Config, shape: ModelConfig) -> None:

@@ -552,6 +552,11 @@ def test_an_adapter_is_chosen_where_the_server_has_some(tab, adapted, viewport):
     assert choice.input_value() == "tiny"
 
 
+def test_the_page_tells_what_should_be_known_of_the_model(tab, serve):
+    page = tab(serve(REASONED + FINAL, notice="the model is a small demonstration")).page
+    page.wait_for_selector(".welcome >> text=the model is a small demonstration")
+
+
 def test_where_there_are_no_adapters_there_is_no_choice(tab, served):
     page = tab(served).page
     page.wait_for_selector("text=gpt-oss-20b >> nth=0")

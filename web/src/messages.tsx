@@ -49,6 +49,8 @@ export function Messages() {
 
 function Welcome() {
   const served = state.served.value;
+  // Those that can be switched on here.
+  const tools = ["python", "browser"].filter((name) => name in (served?.tools ?? {}));
   const off = Object.entries(served?.off ?? {});
   return (
     <section class="welcome">
@@ -57,9 +59,10 @@ function Welcome() {
       {served && (
         <p>
           {served.model} runs on this machine, with {served.context.toLocaleString("en")} tokens of context
-          {Object.keys(served.tools).length ? ` and the tools ${Object.keys(served.tools).join(", ")}` : ""}.
+          {tools.length ? ` and the tools ${tools.join(", ")}` : ""}.
         </p>
       )}
+      {served?.notice && <p class="hint">{served.notice}</p>}
       {off.map(([name, reason]) => (
         <p class="hint">
           {name} is off: {reason}
@@ -265,13 +268,14 @@ export function Url({ url }: { url: string }) {
 
 function Call({ item }: { item: Item }) {
   const name = item.server_label ? `${item.server_label}.${item.name}` : item.name;
+  const result = item.output ?? item.error;
   return (
     <details class="call">
       <summary>Called {name}</summary>
       <pre tabIndex={0} aria-label="Arguments">{item.arguments}</pre>
-      {item.output != null && (
+      {result != null && (
         <pre class="logs" tabIndex={0} aria-label="Result">
-          {typeof item.output === "string" ? item.output : JSON.stringify(item.output, null, 1)}
+          {typeof result === "string" ? result : JSON.stringify(result, null, 1)}
         </pre>
       )}
     </details>

@@ -7,6 +7,7 @@ export interface Served {
   model: string;
   adapters: string[];
   context: number;
+  notice: string;
   tools: Record<string, string>;
   off: Record<string, string>;
 }

@@ -93,8 +93,12 @@ class Service:
         created_at: int = 0,
         refuses_pages: bool = False,
         context: int = 0,
+        notice: str = "",
     ) -> None:
-        """``refuses_pages`` is for a server that is open to this machine: pages from elsewhere are not of it."""
+        """``refuses_pages`` is for a server that is open to this machine: pages from elsewhere are not of it.
+
+        ``notice`` is what people should know of the model before they ask it.
+        """
         self.model, self.store = model, store
         self.own_names = {model.name, *aliases}
         self.adapters = adapters
@@ -109,6 +113,7 @@ class Service:
         self.refuses_pages = refuses_pages
         # Tokens that prompt and answer may have together; 0 where that is not known.
         self.context = context
+        self.notice = notice
         self.metrics = Metrics()
         self.live: dict[str, Live] = {}
         self.is_stopping = False

@@ -58,6 +58,8 @@ class Served(BaseModel):
     # Names of adapters that a request may give in place of the model's.
     adapters: list[str]
     context: int
+    # What people should know of the model before they ask it.
+    notice: str
     # Tools that run here, by name, with what says more of each; and why others do not.
     tools: dict[str, str]
     off: dict[str, str]
@@ -98,6 +100,7 @@ def router(service: Service) -> APIRouter:
             model=service.model.name,
             adapters=sorted(service.adapters.offered) if service.adapters is not None else [],
             context=service.context,
+            notice=service.notice,
             tools=tools,
             off=dict(off),
         )
