@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from ossia.cli import serve
 from ossia.cli.app import app
 from ossia.config import Config
+from ossia.server import app as app_module
 
 ROOT = Path(__file__).parent.parent
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -65,6 +67,13 @@ def test_the_unit_starts_a_command_that_there_is():
     command = shlex.split(unit["Service"]["ExecStart"])
     assert command[1] == "serve"
     assert used(command) <= options("serve")
+
+
+def test_nobody_kills_a_server_that_still_ends_its_streams():
+    needed_s = serve._GRACE_S + app_module._PATIENCE_S
+    unit, composed = (ROOT / name for name in ("deploy/ossia.service", "compose.yaml"))
+    assert int(re.search(r"^TimeoutStopSec=(\d+)$", unit.read_text(), re.MULTILINE)[1]) > needed_s
+    assert int(re.search(r"stop_grace_period: (\d+)s", composed.read_text())[1]) > needed_s
 
 
 def test_systemd_finds_no_fault_in_the_unit(tmp_path):

@@ -77,6 +77,31 @@ def test_a_served_model_answers_a_client_and_remembers(tmp_path, environ):
     assert re.search(r"request=req_\w+ method=POST route=/v1/responses status=200 key=me .* output_tokens=3", told)
 
 
+def test_a_free_port_is_told_and_one_that_is_taken_is_refused_before_a_model_is_read(environ):
+    command = [sys.executable, "-m", "ossia", "serve", "--port", "0", "--tools", "none"]
+    server = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True)
+    try:
+        told = next(line for line in server.stderr if "serving" in line)
+        url = re.search(r"serving nano on (http://127\.0\.0\.1:[1-9]\d*)/v1, and a page to chat on at \1/$", told)[1]
+        for _ in range(100):
+            try:
+                assert httpx.get(f"{url}/").headers["content-type"].startswith("text/html")
+                assert "small demonstration" in httpx.get(f"{url}/v1/served").json()["notice"]
+                break
+            except httpx.HTTPError:
+                time.sleep(0.1)
+        listed = subprocess.run(
+            [sys.executable, "-m", "ossia", "ps"], capture_output=True, text=True, timeout=60, env=environ
+        )
+        assert url in listed.stdout and "0 under way" in listed.stdout
+        refused = _ossia(environ, "--model", "nowhere", "--port", url.rpartition(":")[2], "--tools", "none")
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.communicate(timeout=30)
+    assert refused.returncode == 1 and "Traceback" not in refused.stderr
+    assert "cannot be listened on: Address already in use" in refused.stderr and "--port" in refused.stderr
+
+
 def test_an_adapter_that_cannot_be_served_ends_the_start(tmp_path, environ):
     folder = write_random_checkpoint(tmp_path / "tiny", "tiny")
     for arguments, said in (

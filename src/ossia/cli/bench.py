@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,7 +25,7 @@ _READ_BYTES = 1 << 30
 
 
 def bench(
-    model: options.Model = "",
+    model: options.Model = None,
     prefill: Annotated[str, typer.Option(help="Lengths of prompts, in tokens; empty for none.")] = "32,512,4096",
     depth: Annotated[str, typer.Option(help="Tokens that a single sequence holds already.")] = "0,4096,16384",
     batch: Annotated[str, typer.Option(help="Numbers of sequences that go on together.")] = "2,4,8,16",
@@ -42,9 +42,10 @@ def bench(
     Memory's limit is how fast these threads read a gigabyte; arithmetic's is how fast they multiply 8-bit integers in
     registers. Both are measured first, in the same run: other work on the machine lowers all numbers.
     """
+    settings = options.settings_of(locals())
     from rich.console import Console
 
-    from ossia import config, local
+    from ossia import local
     from ossia import ops as backends
     from ossia.engine import EngineConfig
     from ossia.engine.benchmark import CountingOps, first_pass
@@ -53,8 +54,7 @@ def bench(
     from ossia.model.weights import Checkpoint, load_weights
 
     lengths, depths, batches = _numbers("--prefill", prefill), _numbers("--depth", depth), _numbers("--batch", batch)
-    flags = {"model": model or None, "threads": threads, "dense": dense, "kv": kv, "kv_memory": kv_memory}
-    settings = config.load(flags | {"backend": "cpu"})
+    settings = replace(settings, backend="cpu")
     local.tell_of_demonstration(settings)
     notes = Console(stderr=True, highlight=False)
     cpu = backends.load("cpu", **local.backend_options(settings))

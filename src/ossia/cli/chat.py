@@ -12,46 +12,47 @@ import typer
 from ossia.cli import options
 
 if TYPE_CHECKING:
+    from ossia.cli.chat_loop import ToolSet
     from ossia.config import Config
     from ossia.responses.loop import Model
+    from ossia.responses.toolbox import Toolboxes
+
+
+System = Annotated[str | None, typer.Option(help="What the developer asks of the model, in every turn.")]
+Tools = Annotated[
+    str,
+    typer.Option(
+        help="Tools that the model may call, with commas between: python, browser, apply_patch, mcp (every server "
+        "of the settings), mcp:NAME."
+    ),
+]
+PatchRoot = Annotated[
+    Path, typer.Option(help="The folder whose files apply_patch may change; you are asked before each change.")
+]
+Load = Annotated[Path | None, typer.Option(help="Go on with a conversation that /save has written.")]
+WhenFull = Annotated[
+    Literal["ask", "drop", "compact"],
+    typer.Option(help="When the context is full: ask, forget the oldest turns, or let the model sum them up."),
+]
 
 
 def chat(
-    model: options.Model = "",
-    effort: Annotated[
-        Literal["low", "medium", "high"], typer.Option(help="How long the model thinks before it answers.")
-    ] = "medium",
-    system: Annotated[str | None, typer.Option(help="What the developer asks of the model, in every turn.")] = None,
-    show_reasoning: Annotated[
-        bool, typer.Option("--show-reasoning", help="Show the chain of thought, which is not written for end users.")
-    ] = False,
-    tools: Annotated[
-        str,
-        typer.Option(
-            help="Tools that the model may call, with commas between: python, browser, apply_patch, mcp (every server "
-            "of the settings), mcp:NAME."
-        ),
-    ] = "",
-    patch_root: Annotated[
-        Path, typer.Option(help="The folder whose files apply_patch may change; you are asked before each change.")
-    ] = Path("."),
+    model: options.Model = None,
+    effort: options.Effort = "medium",
+    system: System = None,
+    show_reasoning: options.ShowReasoning = False,
+    tools: Tools = "",
+    patch_root: PatchRoot = Path("."),
     browser: options.Browser = None,
     browser_root: options.BrowserRoot = None,
     python_sandbox: options.PythonSandbox = None,
     unsafe_python: options.UnsafePython = False,
-    load: Annotated[Path | None, typer.Option(help="Go on with a conversation that /save has written.")] = None,
-    when_full: Annotated[
-        Literal["ask", "drop", "compact"],
-        typer.Option(help="When the context is full: ask, forget the oldest turns, or let the model sum them up."),
-    ] = "ask",
-    max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="End each answer after this many tokens, thoughts included.")
-    ] = None,
+    load: Load = None,
+    when_full: WhenFull = "ask",
+    max_tokens: options.MaxTokens = None,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
-    seed: Annotated[
-        int | None, typer.Option(min=-(2**62), max=2**62, help="The same seed gives the same conversation.")
-    ] = None,
+    seed: options.Seed = None,
     adapter: options.Adapter = None,
     date: options.Date = None,
     backend: options.Backend = None,
@@ -69,53 +70,25 @@ def chat(
 
     Example: ossia chat --model gpt-oss-20b --effort low
     """
+    settings = options.settings_of(locals(), without=("tools",))
     # The engine and its libraries take a part of a second to import; `ossia --help` does not wait for them.
-    from ossia import config
-    from ossia.cli.serve import open_tools
+    from ossia.cli.serve import answering, open_tools
+    from ossia.config import data_folder
     from ossia.engine import AsyncEngine
-    from ossia.engine.masks import GrammarCompiler
     from ossia.local import LocalModel, checked_date
-    from ossia.responses.constrain import Grammars
-    from ossia.responses.loop import Budget, Model
 
-    settings = config.load(
-        {
-            "model": model or None,
-            "browser": f"local:{browser_root}" if browser_root is not None else browser,
-            "python_sandbox": python_sandbox,
-            "backend": backend,
-            "threads": threads,
-            "dense": dense,
-            "kv": kv,
-            "kv_memory": kv_memory,
-            "gpu_memory": gpu_memory,
-            "max_context": max_context,
-        }
-    )
     settings, adapter_name = options.with_adapter(settings, adapter)
     current_date = checked_date(date) if date is not None else None
-    names = list(dict.fromkeys(name.strip() for name in tools.split(",") if name.strip()))
-    names = _with_servers(names, settings)
+    names = _with_servers([name.strip() for name in tools.split(",") if name.strip()], settings)
     wanted = list(dict.fromkeys(one.partition(":")[0] for one in names if one != "apply_patch"))
     boxes = open_tools(settings, wanted, unsafe_python) if wanted else None
     local = LocalModel.open(settings)
-    if local.checkpoint.has_random_weights:
-        print("ossia: the weights of this checkpoint are random: answers will be noise", file=sys.stderr)
     name = adapter_name or Path(settings.model).name.removesuffix(".gguf")
     engine = AsyncEngine(local.engine)
     try:
-        constrain = Grammars(GrammarCompiler(local.tokenizer))
-        budget = Budget(settings.max_tool_calls, settings.max_tool_seconds, settings.max_tool_tokens)
         code = converse(
-            Model(
-                name,
-                engine.through(adapter_name) if adapter_name else engine,
-                local.tokenizer,
-                constrain=constrain,
-                budget=budget,
-                sampling=local.sampling,
-            ),
-            data_folder=config.data_folder(),
+            answering(local, name, engine.through(adapter_name) if adapter_name else engine, settings),
+            data_folder=data_folder(),
             shows_reasoning=show_reasoning,
             when_full=when_full,
             load=load,
@@ -170,7 +143,7 @@ def converse(
     from rich.console import Console
 
     from ossia.cli.chat_input import Input, LineInput, PipeInput, TerminalInput, private_file
-    from ossia.cli.chat_loop import BROWSER, COMMANDS, PATCHES, PYTHON, ChatLoop, server_tools
+    from ossia.cli.chat_loop import COMMANDS, PATCHES, ChatLoop
     from ossia.cli.chat_screen import PlainScreen, RichScreen, Screen
     from ossia.cli.chat_session import ChatSession
     from ossia.errors import InputError
@@ -196,11 +169,7 @@ def converse(
         source = TerminalInput(history, [f"/{name}" for name in COMMANDS], lambda: loop.status())
     else:
         source = LineInput() if is_typed else PipeInput()
-    known = {name: tool for name, tool in (("python", PYTHON), ("browser", BROWSER)) if name in tools}
-    if session.boxes is not None:
-        for label, server in session.boxes.servers.items():
-            if f"mcp:{label}" in tools:
-                known[f"mcp:{label}"] = server_tools(label, is_asked=server.approval == "always")
+    known = _known_tools(tools, session.boxes)
     # Where nobody can be asked, nothing is changed.
     if source.is_interactive:
         session.patcher = ApplyPatch(PatchFolder(patch_root), approve=lambda plan: loop.approve(plan))
@@ -212,3 +181,14 @@ def converse(
     if source.is_interactive:
         screen.note(f"{model.name} · /help tells the commands, Ctrl-C stops an answer, Ctrl-D leaves")
     return loop.run()
+
+
+def _known_tools(names: Sequence[str], boxes: Toolboxes | None) -> dict[str, ToolSet]:
+    """What the tools of ``names`` are, but for apply_patch."""
+    from ossia.cli.chat_loop import BROWSER, PYTHON, server_tools
+
+    known = {name: tool for name, tool in (("python", PYTHON), ("browser", BROWSER)) if name in names}
+    for label, server in boxes.servers.items() if boxes is not None else ():
+        if f"mcp:{label}" in names:
+            known[f"mcp:{label}"] = server_tools(label, is_asked=server.approval == "always")
+    return known

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,24 +23,16 @@ if TYPE_CHECKING:
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to ask; `-` reads standard input.")],
-    model: options.Model = "",
-    effort: Annotated[
-        Literal["low", "medium", "high"], typer.Option(help="How long the model thinks before it answers.")
-    ] = "medium",
+    model: options.Model = None,
+    effort: options.Effort = "medium",
     instructions: Annotated[
         str | None, typer.Option(help="What the developer asks of the model, before the prompt.")
     ] = None,
-    show_reasoning: Annotated[
-        bool, typer.Option("--show-reasoning", help="Show the chain of thought, which is not written for end users.")
-    ] = False,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Stop after this many tokens, thoughts included.")
-    ] = None,
+    show_reasoning: options.ShowReasoning = False,
+    max_tokens: options.MaxTokens = None,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
-    seed: Annotated[
-        int | None, typer.Option(min=-(2**63), max=2**63 - 1, help="The same seed gives the same answer.")
-    ] = None,
+    seed: options.Seed = None,
     adapter: options.Adapter = None,
     date: options.Date = None,
     raw: Annotated[bool, typer.Option("--raw", help="Show every token as it comes, special ones too.")] = False,
@@ -61,25 +53,12 @@ def generate(
 
     Example: ossia generate "Why is the sky blue?" --model gpt-oss-20b --effort low
     """
+    settings = options.settings_of(locals())
     # The engine and its libraries take a part of a second to import; `ossia --help` does not wait for them.
     from rich.console import Console
 
-    from ossia import config
     from ossia.local import LocalModel
 
-    settings = config.load(
-        {
-            "model": model or None,
-            "backend": backend,
-            "threads": threads,
-            "dense": dense,
-            "kv": kv,
-            "kv_memory": kv_memory,
-            "gpu_memory": gpu_memory,
-            "tp": tp,
-            "max_context": max_context,
-        }
-    )
     if follows(settings):
         return
     prompt = argument_or_stdin(prompt)

@@ -50,25 +50,11 @@ def mcp(
 
     Example: ossia mcp --tools python,browser --browser-root docs/
     """
+    settings = options.settings_of(locals(), without=("tools",))
     import asyncio
 
-    from ossia import config
     from ossia.errors import ConfigError
 
-    if browser is not None and browser_root is not None:
-        raise ConfigError("--browser and --browser-root exclude each other; give one")
-    settings = config.load(
-        {
-            "host": host,
-            "port": port,
-            "key_file": key_file,
-            "open_to_all": "yes" if open_to_all else None,
-            "patch_folder": patch_folder,
-            "browser": f"local:{browser_root}" if browser_root is not None else browser,
-            "python_sandbox": python_sandbox,
-            "audit_log": audit_log,
-        }
-    )
     names = list(dict.fromkeys(name.strip() for name in tools.split(",") if name.strip()))
     if not names:
         raise ConfigError("--tools names no tool; expected names with commas between")
@@ -114,10 +100,9 @@ async def _offer(names: list[str], settings: Config, *, unsafe_python: bool, is_
 
 
 async def _serve(server: ToolServer, settings: Config) -> None:
-    import socket
-
     import uvicorn
 
+    from ossia.cli.listening import take_address
     from ossia.errors import AuthError
     from ossia.server.limits import Keys, check_bind
     from ossia.tools.mcp_server import PATH
@@ -132,9 +117,9 @@ async def _serve(server: ToolServer, settings: Config) -> None:
             return None
 
     app = server.http_app(host=settings.host, name_of_key=name_of_key if keys else None)
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    with socket.create_server((settings.host, settings.port), family=family) as listening:
-        port = listening.getsockname()[1]
-        print(f"ossia: serving tools on http://{settings.host}:{port}{PATH}", file=sys.stderr, flush=True)
+    taken, url = take_address(settings)
+    with taken:
+        taken.listen()
+        print(f"ossia: serving tools on {url}{PATH}", file=sys.stderr, flush=True)
         uvicorn_server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
-        await uvicorn_server.serve(sockets=[listening])
+        await uvicorn_server.serve(sockets=[taken])

@@ -1,13 +1,14 @@
 """Options that several commands share: which model, how it is run, and with which tools.
 
-An option that is not given is None, so that the settings file and OSSIA_* variables keep their say.
+An option that is not given is None or False, so that the settings file and OSSIA_* variables keep their say.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -15,7 +16,17 @@ if TYPE_CHECKING:
     from ossia.config import Config
 
 Model = Annotated[
-    str, typer.Option("--model", "-m", help="A checkpoint folder, a .gguf file, or a name such as gpt-oss-20b.")
+    str | None, typer.Option("--model", "-m", help="A checkpoint folder, a .gguf file, or a name such as gpt-oss-20b.")
+]
+Effort = Annotated[Literal["low", "medium", "high"], typer.Option(help="How long the model thinks before it answers.")]
+ShowReasoning = Annotated[
+    bool, typer.Option("--show-reasoning", help="Show the chain of thought, which is not written for end users.")
+]
+MaxTokens = Annotated[
+    int | None, typer.Option(min=1, help="End each answer after this many tokens, thoughts included.")
+]
+Seed = Annotated[
+    int | None, typer.Option(min=-(2**62), max=2**62, help="The same seed gives the same answers to the same prompts.")
 ]
 Backend = Annotated[
     Literal["cpu", "gpu", "reference"] | None,
@@ -68,7 +79,26 @@ TopP = Annotated[
 ]
 
 
-def sampling(temperature: float | None, top_p: float | None) -> dict[str, float]:
+def settings_of(options: Mapping[str, Any], *, without: Collection[str] = ()) -> Config:
+    """The settings in force for a command that was given ``options``, its parameters by name.
+
+    A parameter that is called as a setting, and not named by ``without``, is that setting; True stands for "yes", and
+    ``browser_root`` for a browser over a folder. Raises ConfigError.
+    """
+    from ossia import config
+    from ossia.errors import ConfigError
+
+    names = {field.name for field in dataclasses.fields(config.Config)} - set(without)
+    given = {name: value for name, value in options.items() if value is not None and value is not False}
+    flags = {name: "yes" if value is True else value for name, value in given.items() if name in names}
+    if "browser_root" in given:
+        if "browser" in given:
+            raise ConfigError("--browser and --browser-root exclude each other; give one")
+        flags["browser"] = f"local:{given['browser_root']}"
+    return config.load(flags)
+
+
+def sampling(temperature: float | None, top_p: float | None) -> dict[str, Any]:
     """Those of the two that were given; the rest is the checkpoint's to say."""
     asked = {"temperature": temperature, "top_p": top_p}
     return {name: value for name, value in asked.items() if value is not None}

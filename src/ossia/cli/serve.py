@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,72 +12,84 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ossia.cli import options
+from ossia.cli.listening import take_address
 from ossia.cli.team import follows
 
 if TYPE_CHECKING:
     from ossia.config import Config
     from ossia.engine import AsyncEngine
+    from ossia.local import LocalModel
+    from ossia.responses.loop import Model, TokenSource
+    from ossia.responses.seal import Seal
     from ossia.responses.toolbox import Toolboxes
+    from ossia.server.limits import Keys
     from ossia.server.service import Service
 
 _GRACE_S = 30
 
 
+Host = Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]")]
+Port = Annotated[int | None, typer.Option(min=0, help="Port to listen on; 0 for a free one. [default: 8000]")]
+Name = Annotated[str, typer.Option(help="What clients call the model; the checkpoint's name by default.")]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter", metavar="NAME=PATH", help="Offer a LoRA adapter, which clients choose as a model; repeatable."
+    ),
+]
+AdapterDir = Annotated[
+    str | None, typer.Option(help="Let clients load adapters from this folder, and unload any. [default: none]")
+]
+Store = Annotated[
+    str | None, typer.Option(help="Keep responses at this SQLAlchemy URL. [default: a file in the data folder]")
+]
+KeyFile = Annotated[str | None, typer.Option(help="Ask for one of the API keys whose hashes are in here.")]
+NewKey = Annotated[str, typer.Option("--new-key", metavar="NAME", help="Add a key to --key-file, print it, and leave.")]
+OpenToAll = Annotated[
+    bool, typer.Option("--open-to-all", help="Listen where others reach it without asking for a key.")
+]
+MaxRunning = Annotated[int | None, typer.Option(min=1, help="Requests that are answered at once. [default: 64]")]
+MaxQueued = Annotated[int | None, typer.Option(min=0, help="Requests that may wait for their turn. [default: 256]")]
+MaxPerMinute = Annotated[
+    int | None, typer.Option(min=0, help="Requests of one key in a minute; 0 for no limit. [default: 0]")
+]
+Traces = Annotated[
+    str | None, typer.Option(help="Tell an OpenTelemetry collector at this URL where time goes. [default: none]")
+]
+Tools = Annotated[
+    str | None,
+    typer.Option(help="Tools to run for clients that ask: python, browser, mcp, with commas; or none. [default: auto]"),
+]
+AuditLogFile = Annotated[str | None, typer.Option(help="Append a line for every call of a tool to this file.")]
+AskAfterUntrusted = Annotated[
+    bool,
+    typer.Option("--ask-after-untrusted", help="Ask before MCP and functions once a tool's answer is in the context."),
+]
+
+
 def serve(
-    model: options.Model = "",
-    host: Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]")] = None,
-    port: Annotated[
-        int | None, typer.Option(min=0, help="Port to listen on; 0 for a free one. [default: 8000]")
-    ] = None,
-    name: Annotated[str, typer.Option(help="What clients call the model; the checkpoint's name by default.")] = "",
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=PATH", help="Offer a LoRA adapter, which clients choose as a model; repeatable."),
-    ] = None,
-    adapter_dir: Annotated[
-        str | None, typer.Option(help="Let clients load adapters from this folder, and unload any. [default: none]")
-    ] = None,
+    model: options.Model = None,
+    host: Host = None,
+    port: Port = None,
+    name: Name = "",
+    adapters: Adapters = None,
+    adapter_dir: AdapterDir = None,
     adapter_memory: options.AdapterMemory = None,
-    store: Annotated[
-        str | None, typer.Option(help="Keep responses at this SQLAlchemy URL. [default: a file in the data folder]")
-    ] = None,
-    key_file: Annotated[str | None, typer.Option(help="Ask for one of the API keys whose hashes are in here.")] = None,
-    new_key: Annotated[
-        str, typer.Option("--new-key", metavar="NAME", help="Add a key to --key-file, print it, and leave.")
-    ] = "",
-    open_to_all: Annotated[
-        bool, typer.Option("--open-to-all", help="Listen where others reach it without asking for a key.")
-    ] = False,
-    max_running: Annotated[
-        int | None, typer.Option(min=1, help="Requests that are answered at once. [default: 64]")
-    ] = None,
-    max_queued: Annotated[
-        int | None, typer.Option(min=0, help="Requests that may wait for their turn. [default: 256]")
-    ] = None,
-    max_per_minute: Annotated[
-        int | None, typer.Option(min=0, help="Requests of one key in a minute; 0 for no limit. [default: 0]")
-    ] = None,
-    traces: Annotated[
-        str | None,
-        typer.Option(help="Tell an OpenTelemetry collector at this URL where time goes. [default: none]"),
-    ] = None,
-    tools: Annotated[
-        str | None,
-        typer.Option(
-            help="Tools to run for clients that ask: python, browser, mcp, with commas; or none. [default: auto]"
-        ),
-    ] = None,
+    store: Store = None,
+    key_file: KeyFile = None,
+    new_key: NewKey = "",
+    open_to_all: OpenToAll = False,
+    max_running: MaxRunning = None,
+    max_queued: MaxQueued = None,
+    max_per_minute: MaxPerMinute = None,
+    traces: Traces = None,
+    tools: Tools = None,
     browser: options.Browser = None,
     browser_root: options.BrowserRoot = None,
     python_sandbox: options.PythonSandbox = None,
     unsafe_python: options.UnsafePython = False,
-    audit_log: Annotated[str | None, typer.Option(help="Append a line for every call of a tool to this file.")] = None,
-    ask_after_untrusted: Annotated[
-        bool,
-        typer.Option(
-            "--ask-after-untrusted", help="Ask before MCP and functions once a tool's answer is in the context."
-        ),
-    ] = False,
+    audit_log: AuditLogFile = None,
+    ask_after_untrusted: AskAfterUntrusted = False,
     backend: options.Backend = None,
     threads: options.Threads = None,
     dense: options.Dense = None,
@@ -94,41 +107,11 @@ def serve(
 
     Example: ossia serve --model gpt-oss-20b
     """
+    settings = options.settings_of(locals())
     # The server's libraries take a second to import; nothing else waits for them.
-    from ossia import config
     from ossia.errors import ConfigError
     from ossia.server.limits import Keys, check_bind
 
-    settings = config.load(
-        {
-            "model": model or None,
-            "adapters": adapter or None,
-            "adapter_dir": adapter_dir,
-            "adapter_memory": adapter_memory,
-            "host": host,
-            "port": port,
-            "store": store,
-            "key_file": key_file,
-            "open_to_all": "yes" if open_to_all else None,
-            "max_running": max_running,
-            "max_queued": max_queued,
-            "max_per_minute": max_per_minute,
-            "traces": traces,
-            "tools": tools,
-            "browser": f"local:{browser_root}" if browser_root is not None else browser,
-            "python_sandbox": python_sandbox,
-            "audit_log": audit_log,
-            "ask_after_untrusted": "yes" if ask_after_untrusted else None,
-            "backend": backend,
-            "threads": threads,
-            "dense": dense,
-            "kv": kv,
-            "kv_memory": kv_memory,
-            "gpu_memory": gpu_memory,
-            "tp": tp,
-            "max_context": max_context,
-        }
-    )
     if new_key:
         if not settings.key_file:
             raise ConfigError("--new-key needs --key-file: the file that keeps the key's hash")
@@ -138,16 +121,17 @@ def serve(
         return
     keys = Keys.read(Path(settings.key_file).expanduser()) if settings.key_file else Keys()
     check_bind(settings.host, keys, is_open_allowed=settings.open_to_all == "yes")
-    if browser is not None and browser_root is not None:
-        raise ConfigError("--browser and --browser-root exclude each other; give one")
     wanted = _wanted(settings)
     offered = open_tools(settings, wanted, unsafe_python)
-    required = wanted if settings.tools != "auto" else []
-    service, engine = _open(settings, keys, name, offered)
-    try:
-        _run(service, settings, required)
-    finally:
-        engine.close()
+    taken, url = take_address(settings)
+    with taken:
+        # What is kept tells servers apart by their ports.
+        settings = dataclasses.replace(settings, port=taken.getsockname()[1])
+        service, engine = _open(settings, keys, name, offered)
+        try:
+            _run(service, taken, url, required=wanted if settings.tools != "auto" else [])
+        finally:
+            engine.close()
 
 
 def _wanted(settings: Config) -> list[str]:
@@ -205,26 +189,21 @@ def open_tools(settings: Config, wanted: list[str], unsafe_python: bool) -> Tool
     )
 
 
-def _open(settings: Config, keys: object, name: str, tools: Toolboxes) -> tuple[Service, AsyncEngine]:
+def _open(settings: Config, keys: Keys, name: str, tools: Toolboxes) -> tuple[Service, AsyncEngine]:
     """The model, its engine in a thread, and the store."""
     import datetime
-    import socket
 
     from ossia.config import data_folder
     from ossia.engine import AsyncEngine
-    from ossia.engine.masks import GrammarCompiler
     from ossia.errors import ConfigError
-    from ossia.local import LocalModel
-    from ossia.responses.constrain import Grammars
-    from ossia.responses.loop import Budget, Model
+    from ossia.local import LocalModel, demonstration
     from ossia.responses.seal import Seal
     from ossia.server.adapters import Adapters
-    from ossia.server.limits import Admission, Keys, Rates
+    from ossia.server.limits import Admission, Rates
     from ossia.server.service import Service
     from ossia.server.store import Store
     from ossia.server.tracing import Tracing
 
-    assert isinstance(keys, Keys)
     folder = data_folder()
     url = settings.store or f"sqlite:///{folder / 'responses.db'}"
     store = Store(
@@ -237,17 +216,9 @@ def _open(settings: Config, keys: object, name: str, tools: Toolboxes) -> tuple[
     if adapter_dir is not None and not adapter_dir.is_dir():
         raise ConfigError(f"adapter_dir is {settings.adapter_dir!r}, which is no folder", param="adapter_dir")
     local = LocalModel.open(dataclasses.replace(settings, adapters={}))
-    if local.checkpoint.has_random_weights:
-        print("ossia: the weights of this checkpoint are random: answers will be noise", file=sys.stderr)
     called = name or Path(settings.model).name.removesuffix(".gguf")
     engine = AsyncEngine(local.engine)
-    constrain = Grammars(GrammarCompiler(local.tokenizer))
-    budget = Budget(settings.max_tool_calls, settings.max_tool_seconds, settings.max_tool_tokens)
-    seal = Seal.at(folder / "seal.key")
-    if local.sampling:
-        named = ", ".join(f"{name} {value:g}" for name, value in local.sampling.items())
-        print(f"ossia: sampled as the checkpoint says where a request does not: {named}", file=sys.stderr)
-    model = Model(called, engine, local.tokenizer, seal, constrain=constrain, budget=budget, sampling=local.sampling)
+    model = answering(local, called, engine, settings, Seal.at(folder / "seal.key"))
     aliases = _aliases(called)
     adapters = Adapters(engine, local.read_adapter, taken=(called, *aliases), folder=adapter_dir)
     for adapter_name, path in settings.adapters.items():
@@ -266,9 +237,33 @@ def _open(settings: Config, keys: object, name: str, tools: Toolboxes) -> tuple[
         refuses_pages=not keys and settings.open_to_all != "yes",
         created_at=int(datetime.datetime.now(datetime.UTC).timestamp()),
         context=local.engine.max_context,
+        notice=demonstration(settings),
     )
     service.watch(engine.stats)
     return service, engine
+
+
+def answering(local: LocalModel, name: str, engine: TokenSource, settings: Config, seal: Seal | None = None) -> Model:
+    """An opened model as responses are made of it; what is special about its answers is told."""
+    from ossia.engine.masks import GrammarCompiler
+    from ossia.responses.constrain import Grammars
+    from ossia.responses.loop import Budget, Model
+    from ossia.responses.seal import Seal
+
+    if local.checkpoint.has_random_weights:
+        print("ossia: the weights of this checkpoint are random: answers will be noise", file=sys.stderr)
+    if local.sampling:
+        named = ", ".join(f"{field} {value:g}" for field, value in local.sampling.items())
+        print(f"ossia: where nothing else is said, sampled as the checkpoint says: {named}", file=sys.stderr)
+    return Model(
+        name,
+        engine,
+        local.tokenizer,
+        seal or Seal.ephemeral(),
+        constrain=Grammars(GrammarCompiler(local.tokenizer)),
+        budget=Budget(settings.max_tool_calls, settings.max_tool_seconds, settings.max_tool_tokens),
+        sampling=local.sampling,
+    )
 
 
 def _aliases(name: str) -> list[str]:
@@ -277,17 +272,17 @@ def _aliases(name: str) -> list[str]:
     return [f"openai/{name}", f"{family}:{size}"] if name.startswith("gpt-oss") else []
 
 
-def _run(service: Service, settings: Config, required: list[str]) -> None:
+def _run(service: Service, taken: socket.socket, url: str, required: list[str]) -> None:
     import asyncio
     import logging
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     # Ctrl-C has ended the server in good order.
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_serve(service, settings, required))
+        asyncio.run(_serve(service, taken, url, required))
 
 
-async def _serve(service: Service, settings: Config, required: list[str]) -> None:
+async def _serve(service: Service, taken: socket.socket, url: str, required: list[str]) -> None:
     """Prove what was asked for, then serve, in one event loop. Raises UnavailableError for a tool that is off."""
     import uvicorn
 
@@ -305,16 +300,14 @@ async def _serve(service: Service, settings: Config, required: list[str]) -> Non
         print(f"ossia: {name} is off: {reason}", file=sys.stderr)
     if service.adapters is not None and service.adapters.offered:
         print(f"ossia: adapters: {', '.join(service.adapters.offered)}", file=sys.stderr)
-    print(f"ossia: serving {service.model.name} on http://{settings.host}:{settings.port}/v1", file=sys.stderr)
+    print(f"ossia: serving {service.model.name} on {url}/v1, and a page to chat on at {url}/", file=sys.stderr)
     config = uvicorn.Config(
         create_app(service),
         http=Protocol,
         ws="none",
-        host=settings.host,
-        port=settings.port,
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=_GRACE_S,
     )
-    with listed(f"http://{settings.host}:{settings.port}", service.model.name):
-        await uvicorn.Server(config).serve()
+    with listed(url, service.model.name):
+        await uvicorn.Server(config).serve(sockets=[taken])
