@@ -113,7 +113,7 @@ def prints(pattern: str, server: str = "served") -> Case:
     def case(block: Block, place: Place) -> None:
         code = re.sub(r"(http://127\.0\.0\.1|localhost):8000", place.server(server).url, block.code)
         # One model plays all.
-        code = code.replace("gpt-oss-safeguard-20b", "gpt-oss-20b")
+        code = code.replace("gpt-oss-safeguard-20b", "gpt-oss-20b").replace('"nano"', '"gpt-oss-20b"')
         printed = place.python(code) if block.language == "python" else place.shell(code)
         assert re.search(pattern, printed, re.DOTALL), printed
 
@@ -175,6 +175,11 @@ def parse_pip(words: list[str]) -> None:
     assert words[0] in ("install", "wheel") and set(re.findall(r"\[(\w+)\]", " ".join(words))) <= set(extras), words
 
 
+def parse_sudo(words: list[str]) -> None:
+    program, *rest = [word for word in words if not re.match(r"[A-Z_]+=", word)]
+    CHECKS.get(Path(program).name, passes)(rest)
+
+
 def parse_docker(words: list[str]) -> None:
     assert words[0] == "compose" and words[1] in ("build", "up", "run"), words
     if words[1] == "run":
@@ -202,6 +207,7 @@ CHECKS = {
     "make": parse_make,
     "pip": parse_pip,
     "docker": parse_docker,
+    "sudo": parse_sudo,
     "torchrun": parse_torchrun,
     "codex": parse_codex,
     "git": passes,
@@ -463,7 +469,7 @@ def rows_are_made(block: Block, place: Place) -> None:
 
 
 CASES: dict[str, list[Case]] = {
-    "README.md": [parses, prints("The answer is 4."), parses, a_model_is_asked, parses, the_tree_is_there],
+    "README.md": [parses, prints("5758"), parses, a_model_is_asked, parses, the_tree_is_there],
     "adapters.md": [
         parses,
         adapters_are_used,
@@ -482,7 +488,7 @@ CASES: dict[str, list[Case]] = {
         prints("The answer is 4.\nThe answer is 4."),
         prints(r'event: response.created.*"delta":" is".*data: \[DONE\].*"content":"The answer is 4.".*"gpt-oss-20b"'),
     ],
-    "deploying.md": [parses, parses, parses],
+    "deploying.md": [parses, parses, parses, parses],
     "distillation.md": [parses, shards_are_laid_out_so, parses],
     "export.md": [exports_are_made, an_export_is_made, differences_are_told],
     "fine-tuning.md": [
@@ -577,6 +583,7 @@ TURNS = {
     "What is 2 + 2?": (ANSWER,),
     "Why is the sky blue?": (ANSWER,),
     "And twice that?": (said("It is 8."),),
+    "What is 4821 + 937?": (said("5758"),),
     "Think long.": (said("Done."),),
     "Report the bug in line 7.": (said('{"title": "Off by one", "severity": "high", "lines": [7]}'),),
     "Yes or no?": (said('{"yes": true}'),),
