@@ -16,6 +16,7 @@ from ossia.engine.gpu_runner import (
     load_gpu_runner,
     pack,
     pad,
+    pass_tokens,
     room,
     rung_of,
     sequence_rungs,
@@ -137,6 +138,15 @@ def test_keys_and_values_get_what_weights_and_work_leave(allowed, most):
     left = kv_memory(memory, allowed, shape, options)
     assert 62 * GIB + left + work_bytes(shape, options) < most
     assert left > 4 * GIB
+
+
+@pytest.mark.parametrize(("size", "name", "tokens"), [(16, "20b", 512), (48, "20b", 1024), (80, "120b", 2048)])
+def test_passes_are_larger_on_larger_cards(size, name, tokens):
+    options = EngineConfig()
+    assert pass_tokens(size * GIB, SHAPES[name], options) == tokens
+    assert pass_tokens(1000 * GIB, SHAPES[name], options) == 4096
+    # What was asked for is the least.
+    assert pass_tokens(size * GIB, SHAPES[name], EngineConfig(max_batch_tokens=3000)) == 3000
 
 
 def test_a_card_of_16_gib_holds_20b_and_the_keys_of_thousands_of_tokens():

@@ -44,6 +44,8 @@ _log = logging.getLogger(__name__)
 _CONTEXT_BYTES = 768 << 20
 # Of the card's memory where no bound is given: the rest is the driver's, and the screen's.
 _DEFAULT_SHARE = 0.92
+# Tokens of the largest pass, and the part of a card that it may take.
+_MOST_TOKENS, _SHARES_FOR_WORK = 4096, 64
 # Blocks of the narrowest table that passes are recorded with.
 _LEAST_WIDTH = 32
 # One tile of tokens: with more, each matrix would be read more than once.
@@ -204,6 +206,20 @@ def load_onto_card(ops: GpuOps, model: Arrays, options: EngineConfig, gpu_memory
         torch.cuda.empty_cache()
         left = kv_memory(card_memory(ops.device), gpu_memory, config, options)
     return OnCard(ops, weights, replace(options, kv_memory_bytes=left))
+
+
+def pass_tokens(memory: int, config: ModelConfig, options: EngineConfig) -> int:
+    """Tokens of a pass on a card with so many bytes: as ``options`` say, or twice as many, and so on up to 4096.
+
+    A prompt's pass reads nearly all experts: the more tokens, the fewer passes. Its work takes a 64th of the card's
+    memory at most, if ``options`` leave it the choice.
+    """
+    tokens = options.max_batch_tokens
+    while 2 * tokens <= _MOST_TOKENS:
+        if _SHARES_FOR_WORK * work_bytes(config, replace(options, max_batch_tokens=2 * tokens)) > memory:
+            break
+        tokens *= 2
+    return tokens
 
 
 def _check_host(placement: Placement) -> None:
