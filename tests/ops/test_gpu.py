@@ -145,7 +145,9 @@ def test_linear_with_adapters(case: cases.Lora) -> None:
 
 @pytest.mark.parametrize("case", cases.EXPERT_LORA, ids=str)
 def test_moe_with_adapters(case: cases.Lora) -> None:
-    x, logits, arrays = cases.Moe("", case.T, case.E, case.A, case.I, case.O, "float32").arrays()
+    # Published experts where the sizes are whole blocks, and the tokens few, since the interpreter takes its time.
+    kind = "float32" if case.T > 100 or case.I % 32 or case.O % 32 else "mxfp4"
+    x, logits, arrays = cases.Moe("", case.T, case.E, case.A, case.I, case.O, kind).arrays()
     lora_T, loras = case.lora_T(), case.experts()
     # One that has only some of the three.
     loras[0] = loras[0]._replace(up=None)
