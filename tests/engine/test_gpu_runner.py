@@ -16,8 +16,11 @@ from ossia.engine.gpu_runner import (
     load_gpu_runner,
     pack,
     pad,
+    pass_tokens,
     room,
+    rung_of,
     sequence_rungs,
+    table_width,
     unpack,
     work_bytes,
 )
@@ -62,7 +65,7 @@ def test_a_padded_pass_gives_the_logits_of_the_pass_itself():
     ops = load("gpu", dtype="float32")
     runner = GpuRunner(ops, TINY, tiny_weights(ops, TINY), OPTIONS)
     before = [cache.k_BKSH.clone() for cache in runner._caches]
-    met = runner.run(batch)
+    met = runner.to_host(runner.run(batch))
     expected = Runner(load("reference"), TINY, tiny_weights(load("reference"), TINY), OPTIONS).run(batch)
     assert met.shape == (2, TINY.vocab_size)
     np.testing.assert_allclose(met, expected, atol=1e-4 * np.abs(expected).max())
@@ -97,8 +100,10 @@ def test_padded_batches_travel_in_one_piece():
         ),
         4,
     )
-    assert batch.full_table_NB.tolist() == [[1, -1, -1, -1], [2, 3, 4, -1], [-1] * 4, [-1] * 4]
-    assert batch.window_table_NB.shape == (4, 4)
+    assert batch.full_table_NB[:, :4].tolist() == [[1, -1, -1, -1], [2, 3, 4, -1], [-1] * 4, [-1] * 4]
+    assert (
+        batch.full_table_NB.shape == batch.window_table_NB.shape == (4, 32) and (batch.full_table_NB[:, 4:] < 0).all()
+    )
     assert batch.key_lengths_N.tolist() == [4, 10, 0, 0]
     back = unpack(torch.from_numpy(pack(batch)), batch)
     for name in ("token_ids_T", "positions_T", "query_starts_N1", "key_lengths_N", "full_table_NB", "logit_rows_R"):
@@ -111,6 +116,21 @@ def test_the_ladder_ends_at_the_most_sequences():
     assert sequence_rungs(1) == (1,)
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "num_sequences", "expected"),
+    [(1, 1, 1), (3, 3, 4), (9, 9, 16), (20, 20, 20), (21, 21, None), (4, 3, None), (2000, 1, None)],
+)
+def test_passes_of_single_tokens_are_filled_up_to_the_next_rung(num_tokens, num_sequences, expected):
+    batch = Batch(*(np.zeros(num_tokens if i < 2 else num_sequences, np.int32) for i in range(7)))
+    assert rung_of(batch, sequence_rungs(20)) == expected
+
+
+def test_tables_have_few_widths_and_are_never_too_narrow():
+    widths = [table_width(num_blocks) for num_blocks in range(1, 4097)]
+    assert sorted(set(widths)) == [32, 128, 512, 2048, 8192]
+    assert all(num_blocks <= width for num_blocks, width in enumerate(widths, start=1))
+
+
 @pytest.mark.parametrize(("allowed", "most"), [(0, 80 * GIB), (70 * GIB, 70 * GIB)])
 def test_keys_and_values_get_what_weights_and_work_leave(allowed, most):
     shape, options = SHAPES["120b"], EngineConfig()
@@ -120,9 +140,30 @@ def test_keys_and_values_get_what_weights_and_work_leave(allowed, most):
     assert left > 4 * GIB
 
 
+@pytest.mark.parametrize(("size", "name", "tokens"), [(16, "20b", 512), (48, "20b", 1024), (80, "120b", 2048)])
+def test_passes_are_larger_on_larger_cards(size, name, tokens):
+    options = EngineConfig()
+    assert pass_tokens(size * GIB, SHAPES[name], options) == tokens
+    assert pass_tokens(1000 * GIB, SHAPES[name], options) == 4096
+    # What was asked for is the least.
+    assert pass_tokens(size * GIB, SHAPES[name], EngineConfig(max_batch_tokens=3000)) == 3000
+
+
+def test_a_card_of_16_gib_holds_20b_and_the_keys_of_thousands_of_tokens():
+    shape, options = SHAPES["20b"], EngineConfig()
+    weights = int(12.9 * GIB)
+    left = kv_memory(CardMemory(16 * GIB - weights, 16 * GIB), 0, shape, options)
+    per_token = 2 * shape.num_kv_heads * shape.head_dim * 2 * shape.num_layers // 2
+    assert left > 10_000 * per_token
+
+
 def test_a_card_that_the_weights_fill_is_refused_with_numbers():
     with pytest.raises(UnavailableError, match=r"62\.0 GiB are in use .* 16\.0 of 80\.0 GiB.*--gpu-memory"):
         kv_memory(CardMemory(18 * GIB, 80 * GIB), 16 * GIB, SHAPES["120b"], EngineConfig())
+
+
+# Where there is a card, its own memory counts.
+on_a_card_that_is_made_up = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card of another size")
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +183,7 @@ def card_for_two_layers(ops: GpuOps, checkpoint: Checkpoint) -> int:
     return card_with(dense + 2 * layer + least_kv_bytes(TINY, OPTIONS, layer_kv))
 
 
+@on_a_card_that_is_made_up
 def test_experts_that_a_card_has_no_room_for_change_no_token(checkpoint, answer, caplog):
     ops = load("gpu", dtype="float32")
     runner = load_gpu_runner(ops, checkpoint, OPTIONS, card_for_two_layers(ops, checkpoint))
@@ -154,6 +196,7 @@ def test_experts_that_a_card_has_no_room_for_change_no_token(checkpoint, answer,
     assert answer(Engine(runner), requests) == answer(Engine(alone), requests)
 
 
+@on_a_card_that_is_made_up
 def test_a_bound_that_leaves_room_for_all_keeps_all_on_the_card(checkpoint):
     dense, layer = model_bytes(checkpoint)
     bound = card_with(dense + TINY.num_layers * layer + OPTIONS.kv_memory_bytes)
@@ -162,11 +205,13 @@ def test_a_bound_that_leaves_room_for_all_keeps_all_on_the_card(checkpoint):
     assert runner.options.kv_memory_bytes == OPTIONS.kv_memory_bytes
 
 
+@on_a_card_that_is_made_up
 def test_a_bound_below_dense_weights_and_one_layer_is_told_with_its_parts(checkpoint):
     with pytest.raises(UnavailableError, match=r"even with its experts in the host's memory: dense weights take .*GiB"):
         load_gpu_runner(load("gpu", dtype="float32"), checkpoint, OPTIONS, card_with(model_bytes(checkpoint).dense))
 
 
+@on_a_card_that_is_made_up
 def test_a_host_without_the_memory_for_experts_is_told(checkpoint, monkeypatch):
     monkeypatch.setattr("ossia.engine.gpu_runner.available_bytes", lambda: (1000, 1 << 40))
     ops = load("gpu", dtype="float32")

@@ -16,7 +16,7 @@ from torch import Tensor
 from ossia.ops import Adapted, ExpertArrays, Mxfp4, Routing, load, mxfp4
 from ossia.ops.gpu import Linear
 from ossia.ops.reference import ReferenceOps
-from ossia.ops.triton.choice import INTERPRETED
+from ossia.ops.triton.choice import INTERPRETED, choose
 
 # The exponential of a very negative gate is infinite, and its sigmoid then 0, as it should be.
 pytestmark = [
@@ -31,6 +31,9 @@ BY_VARIANT = {
     name: load("gpu", variant=dataclasses.replace(INTERPRETED, name=name, unpacking=name, dtype="bfloat16"))
     for name in ("registers", "sums", "dot_scaled")
 }
+
+# Without a card the tiles of all of them are tried.
+GENERATIONS = [torch.cuda.get_device_capability()] if torch.cuda.is_available() else [(7, 5), (8, 0), (9, 0), (10, 0)]
 
 
 def quickly(table: list[Any], *names: str) -> list[Any]:
@@ -88,6 +91,17 @@ def test_moe_in_16_bits(case: cases.Moe, kind: str) -> None:
         assert_moe(BY_VARIANT[kind], case, 0.1 * case.outliers)
 
 
+@pytest.mark.parametrize("capability", GENERATIONS, ids=str)
+@pytest.mark.parametrize(("num_tokens", "kind"), [(3, "decode"), (130, "prefill")])
+def test_moe_in_the_tiles_of_each_card_where_nothing_fills_them(
+    capability: tuple[int, int], num_tokens: int, kind: str
+) -> None:
+    variant = choose(capability)
+    assert variant.tiling(num_tokens, 2) is getattr(variant, kind)
+    for case in (cases.Moe("", num_tokens, 2, 1, 96, 32), cases.Moe("", num_tokens, 2, 1, 45, 37, "float32")):
+        assert_moe(load("gpu", variant=variant), case, 0.02 if variant.dtype == "float16" else 0.1)
+
+
 @pytest.mark.parametrize("unpacking", ["registers", "sums", "dot_scaled"])
 @pytest.mark.parametrize("order", ["pairs", "halves"])
 def test_every_code_and_scale_is_multiplied_exactly(order: str, unpacking: str) -> None:
@@ -131,7 +145,9 @@ def test_linear_with_adapters(case: cases.Lora) -> None:
 
 @pytest.mark.parametrize("case", cases.EXPERT_LORA, ids=str)
 def test_moe_with_adapters(case: cases.Lora) -> None:
-    x, logits, arrays = cases.Moe("", case.T, case.E, case.A, case.I, case.O, "float32").arrays()
+    # Published experts where the sizes are whole blocks, and the tokens few, since the interpreter takes its time.
+    kind = "float32" if case.T > 100 or case.I % 32 or case.O % 32 else "mxfp4"
+    x, logits, arrays = cases.Moe("", case.T, case.E, case.A, case.I, case.O, kind).arrays()
     lora_T, loras = case.lora_T(), case.experts()
     # One that has only some of the three.
     loras[0] = loras[0]._replace(up=None)
@@ -175,6 +191,13 @@ def test_attention(case: cases.Attention) -> None:
 def test_attention_in_16_bits(case: cases.Attention) -> None:
     for ops in HALVES.values():
         assert_close(attend(ops, case), attend(REFERENCE, case), 0.03)
+
+
+@pytest.mark.parametrize("capability", GENERATIONS, ids=str)
+@pytest.mark.parametrize("window", [None, 32])
+def test_attention_in_the_tiles_and_splits_of_each_card(capability: tuple[int, int], window: int | None) -> None:
+    case = cases.Attention("", ((300, 1), (0, 20), (33, 1)), window, Q=6, K=2, H=10)
+    assert_close(attend(load("gpu", variant=choose(capability)), case), attend(REFERENCE, case), 0.03)
 
 
 def attend(ops: Any, case: cases.Attention) -> Any:
@@ -244,6 +267,27 @@ def test_attention_without_a_cache_sees_the_tokens_of_the_batch() -> None:
         met = EXACT.attention(*map(on_device, qkv), EXACT.vector(sinks), None, batch, window)
         expected = REFERENCE.attention(*(one.astype(np.float64) for one in qkv), sinks, None, batch, window)
         assert_close(met, expected, 1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 32])
+def test_attention_of_a_single_token_does_not_depend_on_the_prompts_beside_it(window: int | None) -> None:
+    """Bit for bit: it is computed by the same programs as in a batch of single tokens alone."""
+    beside = cases.Attention("", ((300, 1), (0, 20), (70, 1)), window)
+    batch, qkv, sinks = beside.batch(), beside.qkv(22), EXACT.vector(beside.sinks())
+    rows, sequences = [0, 21], [0, 2]
+    alone = dataclasses.replace(
+        batch,
+        token_ids_T=batch.token_ids_T[rows],
+        positions_T=batch.positions_T[rows],
+        query_starts_N1=np.array([0, 1, 2], np.int32),
+        key_lengths_N=batch.key_lengths_N[sequences],
+        full_table_NB=batch.full_table_NB[sequences],
+        window_table_NB=batch.window_table_NB[sequences],
+    )
+    cache = filled_cache(EXACT, beside)
+    met = EXACT.attention(*map(on_device, qkv), sinks, cache, batch, window)
+    expected = EXACT.attention(*(on_device(one[rows]) for one in qkv), sinks, cache, alone, window)
+    assert torch.equal(met[rows], expected)
 
 
 def test_keys_of_tokens_without_a_block_are_stored_nowhere() -> None:

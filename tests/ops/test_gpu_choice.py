@@ -17,7 +17,7 @@ from ossia.ops.triton.choice import choose
         ((8, 9), "ampere", "bfloat16", "registers"),
         ((9, 0), "hopper", "bfloat16", "registers"),
         ((10, 0), "blackwell", "bfloat16", "dot_scaled"),
-        ((12, 0), "blackwell", "bfloat16", "dot_scaled"),
+        ((12, 0), "blackwell-rtx", "bfloat16", "dot_scaled"),
     ],
 )
 def test_each_generation_gets_its_own_kernels(capability, name, dtype, unpacking):
@@ -34,7 +34,14 @@ def test_a_card_before_turing_is_refused_by_its_number(capability):
 # Bytes of shared memory that one program may have: CUDA C++ Programming Guide, technical specifications.
 @pytest.mark.parametrize(
     ("capability", "shared_bytes"),
-    [((7, 5), 64 << 10), ((8, 0), 163 << 10), ((8, 6), 99 << 10), ((9, 0), 227 << 10), ((10, 0), 227 << 10)],
+    [
+        ((7, 5), 64 << 10),
+        ((8, 0), 163 << 10),
+        ((8, 6), 99 << 10),
+        ((9, 0), 227 << 10),
+        ((10, 0), 227 << 10),
+        ((12, 0), 99 << 10),
+    ],
 )
 def test_tiles_fit_the_shared_memory(capability, shared_bytes):
     variant = choose(capability)

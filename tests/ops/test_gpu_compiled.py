@@ -31,7 +31,14 @@ KERNELS = {
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("capability", "shared_bytes"),
-    [("7.5", 64 << 10), ("8.0", 163 << 10), ("8.6", 99 << 10), ("9.0", 227 << 10), ("10.0", 227 << 10)],
+    [
+        ("7.5", 64 << 10),
+        ("8.0", 163 << 10),
+        ("8.6", 99 << 10),
+        ("9.0", 227 << 10),
+        ("10.0", 227 << 10),
+        ("12.0", 99 << 10),
+    ],
 )
 def test_kernels_compile_and_fit_the_shared_memory(capability, shared_bytes, tmp_path):
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

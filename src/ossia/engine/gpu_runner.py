@@ -1,9 +1,9 @@
 """Runs batches on a GPU: one copy to the card, one recorded pass; of its logits come back the tokens that are drawn.
 
 A pass in which each sequence has one token is filled up to a size of a ladder, so that a few CUDA graphs, recorded
-when they are first needed, serve every such pass: of sequences by `sequence_rungs`, of blocks in a table by powers of
-two. All other passes are launched kernel by kernel. Without a card (Triton's interpreter) nothing is recorded, and all
-the rest is the same.
+when they are first needed, serve every such pass: of sequences by `sequence_rungs`, of blocks in a table by
+`table_width`. All other passes are launched kernel by kernel. Without a card (Triton's interpreter) nothing is
+recorded, and all the rest is the same.
 
 Keys and values get what the weights and the work of the largest pass leave of the card's memory; where that holds not
 even the weights, experts of some layers stay with the host (`placement.py`).
@@ -28,6 +28,7 @@ from ossia.engine.request import Scored
 from ossia.engine.runner import Runner
 from ossia.engine.sampler import Asked, Draw, Sampled
 from ossia.errors import UnavailableError
+from ossia.model.adapted import adapt
 from ossia.model.config import ModelConfig
 from ossia.model.memory import available_bytes
 from ossia.model.transformer import Weights, attention, hidden
@@ -35,6 +36,7 @@ from ossia.model.weights import Arrays, Checkpoint, load_weights
 from ossia.ops import AdapterOps, Batch
 from ossia.ops.gpu import GpuOps
 from ossia.ops.offload import OffloadOps
+from ossia.ops.upload import send
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +44,10 @@ _log = logging.getLogger(__name__)
 _CONTEXT_BYTES = 768 << 20
 # Of the card's memory where no bound is given: the rest is the driver's, and the screen's.
 _DEFAULT_SHARE = 0.92
+# Tokens of the largest pass, and the part of a card that it may take.
+_MOST_TOKENS, _SHARES_FOR_WORK = 4096, 64
+# Blocks of the narrowest table that passes are recorded with.
+_LEAST_WIDTH = 32
 # One tile of tokens: with more, each matrix would be read more than once.
 _MAX_JOINED_TOKENS = 16
 
@@ -50,6 +56,7 @@ class _Recorded(NamedTuple):
     graph: torch.cuda.CUDAGraph
     # What the graph reads: all arrays of its batch in one piece, so that one copy fills them.
     inputs: Tensor
+    # The part of the logits of all recorded passes that this one writes.
     logits_RV: Tensor
 
 
@@ -61,6 +68,8 @@ class GpuRunner(Runner):
         self._gpu = ops
         self._rungs = sequence_rungs(options.max_num_seqs)
         self._recorded: dict[tuple[int, int], _Recorded] = {}
+        # Of all recorded passes: each would hold memory of its own for as long as it can be replayed.
+        self._logits_RV: Tensor | None = None
 
     def replace_weights(self, weights: Weights) -> None:
         # A recorded pass reads the weights that it was recorded with.
@@ -76,19 +85,24 @@ class GpuRunner(Runner):
     def to_host(self, array: Tensor) -> npt.NDArray[Any]:
         return array.cpu().numpy()
 
+    def _adapted(self, batch: Batch) -> Weights:
+        return adapt(self._weights, batch, self._send)
+
     def _logits(self, ops: AdapterOps, weights: Weights, batch: Batch) -> Tensor:
-        num_sequences = len(batch.key_lengths_N)
         is_plain = weights is self._weights and ops is self._ops
-        if not is_plain or len(batch.positions_T) > num_sequences or num_sequences > self._rungs[-1]:
+        rung = rung_of(batch, self._rungs) if is_plain else None
+        if rung is None:
             return self._launch(ops, weights, batch)
-        padded = pad(batch, next(rung for rung in self._rungs if rung >= num_sequences))
+        padded, num_sequences, rows_R = pad(batch, rung), len(batch.key_lengths_N), batch.logit_rows_R
         logits_RV = self._replay(padded) if self._gpu.device.type == "cuda" else self._launch(ops, weights, padded)
-        rows_R = batch.logit_rows_R
         # Nearly always all of them: no copy.
-        return logits_RV[:num_sequences] if len(rows_R) == num_sequences else logits_RV[torch.as_tensor(rows_R)]
+        return logits_RV[:num_sequences] if len(rows_R) == num_sequences else logits_RV[self._send(rows_R)]
 
     def _launch(self, ops: AdapterOps, weights: Weights, batch: Batch) -> Tensor:
-        return self._forward(ops, weights, self._gpu.on_device(batch))
+        return self._forward(ops, weights, unpack(self._send(pack(batch)), batch))
+
+    def _send(self, values: npt.NDArray[np.int32]) -> Tensor:
+        return send(values, self._gpu.device)
 
     def _forward(self, ops: AdapterOps, weights: Weights, batch: Batch) -> Tensor:
         run = run_joined if self._can_join(ops, weights, batch) else None
@@ -102,8 +116,8 @@ class GpuRunner(Runner):
         return is_plain and len(batch.positions_T) == len(batch.key_lengths_N) <= _MAX_JOINED_TOKENS
 
     def _replay(self, batch: Batch) -> Tensor:
-        """The logits of a padded batch by its recorded pass; they are overwritten by the next."""
-        key = (len(batch.key_lengths_N), batch.full_table_NB.shape[1])
+        """The logits of a padded batch by its recorded pass; the next one overwrites them."""
+        key = batch.full_table_NB.shape
         if key not in self._recorded:
             self._recorded[key] = self._record(batch)
         recorded = self._recorded[key]
@@ -112,21 +126,25 @@ class GpuRunner(Runner):
         return recorded.logits_RV
 
     def _record(self, batch: Batch) -> _Recorded:
-        inputs = torch.from_numpy(pack(batch)).to(self._gpu.device)
+        inputs = self._send(pack(batch))
         held = unpack(inputs, batch)
         # Kernels are compiled, and libraries set up, by a pass before: neither may happen while one is recorded. What
         # it writes to the cache is what the recorded pass will write.
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._forward(self._ops, self._weights, held)
+            logits_RV = self._forward(self._ops, self._weights, held)
         torch.cuda.current_stream().wait_stream(stream)
+        if self._logits_RV is None:
+            self._logits_RV = torch.empty((self._rungs[-1], logits_RV.shape[1]), device=logits_RV.device)
+        out_RV = self._logits_RV[: len(logits_RV)]
+        del logits_RV
         graph = torch.cuda.CUDAGraph()
         # One pool for all: no two recorded passes run at the same time.
         pool = next((one.graph.pool() for one in self._recorded.values()), None)
         with torch.cuda.graph(graph, pool=pool):
-            logits_RV = self._forward(self._ops, self._weights, held)
-        return _Recorded(graph, inputs, logits_RV)
+            out_RV.copy_(self._forward(self._ops, self._weights, held))
+        return _Recorded(graph, inputs, out_RV)
 
 
 def run_joined(layer_index: int, sublayer: Callable[..., Tensor], *arguments: Any) -> Tensor:
@@ -190,6 +208,20 @@ def load_onto_card(ops: GpuOps, model: Arrays, options: EngineConfig, gpu_memory
     return OnCard(ops, weights, replace(options, kv_memory_bytes=left))
 
 
+def pass_tokens(memory: int, config: ModelConfig, options: EngineConfig) -> int:
+    """Tokens of a pass on a card with so many bytes: as ``options`` say, or twice as many, and so on up to 4096.
+
+    A prompt's pass reads nearly all experts: the more tokens, the fewer passes. Its work takes a 64th of the card's
+    memory at most, if ``options`` leave it the choice.
+    """
+    tokens = options.max_batch_tokens
+    while 2 * tokens <= _MOST_TOKENS:
+        if _SHARES_FOR_WORK * work_bytes(config, replace(options, max_batch_tokens=2 * tokens)) > memory:
+            break
+        tokens *= 2
+    return tokens
+
+
 def _check_host(placement: Placement) -> None:
     """Raise UnavailableError unless the host has memory for the experts that it is to hold; say that it does."""
     num_layers = len(placement.is_on_card)
@@ -215,6 +247,22 @@ def sequence_rungs(max_num_seqs: int) -> tuple[int, ...]:
     return (*rungs, max_num_seqs)
 
 
+def rung_of(batch: Batch, rungs: Sequence[int]) -> int | None:
+    """The number of sequences that a pass is filled up to; None where one has several tokens, or they are too many."""
+    num_sequences = len(batch.key_lengths_N)
+    if len(batch.positions_T) > num_sequences:
+        return None
+    return next((rung for rung in rungs if rung >= num_sequences), None)
+
+
+def table_width(num_blocks: int) -> int:
+    """Blocks that tables are widened to: 32, 128, 512 and so on, since a pass is recorded for each width."""
+    width = _LEAST_WIDTH
+    while width < num_blocks:
+        width *= 4
+    return width
+
+
 def pad(batch: Batch, num_sequences: int) -> Batch:
     """A batch of one token for each sequence, filled up with sequences without keys; every row's logits are asked for.
 
@@ -222,8 +270,7 @@ def pad(batch: Batch, num_sequences: int) -> Batch:
     that fill up are stored nowhere.
     """
     num_more = num_sequences - len(batch.key_lengths_N)
-    num_blocks = max(batch.full_table_NB.shape[1], batch.window_table_NB.shape[1])
-    num_blocks = 1 << (num_blocks - 1).bit_length()
+    num_blocks = table_width(max(batch.full_table_NB.shape[1], batch.window_table_NB.shape[1]))
 
     def fill(values: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         return np.pad(values, (0, num_more))
@@ -305,7 +352,7 @@ def _limit(memory: CardMemory, allowed: int) -> int:
 
 
 def work_bytes(config: ModelConfig, options: EngineConfig) -> int:
-    """Bytes of the largest pass: activations of its tokens, and logits of all sequences."""
+    """Bytes of the largest pass: activations of its tokens, and logits of all sequences, computed and kept."""
     widths = config.num_heads * config.head_dim + config.hidden_size
     # Gate and up become hidden numbers of 2 bytes and come back as float32, for each expert of a token.
     of_experts = config.num_active_experts * (2 * config.intermediate_size + 4 * config.hidden_size)

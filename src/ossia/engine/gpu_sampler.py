@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +22,7 @@ from ossia.engine.request import Scored
 from ossia.engine.sampler import GREEDY_BELOW, Asked, Draw, Mask, Sampled, banned_ids, sample_row, uniform
 from ossia.ops.triton import sampling
 from ossia.ops.triton.sampling import Settings
+from ossia.ops.upload import send
 
 
 def sample_on_device(logits_RV: Tensor, draws: SequenceOf[Draw]) -> list[Sampled | Exception]:
@@ -44,7 +44,7 @@ def sample_on_device(logits_RV: Tensor, draws: SequenceOf[Draw]) -> list[Sampled
 
 def score_on_device(logits_RV: Tensor, asked: SequenceOf[Asked]) -> list[Scored]:
     """How likely given tokens were."""
-    rows_R, token_ids_R = (_to_device(values, logits_RV) for values in np.array([one[:2] for one in asked]).T)
+    rows_R, token_ids_R = (send(values, logits_RV.device) for values in np.array([one[:2] for one in asked]).T)
     num_top = max(one.num_top for one in asked)
     scored = sampling.score(logits_RV[rows_R], token_ids_R, num_top).cpu().numpy()
     return [_scored(own, one.num_top) for own, one in zip(scored, asked, strict=True)]
@@ -55,10 +55,11 @@ def _sample(logits_RV: Tensor, draws: Mapping[int, Draw], masks: Mapping[int, Ma
     used = [i for i in draws if i in masks]
     settings = [_settings(draw, used.index(i) if i in masks else -1) for i, draw in draws.items()]
     packed = np.stack([masks[i] for i in used]) if used else np.zeros((1, 1), np.uint32)
+    device = logits_RV.device
     chosen_N3 = sampling.choose(
         _adjusted(logits_RV, draws.values()),
-        _to_device(np.array(settings, np.float64), logits_RV),
-        _to_device(packed.view(np.int32), logits_RV),
+        send(np.array(settings, np.float64), device),
+        send(packed.view(np.int32), device),
     )
     params = [draw.sequence.params for draw in draws.values()]
     asked = [n for n, one in enumerate(params) if one.logprobs or one.top_logprobs]
@@ -66,8 +67,8 @@ def _sample(logits_RV: Tensor, draws: Mapping[int, Draw], masks: Mapping[int, Ma
     parts = [chosen_N3.flatten()]
     if asked:
         rows, places = np.array([settings[n].row for n in asked]), np.array(asked)
-        token_ids = chosen_N3[_to_device(places, logits_RV), 0]
-        parts.append(sampling.score(logits_RV[_to_device(rows, logits_RV)], token_ids, num_top).flatten())
+        token_ids = chosen_N3[send(places, device), 0]
+        parts.append(sampling.score(logits_RV[send(rows, device)], token_ids, num_top).flatten())
     # The one time that the host waits for the card.
     values = torch.cat(parts).cpu().numpy()
     chosen = values[: chosen_N3.numel()].reshape(-1, 3).tolist()
@@ -106,9 +107,10 @@ def _adjusted(logits_RV: Tensor, draws: Iterable[Draw]) -> Tensor:
     if not edits:
         return logits_RV
     rows, token_ids, values = np.array(edits, np.float64).T
-    places = _to_device((rows * logits_RV.shape[1] + token_ids).astype(np.int64), logits_RV)
+    places = send((rows * logits_RV.shape[1] + token_ids).astype(np.int64), logits_RV.device)
     # Sums of a token's bias and bans are the same in any order.
-    return logits_RV.flatten().index_add(0, places, _to_device(values.astype(np.float32), logits_RV)).view_as(logits_RV)
+    changes = send(values.astype(np.float32), logits_RV.device)
+    return logits_RV.flatten().index_add(0, places, changes).view_as(logits_RV)
 
 
 def _on_host(logits_RV: Tensor, draw: Draw) -> Sampled | Exception:
@@ -120,8 +122,3 @@ def _scored(values: npt.NDArray[np.float64], num_top: int) -> Scored:
     ids, logprobs = np.split(values[1:], 2)
     top = zip(ids[:num_top].astype(int).tolist(), logprobs[:num_top].tolist(), strict=True)
     return Scored(float(values[0]), tuple(top))
-
-
-def _to_device(values: npt.NDArray[Any], like: Tensor) -> Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(values))
-    return tensor.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else tensor

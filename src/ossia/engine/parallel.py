@@ -28,7 +28,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ossia.engine.config import EngineConfig
-from ossia.engine.gpu_runner import GpuRunner, load_gpu_runner, load_onto_card, run_joined
+from ossia.engine.gpu_runner import (
+    GpuRunner,
+    card_memory,
+    load_gpu_runner,
+    load_onto_card,
+    pass_tokens,
+    run_joined,
+)
 from ossia.engine.request import Scored
 from ossia.engine.sampler import Asked, Draw, Sampled
 from ossia.errors import ConfigError, OssiaError, UnavailableError
@@ -296,10 +303,15 @@ def load_team_runner(
 ) -> GpuRunner:
     """As `load_gpu_runner`, with the processes that torchrun started: a `TeamRunner` where there are several.
 
+    A card's passes are larger than ``options`` say where its memory allows.
+
     ``num_processes`` are those to be expected, 0 for any number. Raises ConfigError where there are others or where the
     model cannot be shared among them, UnavailableError where a process fails.
     """
     assert isinstance(ops, GpuOps)
+    if ops.device.type == "cuda":
+        tokens = pass_tokens(card_memory(ops.device).total, checkpoint.config, options)
+        options = replace(options, max_batch_tokens=tokens)
     if num_processes > 1 and not dist.is_torchelastic_launched():
         raise ConfigError(
             f"tp is {num_processes}, and this process was started alone; start it as `torchrun --nproc-per-node "

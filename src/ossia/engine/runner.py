@@ -62,7 +62,7 @@ class Runner:
 
         The keys and values of all its tokens are kept.
         """
-        weights = adapt(self._weights, batch)
+        weights = self._adapted(batch)
         if self._experts_BSLA is None:
             return self._logits(self._ops, weights, batch)
         recorder: Any = _RoutingRecorder(self._ops)
@@ -74,6 +74,9 @@ class Runner:
             [self.to_host(experts_TA) for experts_TA in recorder.experts_LTA], axis=1
         )
         return logits_RV
+
+    def _adapted(self, batch: Batch) -> Weights:
+        return adapt(self._weights, batch)
 
     def _logits(self, ops: AdapterOps, weights: Weights, batch: Batch) -> Array:
         return np.asarray(forward(ops, self.config, weights, batch, self._caches), np.float32)

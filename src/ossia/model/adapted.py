@@ -10,18 +10,17 @@ are.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ossia.errors import CheckpointError
 from ossia.model.adapter import Adapter
 from ossia.model.transformer import Layer, Weights
 from ossia.model.weights import Checkpoint
-from ossia.ops import Q8, Adapted, AdapterOps, Batch, ExpertLoras, LoraPair
+from ossia.ops import Q8, Adapted, AdapterOps, Array, Batch, ExpertLoras, LoraPair
 
 _DENSE = ("q", "k", "v", "o", "router")
 _COMPARED_ROWS = 16_384
@@ -63,15 +62,20 @@ def held_bytes(adapter: Adapter) -> int:
     return sum(arrays.values())
 
 
-def adapt(weights: Weights, batch: Batch) -> Weights:
-    """The weights for a batch whose sequences go through the adapters that it names."""
+def adapt(weights: Weights, batch: Batch, send: Callable[[Array], Array] = lambda rows: rows) -> Weights:
+    """The weights for a batch whose sequences go through the adapters that it names.
+
+    ``send`` takes the number of each row's adapter to where the weights are.
+    """
     adapters = list(dict.fromkeys(one for one in batch.adapters if one is not None))
     if not adapters:
         return weights
     index_N = np.array([-1 if one is None else adapters.index(one) for one in batch.adapters], np.int32)
     adapter_T = np.repeat(index_N, np.diff(batch.query_starts_N1))
+    # Once for all layers.
+    sent_T, sent_R = send(adapter_T), send(adapter_T[batch.logit_rows_R])
 
-    def change(held: Any, key: str, lora_T: npt.NDArray[np.int32] = adapter_T) -> Any:
+    def change(held: Any, key: str, lora_T: Array = sent_T) -> Any:
         loras = tuple(adapter.loras.get(key) for adapter in adapters)
         return Adapted(held, loras, lora_T) if any(lora is not None for lora in loras) else held
 
@@ -83,7 +87,7 @@ def adapt(weights: Weights, batch: Batch) -> Weights:
     return weights._replace(
         embedding=change(weights.embedding, "embedding"),
         layers=tuple(layer(i, own) for i, own in enumerate(weights.layers)),
-        unembedding=change(weights.unembedding, "unembedding", adapter_T[batch.logit_rows_R]),
+        unembedding=change(weights.unembedding, "unembedding", sent_R),
     )
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from itertools import pairwise, zip_longest
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -411,6 +412,8 @@ def _share(arrays: ExpertArrays, own: slice) -> ExpertArrays:
     return ExpertArrays(*(matrices(values) for values in arrays))
 
 
+# Kept: the host would wait for a card to have them, matrix by matrix.
+@cache
 def _tables(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     powers = torch.from_numpy(np.append(np.ldexp(1.0, np.arange(255) - SCALE_BIAS), np.nan))
     return torch.from_numpy(E2M1_VALUES).to(device, dtype), powers.to(device, dtype)

@@ -29,7 +29,7 @@ from ossia.ops.triton.attention import LayerCache
 from ossia.ops.triton.choice import INTERPRETED, Variant, choose
 from ossia.ops.triton.moe import Matrices, Schedule
 from ossia.ops.triton.tile import INTERPRETED as IS_INTERPRETED
-from ossia.ops.upload import Uploader
+from ossia.ops.upload import Uploader, send
 
 Array = npt.NDArray[Any]
 
@@ -244,7 +244,9 @@ class GpuOps:
         )
 
     def _indices(self, values: Array | Tensor) -> Tensor:
-        return torch.as_tensor(values, dtype=torch.int32, device=self.device)
+        if isinstance(values, Tensor):
+            return values.to(self.device, torch.int32)
+        return send(values.astype(np.int32, copy=False), self.device)
 
     def _tensor(self, values: Array, dtype: torch.dtype) -> Tensor:
         return self._uploader.upload(np.asarray(values), dtype)

@@ -1,8 +1,8 @@
-"""Arrays of a mapped file to a device, through two buffers of the host that take turns.
+"""Arrays to a device: large ones of a mapped file, and the small ones of a pass.
 
-While one buffer travels to the card, the next piece is read from the file into the other. Only pinned memory travels
-by itself, and a file's pages cannot be pinned. On a device without pinning the buffers are plain memory, and all else
-is the same.
+A file's arrays go through two buffers of the host that take turns: while one travels to the card, the next piece is
+read from the file into the other. Only pinned memory travels by itself, and a file's pages cannot be pinned. On a
+device without pinning the buffers are plain memory, and all else is the same.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from itertools import cycle
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -19,6 +20,12 @@ from torch import Tensor
 from ossia.ops.autograd import as_tensor
 
 _BUFFER_BYTES = 32 << 20
+
+
+def send(values: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """A small array on the device. The host does not wait: what travels is a pinned copy."""
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class Uploader:

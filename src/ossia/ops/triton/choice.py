@@ -1,9 +1,10 @@
 """Which variant of the kernels a card gets, by its compute capability alone: a function without a card, or torch.
 
-    Turing     7.5   float16, since it has no bfloat16 in its matrix units
-    Ampere     8.0   bfloat16; tiles that fit 100 KiB of shared memory also run on 8.6 and 8.9 (Ada)
+    Turing     7.5   float16, since it has no bfloat16; Triton 3.9 compiles its products without the matrix units
+    Ampere     8.0   bfloat16; tiles that fit 99 KiB of shared memory also run on 8.6 and 8.9 (Ada)
     Hopper     9.0   larger prefill tiles
-    Blackwell  10    multiplies MXFP4 in its matrix units (`dot_scaled`)
+    Blackwell  10    leaves the unpacking of MXFP4 to Triton (`dot_scaled`)
+               12    likewise, in tiles that fit 99 KiB
 
 What the variants choose has been run in Triton's interpreter, and on no card: tile sizes are reasoned from the size of
 shared memory and of the matrix instructions, and not measured.
@@ -13,7 +14,7 @@ Source: CUDA C++ Programming Guide, "Compute Capabilities".
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ossia.errors import UnavailableError
@@ -40,14 +41,14 @@ class Variant:
     name: str
     dtype: Literal["bfloat16", "float16", "float32"]
     # How MXFP4 becomes numbers: in registers with its scales, in registers with the scales on sums of 32 products, or
-    # by the matrix units.
+    # as Triton does it.
     unpacking: Unpacking
     decode: Tiling
     prefill: Tiling
     # Keys that attention reads at a time, and query rows (tokens times heads of a group) of one prefill program.
     attention_keys: int
     attention_rows: int
-    # Programs that share the keys of one sequence and key head where a pass has one token for each sequence.
+    # Programs that share the keys of one sequence and key head where that has a single token; a power of two.
     attention_splits: int
 
     def tiling(self, num_slots: int, num_experts: int) -> Tiling:
@@ -62,6 +63,7 @@ _HOPPER = Variant("hopper", "bfloat16", "registers", Tiling(16, 32, 128, 4, 5), 
 _BLACKWELL = Variant(
     "blackwell", "bfloat16", "dot_scaled", Tiling(16, 32, 128, 4, 5), Tiling(128, 128, 64, 8, 3), 64, 128, 16
 )
+_BLACKWELL_RTX = replace(_BLACKWELL, name="blackwell-rtx", decode=_AMPERE.decode, prefill=_AMPERE.prefill)
 # In numpy a program costs milliseconds, whatever it computes: small tiles that still take several steps of a loop.
 INTERPRETED = Variant(
     "interpreter", "bfloat16", "registers", Tiling(16, 64, 128, 4, 2), Tiling(64, 64, 128, 4, 2), 64, 64, 4
@@ -70,6 +72,8 @@ INTERPRETED = Variant(
 
 def choose(capability: tuple[int, int]) -> Variant:
     """The variant for a card. Raises UnavailableError for one before Turing."""
+    if capability >= (12, 0):
+        return _BLACKWELL_RTX
     if capability >= (10, 0):
         return _BLACKWELL
     if capability >= (9, 0):
