@@ -211,7 +211,7 @@ def test_openais_client_gets_a_run_of_python(served):
 def test_a_written_policy_gets_a_verdict(served):
     policy = (
         "Judge the message by the policy. Answer in JSON: violation (0 or 1) and the first rule that is broken.\n"
-        "R1: No messages about gambling.\nR2: No messages that ask a question."
+        "R1: gambling\nR2: question"
     )
     for effort in ("low", "medium"):
         response = served.openai.responses.create(

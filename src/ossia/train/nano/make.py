@@ -26,6 +26,8 @@ import torch
 
 from ossia.errors import UnavailableError
 from ossia.harmony import Effort, Tokenizer, render
+from ossia.model.checkpoint_writer import write_json
+from ossia.model.config_file import read_json
 from ossia.model.random_checkpoint import write_random_checkpoint
 from ossia.train.config import read_settings
 from ossia.train.export import Format, export
@@ -116,6 +118,8 @@ def make_start(folder: Path, tokenizer: Tokenizer) -> Path:
         draw_weights(model, seed=0)
         write_tensors(noise / WEIGHTS, model.state())
         export(noise, folder, "bf16", weights=noise / WEIGHTS, measure=False)
+        sampling = folder / "generation_config.json"
+        write_json(sampling, {**read_json(sampling), "temperature": recipe.TEMPERATURE})
         shutil.rmtree(noise)
     return folder
 

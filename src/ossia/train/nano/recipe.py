@@ -10,6 +10,10 @@
     small      steps of half the size that they had before; the rate falls from 4e-3 to 2e-3
     settle     more of what was learned least; to 1.1e-3
     end        still more of sums, until the rate has fallen
+    notes      the rate rises again: thoughts that note what the answer is made of, short answers as much as long ones
+    brief      system messages that tell the effort alone, in three conversations of four
+    letters    facts of texts on their own among the exercises
+    parts      more of them: keys of a schema, findings by rules, JSON of notes; until the rate has fallen
     qat        a little more, computed with what MXFP4 keeps of the experts
 
 Sources  the order: `ossia.train.tasks.language`; Muon for the inner matrices:
@@ -25,6 +29,8 @@ from ossia.model.config import ModelConfig, RopeConfig
 from ossia.train.export import Format
 
 VOCAB_SIZE, NUM_COMMON_WORDS = 2048, 600
+# Where a request names none: so small a model has too many wrong tokens that are a little likely.
+TEMPERATURE = 0.3
 # Gold conversations that the vocabulary is made of, by the shares of their tasks, and texts of copying.
 VOCABULARY_CONVERSATIONS, VOCABULARY_TEXTS = 6000, 2000
 
@@ -76,6 +82,18 @@ SETTLE = {
     "browsing": 2,
 }
 END = {**SETTLE, "sums": 42, "policies": 10}
+NOTES = {
+    "about": 5,
+    "sums": 20,
+    "functions": 22,
+    "hierarchy": 10,
+    "policies": 14,
+    "python": 12,
+    "structured": 20,
+    "browsing": 1,
+}
+BRIEF = {**NOTES, "about": 6, "sums": 16, "hierarchy": 12, "policies": 18, "python": 13, "structured": 22}
+PARTS = {**BRIEF, "sums": 20, "python": 12, "structured": 20}
 
 
 class Stage(NamedTuple):
@@ -139,6 +157,9 @@ _SMALL: Mapping[str, Any] = {
     "eval_every": 700,
     "save_every": 350,
 }
+
+# The same with short answers counting as much as long ones.
+_EVEN: Mapping[str, Any] = {**_SMALL, "evenness": 0.5, "language": 0.05, "facts": 0.01, "turns": 2, "warmup": 0.01}
 
 STAGES: tuple[Stage, ...] = (
     Stage("warm-up", "pretrain", {**_COPYING, "growth": 8000, "warmup": 0.03, "steps": 700}),
@@ -252,6 +273,58 @@ STAGES: tuple[Stage, ...] = (
             "warmup": 0.005,
             "final_rate": 0.01,
             "steps": 3800,
+        },
+    ),
+    Stage(
+        "notes",
+        "pretrain",
+        {
+            **_EVEN,
+            "tasks": mix(NOTES),
+            "turns": 3,
+            "learning_rate": 4e-3,
+            "final_rate": 0.75,
+            "steps": 2000,
+        },
+    ),
+    Stage(
+        "brief",
+        "pretrain",
+        {
+            **_EVEN,
+            "tasks": mix(BRIEF),
+            "brief": 0.75,
+            "learning_rate": 3e-3,
+            "final_rate": 0.75,
+            "steps": 2250,
+        },
+    ),
+    Stage(
+        "letters",
+        "pretrain",
+        {
+            **_EVEN,
+            "tasks": mix(BRIEF),
+            "facts": 0.1,
+            "language": 0.03,
+            "brief": 0.65,
+            "learning_rate": 2.8e-3,
+            "final_rate": 0.67,
+            "steps": 3250,
+        },
+    ),
+    Stage(
+        "parts",
+        "pretrain",
+        {
+            **_EVEN,
+            "tasks": mix(PARTS),
+            "facts": 0.22,
+            "language": 0.02,
+            "brief": 0.6,
+            "learning_rate": 2.2e-3,
+            "final_rate": 0.01,
+            "steps": 6600,
         },
         ("bf16",),
     ),
