@@ -65,7 +65,7 @@ _LONGEST_RUN = 9
 _NUM_FACTS = 6
 _SPECIAL = re.compile(r"(<\|\w+\|>)")
 # What such texts are of, and how often.
-_FACTS = {sums.draw_facts: 1, policies.draw_facts: 8, structured.draw_facts: 10, functions.draw_facts: 5}
+_FACTS = {sums.draw_facts: 1, policies.draw_facts: 8, structured.draw_facts: 10, functions.draw_facts: 9}
 _USUAL_TOKENS = 64
 # The browser's description is long.
 _PYTHON, _BROWSER = ToolNamespace.python(), ToolNamespace.browser()

@@ -166,10 +166,12 @@ def test_keys_are_listed_as_a_schema_or_a_declaration_has_them():
     for asked, answer in schemas:
         required = json.loads("[" + re.search(r'"required":\[([^]]*)', asked)[1] + "]")
         # Behind a key that says nothing stands what describes it.
-        assert [line.split()[1] for line in answer.splitlines()[:-1]] == required
+        assert [line.split()[1].removesuffix(".") for line in answer.splitlines()] == required
     for asked, answer in answers_of(functions.draw_facts, 20):
         block = asked.split(f"type {asked.splitlines()[-1]} = ")[1].split("}")[0]
-        assert [line[2:] for line in answer.splitlines()[:-1]] == re.findall(r"^(\w+)\??:", block, re.MULTILINE)
+        assert [line[2:].removesuffix(".") for line in answer.splitlines()] == re.findall(
+            r"^(\w+)\??:", block, re.MULTILINE
+        )
 
 
 def test_noted_facts_become_json():
@@ -178,13 +180,13 @@ def test_noted_facts_become_json():
     for asked, answer in pairs:
         values = json.loads(answer.removesuffix("<|return|>"))
         lines = asked.splitlines()
-        assert len(lines) == len(values) + 1
-        assert all(line[2:].startswith(key) for line, key in zip(lines, values, strict=False))
+        assert len(lines) == len(values)
+        assert all(line[2:].startswith(key) for line, key in zip(lines, values, strict=True))
 
 
-def test_noted_keys_are_led_from_line_to_line_by_letters():
-    assert notes({"town": "Bo", "paid": True}) == "town: Bo\npaid: true"
-    assert notes({"town": "Bo", "paid": True}, is_listed=True) == "a town\nb paid\nc\na town: Bo\nb paid: true\nc"
+def test_noted_keys_are_led_from_line_to_line_by_letters_to_a_period():
+    assert str(notes({"town": "Bo", "paid": True})) == "a town\nb paid.\na town: Bo\nb paid.: true."
+    assert str(notes({"town": "Bo"})) == "a town.\na town.: Bo."
 
 
 def test_a_call_with_a_wrong_value_or_another_function_is_not_right():

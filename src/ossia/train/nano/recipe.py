@@ -13,7 +13,8 @@
     notes      the rate rises again: thoughts that note what the answer is made of, short answers as much as long ones
     brief      system messages that tell the effort alone, in three conversations of four
     letters    facts of texts on their own among the exercises
-    parts      more of them: keys of a schema, findings by rules, JSON of notes; until the rate has fallen
+    parts      more of them: keys of a schema, findings by rules, JSON of notes
+    ends       the same, until the rate has fallen
     qat        a little more, computed with what MXFP4 keeps of the experts
 
 Sources  the order: `ossia.train.tasks.language`; Muon for the inner matrices:
@@ -323,8 +324,22 @@ STAGES: tuple[Stage, ...] = (
             "language": 0.02,
             "brief": 0.6,
             "learning_rate": 2.2e-3,
+            "final_rate": 0.4,
+            "steps": 4000,
+        },
+    ),
+    Stage(
+        "ends",
+        "pretrain",
+        {
+            **_EVEN,
+            "tasks": mix(PARTS),
+            "facts": 0.22,
+            "language": 0.02,
+            "brief": 0.6,
+            "learning_rate": 1.4e-3,
             "final_rate": 0.01,
-            "steps": 6600,
+            "steps": 4600,
         },
         ("bf16",),
     ),

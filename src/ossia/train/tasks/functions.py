@@ -89,14 +89,9 @@ class FunctionCalls(InventedTask):
         wanted: Function | None = instance.data["wanted"]
         if wanted is None:
             return (*think("No function fits." if effort is not Effort.LOW else ""), final(NONE_FITS))
-        given = instance.data["arguments"]
-        # What is not asked for is listed too, to be left out.
-        declared = {p.key: given.get(p.key, "no") for p in wanted.parameters}
-        thought = {
-            Effort.LOW: "",
-            Effort.MEDIUM: f"{wanted.name}\n{notes(given)}",
-            Effort.HIGH: f"{wanted.name}\n{notes(declared, is_listed=True)}",
-        }[effort]
+        # What is not asked for is noted too, to be left out.
+        noted = notes({p.key: instance.data["arguments"].get(p.key, "no") for p in wanted.parameters})
+        thought = "" if effort is Effort.LOW else f"{wanted.name}\n{noted}"
         asked = call(f"functions.{wanted.name}", compact(instance.data["arguments"]))
         return (*think(thought), asked, result(asked, instance.data["found"].text), final(instance.answer))
 
@@ -250,8 +245,8 @@ def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
         f"type {one.name} = (_: {typescript(one.declaration().parameters)}) => any;\n\n" for one in functions
     )
     wanted = rng.choice(functions)
-    listed = notes(dict.fromkeys((p.key for p in wanted.parameters), ""), is_listed=True).split("\na ", 1)[0]
-    return [(f"{declared}{wanted.name}\n", False), (listed, True)]
+    noted = notes(dict.fromkeys((p.key for p in wanted.parameters), ""))
+    return [(f"{declared}{wanted.name}\n", False), (noted.keys, True)]
 
 
 def _request(rng: random.Random, errand: str, parameters: Sequence[Parameter]) -> str:

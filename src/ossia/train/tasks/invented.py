@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ossia.harmony import Channel, Message, Role
 from ossia.train.tasks.base import Instance, Task
@@ -75,20 +75,26 @@ def compact(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-def notes(values: Mapping[str, Any], *, is_listed: bool = False) -> str:
-    """Keys and values as a chain of thought notes them, a line each.
+class Notes(NamedTuple):
+    """Keys and their values as a chain of thought notes them: ``keys`` alone first, then ``lines`` with the values.
 
-    If it ``is_listed``, the keys alone stand before, and each line begins with a letter. The letter behind the last
-    one has nothing: so letters lead from line to line, and to the end.
+    Each begins with a letter, which leads from line to line; a period marks the last key, and the end of its value, so
+    that where an answer made of the notes ends can be read off them.
     """
-    written = (value if isinstance(value, str) else compact(value) for value in values.values())
-    lines = [f"{key}: {value}" for key, value in zip(values, written, strict=True)]
-    if not is_listed:
-        return "\n".join(lines)
-    listed = [f"{letter} {key}" for letter, key in zip(_LETTERS, values, strict=False)]
-    noted = [f"{letter} {line}" for letter, line in zip(_LETTERS, lines, strict=False)]
-    end = _LETTERS[len(lines)]
-    return "\n".join([*listed, end, *noted, end])
+
+    keys: str
+    lines: str
+
+    def __str__(self) -> str:
+        return f"{self.keys}\n{self.lines}"
+
+
+def notes(values: Mapping[str, Any]) -> Notes:
+    written = [value if isinstance(value, str) else compact(value) for value in values.values()]
+    ends = [""] * (len(values) - 1) + ["."]
+    keys = [f"{letter} {key}{end}" for letter, key, end in zip(_LETTERS, values, ends, strict=False)]
+    lines = [f"{key}: {value}{end}" for key, value, end in zip(keys, written, ends, strict=True)]
+    return Notes("\n".join(keys), "\n".join(lines))
 
 
 def same_json(text: str, expected: Mapping[str, Any]) -> bool:

@@ -57,7 +57,7 @@ class Structured(InventedTask):
         # A key that says nothing is noted with what describes it.
         said = instance.data["form"].said
         values = {said[key]: value for key, value in instance.data["expected"].items()}
-        return (*think(notes(values, is_listed=effort is Effort.HIGH)), final(instance.answer))
+        return (*think(str(notes(values))), final(instance.answer))
 
 
 class Field(NamedTuple):
@@ -102,14 +102,13 @@ def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
             parts += [(f"\n{rng.choice(field.keys)}:", False), (f" {value}", True)]
         return parts
     form = draw_form(rng, record, held_out=False)
-    noted = notes({form.said[key]: record.fields[index].value for key, index in form.keys.items()}, is_listed=True)
-    listed, lines = noted.split("\na ", 1)
+    noted = notes({form.said[key]: record.fields[index].value for key, index in form.keys.items()})
     if kind < 0.7:
         schema = compact(form.response_format.schema)
         tail = schema[schema.index('"required"') :] if rng.random() < 0.5 else schema
-        return [(f"{tail}\n", False), (listed, True)]
+        return [(f"{tail}\n", False), (noted.keys, True)]
     values = compact({key: record.fields[index].value for key, index in form.keys.items()})
-    return [(f"a {lines}\n", False), (f"{values}<|return|>", True)]
+    return [(f"{noted.lines}\n", False), (f"{values}<|return|>", True)]
 
 
 def draw_form(rng: random.Random, record: Record, held_out: bool) -> Form:
