@@ -10,6 +10,7 @@ from tests.responses.lint import lint
 from tests.responses.scripts import TOKENIZER, Scripted, model, tokens
 
 from ossia.harmony import StreamParser
+from ossia.responses.include import shown
 from ossia.responses.loop import Run
 from ossia.responses.schema import ResponseRequest
 from ossia.responses.seal import Seal
@@ -47,7 +48,10 @@ async def check(seed: int) -> None:
     run = Run(ResponseRequest(input="Hi", tools=TOOLS, max_output_tokens=limit), made)
     response = lint([event.to_dict() async for event in run.events()])
     assert response["status"] in ("completed", "incomplete")
-    assert response["output"] == [entry.item for entry in run.output]
+    assert response["output"] == [shown(entry.item, ()) for entry in run.output]
+    thoughts = [entry.item["usage"] for entry in run.output if entry.item["type"] == "reasoning"]
+    used = response["usage"]["output_tokens_details"]["reasoning_tokens"]
+    assert sum(one["reasoning_tokens"] for one in thoughts) == used
     if limit is not None:
         assert response["usage"]["output_tokens"] <= limit
     assert made.engine.num_open == 0

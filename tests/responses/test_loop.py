@@ -380,6 +380,26 @@ def test_what_cannot_be_is_refused_by_name(fields, error, param):
     assert raised.value.param == param
 
 
+@pytest.mark.parametrize("cut", [None, 21])
+def test_every_thought_tells_its_tokens_where_that_is_included_and_they_add_up(cut):
+    exec_call = "<|channel|>analysis to=container.exec<|message|>ls<|call|>"
+    fields = {"tools": [ADD], "max_output_tokens": cut}
+    scripts = (REASONED + exec_call, REASONED + FINAL)
+    run = run_of(model(*scripts), include=["reasoning.usage"], **fields)
+    response = lint(events_of(run))
+    thoughts = [item for item in response["output"] if item["type"] == "reasoning"]
+    assert len(thoughts) == (2 if cut else 3)
+    assert thoughts[0]["usage"]["reasoning_tokens"] == len(
+        tokens("<|channel|>analysis<|message|>2 and 2 make 4.<|end|>")
+    )
+    total = sum(item["usage"]["reasoning_tokens"] for item in thoughts)
+    assert total == response["usage"]["output_tokens_details"]["reasoning_tokens"]
+    assert all(item["usage"]["seconds"] >= 0 for item in thoughts)
+    assert [entry.item for entry in run.output if entry.item["type"] == "reasoning"] == thoughts
+    silent = lint(events_of(run_of(model(*scripts), **fields)))
+    assert not any("usage" in item for item in silent["output"])
+
+
 def test_unknown_fields_tools_and_items_are_passed_by():
     run = run_of(FINAL, client_metadata={"x": 1}, tools=[{"type": "file_search"}, {"type": "novel"}],
                  input=[{"type": "web_search_call", "id": "ws_1"}, {"role": "user", "content": "Hi"}])  # fmt: skip

@@ -271,6 +271,20 @@ def test_what_is_to_be_included_is_there_when_a_response_is_retrieved(served):
     assert served.http.get(f"/v1/responses/{made.id}?include=everything").status_code == 400
 
 
+def test_what_a_thought_took_is_kept_and_told_to_whoever_asks(served):
+    served.play(REASONED + FINAL)
+    conversation = served.openai.conversations.create()
+    made = served.openai.responses.create(model="gpt-oss-20b", input="2+2?", conversation=conversation.id)
+    paths = [f"/v1/responses/{made.id}", f"/v1/conversations/{conversation.id}/items/{made.output[0].id}"]
+    for path in paths:
+        silent, told = (served.http.get(path + asked).json() for asked in ("", "?include=reasoning.usage"))
+        silent, told = (one["output"][0] if "output" in one else one for one in (silent, told))
+        usage = told.pop("usage")
+        assert usage["reasoning_tokens"] == made.usage.output_tokens_details.reasoning_tokens
+        assert usage["seconds"] >= 0
+        assert told == silent
+
+
 def test_a_conversation_is_compacted_when_it_has_become_long_and_the_chain_goes_on_from_there(served):
     engine = served.play(REASONED + FINAL)
     first = create(served, input="2+2? " * 300).json()

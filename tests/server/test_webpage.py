@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tests.responses.scripts import FINAL, REASONED, Scripted, model
+from tests.responses.scripts import FINAL, REASONED, Scripted, model, tokens
 from tests.responses.tool_scripts import browser, final, make_boxes, python
 from tests.server.conftest import Served
 from tests.server.test_adapters import of_shelf, write_shelf
@@ -121,6 +122,23 @@ def test_an_answer_streams_and_its_thoughts_are_behind_a_toggle(tab, served):
     assert page.inner_text(".thoughts") == "2 and 2 make 4."
     assert "tokens/s" in page.inner_text(".numbers")
     assert page.inner_text("h1") == "What is 2 + 2?"
+
+
+def test_each_thought_tells_its_time_and_its_exact_tokens_also_after_a_reload(tab, served):
+    served.play(REASONED + THOUGHT + FINAL)
+    opened = tab(served)
+    opened.ask("What is 2 + 2?")
+    opened.wait()
+    page = opened.page
+    counts = [len(tokens(thought.removesuffix("<|start|>assistant"))) for thought in (REASONED, THOUGHT)]
+    counts[1] += len(tokens("<|start|>assistant"))
+    told = page.locator(".reasoning summary").all_inner_texts()
+    shapes = [rf"Thoughts · \d+\.\d s · {count} tokens" for count in counts]
+    assert len(told) == 2 and all(map(re.fullmatch, shapes, told)), told
+    assert f"{sum(counts)} of them thought" in page.inner_text(".numbers")
+    page.reload()
+    page.wait_for_selector(".answered")
+    assert page.locator(".reasoning summary").all_inner_texts() == told
 
 
 def test_what_a_model_writes_is_shown_and_never_run(tab, served):

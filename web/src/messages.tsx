@@ -195,12 +195,15 @@ function useClock(isRunning: boolean): number {
 
 function Reasoning({ item }: { item: Item }) {
   const isUnderWay = !item.ended && item.began !== undefined;
-  const spent = seconds(item, useClock(isUnderWay));
+  const clock = useClock(isUnderWay);
+  // The server counts; until it has, and where a thought was stopped, what was seen here stands for it.
+  const spent = item.usage?.seconds ?? seconds(item, clock);
+  const counted = item.usage?.reasoning_tokens;
   const text = textOf(item);
   const told = [
     isUnderWay ? "Thinking" : "Thoughts",
     spent !== null ? `${spent.toFixed(1)} s` : "",
-    item.num_deltas ? `about ${item.num_deltas} tokens` : "",
+    counted ? `${counted.toLocaleString("en")} tokens` : item.num_deltas ? `about ${item.num_deltas} tokens` : "",
   ].filter(Boolean);
   return (
     <details class="reasoning">

@@ -17,7 +17,7 @@ export interface Settings {
 
 const SETTINGS = "ossia.settings";
 const FIRST: Settings = { adapter: "", effort: "medium", python: true, browser: true, instructions: "", developer: false, theme: "auto" };
-const INCLUDE = ["code_interpreter_call.outputs", "web_search_call.action.sources"];
+const INCLUDE = ["code_interpreter_call.outputs", "reasoning.usage", "web_search_call.action.sources"];
 
 export const settings = signal<Settings>({ ...FIRST, ...JSON.parse(localStorage.getItem(SETTINGS) ?? "{}") });
 export const served = signal<Served | null>(null);

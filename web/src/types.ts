@@ -75,6 +75,8 @@ export interface Item {
   code?: string | null;
   container_id?: string;
   outputs?: Output[] | null;
+  // Of a thought, once it has ended.
+  usage?: { reasoning_tokens: number; seconds: number };
   action?: { type: string; query?: string; url?: string; pattern?: string; sources?: { url: string }[] };
   // Of the page alone: when it was seen to begin and end, in milliseconds.
   began?: number;

@@ -1,4 +1,5 @@
-"""What `include` adds to items: outputs of code, sources and results of a search, reasoning sealed for the way back.
+"""What `include` adds to items: outputs of code, sources and results of a search, the tokens and the time of reasoning,
+and reasoning sealed for the way back.
 
 Items are kept whole and shown without what was not asked for. (Log-probabilities can be asked for only when a response
 is made: `message.output_text.logprobs` is read by the loop.)
@@ -18,6 +19,8 @@ def shown(item: Json, include: Collection[str]) -> Json:
     kind = item.get("type")
     if kind == "code_interpreter_call" and "code_interpreter_call.outputs" not in include:
         return {**item, "outputs": None}
+    if kind == "reasoning" and "reasoning.usage" not in include:
+        return {name: value for name, value in item.items() if name != "usage"}
     action = item.get("action")
     if kind == "web_search_call" and isinstance(action, dict):
         if "web_search_call.action.sources" not in include:
@@ -31,10 +34,9 @@ def retrieved(item: Json, entry: Entry | None, include: Collection[str], seal: S
     """An item that was kept, with what is asked for now; ``entry`` is what was kept of it, if anything."""
     if entry is None:
         return item
-    if item.get("type") == "reasoning":
-        if "reasoning.encrypted_content" in include and entry.spoken and "encrypted_content" not in item:
-            return {**item, "encrypted_content": sealed_reasoning(entry.spoken[0], seal)}
+    if item.get("type") not in ("reasoning", "code_interpreter_call", "web_search_call"):
         return item
-    if item.get("type") in ("code_interpreter_call", "web_search_call"):
-        return shown(entry.item, include)
-    return item
+    told = shown(entry.item, include)
+    if item["type"] == "reasoning" and "reasoning.encrypted_content" in include and entry.spoken:
+        return {"encrypted_content": sealed_reasoning(entry.spoken[0], seal), **told}
+    return told

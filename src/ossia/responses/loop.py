@@ -214,6 +214,8 @@ class Run:
             }
         )
         self._usage = Usage()
+        # What the last thought took, as its item keeps it.
+        self._thought: Json = {}
         self._num_tool_calls = 0
         self._num_unknown_calls = 0
         self._num_refused_calls = 0
@@ -429,27 +431,31 @@ class Run:
 
     def _tell(self, generation: _Generation, parsed: object, *, is_whole: bool) -> Iterator[Event]:
         if isinstance(parsed, Header):
+            generation.opened_s = time.monotonic()
             yield from self._builder.open(parsed)
         elif isinstance(parsed, Delta):
             yield from self._builder.delta(parsed.text)
         elif isinstance(parsed, ParsedMessage):
             spoken = generation.spoken(parsed, is_whole=is_whole)
+            kept: Json = {}
             if self._builder.item["type"] == "reasoning":
                 generation.num_reasoning_tokens += len(parsed.token_ids)
+                seconds = round(time.monotonic() - generation.opened_s, 3)
+                kept = self._thought = {"usage": {"reasoning_tokens": len(parsed.token_ids), "seconds": seconds}}
+            fields = self._included(kept)
             if self._builder.is_call(_header(parsed)):
                 if is_whole:
                     yield from self._called(generation, parsed, spoken)
-                elif events := self._builder.close("incomplete"):
+                elif events := self._builder.close("incomplete", fields=fields):
                     # Half a call is shown, and not said again.
                     yield from events
-                    self.output.append(Entry(self._builder.item))
+                    self.output.append(Entry({**self._builder.item, **kept}))
                 return
-            fields: Json = {}
             if self._builder.item["type"] == "reasoning" and _SEALED in (self.request.include or ()):
-                fields = {"encrypted_content": sealed_reasoning(spoken, self._model.seal)}
+                fields["encrypted_content"] = sealed_reasoning(spoken, self._model.seal)
             yield from self._builder.close("completed" if is_whole else "incomplete", fields=fields)
             self._turn.append(spoken)
-            self.output.append(Entry(self._builder.item, (spoken,)))
+            self.output.append(Entry({**self._builder.item, **kept}, (spoken,)))
 
     def _called(self, generation: _Generation, parsed: ParsedMessage, spoken: Spoken) -> Iterator[Event]:
         """A call is complete: a client's ends the turn, ours stays open until it is answered."""
@@ -480,6 +486,7 @@ class Run:
             names = self.tools.names
             known = f"The tools are: {', '.join(names)}." if names else "There are no tools; answer without."
             text = f"Unknown tool: {recipient}. {known}"
+            fields = self._thought
         else:
             assert self.toolbox is not None
             for event in self._builder.begin_tool():
@@ -498,7 +505,9 @@ class Run:
                         text += f"\n[This call has failed {_MAX_SAME_FAILURES} times; do not make it again.]"
                 else:
                     text += self._repeated(same, text)
-        for event in self._end_call(fields, is_failed=is_failed) if is_known else self._builder.close():
+        told = self._included(fields)
+        ended = self._builder.end_tool(told, is_failed=is_failed) if is_known else self._builder.close(fields=told)
+        for event in ended:
             yield event
         self._answered(self._turn[-1], recipient, call.channel, text, fields)
 
@@ -526,7 +535,7 @@ class Run:
             else:
                 approved = self.toolbox.run_approved(request.item)
                 text, fields, is_failed = await self._within_time(recipient, approved)
-            for event in self._end_call(fields, is_failed=is_failed):
+            for event in self._builder.end_tool(self._included(fields), is_failed=is_failed):
                 yield event
             self._answered(None, recipient, channel, text, fields)
 
@@ -551,9 +560,9 @@ class Run:
         finally:
             self.phases.append(Phase("tool", begin_ns, time.time_ns(), {"tool": recipient}))
 
-    def _end_call(self, fields: Json, *, is_failed: bool) -> list[Event]:
-        told = shown({"type": self._builder.item["type"], **fields}, self.request.include or ())
-        return self._builder.end_tool(told, is_failed=is_failed)
+    def _included(self, fields: Json) -> Json:
+        """Of what the open item keeps, what the request includes."""
+        return shown({"type": self._builder.item["type"], **fields}, self.request.include or ())
 
     def _answered(self, call: Spoken | None, recipient: str, channel: str | None, text: str, fields: Json) -> None:
         """Say the answer of a tool behind its call, as far as it fits."""
@@ -671,6 +680,8 @@ class _Generation:
         # Ended by its length.
         self.is_cut = False
         self.num_reasoning_tokens = 0
+        # When the message under way had its header.
+        self.opened_s = 0.0
         self._opening = prompt.opening
         self._end = tokenizer.special("<|end|>")
 

@@ -196,6 +196,7 @@ class ResponseRequest(PromptRequest):
 
 Request = TypeVar("Request", bound=PromptRequest)
 
+# `reasoning.usage` is an addition to OpenAI's.
 INCLUDES = frozenset(
     {
         "code_interpreter_call.outputs",
@@ -204,6 +205,7 @@ INCLUDES = frozenset(
         "message.input_image.image_url",
         "message.output_text.logprobs",
         "reasoning.encrypted_content",
+        "reasoning.usage",
         "web_search_call.action.sources",
         "web_search_call.results",
     }
