@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -187,18 +187,50 @@ def test_calls_show_code_output_and_pictures_and_citations_open_their_lines(tab,
     opened.until("!document.querySelector('dialog')")
 
 
-def test_files_are_put_where_python_finds_them(tab, tools):
+def choose(page: Any) -> None:
+    page.set_input_files("input[type=file]", {"name": "numbers.txt", "mimeType": "text/plain", "buffer": b"1 2 3"})
+
+
+HELD = """() => {
+    const held = new DataTransfer();
+    held.items.add(new File(["1 2 3"], "numbers.txt", {type: "text/plain"}));
+    return held;
+}"""
+
+
+def drop(page: Any) -> None:
+    # Beside the message field, where a hand may let go.
+    event = {"dataTransfer": page.evaluate_handle(HELD)}
+    page.dispatch_event(".messages", "dragover", event)
+    page.wait_for_selector(".composer.over")
+    page.dispatch_event(".messages", "drop", event)
+    page.wait_for_selector(".composer:not(.over)")
+
+
+@pytest.mark.parametrize("give", [choose, drop])
+def test_files_are_put_where_python_finds_them(tab, tools, give: Callable[[Any], None]):
     needs_python(tools)
     tools.play(python("print(open('/mnt/data/numbers.txt').read())"), final("Done."))
     opened = tab(tools)
     page = opened.page
-    page.set_input_files("input[type=file]", {"name": "numbers.txt", "mimeType": "text/plain", "buffer": b"1 2 3"})
+    page.wait_for_selector("input[type=file]", state="attached")
+    give(page)
     page.wait_for_selector(".files .file")
     opened.ask("Read it")
     opened.wait()
     assert "/mnt/data/numbers.txt" in page.inner_text(".bubble")
     page.click(".call summary")
     assert page.inner_text(".logs").strip() == "1 2 3"
+
+
+def test_where_no_files_are_taken_a_dropped_one_is_left_alone_and_the_page_stays(tab, served):
+    page = tab(served).page
+    page.wait_for_selector("text=gpt-oss-20b >> nth=0")
+    fired = f"""kind => document.querySelector(".messages").dispatchEvent(
+        new DragEvent(kind, {{dataTransfer: ({HELD})(), bubbles: true, cancelable: true}}))"""
+    # False: what the browser would do, which is to show the file instead of the page, is prevented.
+    assert [page.evaluate(fired, kind) for kind in ("dragover", "drop")] == [False, False]
+    assert page.locator(".files, .composer.over").count() == 0
 
 
 def test_a_stopped_answer_stays_and_the_next_turn_knows_it(tab, served):

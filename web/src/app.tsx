@@ -1,6 +1,6 @@
 // The page: conversations at the side, one conversation, what is written next.
 import { useEffect } from "preact/hooks";
-import { Composer } from "./composer";
+import { Composer, dragged, isOver } from "./composer";
 import { Dialogs, dialog } from "./dialogs";
 import { Icon } from "./icon";
 import { Messages } from "./messages";
@@ -23,7 +23,12 @@ export function App() {
     document.title = `${title} · ossia`;
   }, [title]);
   return (
-    <div class={isSidebarOpen.value ? "page with-sidebar" : "page"}>
+    <div
+      class={isSidebarOpen.value ? "page with-sidebar" : "page"}
+      onDragOver={dragged}
+      onDragLeave={() => (isOver.value = false)}
+      onDrop={dragged}
+    >
       <a class="skip" href="#compose">
         Skip to the message field
       </a>

@@ -6,7 +6,8 @@ import * as state from "./state";
 import type { Effort } from "./types";
 
 export const draft = signal("");
-const isOver = signal(false);
+/** Whether files are held over the page. */
+export const isOver = signal(false);
 const EFFORTS: Effort[] = ["low", "medium", "high"];
 
 export function Composer() {
@@ -25,26 +26,12 @@ export function Composer() {
     draft.value = "";
     void state.send(text);
   };
-  const upload = (given: FileList | null | undefined) => {
-    if (given?.length && "python" in tools) void state.attempt(() => state.upload([...given]));
-  };
   return (
     <form
       class={isOver.value ? "composer over" : "composer"}
       onSubmit={(e) => {
         e.preventDefault();
         send();
-      }}
-      onDragOver={(e) => {
-        if (!("python" in tools)) return;
-        e.preventDefault();
-        isOver.value = true;
-      }}
-      onDragLeave={() => (isOver.value = false)}
-      onDrop={(e) => {
-        e.preventDefault();
-        isOver.value = false;
-        upload(e.dataTransfer?.files);
       }}
     >
       {(state.files.value.length > 0 || state.isUploading.value) && (
@@ -110,4 +97,20 @@ export function Composer() {
       </div>
     </form>
   );
+}
+
+const takesFiles = (): boolean => "python" in (state.served.value?.tools ?? {});
+
+function upload(given: FileList | null | undefined): void {
+  if (given?.length && takesFiles()) void state.attempt(() => state.upload([...given]));
+}
+
+/** Files over the page, or let go there. Where none are taken, the browser must still not leave the page to show them. */
+export function dragged(event: DragEvent): void {
+  const data = event.dataTransfer;
+  if (!data?.types.includes("Files")) return;
+  event.preventDefault();
+  isOver.value = event.type === "dragover" && takesFiles();
+  if (event.type === "drop") upload(data.files);
+  else data.dropEffect = takesFiles() ? "copy" : "none";
 }
