@@ -331,6 +331,28 @@ def test_developers_see_the_exact_tokens_and_their_probabilities(tab, served):
     assert page.locator(".tokens .user").count() > 0
     hover = page.locator(".tokens .final").first.get_attribute("title")
     assert "probability 60.7 %" in hover
+    assert page.locator("dialog .hint").count() == 0
+
+
+def test_developers_are_told_where_no_probabilities_were_kept(tab, served):
+    opened = tab(served)
+    page = opened.page
+    opened.ask("What is 2 + 2?")
+    opened.wait()
+    page.click("[aria-label=Settings]")
+    page.check("dialog input[type=checkbox]")
+    page.keyboard.press("Escape")
+    page.click("header >> text=Tokens")
+    page.wait_for_selector("dialog .hint >> text=The answers here have no probabilities")
+    titles = {kind: page.locator(f".tokens .{kind}").last.get_attribute("title") for kind in ("final", "analysis")}
+    assert "probability was not kept" in titles["final"]
+    assert "not of an answer" in titles["analysis"]
+    page.keyboard.press("Escape")
+    opened.ask("And again?")
+    opened.wait()
+    page.click("header >> text=Tokens")
+    page.wait_for_selector("dialog .hint >> text=Some answers here have no probabilities")
+    assert "probability 60.7 %" in page.locator(".tokens .final").last.get_attribute("title")
 
 
 def test_a_server_with_keys_asks_for_one(tab, serve):

@@ -148,6 +148,8 @@ function Source({ citation }: { citation: Citation }) {
 interface Colored extends Token {
   kind: string;
   logprob?: Logprob;
+  /** Of an answer's tokens: whether probabilities were kept of it. */
+  isKept?: boolean;
 }
 
 /** Each token with the part of the format that it stands in, and its probability where that was kept. */
@@ -159,7 +161,8 @@ function colored(tokens: Token[]): Colored[] {
   let header = "";
   let isHeader = false;
   let kind = "frame";
-  let told: Logprob[] = [];
+  // Of an answer alone.
+  let told: Logprob[] | null = null;
   let at = 0;
   for (const token of tokens) {
     if (token.text === "<|start|>" && token.is_special) {
@@ -172,14 +175,14 @@ function colored(tokens: Token[]): Colored[] {
       const isCall = isAssistant && /to=/.test(header);
       kind = isAssistant ? (isCall ? "call" : channel || "final") : (/^(system|developer|user)/.exec(header)?.[0] ?? "tool");
       if (kind === "final" || (kind === "commentary" && isAssistant)) [told, at] = [kept.shift() ?? [], 0];
-      else told = [];
+      else told = null;
       out.push({ ...token, kind: "frame" });
     } else if (isHeader || token.is_special) {
       header += token.text;
       out.push({ ...token, kind: "frame" });
     } else {
-      const one = told[at];
-      out.push({ ...token, kind, logprob: one && one.token === token.text ? one : undefined });
+      const one = told?.[at];
+      out.push({ ...token, kind, isKept: told ? told.length > 0 : undefined, logprob: one?.token === token.text ? one : undefined });
       at += 1;
     }
   }
@@ -191,7 +194,7 @@ function hover(token: Colored): string {
   if (token.logprob) {
     told.push(`probability ${(100 * Math.exp(token.logprob.logprob)).toFixed(1)} %`);
     for (const one of token.logprob.top_logprobs) told.push(`  ${JSON.stringify(one.token)} ${(100 * Math.exp(one.logprob)).toFixed(1)} %`);
-  }
+  } else told.push(token.isKept === undefined ? "not of an answer, so without a probability" : "its probability was not kept");
   return told.join("\n");
 }
 
@@ -200,6 +203,7 @@ function TokensDialog() {
   useEffect(() => void state.attempt(async () => setTokens(await state.tokens())), []);
   const all = tokens ? colored(tokens) : [];
   const kinds = [...new Set(all.map((token) => token.kind))];
+  const isKept = new Set(all.map((token) => token.isKept));
   return (
     <Dialog title="As the model reads it" wide onClose={() => (dialog.value = "")}>
       <p class="legend">
@@ -208,6 +212,12 @@ function TokensDialog() {
           <span class={`token ${kind}`}>{kind}</span>
         ))}
       </p>
+      {isKept.has(false) && (
+        <p class="hint">
+          {isKept.has(true) ? "Some answers" : "The answers"} here have no probabilities. They are kept of an answer that was made to its end
+          while “Show tokens and probabilities” was on in the settings.
+        </p>
+      )}
       <pre class="tokens" tabIndex={0}>
         {all.map((token) => (
           <span class={`token ${token.kind}`} title={hover(token)}>
