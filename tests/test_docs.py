@@ -478,6 +478,7 @@ CASES: dict[str, list[Case]] = {
         an_adapter_answers,
         prints("", server="adapted"),
     ],
+    "architecture.md": [],
     "apply_patch.md": [a_patch_is_written, a_patch_is_applied],
     "browser.md": [a_view_looks_so, a_browser_is_used],
     "chat.md": [parses],
@@ -661,8 +662,9 @@ def test_links_to_other_files_lead_there(page):
         assert ":" in target or (folder / target).exists(), target
 
 
-def test_files_that_the_design_names_are_there():
-    text = (ROOT / "DESIGN.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["DESIGN.md", "docs/architecture.md"])
+def test_files_that_the_design_names_are_there(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
     there = [str(path.relative_to(ROOT)) for path in ROOT.glob("[dst]*/**/*") if "__pycache__" not in path.parts]
     for name in re.findall(r"`([\w/.]+(?:\.py|\.md|/))`", text):
         assert any(f"/{path}/".endswith(f"/{name.strip('/')}/") for path in [*there, "web"]), name
