@@ -148,6 +148,8 @@ KNOBS = {
         "idle_tools",
         "language",
         "facts",
+        "brief",
+        "evenness",
         "growth",
         "pass_tokens",
         "max_tokens",
