@@ -57,6 +57,7 @@ def test_the_pipeline_makes_a_model_a_report_and_nothing_twice(small, tmp_path):
     assert [line for line in said if line.startswith("stage ")] == ["stage sft", "stage anneal", "stage rl"]
     local = ossia.load(model, kv_memory="16MiB", threads=1)
     assert local.checkpoint.config.num_layers == 2
+    assert local.sampling == {"temperature": recipe.TEMPERATURE}
     lines = json.loads((tmp_path / "out" / "rl" / "measured-mxfp4.json").read_text())
     assert {(line["task"], line["effort"], line["grammar"]) for line in lines} == {
         (task, effort, grammar) for task in SHARES for effort in ("low", "medium", "high") for grammar in (False, True)

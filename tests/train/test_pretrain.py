@@ -130,9 +130,10 @@ def test_plain_language_is_mixed_in(settings, tokenizer):
 def test_of_facts_the_answers_alone_are_learned(settings, tokenizer):
     """An answer stands behind "=" in sums, behind ":" or in a line of its own elsewhere."""
     long = replace(settings, facts=1.0, max_tokens=8192, pass_tokens=8192)
+    mix = make_mix(["sums", "policies", "structured", "functions", "about"])
     kinds = set()
     for number in range(60):
-        sample = draw_sample(long, make_mix(["sums"]), tokenizer, "train", number)
+        sample = draw_sample(long, mix, tokenizer, "train", number)
         assert sample is not None
         pairs = list(zip(sample.token_ids_L.tolist(), sample.weights_L, strict=True))
         runs = [
@@ -178,6 +179,14 @@ def test_facts_too_are_left_out_where_they_are_too_long(settings, tokenizer):
 def test_shares_of_more_than_all_samples_are_an_error(settings):
     with pytest.raises(ConfigError, match=r"facts is 0\.7 and language 0\.5"):
         replace(settings, facts=0.7, language=0.5).check()
+
+
+def test_facts_are_of_the_tasks_that_are_trained(settings, tokenizer):
+    sample = draw_sample(replace(settings, facts=1.0, max_tokens=4096), make_mix(["sums"]), tokenizer, "train", 0)
+    assert sample is not None
+    assert re.fullmatch(r"<\|startoftext\|>(\d[+-]\d[+-]\d=\d\d\n)+", tokenizer.decode(sample.token_ids_L.tolist()))
+    with pytest.raises(ConfigError, match=r"none of the tasks has parts to practise; expected one of sums, policies"):
+        replace(settings, facts=0.1, tasks=("about",)).check()
 
 
 def test_the_passes_of_a_step_are_of_about_one_size(settings, tokenizer):

@@ -64,8 +64,13 @@ _NEW_WEIGHT = 0.1
 _LONGEST_RUN = 9
 _NUM_FACTS = 6
 _SPECIAL = re.compile(r"(<\|\w+\|>)")
-# What such texts are of, and how often.
-_FACTS = {sums.draw_facts: 1, policies.draw_facts: 8, structured.draw_facts: 10, functions.draw_facts: 9}
+# The tasks that have parts, and how often each is drawn where all are trained.
+_FACTS = {
+    "sums": (sums.draw_facts, 1),
+    "policies": (policies.draw_facts, 8),
+    "structured": (structured.draw_facts, 10),
+    "functions": (functions.draw_facts, 9),
+}
 _USUAL_TOKENS = 64
 # The browser's description is long.
 _PYTHON, _BROWSER = ToolNamespace.python(), ToolNamespace.browser()
@@ -85,7 +90,7 @@ class PretrainConfig(TrainConfig):
     language: float = setting(0.0, "Share of samples that are copying and recall, as plain texts.", low=0, high=1)
     facts: float = setting(
         0.0,
-        "Share of samples that are parts of exercises, as plain texts: single steps of sums, facts of a text.",
+        "Share of samples that are parts of the tasks' exercises, as plain texts: steps of sums, facts of a text.",
         low=0,
         high=1,
     )
@@ -114,6 +119,11 @@ class PretrainConfig(TrainConfig):
             raise ConfigError("steps is not set; exercises never end, so say how many steps to train")
         if self.facts + self.language > 1:
             raise ConfigError(f"facts is {self.facts} and language {self.language}; expected 1 at most together")
+        if self.facts and not any(one.partition("=")[0] in _FACTS for one in self.tasks):
+            raise ConfigError(
+                f"facts is {self.facts}, and none of the tasks has parts to practise; expected one of "
+                f"{', '.join(_FACTS)} among the tasks, or facts = 0"
+            )
         if self.max_tokens > self.pass_tokens:
             raise ConfigError(f"max_tokens is {self.max_tokens} and pass_tokens {self.pass_tokens}: samples must fit")
 
@@ -189,7 +199,7 @@ def draw_sample(
     rng = random.Random(f"language {settings.seed} {number}")
     kind = rng.random()
     if kind < settings.facts:
-        sample = _facts(rng, tokenizer)
+        sample = _facts(rng, mix, tokenizer)
         return sample if len(sample) <= settings.max_tokens else None
     if kind < settings.facts + settings.language:
         text = _text(settings, rng, split, number)
@@ -225,17 +235,18 @@ def _evened(sample: Sample, evenness: float) -> Sample:
     return replace(sample, weights_L=sample.weights_L * np.float32((_USUAL_TOKENS / total) ** evenness))
 
 
-def _facts(rng: random.Random, tokenizer: Tokenizer) -> Sample:
-    """Small exercises one below the other, of which the answers are learned."""
+def _facts(rng: random.Random, mix: TaskMix, tokenizer: Tokenizer) -> Sample:
+    """Parts of exercises of one of the tasks, one below the other; the answers are learned."""
     parts = [(tokenizer.special("<|startoftext|>"), 0.0)]
-    (draw,) = rng.choices(list(_FACTS), list(_FACTS.values()))
+    draws, weights = zip(*(_FACTS[task.name] for task in mix.tasks if task.name in _FACTS), strict=True)
+    (draw,) = rng.choices(draws, weights)
     for _ in range(_NUM_FACTS):
         for text, is_answer in (*draw(rng), ("\n", False)):
             for piece in _SPECIAL.split(text):
                 ids = [tokenizer.special(piece)] if _SPECIAL.fullmatch(piece) else tokenizer.encode(piece)
                 parts += [(one, float(is_answer)) for one in ids]
-    token_ids, weights = zip(*parts, strict=True)
-    return Sample(np.array(token_ids, np.int32), np.array(weights, np.float32))
+    token_ids, learned = zip(*parts, strict=True)
+    return Sample(np.array(token_ids, np.int32), np.array(learned, np.float32))
 
 
 def _text(settings: PretrainConfig, rng: random.Random, split: Split, number: int) -> str:

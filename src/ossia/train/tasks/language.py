@@ -34,14 +34,14 @@ def _token(rng: random.Random, held_out: bool) -> str:
     match rng.randrange(7):
         case 0 | 1:
             return str(words.number_of_digits(rng, rng.randint(1, 10)))
-        case 6:
-            # Of pieces that stand in no word.
-            return words.invented_word(rng, held_out)[::-1]
         case 2:
             return words.person(rng, held_out)
         case 3:
             return words.place(rng, held_out)
         case 4:
             return f"{rng.choice(words.VERBS)}_{words.invented_word(rng, held_out)}"
+        case 5:
+            # Of pieces that stand in no word.
+            return words.invented_word(rng, held_out)[::-1]
         case _:
             return words.invented_word(rng, held_out)
