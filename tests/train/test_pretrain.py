@@ -107,7 +107,7 @@ def test_no_turn_teaches_the_end_that_history_writes_for_a_return(settings, toke
     (user,) = tokenizer.encode("user")
     seen = set()
     for number in range(40):
-        sample = draw_sample(replace(settings, turns=4, learn=learn), mix, tokenizer, "train", number)
+        sample = draw_sample(replace(settings, turns=4, learn=learn, max_tokens=600), mix, tokenizer, "train", number)
         assert sample is not None
         ids = sample.token_ids_L.tolist()
         before_user = [i for i in range(len(ids) - 2) if ids[i : i + 3] == [end, start, user]]
@@ -115,7 +115,7 @@ def test_no_turn_teaches_the_end_that_history_writes_for_a_return(settings, toke
         # The first is that of the system message.
         assert not sample.weights_L[before_user[1:]].any()
         assert sample.weights_L[-1] == 1
-        assert len(sample) <= settings.max_tokens
+        assert len(sample) <= 600
     assert seen == {1, 2, 3, 4}
 
 
@@ -146,6 +146,23 @@ def test_of_facts_the_answers_alone_are_learned(settings, tokenizer):
                 kinds.add(asked[-1])
         assert sum(is_learned for is_learned, _ in runs) >= 6
     assert kinds == {"=", ":", "\n"}
+
+
+def test_conversations_mix_tasks_for_which_no_developer_says_anything(settings, tokenizer):
+    mixed = replace(settings, mixed=1.0, turns=3, max_tokens=1600, pass_tokens=1600)
+    mix = make_mix(["sums", "python", "about", "hierarchy"])
+    kinds = set()
+    for number in range(60):
+        sample = draw_sample(mixed, mix, tokenizer, "train", number)
+        assert sample is not None
+        text = tokenizer.decode(sample.token_ids_L.tolist())
+        turns = text.split("<|start|>user")[1:]
+        if "<|start|>developer" in text:
+            assert len(turns) == 1 or "to=python" not in text
+        else:
+            kinds.add(tuple("to=python" in turn for turn in turns))
+            assert text.count("# Tools") == 1 or ("to=python" not in text and len(turns) == 1)
+    assert {(True, False), (False, True)} <= {kind[:2] for kind in kinds}
 
 
 def test_a_brief_system_message_tells_the_effort_and_nothing_else(settings, tokenizer):
@@ -185,7 +202,7 @@ def test_facts_are_of_the_tasks_that_are_trained(settings, tokenizer):
     sample = draw_sample(replace(settings, facts=1.0, max_tokens=4096), make_mix(["sums"]), tokenizer, "train", 0)
     assert sample is not None
     assert re.fullmatch(r"<\|startoftext\|>(\d[+-]\d[+-]\d=\d\d\n)+", tokenizer.decode(sample.token_ids_L.tolist()))
-    with pytest.raises(ConfigError, match=r"none of the tasks has parts to practise; expected one of sums, policies"):
+    with pytest.raises(ConfigError, match=r"none of the tasks has parts to practise; expected one of browsing, functions"):
         replace(settings, facts=0.1, tasks=("about",)).check()
 
 

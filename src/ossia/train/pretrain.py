@@ -46,12 +46,17 @@ from ossia.train.result import tell_nothing, write_result
 from ossia.train.run import Outcome, Run, RunFolder, Say
 from ossia.train.sft import Likelihood
 from ossia.train.tasks import (
+    Draw,
     Split,
     TaskMix,
+    browsing,
+    draw_instance,
     functions,
     gold_conversation_of_turns,
+    hierarchy,
     make_mix,
     policies,
+    problems,
     structured,
     sums,
 )
@@ -66,11 +71,16 @@ _NUM_FACTS = 6
 _SPECIAL = re.compile(r"(<\|\w+\|>)")
 # The tasks that have parts, and how often each is drawn where all are trained.
 _FACTS = {
-    "sums": (sums.draw_facts, 1),
+    "browsing": (browsing.draw_facts, 4),
+    "functions": (functions.draw_facts, 8),
+    "hierarchy": (hierarchy.draw_facts, 4),
     "policies": (policies.draw_facts, 8),
-    "structured": (structured.draw_facts, 10),
-    "functions": (functions.draw_facts, 9),
+    "python": (problems.draw_facts, 4),
+    "structured": (structured.draw_facts, 6),
+    "sums": (sums.draw_facts, 1),
 }
+# Tasks for which no developer says anything, and that need no tool but python: any of them may follow another.
+_FREE = ("about", "python", "sums")
 _USUAL_TOKENS = 64
 # The browser's description is long.
 _PYTHON, _BROWSER = ToolNamespace.python(), ToolNamespace.browser()
@@ -84,6 +94,12 @@ class PretrainConfig(TrainConfig):
     tasks: tuple[str, ...] = setting((), "Tasks by name, each with =WEIGHT where it is not 1.", is_required=True)
     learn: Literal["all", "answers"] = setting("answers", "Every token of a transcript, or the model's own alone.")
     turns: int = setting(1, "Most exercises of one conversation, where a task has more than one for it.", low=1)
+    mixed: float = setting(
+        0.0,
+        "Share of conversations about itself, sums and python in which any of these follow each other.",
+        low=0,
+        high=1,
+    )
     idle_tools: float = setting(
         0.0, "Share of conversations with python or the browser beside what they need.", low=0, high=1
     )
@@ -212,8 +228,15 @@ def draw_sample(
     beside = rng.choice(_IDLE_TOOLS) if rng.random() < settings.idle_tools else ()
     keeps_thoughts = rng.random() >= _FORGETFUL_SHARE
     is_brief = rng.random() < settings.brief
+    free = {task: weight for task, weight in mix.tasks.items() if task.name in _FREE}
+    is_mixed = draw.task in free and rng.random() < settings.mixed
     while num_turns:
-        gold = gold_conversation_of_turns(draw, num_turns, rng, beside)
+        if is_mixed:
+            tasks = rng.choices(list(free), list(free.values()), k=num_turns - 1)
+            others = [Draw(task, draw_instance(task, split, rng), draw.effort) for task in tasks]
+            gold = gold_conversation_of_turns(draw, 1, rng, (*beside, *((_PYTHON,) if not beside else ())), others)
+        else:
+            gold = gold_conversation_of_turns(draw, num_turns, rng, beside)
         if is_brief:
             gold = Conversation((_brief(draw.effort), *gold.messages[1:]))
         sample = _conversation_sample(settings, gold, tokenizer, keeps_thoughts)

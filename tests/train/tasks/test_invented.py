@@ -12,16 +12,19 @@ import pytest
 from ossia.harmony import Channel, Effort, Message, Role
 from ossia.train.tasks import (
     Transcript,
+    browsing,
     functions,
     gold_conversation,
     gold_conversation_of_turns,
+    hierarchy,
     make,
     make_mix,
     policies,
+    problems,
     structured,
 )
 from ossia.train.tasks.about import ABSTENTION
-from ossia.train.tasks.invented import final, notes, same_json
+from ossia.train.tasks.invented import final, same_json
 from ossia.train.tasks.phrases import Phrases, expand
 from ossia.train.tasks.policies import Rule, Text
 from ossia.train.tasks.sums import Sum, draw_facts
@@ -99,9 +102,7 @@ def test_every_step_of_a_sum_is_true_and_carries_on():
             lines, ends = lines[: len(steps)], lines[len(steps) :]
             assert ends[-1].partition(":")[2] == str(result)
             assert all(line.endswith(line[1]) for line in ends if line[2:] != ":" or line[1] != "0")
-            for given, number in ((first, a), (second, b)):
-                named, _, digits = given.partition("=")
-                assert int(named) == int(re.sub("[a-zA-Z]", "", digits)[::-1]) == number
+            assert [re.sub("[a-zA-Z]", "", digits) for digits in (first, second)] == [str(a), str(b)]
             shown = [re.fullmatch(r"\w(\d)\w(\d):(\d)([+-])(\d)[+-](\d)=(\d)(\d)\w(\d)", line) for line in lines]
             assert [match.groups()[2:8] for match in shown if match] == steps
             assert all(
@@ -111,9 +112,10 @@ def test_every_step_of_a_sum_is_true_and_carries_on():
 
 def test_a_digit_is_behind_the_same_letter_wherever_it_stands():
     first, second, *lines = Sum(4821, "+", 937).thoughts(Effort.HIGH).splitlines()
+    assert (first, second) == ("a4b8c2d1", "A9B3C7")
     found = re.findall(r"[a-zA-Z]\d", " ".join(lines[:4]))
-    assert found[0::3] == re.findall(r"[a-z]\d", first)
-    assert found[1::3] == re.findall(r"[A-Z]\d", second)
+    assert found[0::3] == ["d1", "c2", "b8", "a4"]
+    assert found[1::3] == ["C7", "B3", "A9", "Z0"]
     assert found[2::3] == [line[:2] for line in lines[4:]][::-1]
     assert [line[3:] for line in lines[4:]] == ["5", "57", "575", "5758"]
 
@@ -130,24 +132,37 @@ def answers_of(draw_facts, count: int) -> list[tuple[str, str]]:
     """What is asked and what is answered, of exercises with one answer."""
     rng = random.Random(1)
     drawn = [draw_facts(rng) for _ in range(count)]
-    return [(parts[0][0], parts[1][0]) for parts in drawn if [is_answer for _, is_answer in parts] == [False, True]]
+    return [
+        ("".join(text for text, _ in parts[:-1]), parts[-1][0])
+        for parts in drawn
+        if [is_answer for _, is_answer in parts] == [False] * (len(parts) - 1) + [True]
+    ]
 
 
-def test_facts_of_messages_and_rules_are_those_of_the_thought():
-    pairs = answers_of(policies.draw_facts, 60)
-    messages = [(asked, answer) for asked, answer in pairs if asked.endswith("The message:")]
-    assert len(messages) > 10
+def test_facts_of_messages_name_their_topics():
+    messages = [one for one in answers_of(policies.draw_facts, 60) if one[0].endswith("The message:")]
+    assert len(messages) > 20
     assert all(answer.strip().split(", ")[0] in policies.TOPICS for _, answer in messages)
-    findings = [(asked, answer) for asked, answer in pairs if not asked.endswith("The message:")]
-    assert len(findings) > 10
-    for asked, answer in findings:
-        *rules, message = asked.splitlines()
-        lines = answer.removesuffix("<|end|>").splitlines()
-        assert len(lines) == len(rules)
-        features = set(message.removeprefix("The message: ").split(", "))
-        for rule, line in zip(rules, lines, strict=True):
-            number, first = re.match(r"(R\d): (\w+)", rule).groups()
-            assert line.startswith(f"{number}: {first} {'yes' if first in features else 'no'}")
+    assert sum(asked.split("\n")[0].isupper() for asked, _ in messages) > 10
+
+
+def test_facts_of_policies_are_findings_and_a_verdict():
+    rng = random.Random(1)
+    drawn = [parts for _ in range(60) if len(parts := policies.draw_facts(rng)) > 2]
+    assert len(drawn) > 10
+    for (policy, _), *turns, (end, _) in drawn:
+        assert end == "<|return|>"
+        rules = policy.splitlines()
+        for (message, _), (answer, is_answer) in zip(turns[::2], turns[1::2], strict=True):
+            assert is_answer
+            features = set(message.split("The message: ")[1].strip().split(", "))
+            count, *lines, verdict = answer.splitlines()
+            assert count == f"Up to R{len(rules)}"
+            for rule, line in zip(rules, lines, strict=True):
+                first = re.match(r"R\d: (\w+)", rule)[1]
+                assert line.startswith(f"{rule}; {first} {'yes' if first in features else 'no'}")
+            broken = [line[:2] for line in lines if line.endswith("broken")]
+            assert json.loads(verdict) == {"violation": int(bool(broken)), "rule": broken[0] if broken else None}
 
 
 def test_facts_of_a_record_are_read_off_it():
@@ -160,33 +175,76 @@ def test_facts_of_a_record_are_read_off_it():
         assert all(answer in record or answer in ("true", "false") for answer in answers)
 
 
-def test_keys_are_listed_as_a_schema_or_a_declaration_has_them():
-    schemas = [(asked, answer) for asked, answer in answers_of(structured.draw_facts, 60) if "required" in asked]
-    assert len(schemas) > 10
-    for asked, answer in schemas:
-        required = json.loads("[" + re.search(r'"required":\[([^]]*)', asked)[1] + "]")
-        # Behind a key that says nothing stands what describes it.
-        assert [line.split()[1].removesuffix(".") for line in answer.splitlines()] == required
-    for asked, answer in answers_of(functions.draw_facts, 20):
-        block = asked.split(f"type {asked.splitlines()[-1]} = ")[1].split("}")[0]
-        assert [line[2:].removesuffix(".") for line in answer.splitlines()] == re.findall(
-            r"^(\w+)\??:", block, re.MULTILINE
-        )
-
-
-def test_noted_facts_become_json():
-    pairs = [(asked, answer) for asked, answer in answers_of(structured.draw_facts, 60) if answer.startswith("{")]
-    assert len(pairs) > 5
+def test_a_schema_is_filled_by_copying_on():
+    """Whatever key comes next stands behind the one before, in the schema, in the thought and in the answer."""
+    pairs = [pair for pair in answers_of(structured.draw_facts, 60) if "<|return|>" in pair[1]]
+    assert len(pairs) > 20
     for asked, answer in pairs:
-        values = json.loads(answer.removesuffix("<|return|>"))
-        lines = asked.splitlines()
-        assert len(lines) == len(values)
-        assert all(line[2:].startswith(key) for line, key in zip(lines, values, strict=True))
+        *thought, written = answer.removesuffix("<|return|>").splitlines()
+        properties, members = thought[0::2], thought[1::2]
+        assert all(line in asked for line in properties)
+        assert all(line in written for line in members)
+        assert [line.split('"')[-1] for line in properties[:-1]] == [line.split('"')[-1] for line in members[:-1]]
+        assert list(json.loads(written)) == list(json.loads(asked.splitlines()[0].removesuffix(',"required"')))
 
 
-def test_noted_keys_are_led_from_line_to_line_by_letters_to_a_period():
-    assert str(notes({"town": "Bo", "paid": True})) == "a town\nb paid.\na town: Bo\nb paid.: true."
-    assert str(notes({"town": "Bo"})) == "a town.\na town.: Bo."
+def test_a_call_is_made_up_under_the_declaration_it_copies():
+    pairs = [pair for pair in answers_of(functions.draw_facts, 80) if "<|call|>" in pair[1]]
+    assert len(pairs) > 20
+    for asked, answer in pairs:
+        errand, opening, *lines, called = answer.removesuffix("<|call|>").splitlines()
+        assert errand[1:] in asked.splitlines()[-1]
+        assert f"type {opening}\n" in asked
+        name = opening.split()[0]
+        assert called == name + lines[-1]
+        declared = asked.split(f"type {opening}\n")[1].split("\n})")[0]
+        assert re.sub(r"\n\w+\n\{.*", "", "\n".join(lines)).removesuffix(f"\n{lines[-1]}") == f"{declared}\n}})"
+
+
+def test_requests_that_nothing_fits_are_told_from_those_that_something_does():
+    rng = random.Random(3)
+    told = Counter()
+    for _ in range(60):
+        parts = functions.draw_facts(rng)
+        if len(parts) > 3:
+            for answer in (text for text, is_answer in parts if is_answer):
+                errand, found = answer.splitlines()
+                fits = f"// {errand.split()[0].title()}" in parts[0][0] and errand.split()[-1] in parts[0][0]
+                assert found == "No function fits." or (fits and f"type {found}" in parts[0][0])
+                told[fits] += 1
+                assert fits == (found != "No function fits.")
+    assert min(told.values()) > 20
+
+
+def test_facts_of_rules_lead_to_the_answer():
+    for asked, answer in answers_of(hierarchy.draw_facts, 60):
+        *thought, said = answer.splitlines()
+        assert len(asked.splitlines()) == 2
+        if thought and said != hierarchy.REFUSAL:
+            assert thought[-1].removesuffix(".").endswith(said)
+
+
+def test_facts_of_code_give_the_answer_when_run():
+    for asked, answer in answers_of(problems.draw_facts, 40):
+        assert asked.endswith("\n")
+        assert answer.endswith("<|call|>")
+        compile(answer.removesuffix("<|call|>"), "code", "exec")
+
+
+def test_facts_of_pages_are_their_lines_and_of_questions_what_to_look_for():
+    rng = random.Random(5)
+    plans = 0
+    for _ in range(40):
+        (given, _), *rest = browsing.draw_facts(rng)
+        if given.startswith("L"):
+            assert all(text.strip().removesuffix("<|end|>") in given for text, is_answer in rest if is_answer)
+        else:
+            ((plan, _),) = rest
+            name, kinds = plan.removesuffix("<|end|>").split(": ")
+            assert name in given
+            assert all(kind in browsing._SENTENCES for kind in kinds.split(", "))
+            plans += 1
+    assert 10 < plans < 35
 
 
 def test_a_call_with_a_wrong_value_or_another_function_is_not_right():

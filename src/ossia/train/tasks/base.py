@@ -256,9 +256,17 @@ def gold_conversation(draw: Draw, beside: Sequence[ToolNamespace] = ()) -> Conve
 
 
 def gold_conversation_of_turns(
-    draw: Draw, num_turns: int, rng: random.Random, beside: Sequence[ToolNamespace] = ()
+    draw: Draw,
+    num_turns: int,
+    rng: random.Random,
+    beside: Sequence[ToolNamespace] = (),
+    others: Sequence[Draw] = (),
 ) -> Conversation:
-    """A gold conversation with further exercises behind the first one, as far as its task has any (`Task.again`)."""
+    """A gold conversation with further exercises behind the first one, as far as its task has any (`Task.again`).
+
+    ``others`` stand behind those, each told at the effort of the first; their tools have to be among ``beside``, and
+    no developer says anything for them.
+    """
     messages = list(gold_conversation(draw, beside).messages)
     for _ in range(num_turns - 1):
         instance = draw.task.again(draw.instance, rng)
@@ -266,6 +274,8 @@ def gold_conversation_of_turns(
             break
         messages += [one for one in instance.messages if one.role is not Role.DEVELOPER]
         messages += draw.task.gold(instance, draw.effort)
+    for other in others:
+        messages += [*other.instance.messages, *other.task.gold(other.instance, draw.effort)]
     return Conversation(tuple(messages))
 
 

@@ -11,6 +11,7 @@ import asyncio
 import random
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from ossia.harmony import Effort, Message
@@ -64,7 +65,7 @@ class Browsing(InventedTask):
 
     def draw(self, rng: random.Random, held_out: bool) -> Instance:
         world = World(rng, held_out, self.towns)
-        quest = self._quest(rng, world, held_out)
+        quest = self.quest(rng, world, held_out)
         entry, fact = quest.hops[-1]
         answer = _SENTENCES[fact.kind].format(name=entry.name, value=fact.value)
         return Instance(quest.question, quest.question, answer, {"world": world, "quest": quest})
@@ -91,7 +92,8 @@ class Browsing(InventedTask):
     def gold(self, instance: Instance, effort: Effort) -> Sequence[Message]:
         return asyncio.run(_gold(instance, effort))
 
-    def _quest(self, rng: random.Random, world: World, held_out: bool) -> _Quest:
+    def quest(self, rng: random.Random, world: World, held_out: bool) -> _Quest:
+        """A question about something of the world."""
         entry = rng.choice(world.entries)
         fact = rng.choice(entry.facts)
         if rng.random() >= self.two_hops:
@@ -105,31 +107,70 @@ class Browsing(InventedTask):
 
 
 async def _gold(instance: Instance, effort: Effort) -> list[Message]:
-    """Search for the first thing, open it, follow the link if there are two hops, answer with the line."""
+    """Search for the first thing, open it, follow the link if there are two hops, answer with the line.
+
+    Thoughts plan the facts that are needed, and quote the line of each page that has one.
+    """
     browser = Browser(instance.data["world"])
     out: list[Message] = []
 
-    async def use(function: str, thought: str, **arguments: object) -> str:
+    def say(thought: str) -> None:
         out.extend(think(thought if effort is not Effort.LOW else ""))
+
+    async def use(function: str, **arguments: object) -> str:
         asked = call(f"browser.{function}", compact(arguments))
         shown = (await browser.run(function, asked.text)).text
         out.extend((asked, result(asked, shown)))
         return shown
 
     hops = instance.data["quest"].hops
-    shown = await use("search", f"I search for {hops[0][0].name}.", query=hops[0][0].name)
-    for number, (entry, _) in enumerate(hops):
-        where = "I open it." if number == 0 else f"It is {entry.name}. I open that."
-        shown = await use("open", where, id=_link_to(shown, entry.name))
-    entry, fact = hops[-1]
-    cursor = _CURSOR.match(shown)
+    say(_plan(instance.data["quest"]))
+    shown = await use("search", query=hops[0][0].name)
+    say("I open it.")
+    shown = await use("open", id=_link_to(shown, hops[0][0].name))
+    for (_, fact), (following, _) in pairwise(hops):
+        say(f"{fact.kind}: {_line_of(shown, fact)[1]}")
+        shown = await use("open", id=_link_to(shown, following.name))
+    _, fact = hops[-1]
+    cursor, (line, text) = _CURSOR.match(shown), _line_of(shown, fact)
     assert cursor is not None
-    line = next(
-        n for n, text in _LINE.findall(shown) if fact.value in _LINK.sub(r"\2", text) and not text.startswith("#")
-    )
+    say(f"{fact.kind}: {text}")
     out.append(final(f"{instance.answer} 【{cursor[1]}†L{line}】."))
     await browser.close()
     return out
+
+
+def _plan(quest: _Quest) -> str:
+    """What to look for first, and the facts that lead to the answer."""
+    return f"{quest.hops[0][0].name}: {', '.join(fact.kind for _, fact in quest.hops)}"
+
+
+def _line_of(shown: str, fact: Fact) -> tuple[str, str]:
+    """Number and whole text of the line that says a fact."""
+    return next(
+        (found[1], found[0])
+        for found in _LINE.finditer(shown)
+        if fact.value in _LINK.sub(r"\2", found[2]) and not found[2].startswith("#")
+    )
+
+
+def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
+    """A question and the plan for it, or a page and the lines that have its facts; which parts are the answers."""
+    task = Browsing(two_hops=0.6)
+    world = World(rng, False, task.towns)
+    if rng.random() < 0.6:
+        quest = task.quest(rng, world, held_out=False)
+        return [(f"{quest.question}\n", False), (f"{_plan(quest)}<|end|>", True)]
+    entry = rng.choice(world.entries)
+    lines = world.lines(entry)
+    first = rng.randint(4, 6)
+    numbered = {
+        fact.kind: f"L{n}: {line}" for n, (fact, line) in enumerate(zip(entry.facts, lines, strict=True), first)
+    }
+    parts = [("\n".join(numbered.values()), False)]
+    for kind, line in rng.sample(sorted(numbered.items()), len(numbered)):
+        parts += [(f"\n{kind}:", False), (f" {line}<|end|>", True)]
+    return parts
 
 
 def _link_to(shown: str, name: str) -> int:

@@ -17,7 +17,7 @@ from ossia.harmony.typescript import typescript
 from ossia.tools.base import Tool, ToolOutput
 from ossia.train.tasks import words
 from ossia.train.tasks.base import Instance, Reward, Transcript
-from ossia.train.tasks.invented import InventedTask, call, compact, final, notes, result, same_json, think
+from ossia.train.tasks.invented import InventedTask, call, compact, final, result, same_json, think
 from ossia.train.tasks.phrases import Phrases
 
 OPENING = Phrases(
@@ -53,9 +53,8 @@ class FunctionCalls(InventedTask):
     def _instance(
         self, rng: random.Random, functions: tuple[Function, ...], wanted: Function, fits: bool, held_out: bool
     ) -> Instance:
-        request = OPENING.pick(rng, held_out, request=wanted.request)
-        request = request[0].upper() + request[1:]
-        arguments = {p.key: p.value for p in wanted.parameters if p.value is not None}
+        request = _ask(rng, wanted, held_out)
+        arguments = wanted.arguments
         found = _outcome(rng, wanted, held_out)
         answer = found.sentence if fits else NONE_FITS
         data = {
@@ -63,6 +62,7 @@ class FunctionCalls(InventedTask):
             "held_out": held_out,
             "wanted": wanted if fits else None,
             "arguments": arguments,
+            "errand": wanted.errand,
             "found": found,
         }
         return Instance(f"{wanted.name} {request}", request, answer, data)
@@ -87,13 +87,30 @@ class FunctionCalls(InventedTask):
 
     def gold(self, instance: Instance, effort: Effort) -> Sequence[Message]:
         wanted: Function | None = instance.data["wanted"]
+        thought = "" if effort is Effort.LOW else thoughts(instance.data["errand"], wanted, instance.data["arguments"])
         if wanted is None:
-            return (*think("No function fits." if effort is not Effort.LOW else ""), final(NONE_FITS))
-        # What is not asked for is noted too, to be left out.
-        noted = notes({p.key: instance.data["arguments"].get(p.key, "no") for p in wanted.parameters})
-        thought = "" if effort is Effort.LOW else f"{wanted.name}\n{noted}"
+            return (*think(thought), final(NONE_FITS))
         asked = call(f"functions.{wanted.name}", compact(instance.data["arguments"]))
         return (*think(thought), asked, result(asked, instance.data["found"].text), final(instance.answer))
+
+
+def thoughts(errand: str, wanted: Function | None, arguments: Mapping[str, Any]) -> str:
+    """The chain of thought before a call: what is asked for, then the function's declaration as it stands there, and
+    under each parameter the arguments so far.
+
+    Parameters are copied with the beginning of the next one, so that what comes next is always found by copying on.
+    """
+    if wanted is None:
+        return f"{errand}\nNo function fits."
+    declared = wanted.lines
+    lines = [errand, f"{wanted.name} = (_: {{"]
+    given: dict[str, Any] = {}
+    for parameter, line, following in zip(wanted.parameters, declared, (*declared[1:], ""), strict=True):
+        if parameter.key in arguments:
+            given[parameter.key] = arguments[parameter.key]
+        so_far = compact(given)
+        lines += [line, following.partition(":")[0].rstrip("?"), so_far[:-1]] if following else [line, "})", so_far]
+    return "\n".join(lines)
 
 
 class _Outcome(NamedTuple):
@@ -159,6 +176,16 @@ class Function(NamedTuple):
         """The same function, asked for with values drawn anew."""
         parameters = tuple(p._replace(value=_value(rng, held_out, p.kind, p.schema)) for p in self.parameters)
         return self._replace(parameters=parameters, request=_request(rng, self.errand, parameters))
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What a request gives; flags that are not asked for are left out."""
+        return {p.key: p.value for p in self.parameters if p.value is not None}
+
+    @property
+    def lines(self) -> list[str]:
+        """The parameters as the declaration shows them, a line each."""
+        return typescript(self.declaration().parameters).splitlines()[1:-1]
 
     def declaration(self) -> ToolDescription:
         properties = {p.key: p.schema for p in self.parameters}
@@ -239,14 +266,31 @@ def draw_function(rng: random.Random, held_out: bool) -> Function:
 
 
 def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
-    """The parameters of one of two declared functions; which parts of the text are the answers."""
-    functions = [draw_function(rng, held_out=False) for _ in range(2)]
+    """Which of some functions fits each of some requests; or one call thought through. Which parts of the text are the
+    answers.
+    """
+    functions = [draw_function(rng, held_out=False) for _ in range(rng.randint(1, 3))]
     declared = "".join(
-        f"type {one.name} = (_: {typescript(one.declaration().parameters)}) => any;\n\n" for one in functions
+        f"// {one.description}\ntype {one.name} = (_: {typescript(one.declaration().parameters)}) => any;\n\n"
+        for one in functions
     )
+    parts = [(declared, False)]
+    if rng.random() < 0.4:
+        for _ in range(4):
+            fits = rng.random() < 0.6
+            wanted = rng.choice(functions) if fits else draw_function(rng, held_out=False)
+            thought = thoughts(wanted.errand, wanted if fits else None, {})
+            parts += [(f"{_ask(rng, wanted)}\n", False), ("\n".join(thought.splitlines()[:2]), True), ("\n", False)]
+        return parts
     wanted = rng.choice(functions)
-    noted = notes(dict.fromkeys((p.key for p in wanted.parameters), ""))
-    return [(f"{declared}{wanted.name}\n", False), (noted.keys, True)]
+    arguments = wanted.arguments
+    call_text = f"{thoughts(wanted.errand, wanted, arguments)}\n{wanted.name}{compact(arguments)}<|call|>"
+    return [*parts, (f"{_ask(rng, wanted)}\n", False), (call_text, True)]
+
+
+def _ask(rng: random.Random, wanted: Function, held_out: bool = False) -> str:
+    request = OPENING.pick(rng, held_out, request=wanted.request)
+    return request[0].upper() + request[1:]
 
 
 def _request(rng: random.Random, errand: str, parameters: Sequence[Parameter]) -> str:

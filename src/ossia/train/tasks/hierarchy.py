@@ -105,14 +105,7 @@ class Hierarchy(InventedTask):
         return float(instance.data["case"].is_kept(answer))
 
     def gold(self, instance: Instance, effort: Effort) -> Sequence[Message]:
-        case: Case = instance.data["case"]
-        wish = case.expected if case.kind == "none" else case.errand or case.rule
-        thought = {
-            Effort.LOW: "",
-            Effort.MEDIUM: f"{case.rule}; {wish}",
-            Effort.HIGH: f"The rule: {case.rule}.\nThe user: {wish}.",
-        }[effort]
-        return (*think(thought), final(instance.answer))
+        return (*think(instance.data["case"].thoughts(effort)), final(instance.answer))
 
 
 class Case(NamedTuple):
@@ -138,6 +131,24 @@ class Case(NamedTuple):
             "none": "none",
         }[self.kind]
 
+    @property
+    def wish(self) -> str:
+        """What the user asks for, in few words."""
+        if self.errand is None:
+            return self.rule
+        return (
+            f"{self.errand}, capital letters" if self.kind == "none" and self.expected != self.errand else self.errand
+        )
+
+    def thoughts(self, effort: Effort) -> str:
+        """The rule, the wish, and the answer that follows from both."""
+        answer = self.expected if self.errand is not None else "no"
+        return {
+            Effort.LOW: "",
+            Effort.MEDIUM: f"{self.rule}; {self.wish}; {answer}",
+            Effort.HIGH: f"The rule: {self.rule}.\nThe user: {self.wish}.\nSo: {answer}.",
+        }[effort]
+
     def is_kept(self, answer: str) -> bool:
         """Whether an answer obeys the rule, and does the errand where there is one that is allowed."""
         said = answer.strip().rstrip(".!")
@@ -154,6 +165,15 @@ class Case(NamedTuple):
                 return said == f"{self.word} {self.errand}"
             case "none":
                 return said == self.expected
+
+
+def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
+    """A rule and a request thought through, or the answer alone that follows; which parts are the answers."""
+    case = draw_case(rng, held_out=False)
+    if rng.random() < 0.3:
+        return [(f"{case.instructions}\n{case.request}\n", False), (case.expected, True)]
+    effort = rng.choice((Effort.MEDIUM, Effort.HIGH))
+    return [(f"{case.instructions}\n{case.request}\n", False), (f"{case.thoughts(effort)}\n{case.expected}", True)]
 
 
 def draw_case(rng: random.Random, held_out: bool) -> Case:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from ossia.harmony import Channel, Message, Role
 from ossia.train.tasks.base import Instance, Task
 
 _HELD_OUT_DRAWS = 0.25
-_LETTERS = "abcdefghijklmnop"
 
 
 class InventedTask(Task):
@@ -73,28 +72,6 @@ def result(of: Message, text: str) -> Message:
 def compact(value: object) -> str:
     """JSON without blanks, as the model writes it."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
-class Notes(NamedTuple):
-    """Keys and their values as a chain of thought notes them: ``keys`` alone first, then ``lines`` with the values.
-
-    Each begins with a letter, which leads from line to line; a period marks the last key, and the end of its value, so
-    that where an answer made of the notes ends can be read off them.
-    """
-
-    keys: str
-    lines: str
-
-    def __str__(self) -> str:
-        return f"{self.keys}\n{self.lines}"
-
-
-def notes(values: Mapping[str, Any]) -> Notes:
-    written = [value if isinstance(value, str) else compact(value) for value in values.values()]
-    ends = [""] * (len(values) - 1) + ["."]
-    keys = [f"{letter} {key}{end}" for letter, key, end in zip(_LETTERS, values, ends, strict=False)]
-    lines = [f"{key}: {value}{end}" for key, value, end in zip(keys, written, ends, strict=True)]
-    return Notes("\n".join(keys), "\n".join(lines))
 
 
 def same_json(text: str, expected: Mapping[str, Any]) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ossia.harmony import DeveloperContent, Effort, Message, Role
 from ossia.train.tasks import words
@@ -27,6 +27,8 @@ TOPICS = {
     "food": ("soup", "bread", "cheese", "cake", "salad"),
 }
 
+# Share of messages that have a mark.
+_USUAL = 0.25
 # Marks of a message beside its topic.
 MARKS = ("price", "person", "place", "shouting", "question")
 
@@ -66,10 +68,9 @@ class Policies(InventedTask):
         breaks = rng.random() < 0.5
         for _ in range(20):
             text = draw_text(rng, rng.choice(rules) if breaks else None, held_out)
-            broken = [number for number, rule in enumerate(rules, 1) if rule.is_broken_by(text)]
-            if bool(broken) == breaks:
+            verdict = verdict_on(text, rules)
+            if bool(verdict["violation"]) == breaks:
                 break
-        verdict = {"violation": 1, "rule": f"R{broken[0]}"} if broken else {"violation": 0, "rule": None}
         policy = "\n".join([_HEAD, *(f"R{number}: {rule.wording()}" for number, rule in enumerate(rules, 1))])
         prompt = (Message(Role.DEVELOPER, DeveloperContent(policy)), Message(Role.USER, text.text))
         data = {"rules": rules, "text": text, "verdict": verdict, "held_out": held_out}
@@ -82,11 +83,22 @@ class Policies(InventedTask):
         if effort is Effort.LOW:
             return (final(instance.answer),)
         text, rules = instance.data["text"], instance.data["rules"]
-        findings = [
-            f"R{number}: {rule.finding(text) if effort is Effort.HIGH else rule.verdict(text)}"
-            for number, rule in enumerate(rules, 1)
-        ]
-        return (*think("\n".join([f"The message: {text.summary}", *findings])), final(instance.answer))
+        return (*think(thoughts(text, rules, effort)), final(instance.answer))
+
+
+def thoughts(text: Text, rules: Sequence[Rule], effort: Effort) -> str:
+    """What is true of a message, how many rules there are, and what each says to it."""
+    findings = [
+        f"R{number}: {rule.wording()}; {rule.finding(text) if effort is Effort.HIGH else rule.verdict(text)}"
+        for number, rule in enumerate(rules, 1)
+    ]
+    return "\n".join([f"The message: {text.summary}", f"Up to R{len(rules)}", *findings])
+
+
+def verdict_on(text: Text, rules: Sequence[Rule]) -> dict[str, Any]:
+    """The answer: whether a rule is broken, and the first one that is."""
+    broken = [number for number, rule in enumerate(rules, 1) if rule.is_broken_by(text)]
+    return {"violation": 1, "rule": f"R{broken[0]}"} if broken else {"violation": 0, "rule": None}
 
 
 class Text(NamedTuple):
@@ -154,10 +166,10 @@ def draw_rule(rng: random.Random, held_out: bool) -> Rule:
             return rule
 
 
-def draw_text(rng: random.Random, rule: Rule | None, held_out: bool) -> Text:
-    """A message; of the rule's topic and with its mark, if one is given."""
+def draw_text(rng: random.Random, rule: Rule | None, held_out: bool, shouting: float = _USUAL) -> Text:
+    """A message; of the rule's topic and with its mark, if one is given. ``shouting``: share of those in capitals."""
     topic = rule.topic if rule and rule.topic else rng.choice(list(TOPICS))
-    marks = {mark for mark in MARKS if rng.random() < 0.25}
+    marks = {mark for mark in MARKS if rng.random() < (shouting if mark == "shouting" else _USUAL)}
     if rule and rule.mark:
         marks.add(rule.mark)
     if rule and rule.unless and rng.random() < 0.5:
@@ -178,13 +190,15 @@ def draw_text(rng: random.Random, rule: Rule | None, held_out: bool) -> Text:
 
 def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
     """What is true of a message, or what rules say to it, and no more; which parts of the text are the answers."""
-    if rng.random() < 0.4:
-        text = draw_text(rng, None, held_out=False)
+    if rng.random() < 0.7:
+        text = draw_text(rng, None, held_out=False, shouting=0.4)
         return [(f"{text.text}\nThe message:", False), (f" {text.summary}", True)]
-    rules = [draw_rule(rng, False) for _ in range(rng.randint(2, 4))]
-    text = draw_text(rng, rng.choice(rules), held_out=False)
-    policy, findings = (
-        "\n".join(f"R{number}: {line}" for number, line in enumerate(lines, 1))
-        for lines in ([rule.wording() for rule in rules], [rule.finding(text) for rule in rules])
-    )
-    return [(f"{policy}\nThe message: {text.summary}\n", False), (f"{findings}<|end|>", True)]
+    rules = [draw_rule(rng, False) for _ in range(rng.randint(1, 4))]
+    policy = "\n".join(f"R{number}: {rule.wording()}" for number, rule in enumerate(rules, 1))
+    parts = [(policy, False)]
+    for _ in range(2):
+        text = draw_text(rng, rng.choice(rules), held_out=False)
+        findings = thoughts(text, rules, Effort.HIGH)
+        given, sought = findings.split("\n", 1)
+        parts += [(f"<|end|>\n{given}\n", False), (f"{sought}\n{compact(verdict_on(text, rules))}", True)]
+    return [*parts, ("<|return|>", True)]

@@ -80,6 +80,12 @@ def draw(rng: random.Random, held_out: bool) -> Problem:
     return rng.choice(_KINDS)(rng, held_out)
 
 
+def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
+    """A question and its code; which parts of the text are the answers."""
+    problem = draw(rng, held_out=False)
+    return [(f"{problem.question}\n", False), (f"{problem.code}<|call|>", True)]
+
+
 def _two(rng: random.Random) -> tuple[int, int]:
     return words.number_of_digits(rng, rng.randint(2, 6)), words.number_of_digits(rng, rng.randint(2, 5))
 

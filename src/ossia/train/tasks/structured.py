@@ -7,14 +7,14 @@ leaves out some of it, so that the answer has to be read off the schema and not 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ossia.harmony import DeveloperContent, Effort, Message, Role
 from ossia.harmony.messages import ResponseFormat
 from ossia.train.tasks import words
 from ossia.train.tasks.base import Instance
-from ossia.train.tasks.invented import InventedTask, compact, final, notes, same_json, think
+from ossia.train.tasks.invented import InventedTask, compact, final, same_json, think
 from ossia.train.tasks.phrases import Phrases
 
 ASK = Phrases(
@@ -44,7 +44,7 @@ class Structured(InventedTask):
             Message(Role.DEVELOPER, DeveloperContent(response_formats=(form.response_format,))),
             Message(Role.USER, request),
         )
-        expected = {key: record.fields[index].value for key, index in form.keys.items()}
+        expected = form.filled(record)
         data = {"expected": expected, "kind": kind, "form": form, "held_out": held_out}
         return Instance(request, prompt, compact(expected), data)
 
@@ -54,10 +54,24 @@ class Structured(InventedTask):
     def gold(self, instance: Instance, effort: Effort) -> Sequence[Message]:
         if effort is Effort.LOW:
             return (final(instance.answer),)
-        # A key that says nothing is noted with what describes it.
-        said = instance.data["form"].said
-        values = {said[key]: value for key, value in instance.data["expected"].items()}
-        return (*think(str(notes(values))), final(instance.answer))
+        return (*think(thoughts(instance.data["form"], instance.data["expected"])), final(instance.answer))
+
+
+def thoughts(form: Form, expected: Mapping[str, Any]) -> str:
+    """The chain of thought before an answer: each property as the schema has it, then its member of the answer.
+
+    Both end with the next key, so that what comes next, here and in the answer, is always found by copying on.
+    """
+    properties = form.response_format.schema["properties"]
+    keys = list(properties)
+    lines = []
+    for key, following in zip(keys, (*keys[1:], ""), strict=True):
+        start, quote = ("{", '"') if key == keys[0] else ("", "")
+        # As the schema goes on behind a property, and behind the last one.
+        end, goes_on = (f'}},"{following}', f',"{following}') if following else ('}},"', "}")
+        lines.append(f'{start}{quote}{key}":{compact(properties[key])[:-1]}{end}')
+        lines.append(f"{start}{compact({key: expected[key]})[1:-1]}{goes_on}")
+    return "\n".join(lines)
 
 
 class Field(NamedTuple):
@@ -82,33 +96,26 @@ class Form(NamedTuple):
     response_format: ResponseFormat
     keys: dict[str, int]
 
-    @property
-    def said(self) -> dict[str, str]:
-        """Each key with its description, where it has one."""
-        properties = self.response_format.schema["properties"]
-        return {key: f"{key} {one['description']}" if "description" in one else key for key, one in properties.items()}
+    def filled(self, record: Record) -> dict[str, Any]:
+        """The values of a record under the keys of the schema."""
+        return {key: record.fields[index].value for key, index in self.keys.items()}
 
 
 def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
-    """All facts of a record without a schema, the keys of a schema, or noted facts as JSON; which parts of the text are
-    the answers.
+    """All facts of a record without a schema, or a record by a schema thought through; which parts of the text are the
+    answers.
     """
     record = rng.choice(_KINDS)(rng, False)
-    kind = rng.random()
-    if kind < 0.3:
+    if rng.random() < 0.4:
         parts = [(record.text, False)]
         for field in rng.sample(record.fields, len(record.fields)):
             value = field.value if isinstance(field.value, str) else compact(field.value)
             parts += [(f"\n{rng.choice(field.keys)}:", False), (f" {value}", True)]
         return parts
     form = draw_form(rng, record, held_out=False)
-    noted = notes({form.said[key]: record.fields[index].value for key, index in form.keys.items()})
-    if kind < 0.7:
-        schema = compact(form.response_format.schema)
-        tail = schema[schema.index('"required"') :] if rng.random() < 0.5 else schema
-        return [(f"{tail}\n", False), (noted.keys, True)]
-    values = compact({key: record.fields[index].value for key, index in form.keys.items()})
-    return [(f"{noted.lines}\n", False), (f"{values}<|return|>", True)]
+    values = form.filled(record)
+    asked = f'{compact(form.response_format.schema["properties"])},"required"\n{record.text}\n'
+    return [(asked, False), (f"{thoughts(form, values)}\n{compact(values)}<|return|>", True)]
 
 
 def draw_form(rng: random.Random, record: Record, held_out: bool) -> Form:

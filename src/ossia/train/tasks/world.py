@@ -120,20 +120,23 @@ class World:
         pass
 
     def _page(self, entry: Entry) -> Page:
-        links: list[str] = []
-        lines = []
+        text = f"\nURL: {entry.url}\n# {entry.name}\n\n" + "\n".join(self.lines(entry))
+        links = tuple(self.entry(fact.leads_to).url for fact in entry.facts if fact.leads_to)
+        return Page("page", entry.url, entry.name, text, links)
+
+    def lines(self, entry: Entry) -> list[str]:
+        """The facts of a page as it shows them, with numbered links."""
+        lines: list[str] = []
+        num_links = 0
         for fact in entry.facts:
             sentence = fact.sentence
             if fact.leads_to:
                 target = self.entry(fact.leads_to).url
-                shown = link(
-                    len(links), fact.leads_to, "" if domain_of(target) == domain_of(entry.url) else domain_of(target)
-                )
-                sentence = sentence.replace(fact.leads_to, shown)
-                links.append(target)
+                domain = "" if domain_of(target) == domain_of(entry.url) else domain_of(target)
+                sentence = sentence.replace(fact.leads_to, link(num_links, fact.leads_to, domain))
+                num_links += 1
             lines.append(sentence)
-        text = f"\nURL: {entry.url}\n# {entry.name}\n\n" + "\n".join(lines)
-        return Page("page", entry.url, entry.name, text, tuple(links))
+        return lines
 
 
 def _facts(rng: random.Random, *facts: Fact) -> tuple[Fact, ...]:
