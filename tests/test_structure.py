@@ -36,6 +36,7 @@ MAY_IMPORT_TORCH = (
     "ops/offload.py",
     "ops/triton/",
     "ops/upload.py",
+    "engine/gpu_benchmark.py",
     "engine/gpu_runner.py",
     "engine/gpu_sampler.py",
     "engine/parallel.py",

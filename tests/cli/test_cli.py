@@ -425,3 +425,12 @@ def test_the_machine_and_the_model_are_measured(tiny):
     table = ossia(*arguments)
     assert table.returncode == 0 and "of memory's limit" in table.stdout
     assert ossia("bench", "--model", tiny, "--depth", "deep").returncode == 2
+
+
+def test_a_gpu_is_measured_where_there_is_one(tiny):
+    arguments = ["bench", "--backend", "gpu", "--model", tiny, "--prefill", "8", "--depth", "4", "--batch", "2"]
+    interpreted = {"TRITON_INTERPRET": "1"}
+    report = json.loads(ossia(*arguments, "--steps", 1, "--repeats", 1, "--json", environ=interpreted).stdout)
+    assert report["machine"]["copy_bytes_per_s"] > 1e8 and report["machine"]["matrix_macs_per_s"] > 1e8
+    assert [one["name"] for one in report["measurements"]] == ["prefill 8", "decode at 4", "decode x2"]
+    assert all(one["tokens_per_s"] > 0 for one in report["measurements"])
