@@ -2,6 +2,7 @@
 
     python benchmarks/train.py [--targets all|attention] [--precision float32|bfloat16] [--rounds 3] [--json FILE]
     python benchmarks/train.py --shape 20b [--model FOLDER]        ossia alone, one step of the true shape
+    python benchmarks/train.py --device cuda ...                   on a GPU; not run on one yet
 
 Small: four layers of gpt-oss's proportions, 4 documents of 256 tokens, every token trained, rank 8 for all. Ossia
 reads the published MXFP4 layout; transformers reads the same numbers as floats, as its own dequantisation makes them.
@@ -11,7 +12,8 @@ resident memory of the process, and their ratios. Tokens per second of CPU time,
 disturb less, mean something with `--threads 1`. `--experts` is transformers' way to compute experts.
 
 20b: 24 layers, 512 tokens, rank 8, and 2 for each expert; packed experts mapped from the checkpoint. Told apart: memory
-of the process's own (anonymous) and pages of the mapped file, which the system can take back at any time.
+of the process's own (anonymous) and pages of the mapped file, which the system can take back at any time; on a GPU the
+most memory of the card that was in use.
 """
 
 from __future__ import annotations
@@ -65,6 +67,7 @@ def main() -> None:
     parser.add_argument("--experts", choices=["eager", "grouped_mm", "batched_mm"], default="grouped_mm")
     parser.add_argument("--recompute", action="store_true", help="both sides compute activations again")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a round")
     parser.add_argument("--folder", type=Path, help="where the small checkpoints are kept; not kept when not given")
@@ -114,6 +117,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         f"{arguments.documents} x {arguments.tokens} tokens",
         "targets": arguments.targets,
         "precision": arguments.precision,
+        "device": arguments.device,
         "threads": arguments.threads,
         "recompute": arguments.recompute,
         "experts of transformers": arguments.experts,
@@ -128,7 +132,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def in_process(side: str, model: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    options = ["targets", "precision", "documents", "tokens", "experts", "threads", "steps"]
+    options = ["targets", "precision", "documents", "tokens", "experts", "device", "threads", "steps"]
     command = [sys.executable, __file__, "--side", side, "--model", str(model)]
     command += [word for name in options for word in (f"--{name}", str(getattr(arguments, name)))]
     command += ["--recompute"] if arguments.recompute else []
@@ -147,6 +151,7 @@ def run_ossia(arguments: argparse.Namespace) -> dict[str, Any]:
     targets = ATTENTION if arguments.targets == "attention" else (*ATTENTION, "experts")
     model = Model.open(
         arguments.model,
+        device=arguments.device,
         dtype=getattr(torch, arguments.precision),
         lora=LoraConfig(rank=RANK, alpha=ALPHA, targets=targets, expert_rank=RANK),
         checkpoint_activations=arguments.recompute,
@@ -191,8 +196,9 @@ def run_peft(arguments: argparse.Namespace) -> dict[str, Any]:
             target_parameters=of_experts or None,
         ),
     ).train()
+    model.to(arguments.device)
     ids = token_ids(arguments.documents, arguments.tokens, model.config.vocab_size)
-    inputs = torch.from_numpy(ids)
+    inputs = torch.from_numpy(ids).to(arguments.device)
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-4)
 
     def step() -> float:
@@ -215,9 +221,16 @@ def timed(step: Any, num_tokens: int, num_steps: int) -> dict[str, Any]:
     return {
         "tokens_per_s": [round(num_tokens / each, 1) for each in seconds],
         "tokens_per_cpu_s": [round(num_tokens / each, 1) for each in cpu_seconds],
-        "peak_bytes": memory("VmHWM"),
+        "peak_bytes": card_peak() or memory("VmHWM"),
         "losses": [round(loss, 4) for loss in losses],
     }
+
+
+def card_peak() -> int:
+    """Bytes of a card that were in use at most; 0 where none was used."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
 def token_ids(documents: int, tokens: int, vocab_size: int) -> np.ndarray:
@@ -261,6 +274,7 @@ def step_20b(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
     start = time.perf_counter()
     model = Model.open(
         path,
+        device=arguments.device,
         dtype=getattr(torch, arguments.precision),
         lora=LoraConfig(rank=RANK, alpha=ALPHA),
     )
@@ -273,12 +287,15 @@ def step_20b(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(model.state().values(), lr=1e-4)
     start = time.perf_counter()
     loss = -model.logprobs(batch, wanted).mean()
+    loss.item()
     forward_s = time.perf_counter() - start
     loss.backward()
     backward_s = time.perf_counter() - start - forward_s
     optimizer.step()
+    if card_peak():
+        torch.cuda.synchronize()
     step_s = time.perf_counter() - start
-    peaks = watch.stop()
+    peaks = watch.stop() | ({"card": card_peak()} if card_peak() else {})
     return {
         "shape": f"{model.config.num_layers} layers of gpt-oss-20b, {ids.size} tokens",
         "precision": arguments.precision,
