@@ -71,9 +71,9 @@ _NUM_FACTS = 6
 _SPECIAL = re.compile(r"(<\|\w+\|>)")
 # The tasks that have parts, and how often each is drawn where all are trained.
 _FACTS = {
-    "browsing": (browsing.draw_facts, 4),
+    "browsing": (browsing.draw_facts, 6),
     "functions": (functions.draw_facts, 8),
-    "hierarchy": (hierarchy.draw_facts, 4),
+    "hierarchy": (hierarchy.draw_facts, 6),
     "policies": (policies.draw_facts, 8),
     "python": (problems.draw_facts, 4),
     "structured": (structured.draw_facts, 6),

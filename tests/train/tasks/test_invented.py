@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -102,7 +103,9 @@ def test_every_step_of_a_sum_is_true_and_carries_on():
             lines, ends = lines[: len(steps)], lines[len(steps) :]
             assert ends[-1].partition(":")[2] == str(result)
             assert all(line.endswith(line[1]) for line in ends if line[2:] != ":" or line[1] != "0")
-            assert [re.sub("[a-zA-Z]", "", digits) for digits in (first, second)] == [str(a), str(b)]
+            for given, number in ((first, a), (second, b)):
+                named, _, digits = given.partition("=")
+                assert int(named) == int(re.sub("[a-zA-Z]", "", digits)[::-1]) == number
             shown = [re.fullmatch(r"\w(\d)\w(\d):(\d)([+-])(\d)[+-](\d)=(\d)(\d)\w(\d)", line) for line in lines]
             assert [match.groups()[2:8] for match in shown if match] == steps
             assert all(
@@ -112,10 +115,10 @@ def test_every_step_of_a_sum_is_true_and_carries_on():
 
 def test_a_digit_is_behind_the_same_letter_wherever_it_stands():
     first, second, *lines = Sum(4821, "+", 937).thoughts(Effort.HIGH).splitlines()
-    assert (first, second) == ("a4b8c2d1", "A9B3C7")
+    assert (first, second) == ("4821=a1b2c8d4", "937=A7B3C9D0")
     found = re.findall(r"[a-zA-Z]\d", " ".join(lines[:4]))
-    assert found[0::3] == ["d1", "c2", "b8", "a4"]
-    assert found[1::3] == ["C7", "B3", "A9", "Z0"]
+    assert found[0::3] == re.findall(r"[a-z]\d", first)
+    assert found[1::3] == re.findall(r"[A-Z]\d", second)
     assert found[2::3] == [line[:2] for line in lines[4:]][::-1]
     assert [line[3:] for line in lines[4:]] == ["5", "57", "575", "5758"]
 
@@ -142,7 +145,7 @@ def answers_of(draw_facts, count: int) -> list[tuple[str, str]]:
 def test_facts_of_messages_name_their_topics():
     messages = [one for one in answers_of(policies.draw_facts, 60) if one[0].endswith("The message:")]
     assert len(messages) > 20
-    assert all(answer.strip().split(", ")[0] in policies.TOPICS for _, answer in messages)
+    assert all(re.match(r" \+ (\w+)", answer)[1] in policies.TOPICS for _, answer in messages)
     assert sum(asked.split("\n")[0].isupper() for asked, _ in messages) > 10
 
 
@@ -155,7 +158,7 @@ def test_facts_of_policies_are_findings_and_a_verdict():
         rules = policy.splitlines()
         for (message, _), (answer, is_answer) in zip(turns[::2], turns[1::2], strict=True):
             assert is_answer
-            features = set(message.split("The message: ")[1].strip().split(", "))
+            features = set(re.findall(r"\+ (\w+)", message.split("The message: ")[1]))
             count, *lines, verdict = answer.splitlines()
             assert count == f"Up to R{len(rules)}"
             for rule, line in zip(rules, lines, strict=True):
@@ -181,24 +184,31 @@ def test_a_schema_is_filled_by_copying_on():
     assert len(pairs) > 20
     for asked, answer in pairs:
         *thought, written = answer.removesuffix("<|return|>").splitlines()
-        properties, members = thought[0::2], thought[1::2]
-        assert all(line in asked for line in properties)
+        schema = json.loads(asked.splitlines()[0])
+        described = {key for key, value in schema["properties"].items() if "description" in value}
+        for i, key in enumerate(schema["required"]):
+            looked_up = thought.pop(2 * i + 1) if key in described else ""
+            assert looked_up.removesuffix('"') in asked
+            assert looked_up.startswith(f'{key}":{{' if key in described else "")
+        listed, members = thought[0::2], thought[1::2]
+        assert all(line in asked for line in listed)
         assert all(line in written for line in members)
-        assert [line.split('"')[-1] for line in properties[:-1]] == [line.split('"')[-1] for line in members[:-1]]
-        assert list(json.loads(written)) == list(json.loads(asked.splitlines()[0].removesuffix(',"required"')))
+        assert [line.split('"')[-1] for line in listed[:-1]] == [line.split('"')[-1] for line in members[:-1]]
+        assert list(json.loads(written)) == schema["required"]
 
 
-def test_a_call_is_made_up_under_the_declaration_it_copies():
+def test_a_call_is_made_up_phrase_by_phrase():
     pairs = [pair for pair in answers_of(functions.draw_facts, 80) if "<|call|>" in pair[1]]
     assert len(pairs) > 20
     for asked, answer in pairs:
-        errand, opening, *lines, called = answer.removesuffix("<|call|>").splitlines()
-        assert errand[1:] in asked.splitlines()[-1]
-        assert f"type {opening}\n" in asked
-        name = opening.split()[0]
+        errand, name, *lines, called = answer.removesuffix("<|call|>").splitlines()
+        request = asked.splitlines()[-1]
         assert called == name + lines[-1]
-        declared = asked.split(f"type {opening}\n")[1].split("\n})")[0]
-        assert re.sub(r"\n\w+\n\{.*", "", "\n".join(lines)).removesuffix(f"\n{lines[-1]}") == f"{declared}\n}})"
+        assert f"type {name} = " in asked
+        phrases = "".join(line[1:] for line in lines[0::2]) if len(lines) > 1 else ""
+        assert f"{errand[1:]}{phrases}" in request
+        assert all(later.startswith(before) for before, later in itertools.pairwise(lines[1::2]))
+        assert set(json.loads(lines[-1])) <= set(re.findall(r"^(\w+)\??:", asked, re.MULTILINE))
 
 
 def test_requests_that_nothing_fits_are_told_from_those_that_something_does():

@@ -1,7 +1,8 @@
 """Calls of functions that were never seen: invented names, invented parameters, values to be copied from the request.
 
-A request names one of two to four declared functions by what it does, and gives its values in another order or another
-wording than the declaration. One request in eight fits none of them; the right answer then is to say so.
+A request names one of up to four declared functions by what it does, and gives its values in another order or another
+wording than the declaration. The call gives them in the order of the request, which is as good as any in JSON. One
+request in eight fits none of them; the right answer then is to say so.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class FunctionCalls(InventedTask):
             "held_out": held_out,
             "wanted": wanted if fits else None,
             "arguments": arguments,
-            "errand": wanted.errand,
+            "asked": wanted,
             "found": found,
         }
         return Instance(f"{wanted.name} {request}", request, answer, data)
@@ -87,30 +88,28 @@ class FunctionCalls(InventedTask):
 
     def gold(self, instance: Instance, effort: Effort) -> Sequence[Message]:
         wanted: Function | None = instance.data["wanted"]
-        thought = "" if effort is Effort.LOW else thoughts(instance.data["errand"], wanted, instance.data["arguments"])
+        thought = "" if effort is Effort.LOW else thoughts(instance.data["asked"], fits=wanted is not None)
         if wanted is None:
             return (*think(thought), final(NONE_FITS))
         asked = call(f"functions.{wanted.name}", compact(instance.data["arguments"]))
         return (*think(thought), asked, result(asked, instance.data["found"].text), final(instance.answer))
 
 
-def thoughts(errand: str, wanted: Function | None, arguments: Mapping[str, Any]) -> str:
-    """The chain of thought before a call: what is asked for, then the function's declaration as it stands there, and
-    under each parameter the arguments so far.
+def thoughts(wanted: Function, fits: bool) -> str:
+    """The chain of thought before a call: what is asked for, the function, and under each phrase of the request the
+    arguments so far.
 
-    Parameters are copied with the beginning of the next one, so that what comes next is always found by copying on.
+    Phrases and arguments are in the order of the request, so that what comes next is always found by copying on.
     """
-    if wanted is None:
-        return f"{errand}\nNo function fits."
-    declared = wanted.lines
-    lines = [errand, f"{wanted.name} = (_: {{"]
+    if not fits:
+        return f"{wanted.errand}\nNo function fits."
     given: dict[str, Any] = {}
-    for parameter, line, following in zip(wanted.parameters, declared, (*declared[1:], ""), strict=True):
-        if parameter.key in arguments:
-            given[parameter.key] = arguments[parameter.key]
-        so_far = compact(given)
-        lines += [line, following.partition(":")[0].rstrip("?"), so_far[:-1]] if following else [line, "})", so_far]
-    return "\n".join(lines)
+    lines = [wanted.errand, wanted.name]
+    for parameter in wanted.asked:
+        given[parameter.key] = parameter.value
+        # Behind a blank, as in the request: there a word can be another token.
+        lines += [f"- {parameter.phrase}", compact(given)[:-1]]
+    return "\n".join(lines) + ("}" if given else "\n{}")
 
 
 class _Outcome(NamedTuple):
@@ -157,8 +156,12 @@ class Parameter(NamedTuple):
     kind: str
     schema: dict[str, Any]
     said: str
-    """How a request names the value, such as "in {}"."""
+    """How a request names the value, such as "in *"."""
     value: Any
+
+    @property
+    def phrase(self) -> str:
+        return self.said.replace("*", str(self.value))
 
 
 class Function(NamedTuple):
@@ -168,24 +171,24 @@ class Function(NamedTuple):
     description: str
     errand: str
     """How a request begins, such as "get the quiet bopimar"."""
-    request: str
     parameters: tuple[Parameter, ...]
     required: tuple[str, ...]
+    asked: tuple[Parameter, ...]
+    """Those with a value, in the order of the request."""
 
     def with_other_values(self, rng: random.Random, held_out: bool) -> Function:
         """The same function, asked for with values drawn anew."""
         parameters = tuple(p._replace(value=_value(rng, held_out, p.kind, p.schema)) for p in self.parameters)
-        return self._replace(parameters=parameters, request=_request(rng, self.errand, parameters))
+        return self._replace(parameters=parameters, asked=_asked(rng, parameters))
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What a request gives; flags that are not asked for are left out."""
-        return {p.key: p.value for p in self.parameters if p.value is not None}
+        """What a request gives, in its order; flags that are not asked for are left out."""
+        return {p.key: p.value for p in self.asked}
 
     @property
-    def lines(self) -> list[str]:
-        """The parameters as the declaration shows them, a line each."""
-        return typescript(self.declaration().parameters).splitlines()[1:-1]
+    def request(self) -> str:
+        return " ".join([self.errand, *(p.phrase for p in self.asked)])
 
     def declaration(self) -> ToolDescription:
         properties = {p.key: p.schema for p in self.parameters}
@@ -259,9 +262,9 @@ def draw_function(rng: random.Random, held_out: bool) -> Function:
         name,
         f"{third} the {adjective}{thing}.",
         errand,
-        _request(rng, errand, parameters),
         tuple(parameters),
         required,
+        _asked(rng, parameters),
     )
 
 
@@ -279,12 +282,11 @@ def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
         for _ in range(4):
             fits = rng.random() < 0.6
             wanted = rng.choice(functions) if fits else draw_function(rng, held_out=False)
-            thought = thoughts(wanted.errand, wanted if fits else None, {})
+            thought = thoughts(wanted, fits)
             parts += [(f"{_ask(rng, wanted)}\n", False), ("\n".join(thought.splitlines()[:2]), True), ("\n", False)]
         return parts
     wanted = rng.choice(functions)
-    arguments = wanted.arguments
-    call_text = f"{thoughts(wanted.errand, wanted, arguments)}\n{wanted.name}{compact(arguments)}<|call|>"
+    call_text = f"{thoughts(wanted, fits=True)}\n{wanted.name}{compact(wanted.arguments)}<|call|>"
     return [*parts, (f"{_ask(rng, wanted)}\n", False), (call_text, True)]
 
 
@@ -293,11 +295,9 @@ def _ask(rng: random.Random, wanted: Function, held_out: bool = False) -> str:
     return request[0].upper() + request[1:]
 
 
-def _request(rng: random.Random, errand: str, parameters: Sequence[Parameter]) -> str:
-    spoken = [p.said.replace("*", str(p.value)) for p in parameters if p.value is not None]
-    if rng.random() < 0.3:
-        spoken.reverse()
-    return " ".join([errand, *spoken])
+def _asked(rng: random.Random, parameters: Sequence[Parameter]) -> tuple[Parameter, ...]:
+    asked = tuple(p for p in parameters if p.value is not None)
+    return asked[::-1] if rng.random() < 0.3 else asked
 
 
 def _invented_parameter(rng: random.Random, held_out: bool) -> Parameter:

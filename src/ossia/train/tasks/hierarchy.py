@@ -121,14 +121,14 @@ class Case(NamedTuple):
 
     @property
     def rule(self) -> str:
-        """The rule in few words, as a chain of thought notes it."""
+        """The rule in few words, as a chain of thought notes it; where it shapes the answer, with a star for that."""
         return {
             "capitals": "capital letters",
-            "ending": f"end with {self.word}",
-            "opening": f"begin with {self.word}",
+            "ending": f"* {self.word}",
+            "opening": f"{self.word} *",
             "secret": f"secret {self.word}",
             "topic": f"never {self.word}",
-            "none": "none",
+            "none": "*",
         }[self.kind]
 
     @property

@@ -110,7 +110,8 @@ class Text(NamedTuple):
 
     @property
     def summary(self) -> str:
-        return ", ".join([self.topic, *(mark for mark in MARKS if mark in self.marks)])
+        """All that is true of the message, each behind a sign that stands nowhere else."""
+        return " ".join(f"+ {one}" for one in (self.topic, *(mark for mark in MARKS if mark in self.marks)))
 
     @property
     def features(self) -> frozenset[str]:

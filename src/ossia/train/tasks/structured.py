@@ -58,19 +58,21 @@ class Structured(InventedTask):
 
 
 def thoughts(form: Form, expected: Mapping[str, Any]) -> str:
-    """The chain of thought before an answer: each property as the schema has it, then its member of the answer.
+    """The chain of thought before an answer: each key with the next one as the schema lists them, and its member of
+    the answer with the next key again, so that what comes next, here and in the answer, is found by copying on.
 
-    Both end with the next key, so that what comes next, here and in the answer, is always found by copying on.
+    A key that says nothing is looked up between the two.
     """
     properties = form.response_format.schema["properties"]
     keys = list(properties)
     lines = []
     for key, following in zip(keys, (*keys[1:], ""), strict=True):
-        start, quote = ("{", '"') if key == keys[0] else ("", "")
-        # As the schema goes on behind a property, and behind the last one.
-        end, goes_on = (f'}},"{following}', f',"{following}') if following else ('}},"', "}")
-        lines.append(f'{start}{quote}{key}":{compact(properties[key])[:-1]}{end}')
-        lines.append(f"{start}{compact({key: expected[key]})[1:-1]}{goes_on}")
+        is_first = key == keys[0]
+        listed, goes_on = (f'","{following}', f',"{following}') if following else ('"],"', "}")
+        lines.append(f'{"[" if is_first else ""}"{key}{listed}')
+        if "description" in properties[key]:
+            lines.append(f'{key}":{compact(properties[key])}' + (',"' if following else '},"'))
+        lines.append(f"{'{' if is_first else ''}{compact({key: expected[key]})[1:-1]}{goes_on}")
     return "\n".join(lines)
 
 
@@ -114,7 +116,7 @@ def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
         return parts
     form = draw_form(rng, record, held_out=False)
     values = form.filled(record)
-    asked = f'{compact(form.response_format.schema["properties"])},"required"\n{record.text}\n'
+    asked = f"{compact(form.response_format.schema)}\n{record.text}\n"
     return [(asked, False), (f"{thoughts(form, values)}\n{compact(values)}<|return|>", True)]
 
 

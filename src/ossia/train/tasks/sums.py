@@ -1,24 +1,24 @@
 """Sums and differences at three efforts, for a small model: at once, digit by digit, or written out.
 
     low      What is 4821 + 937?      5758
-    medium   a4b8c2d1
-             A9B3C7
-             d1C7:1+7+0=08
-             c2B3:2+3+0=05
-             b8A9:8+9+0=17
-             a4Z0:4+0+1=05
-    high     the same with a letter for each digit of the result (d1C7:1+7+0=08p8), and then
+    medium   4821=a1b2c8d4
+             937=A7B3C9D0
+             a1A7:1+7+0=08
+             b2B3:2+3+0=05
+             c8C9:8+9+0=17
+             d4D0:4+0+1=05
+    high     the same with a letter for each digit of the result (a1A7:1+7+0=08p8), and then
              s5:5
              r7:57
              q5:575
              p8:5758
 
-Numbers are read from their first digit on, each digit behind its letter, and added from the last one: small letters for
-the first number, capitals for the second, z and Z where a number has no more digits, p to u for the result. So nothing
-has to be counted from a number's end, which no attention to earlier text can see, and whatever a step needs stands
-behind a letter. A step adds two digits and what the step before it carried; before the result stands what is carried
-on, or for a difference what is borrowed. The step itself looks the same everywhere, since 400 facts are enough to be
-learned once. The result is put together from its first digit on, so that the answer only repeats the last line.
+Thoughts go from the last digit to the first. A step adds two digits and what the step before it carried; before the
+result stands what is carried on, or for a difference what is borrowed. Whatever a step needs is found behind its
+letter, so that nothing has to be counted: small letters for the first number, capitals for the second, p to u for the
+result. The step itself looks the same everywhere, since 400 facts are enough to be learned once. Numbers are repeated
+before they are turned round: then each digit stands at a distance from its copy that its letter tells. The result is
+put together from its first digit on, so that the answer only repeats the last line.
 
 Sources  digits from the last to the first: Lee et al., *Teaching Arithmetic to Small Transformers*, arXiv:2307.03381.
          Letters for places: Zhou et al., *What Algorithms can Transformers Learn?*, arXiv:2310.16028.
@@ -123,14 +123,14 @@ class Sum(NamedTuple):
         if effort is Effort.LOW:
             return ""
         steps = steps_of(self.a, self.b, self.sign)
-        tops, bottoms = (_lettered(number, letters) for number, letters in ((self.a, _TOP), (self.b, _BOTTOM)))
-        lines = ["".join(tops), "".join(bottoms)]
+        lines = [
+            f"{self.a}={''.join(f'{letter}{one.x}' for letter, one in zip(_TOP, steps, strict=False))}",
+            f"{self.b}={''.join(f'{letter}{one.y}' for letter, one in zip(_BOTTOM, steps, strict=False))}",
+        ]
         is_high = effort is Effort.HIGH
-        for place, (step, letter) in enumerate(zip(steps, _RESULT, strict=False)):
-            top = tops[-1 - place] if place < len(tops) else "z0"
-            bottom = bottoms[-1 - place] if place < len(bottoms) else "Z0"
+        for top, bottom, result, step in zip(_TOP, _BOTTOM, _RESULT, steps, strict=False):
             fact = "".join(fact_of(step, self.sign))
-            lines.append(f"{top}{bottom}:{fact}" + (f"{letter}{step.digit}" if is_high else ""))
+            lines.append(f"{top}{step.x}{bottom}{step.y}:{fact}" + (f"{result}{step.digit}" if is_high else ""))
         if is_high:
             digits = [one.digit for one in steps] + [1] * steps[-1].carry
             places = range(len(digits))[::-1]
@@ -142,11 +142,6 @@ class Sum(NamedTuple):
         """Digits of the result, last first, from the first of it to ``place``, without zeros in front."""
         found = "".join(map(str, reversed(digits[place:]))).lstrip("0")
         return found if place or found else "0"
-
-
-def _lettered(number: int, letters: str) -> list[str]:
-    """The digits of a number from the first on, each behind its letter."""
-    return [f"{letter}{digit}" for letter, digit in zip(letters, str(number), strict=False)]
 
 
 def fact_of(step: Step, sign: str) -> tuple[str, str]:
