@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -20,7 +21,7 @@ from ossia.harmony import Effort, Role, Tokenizer, render_message
 from ossia.responses.convert import tool_message
 from ossia.tools.functions import FunctionTools, tool
 from ossia.train.rollout import Exercise, Rollout, RolloutConfig, Rollouts, rollout_seed
-from ossia.train.tasks import Draw, Instance, TaskMix
+from ossia.train.tasks import Draw, Instance, TaskMix, make_mix
 from ossia.train.tasks.calculator import Calculator
 
 O200K = Tokenizer.o200k_harmony()
@@ -278,6 +279,16 @@ def test_with_a_grammar_nothing_malformed_is_sampled_even_from_noise(small):
     for one in finished:
         assert one.transcript.answer is not None
         assert (one.drawn_logprobs_L[one.sampled_L] >= one.model_logprobs_L[one.sampled_L] - 1e-5).all()
+
+
+def test_with_a_grammar_answers_match_their_schema_even_from_noise(small):
+    mix = make_mix(["structured"])
+    with small(max_tokens=600, grammar=True) as rollouts:
+        done = rollouts.run([Exercise(mix.draw("train", 0, i), rollout_seed(0, i, 0)) for i in range(6)])
+    finished = [one for one in done if not one.transcript.is_truncated]
+    assert finished
+    for one in finished:
+        assert list(json.loads(one.transcript.answer)) == list(one.draw.instance.data["expected"])
 
 
 def test_python_runs_in_a_sandbox_of_each_exercise():

@@ -203,7 +203,9 @@ def measure(
     adapter: Annotated[Path | None, typer.Option(help="Measure with the LoRA adapter in this folder.")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest tokens.")] = 0.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens that one exercise may sample.")] = 512,
-    grammar: Annotated[bool, typer.Option("--grammar", help="Exclude malformed messages by a grammar.")] = False,
+    grammar: Annotated[
+        bool, typer.Option("--grammar", help="Exclude malformed messages, and answers off their schema, by a grammar.")
+    ] = False,
     unsafe_python: Annotated[bool, typer.Option("--unsafe-python", help="Run code with no sandbox at all.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same exercises.")] = 0,
     threads: Annotated[int, typer.Option(min=0, help="Threads; 0 takes all cores.")] = 0,

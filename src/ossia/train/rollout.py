@@ -29,6 +29,8 @@ from ossia.engine import NO_TOKEN, AsyncEngine, Constraint, Engine, FinishReason
 from ossia.engine.masks import GrammarCompiler
 from ossia.errors import ContextLengthError, InputError
 from ossia.harmony import (
+    Conversation,
+    DeveloperContent,
     Message,
     ParsedMessage,
     StreamParser,
@@ -37,8 +39,8 @@ from ossia.harmony import (
     render_for_completion,
     render_message,
 )
+from ossia.harmony.grammar import Schema, TurnGrammar, turn_grammar
 from ossia.harmony.grammar import Tool as GrammarTool
-from ossia.harmony.grammar import TurnGrammar, turn_grammar
 from ossia.responses.convert import tool_message
 from ossia.responses.loop import TokenSource
 from ossia.tools.base import Tool
@@ -60,7 +62,7 @@ class RolloutConfig:
     tool_timeout_s: float = 30.0
     # Temperature of the draws; training takes place at the same temperature. 0 takes the likeliest tokens.
     temperature: float = 1.0
-    # Whether malformed messages and calls of unknown tools are excluded by a grammar while sampling.
+    # Whether malformed messages, calls of unknown tools and answers that break their schema are excluded by a grammar.
     grammar: bool = False
     # What confines the python tool, as the setting python_sandbox.
     python_sandbox: str = "auto"
@@ -258,9 +260,9 @@ class _Exercise:
                 assert self._rollouts._sessions is not None
                 tools.append(self._rollouts._sessions.tool(self._key))
                 stack.push_async_callback(self._end_session)
-            prompt = render_for_completion(conversation(self._draw, spaces), self._tokenizer)
-            tokens = _Tokens(prompt)
-            grammar = _grammar(spaces) if self._config.grammar else None
+            asked = conversation(self._draw, spaces)
+            tokens = _Tokens(render_for_completion(asked, self._tokenizer))
+            grammar = _grammar(spaces, asked) if self._config.grammar else None
             while (call := await self._turn(tokens, grammar)) is not None:
                 answer = tool_message(call.recipient or "", call.channel, await self._answer(call, tools))
                 self._messages.append(answer)
@@ -395,7 +397,8 @@ def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
     return _first(first) if isinstance(first, BaseExceptionGroup) else first
 
 
-def _grammar(spaces: Sequence[ToolNamespace]) -> TurnGrammar:
+def _grammar(spaces: Sequence[ToolNamespace], asked: Conversation) -> TurnGrammar:
+    """What the server enforces: known tools with JSON for their arguments, and an answer that matches its schema."""
     tools: list[GrammarTool] = []
     for space in spaces:
         if space.name in ("python", "browser"):
@@ -405,7 +408,9 @@ def _grammar(spaces: Sequence[ToolNamespace]) -> TurnGrammar:
                 GrammarTool.function(one.name, one.parameters, namespace=space.name, strict=False)
                 for one in space.tools
             ]
-    return turn_grammar(tools)
+    parts = (part for message in asked.messages for part in message.content)
+    formats = [one for part in parts if isinstance(part, DeveloperContent) for one in part.response_formats]
+    return turn_grammar(tools, output=Schema(formats[0].schema) if len(formats) == 1 else None)
 
 
 def _namespace(tool: Tool) -> ToolNamespace:

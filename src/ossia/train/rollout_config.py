@@ -33,7 +33,7 @@ class RolloutSettings(TrainConfig):
     max_calls: int = _rollout(8, "Calls of tools in one rollout.", low=0)
     tool_seconds: float = _rollout(30.0, "Seconds that one call may take.", low=0)
     temperature: float = _rollout(1.0, "Temperature of the draws, and of the trained probabilities.", low=1e-3)
-    grammar: bool = _rollout(False, "Exclude malformed messages and unknown tools by a grammar while sampling.")
+    grammar: bool = _rollout(False, "Exclude malformed messages, unknown tools and answers off their schema.")
     python_sandbox: str = _rollout("auto", "What confines the python tool: bubblewrap, landlock, docker:IMAGE ...")
     unsafe_python: bool = _rollout(False, "Run the model's code with no sandbox at all.")
     max_python: int = _rollout(8, "Sandboxes of the python tool that live at once.", low=1, is_free=True)
