@@ -200,10 +200,12 @@ def measure_stage(folder: Path, start: Path, format: Format, count: int, say: Sa
         return path
     model = export_stage(folder, start, format)
     lines: list[dict[str, Any]] = []
-    for grammar, num_exercises in ((False, count), (True, max(1, count // _GRAMMAR_SHARE))):
+    for grammar in (False, True):
         config = RolloutConfig(temperature=0, max_tokens=_MOST_TOKENS, grammar=grammar)
         with open_rollouts(model, config, threads=1, dense="bf16", kv_memory=_KV_MEMORY) as rollouts:
             for name, task in measured_tasks().items():
+                is_whole = not grammar or name in recipe.ENFORCED
+                num_exercises = count if is_whole else max(1, count // _GRAMMAR_SHARE)
                 for effort in task.efforts:
                     found: Measured = measure(rollouts, task, Effort(effort), num_exercises)
                     lines.append({**found._asdict(), "task": name, "grammar": grammar})

@@ -32,6 +32,8 @@ from ossia.train.export import Format
 VOCAB_SIZE, NUM_COMMON_WORDS = 2048, 600
 # Where a request names none: so small a model has too many wrong tokens that are a little likely.
 TEMPERATURE = 0.3
+# Tasks whose answers the server keeps to a schema, and that are measured so as well.
+ENFORCED = ("structured",)
 # Gold conversations that the vocabulary is made of, by the shares of their tasks, and texts of copying.
 VOCABULARY_CONVERSATIONS, VOCABULARY_TEXTS = 6000, 2000
 

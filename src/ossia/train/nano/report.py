@@ -125,7 +125,8 @@ def _page(courses: Sequence[Course], results: Mapping[str, Sequence[Mapping[str,
         "## What it can do\n",
         "Held-out exercises: names, numbers, wordings and combinations of rules that no training has seen. An exercise "
         "counts as right if all of it is: the answer, the call with its arguments, the cited line. Tools are the real "
-        "ones, the python sandbox and the browser. Greedy decoding by the CPU engine, without a grammar, "
+        "ones, the python sandbox and the browser. Greedy decoding by the CPU engine, without a grammar but where it "
+        "says that the schema is enforced, as the server does it; "
         f"{_counts(results[last])} exercises per task and effort. In brackets the 95 % interval; behind it "
         "the mean tokens of reasoning.\n",
         _table_of_results(results[last]),
@@ -154,9 +155,10 @@ def _counts(lines: Iterable[Mapping[str, Any]], *, grammar: bool = False) -> str
 def _table_of_results(lines: Iterable[Mapping[str, Any]]) -> str:
     rows = [f"| task | {' | '.join(_EFFORTS)} |", "|---|" + "---|" * len(_EFFORTS)]
     for name, found in _by_task(lines).items():
-        cells = {row["effort"]: row for row in found if not row["grammar"]}
-        shown = [_cell(cells[effort]) if effort in cells else "" for effort in _EFFORTS]
-        rows.append(f"| {name} | {' | '.join(shown)} |")
+        for enforced in (False, True) if name in recipe.ENFORCED else (False,):
+            cells = {row["effort"]: row for row in found if row["grammar"] is enforced}
+            shown = [_cell(cells[effort]) if effort in cells else "" for effort in _EFFORTS]
+            rows.append(f"| {name}{', its schema enforced' if enforced else ''} | {' | '.join(shown)} |")
     return "\n".join(rows) + "\n"
 
 
