@@ -71,10 +71,10 @@ _NUM_FACTS = 6
 _SPECIAL = re.compile(r"(<\|\w+\|>)")
 # The tasks that have parts, and how often each is drawn where all are trained.
 _FACTS = {
-    "browsing": (browsing.draw_facts, 6),
-    "functions": (functions.draw_facts, 8),
-    "hierarchy": (hierarchy.draw_facts, 6),
-    "policies": (policies.draw_facts, 8),
+    "browsing": (browsing.draw_facts, 10),
+    "functions": (functions.draw_facts, 10),
+    "hierarchy": (hierarchy.draw_facts, 7),
+    "policies": (policies.draw_facts, 10),
     "python": (problems.draw_facts, 4),
     "structured": (structured.draw_facts, 6),
     "sums": (sums.draw_facts, 1),

@@ -143,7 +143,7 @@ def answers_of(draw_facts, count: int) -> list[tuple[str, str]]:
 
 
 def test_facts_of_messages_name_their_topics():
-    messages = [one for one in answers_of(policies.draw_facts, 60) if one[0].endswith("The message:")]
+    messages = [one for one in answers_of(policies.draw_facts, 100) if one[0].endswith("The message:")]
     assert len(messages) > 20
     assert all(re.match(r" \+ (\w+)", answer)[1] in policies.TOPICS for _, answer in messages)
     assert sum(asked.split("\n")[0].isupper() for asked, _ in messages) > 10
@@ -205,8 +205,12 @@ def test_a_call_is_made_up_phrase_by_phrase():
         request = asked.splitlines()[-1]
         assert called == name + lines[-1]
         assert f"type {name} = " in asked
-        phrases = "".join(line[1:] for line in lines[0::2]) if len(lines) > 1 else ""
-        assert f"{errand[1:]}{phrases}" in request
+        said = errand[1:]
+        for line in lines[0::2] if len(lines) > 1 else []:
+            word, _, phrase = line.partition(" ")
+            assert said.endswith(word)
+            said += f" {phrase}"
+        assert said in request
         assert all(later.startswith(before) for before, later in itertools.pairwise(lines[1::2]))
         assert set(json.loads(lines[-1])) <= set(re.findall(r"^(\w+)\??:", asked, re.MULTILINE))
 

@@ -99,16 +99,18 @@ def thoughts(wanted: Function, fits: bool) -> str:
     """The chain of thought before a call: what is asked for, the function, and under each phrase of the request the
     arguments so far.
 
-    Phrases and arguments are in the order of the request, so that what comes next is always found by copying on.
+    Phrases and arguments are in the order of the request, each phrase behind the last word of the one before, so that
+    what comes next is always found by copying on.
     """
     if not fits:
         return f"{wanted.errand}\nNo function fits."
     given: dict[str, Any] = {}
     lines = [wanted.errand, wanted.name]
+    before = wanted.errand
     for parameter in wanted.asked:
         given[parameter.key] = parameter.value
-        # Behind a blank, as in the request: there a word can be another token.
-        lines += [f"- {parameter.phrase}", compact(given)[:-1]]
+        lines += [f"{before.split()[-1]} {parameter.phrase}", compact(given)[:-1]]
+        before = parameter.phrase
     return "\n".join(lines) + ("}" if given else "\n{}")
 
 

@@ -191,7 +191,7 @@ def draw_text(rng: random.Random, rule: Rule | None, held_out: bool, shouting: f
 
 def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
     """What is true of a message, or what rules say to it, and no more; which parts of the text are the answers."""
-    if rng.random() < 0.7:
+    if rng.random() < 0.5:
         text = draw_text(rng, None, held_out=False, shouting=0.4)
         return [(f"{text.text}\nThe message:", False), (f" {text.summary}", True)]
     rules = [draw_rule(rng, False) for _ in range(rng.randint(1, 4))]
