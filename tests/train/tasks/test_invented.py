@@ -280,6 +280,11 @@ def test_a_call_with_a_wrong_value_or_another_function_is_not_right():
         assert reward.parts["exact"] == 0
 
 
+def test_a_call_that_fails_is_told():
+    answers = Counter(draw.task.gold(draw.instance, Effort.LOW)[-1].text for draw in draws("functions", "train", 300))
+    assert 5 < answers[functions.FAILED] < 40
+
+
 def test_an_answer_with_the_fact_and_a_wrong_citation_is_half_right():
     draw = draws("browsing", "train", 1)[0]
     gold = tuple(draw.task.gold(draw.instance, Effort.LOW))

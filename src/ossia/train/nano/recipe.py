@@ -15,7 +15,12 @@
     letters    facts of texts on their own among the exercises
     parts      more of them: keys of a schema, findings by rules, JSON of notes
     ends       the same, until the rate has fallen
-    qat        a little more, computed with what MXFP4 keeps of the experts
+    lines      the rate rises again: browsing joins again, thoughts repeat what they follow, tasks follow each other
+    walks      schemas are walked by their list of keys, calls made up phrase by phrase
+    words      phrases go on from the last word of the one before; the rate falls
+    rest       computed with what MXFP4 keeps of the experts, until the rate has fallen
+    fails      the rate rises once more: calls of functions that fail are among the exercises
+    qat        a little more, again with what MXFP4 keeps
 
 Sources  the order: `ossia.train.tasks.language`; Muon for the inner matrices:
          https://kellerjordan.github.io/posts/muon/; a rate that falls from the start: arXiv:2502.15938.
@@ -98,6 +103,20 @@ NOTES = {
 BRIEF = {**NOTES, "about": 6, "sums": 16, "hierarchy": 12, "policies": 18, "python": 13, "structured": 22}
 PARTS = {**BRIEF, "sums": 20, "python": 12, "structured": 20}
 
+LINES = {
+    "about": 4,
+    "sums": 18,
+    "functions": 20,
+    "hierarchy": 10,
+    "policies": 16,
+    "python": 11,
+    "structured": 18,
+    "browsing": 11,
+}
+WALKS = {**LINES, "hierarchy": 11, "python": 12, "structured": 20}
+WORDS = {**LINES, "about": 5, "sums": 20, "hierarchy": 11, "python": 13}
+FAILS = {**LINES, "about": 9, "sums": 20, "functions": 22, "hierarchy": 14, "python": 15, "browsing": 9}
+
 
 class Stage(NamedTuple):
     """One run: its name, its method, and the settings that differ from `BASE`."""
@@ -163,6 +182,9 @@ _SMALL: Mapping[str, Any] = {
 
 # The same with short answers counting as much as long ones.
 _EVEN: Mapping[str, Any] = {**_SMALL, "evenness": 0.5, "language": 0.05, "facts": 0.01, "turns": 2, "warmup": 0.01}
+
+# The same with all tasks, and conversations in which they follow each other.
+_WIDE: Mapping[str, Any] = {"language": 0.02, "mixed": 0.3, "idle_tools": 0.04, "turns": 3}
 
 STAGES: tuple[Stage, ...] = (
     Stage("warm-up", "pretrain", {**_COPYING, "growth": 8000, "warmup": 0.03, "steps": 700}),
@@ -343,23 +365,96 @@ STAGES: tuple[Stage, ...] = (
             "final_rate": 0.01,
             "steps": 4600,
         },
-        ("bf16",),
+    ),
+    Stage(
+        "lines",
+        "pretrain",
+        {
+            **_EVEN,
+            **_WIDE,
+            "tasks": mix(LINES),
+            "facts": 0.25,
+            "brief": 0.65,
+            "learning_rate": 4e-3,
+            "final_rate": 0.777,
+            "steps": 3750,
+        },
+    ),
+    Stage(
+        "walks",
+        "pretrain",
+        {
+            **_EVEN,
+            **_WIDE,
+            "tasks": mix(WALKS),
+            "facts": 0.27,
+            "brief": 0.75,
+            "learning_rate": 3.1e-3,
+            "final_rate": 0.72,
+            "steps": 2803,
+        },
+    ),
+    Stage(
+        "words",
+        "pretrain",
+        {
+            **_EVEN,
+            **_WIDE,
+            "tasks": mix(WORDS),
+            "facts": 0.27,
+            "brief": 0.7,
+            "learning_rate": 2.2e-3,
+            "final_rate": 0.187,
+            "steps": 5750,
+        },
+    ),
+    Stage(
+        "rest",
+        "pretrain",
+        {
+            **_EVEN,
+            **_WIDE,
+            "tasks": mix(WORDS),
+            "facts": 0.2,
+            "language": 0.0,
+            "brief": 0.6,
+            "fake_quant": True,
+            "learning_rate": 3.3e-4,
+            "final_rate": 0.0,
+            "steps": 500,
+        },
+    ),
+    Stage(
+        "fails",
+        "pretrain",
+        {
+            **_EVEN,
+            **_WIDE,
+            "tasks": mix(FAILS),
+            "facts": 0.27,
+            "language": 0.01,
+            "brief": 0.6,
+            "learning_rate": 1.3e-3,
+            "warmup": 0.02,
+            "final_rate": 0.13,
+            "steps": 2700,
+        },
     ),
     Stage(
         "qat",
         "pretrain",
         {
             **_EVEN,
-            "tasks": mix(PARTS),
-            "facts": 0.1,
+            **_WIDE,
+            "tasks": mix(FAILS),
+            "facts": 0.2,
             "language": 0.0,
-            "brief": 0.3,
+            "brief": 0.5,
             "fake_quant": True,
-            "learning_rate": 2e-4,
-            "warmup": 0.02,
+            "learning_rate": 1.7e-4,
             "final_rate": 0.0,
-            "steps": 350,
+            "steps": 250,
         },
-        ("mxfp4",),
+        ("bf16", "mxfp4"),
     ),
 )

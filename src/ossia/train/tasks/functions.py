@@ -2,12 +2,11 @@
 
 A request names one of up to four declared functions by what it does, and gives its values in another order or another
 wording than the declaration. The call gives them in the order of the request, which is as good as any in JSON. One
-request in eight fits none of them; the right answer then is to say so.
+request in eight fits none of them, and some calls fail; the right answer then is to say so.
 """
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -27,6 +26,9 @@ OPENING = Phrases(
 )
 NONE_FITS = "None of my functions can do that."
 _NONE_FITS_SHARE = 0.12
+FAILED = "That did not work."
+_FAILED_SHARE = 0.06
+_ERROR = {"error": "not found"}
 
 
 class FunctionCalls(InventedTask):
@@ -122,6 +124,8 @@ class _Outcome(NamedTuple):
 
 
 def _outcome(rng: random.Random, function: Function, held_out: bool) -> _Outcome:
+    if rng.random() < _FAILED_SHARE:
+        return _Outcome(compact(_ERROR), FAILED)
     if function.name.startswith(("get", "find", "count", "check", "show")):
         value: Any = rng.choice(
             (
@@ -147,7 +151,7 @@ class _Functions:
         wanted = self._data["wanted"]
         if wanted is not None and name == wanted.name and same_json(arguments, self._data["arguments"]):
             return ToolOutput(self._data["found"].text)
-        return ToolOutput(json.dumps({"error": "not found"}), is_error=True)
+        return ToolOutput(compact(_ERROR), is_error=True)
 
     async def close(self) -> None:
         pass
