@@ -99,7 +99,7 @@ def test_it_does_most_of_the_python_that_it_never_saw():
 
 
 @pytest.mark.parametrize(
-    ("task", "least"), [("hierarchy", 0.55), ("functions", 0.25), ("structured", 0.2), ("policies", 0.35)]
+    ("task", "least"), [("hierarchy", 0.6), ("functions", 0.45), ("structured", 0.4), ("policies", 0.35)]
 )
 def test_it_has_learned_a_good_part_of_what_it_never_saw(task, least):
     config = RolloutConfig(temperature=0, max_tokens=300)
@@ -113,7 +113,7 @@ def test_it_adds_what_it_never_saw_where_it_thinks_long_enough():
         task = make_task("sums", {"digits": 4, "exact": True})
         at_once, written_out = (measure(rollouts, task, effort, 60).exact for effort in (Effort.LOW, Effort.HIGH))
     assert at_once <= 0.1
-    assert written_out >= 0.7
+    assert written_out >= 0.6
 
 
 def test_transformers_has_the_same_logits(tmp_path):

@@ -455,6 +455,6 @@ STAGES: tuple[Stage, ...] = (
             "final_rate": 0.0,
             "steps": 250,
         },
-        ("bf16", "mxfp4"),
+        ("mxfp4",),
     ),
 )
