@@ -145,6 +145,7 @@ KNOBS = {
         "tasks",
         "learn",
         "turns",
+        "mixed",
         "idle_tools",
         "language",
         "facts",
