@@ -113,7 +113,7 @@ def test_it_adds_what_it_never_saw_where_it_thinks_long_enough():
         task = make_task("sums", {"digits": 4, "exact": True})
         at_once, written_out = (measure(rollouts, task, effort, 60).exact for effort in (Effort.LOW, Effort.HIGH))
     assert at_once <= 0.1
-    assert written_out >= 0.6
+    assert written_out >= 0.7
 
 
 def test_transformers_has_the_same_logits(tmp_path):

@@ -227,7 +227,7 @@ def their_conversation(conversation: Conversation) -> Any:
 # -- rendering ------------------------------------------------------------------------------------
 
 
-@settings(thorough, max_examples=1000)
+@settings(thorough, max_examples=2000)
 @given(conversation=conversations)
 def test_every_conversation_is_rendered_token_for_token_alike(
     tokenizer: Tokenizer, oracle: Any, conversation: Conversation

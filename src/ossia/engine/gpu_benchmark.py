@@ -50,6 +50,7 @@ class CardBench:
         counted = replace(placed.options, kv_memory_bytes=left // 8, record_routing=True)
         self._counter = GpuRunner(placed.ops, self._config, placed.weights, counted)
         self._counting = CountingOps(placed.ops)
+        _finish(ops.device)
 
     def decode(self, num_seqs: int, depth: int, *, num_steps: int) -> Measurement:
         """A token for each of ``num_seqs`` sequences that hold ``depth`` tokens.
@@ -96,7 +97,12 @@ def _seconds(action: Callable[[], Any], device: torch.device) -> float:
     for _ in range(_REPEATS + 1):
         started_s = time.perf_counter()
         action()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        _finish(device)
         taken.append(time.perf_counter() - started_s)
     return statistics.median(taken[1:])
+
+
+def _finish(device: torch.device) -> None:
+    """Wait for what the card still has to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

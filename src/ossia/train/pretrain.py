@@ -234,7 +234,7 @@ def draw_sample(
         if is_mixed:
             tasks = rng.choices(list(free), list(free.values()), k=num_turns - 1)
             others = [Draw(task, draw_instance(task, split, rng), draw.effort) for task in tasks]
-            gold = gold_conversation_of_turns(draw, 1, rng, (*beside, *((_PYTHON,) if not beside else ())), others)
+            gold = gold_conversation_of_turns(draw, 1, rng, beside or (_PYTHON,), others)
         else:
             gold = gold_conversation_of_turns(draw, num_turns, rng, beside)
         if is_brief:
