@@ -71,13 +71,13 @@ _NUM_FACTS = 6
 _SPECIAL = re.compile(r"(<\|\w+\|>)")
 # The tasks that have parts, and how often each is drawn where all are trained.
 _FACTS = {
-    "browsing": (browsing.draw_facts, 10),
+    "browsing": (browsing.draw_facts, 12),
     "functions": (functions.draw_facts, 10),
-    "hierarchy": (hierarchy.draw_facts, 7),
-    "policies": (policies.draw_facts, 10),
-    "python": (problems.draw_facts, 4),
-    "structured": (structured.draw_facts, 6),
-    "sums": (sums.draw_facts, 1),
+    "hierarchy": (hierarchy.draw_facts, 6),
+    "policies": (policies.draw_facts, 9),
+    "python": (problems.draw_facts, 5),
+    "structured": (structured.draw_facts, 8),
+    "sums": (sums.draw_facts, 5),
 }
 # Tasks for which no developer says anything, and that need no tool but python: any of them may follow another.
 _FREE = ("about", "python", "sums")

@@ -29,7 +29,8 @@ from ossia.train.tasks.invented import final, same_json
 from ossia.train.tasks.phrases import Phrases, expand
 from ossia.train.tasks.policies import Rule, Text
 from ossia.train.tasks.sums import Sum, draw_facts
-from ossia.train.tasks.words import invented_word, is_held_out, place
+from ossia.train.tasks.words import ADJECTIVES, invented_word, is_held_out, place
+from ossia.train.tasks.world import QUESTIONS
 
 NAMES = ["sums", "python", "functions", "browsing", "structured", "policies", "hierarchy", "about"]
 
@@ -123,12 +124,26 @@ def test_a_digit_is_behind_the_same_letter_wherever_it_stands():
     assert [line[3:] for line in lines[4:]] == ["5", "57", "575", "5758"]
 
 
-def test_facts_are_steps_as_sums_have_them():
+def test_facts_are_steps_as_sums_have_them_or_numbers_that_are_read():
     rng = random.Random(2)
-    facts = "".join(text for _ in range(150) for text, _ in (*draw_facts(rng), ("\n", False))).splitlines()
-    found = [re.fullmatch(r"(\d)([+-])(\d)[+-](\d)=(\d)(\d)", one) for one in facts]
-    assert all(match and is_true(*match.groups()) for match in found)
-    assert len({match.groups() for match in found if match}) > 200
+    steps, read = set(), 0
+    for _ in range(300):
+        parts = draw_facts(rng)
+        if parts[-1][0].endswith("<|end|>"):
+            for (question, _), (answer, _) in zip(parts[::2], parts[1::2], strict=True):
+                for line, first in zip(answer.removesuffix("<|end|>").splitlines(), "aA", strict=True):
+                    number, _, digits = line.partition("=")
+                    assert re.search(rf"\b{number}\b", question)
+                    assert digits.startswith(first + number[-1])
+                    read += 1
+        else:
+            for line in "".join(text for text, _ in parts).splitlines():
+                match = re.fullmatch(r"(\d)([+-])(\d)[+-](\d)=(\d)(\d)", line)
+                assert match
+                assert is_true(*match.groups())
+                steps.add(match.groups())
+    assert len(steps) > 200
+    assert read > 500
 
 
 def answers_of(draw_facts, count: int) -> list[tuple[str, str]]:
@@ -143,29 +158,39 @@ def answers_of(draw_facts, count: int) -> list[tuple[str, str]]:
 
 
 def test_facts_of_messages_name_their_topics():
-    messages = [one for one in answers_of(policies.draw_facts, 100) if one[0].endswith("The message:")]
-    assert len(messages) > 20
-    assert all(re.match(r" \+ (\w+)", answer)[1] in policies.TOPICS for _, answer in messages)
-    assert sum(asked.split("\n")[0].isupper() for asked, _ in messages) > 10
+    rng = random.Random(1)
+    drawn = [parts for _ in range(60) if (parts := policies.draw_facts(rng))[0][0].endswith("The message:")]
+    messages = [
+        (asked, answer) for parts in drawn for (asked, _), (answer, _) in zip(parts[::2], parts[1::2], strict=True)
+    ]
+    assert len(messages) > 30
+    for asked, answer in messages:
+        thing, topic = re.match(r" (\w+), (\w+)\+ ", answer).groups()
+        assert thing in asked
+        assert thing.lower() in policies.TOPICS[topic]
+    assert sum(asked.strip().split("\n")[0].isupper() for asked, _ in messages) > 10
 
 
 def test_facts_of_policies_are_findings_and_a_verdict():
     rng = random.Random(1)
-    drawn = [parts for _ in range(60) if len(parts := policies.draw_facts(rng)) > 2]
+    drawn = [parts for _ in range(60) if (parts := policies.draw_facts(rng))[0][0].startswith("R1")]
     assert len(drawn) > 10
     for (policy, _), *turns, (end, _) in drawn:
         assert end == "<|return|>"
         rules = policy.splitlines()
         for (message, _), (answer, is_answer) in zip(turns[::2], turns[1::2], strict=True):
             assert is_answer
-            features = set(re.findall(r"\+ (\w+)", message.split("The message: ")[1]))
-            count, *lines, verdict = answer.splitlines()
-            assert count == f"Up to R{len(rules)}"
-            for rule, line in zip(rules, lines, strict=True):
+            features = set(re.findall(r"(\w+)\+", message))
+            *lines, verdict = answer.splitlines()
+            for rule, line in zip(rules, lines, strict=False):
                 first = re.match(r"R\d: (\w+)", rule)[1]
-                assert line.startswith(f"{rule}; {first} {'yes' if first in features else 'no'}")
-            broken = [line[:2] for line in lines if line.endswith("broken")]
-            assert json.loads(verdict) == {"violation": int(bool(broken)), "rule": broken[0] if broken else None}
+                end = "." if rule == rules[-1] else ";"
+                assert line.startswith(f"{rule}{end} {first}{'+' if first in features else '-'}")
+            is_broken = lines[-1].endswith("broken")
+            assert is_broken or len(lines) == len(rules)
+            assert all(line.endswith("kept") for line in lines[:-1])
+            expected = {"violation": int(is_broken), "rule": lines[-1][:2] if is_broken else None}
+            assert json.loads(verdict) == expected
 
 
 def test_facts_of_a_record_are_read_off_it():
@@ -187,9 +212,11 @@ def test_a_schema_is_filled_by_copying_on():
         schema = json.loads(asked.splitlines()[0])
         described = {key for key, value in schema["properties"].items() if "description" in value}
         for i, key in enumerate(schema["required"]):
-            looked_up = thought.pop(2 * i + 1) if key in described else ""
-            assert looked_up.removesuffix('"') in asked
-            assert looked_up.startswith(f'{key}":{{' if key in described else "")
+            if key in described:
+                looked_up, _, value = thought.pop(2 * i).rpartition('":')
+                assert looked_up.startswith(f'{key}":{{')
+                assert looked_up in asked
+                assert json.loads(value) == json.loads(written)[key]
         listed, members = thought[0::2], thought[1::2]
         assert all(line in asked for line in listed)
         assert all(line in written for line in members)
@@ -201,18 +228,21 @@ def test_a_call_is_made_up_phrase_by_phrase():
     pairs = [pair for pair in answers_of(functions.draw_facts, 80) if "<|call|>" in pair[1]]
     assert len(pairs) > 20
     for asked, answer in pairs:
-        errand, name, *lines, called = answer.removesuffix("<|call|>").splitlines()
-        request = asked.splitlines()[-1]
-        assert called == name + lines[-1]
+        errand, name, *lines, end, called = answer.removesuffix("<|call|>").splitlines()
+        request, phrases, arguments = asked.splitlines()[-1], lines[0::2], lines[1::2]
+        assert called == name + (arguments[-1] + "}" if arguments else "{}")
         assert f"type {name} = " in asked
         said = errand[1:]
-        for line in lines[0::2] if len(lines) > 1 else []:
+        for line in phrases:
             word, _, phrase = line.partition(" ")
             assert said.endswith(word)
             said += f" {phrase}"
-        assert said in request
-        assert all(later.startswith(before) for before, later in itertools.pairwise(lines[1::2]))
-        assert set(json.loads(lines[-1])) <= set(re.findall(r"^(\w+)\??:", asked, re.MULTILINE))
+        last = re.match(r"\w+", end)[0]
+        assert said.endswith(last)
+        assert (said + end.removeprefix(last)).removesuffix(".") in request
+        assert all(later.startswith(before) for before, later in itertools.pairwise(arguments))
+        given = json.loads(called.removeprefix(name))
+        assert set(given) <= set(re.findall(r"^(\w+)\??:", asked, re.MULTILINE))
 
 
 def test_requests_that_nothing_fits_are_told_from_those_that_something_does():
@@ -223,7 +253,9 @@ def test_requests_that_nothing_fits_are_told_from_those_that_something_does():
         if len(parts) > 3:
             for answer in (text for text, is_answer in parts if is_answer):
                 errand, found = answer.splitlines()
-                fits = f"// {errand.split()[0].title()}" in parts[0][0] and errand.split()[-1] in parts[0][0]
+                action, _, *words = errand.rstrip(".").split()
+                name = f"{action}_{next(word for word in words if word not in ADJECTIVES)}"
+                fits = f"type {name} " in parts[0][0]
                 assert found == "No function fits." or (fits and f"type {found}" in parts[0][0])
                 told[fits] += 1
                 assert fits == (found != "No function fits.")
@@ -246,19 +278,49 @@ def test_facts_of_code_give_the_answer_when_run():
 
 
 def test_facts_of_pages_are_their_lines_and_of_questions_what_to_look_for():
-    rng = random.Random(5)
     plans = 0
-    for _ in range(40):
-        (given, _), *rest = browsing.draw_facts(rng)
+    for given, answer in answers_of(browsing.draw_facts, 40):
         if given.startswith("L"):
-            assert all(text.strip().removesuffix("<|end|>") in given for text, is_answer in rest if is_answer)
+            *page, plan = given.splitlines()
+            found, value = answer.split("<|end|>\nIt is ")
+            *lines, opened = found.splitlines() if plan.endswith(">") else [*found.splitlines(), ""]
+            assert opened.removeprefix("Open ").removesuffix(".") in given
+            assert bool(opened) == plan.endswith(">")
+            assert lines[-1].split()[-1] == plan.removesuffix(" >").split()[-1]
+            for shown, line in zip(page, lines, strict=False):
+                read, _, kind = line.rpartition(" ")
+                assert read == shown
+                assert kind in QUESTIONS
+            assert value in lines[-1]
         else:
-            ((plan, _),) = rest
-            name, kinds = plan.removesuffix("<|end|>").split(": ")
+            name, *kinds = answer.removesuffix("<|end|>").removeprefix("Find ").split(" > ")
             assert name in given
-            assert all(kind in browsing._SENTENCES for kind in kinds.split(", "))
+            assert all(kind in QUESTIONS for kind in kinds)
             plans += 1
     assert 10 < plans < 35
+
+
+def test_a_browser_reads_each_page_as_far_as_its_fact_and_follows_its_link():
+    for draw in draws("browsing", "train", 30):
+        gold = list(draw.task.gold(draw.instance, Effort.HIGH))
+        thoughts = [one.text for one in gold if one.channel == Channel.ANALYSIS and one.recipient is None]
+        pages = [one.text for one in gold if one.role is Role.TOOL]
+        hops = draw.instance.data["quest"].hops
+        plan, *read = (one.splitlines() for one in thoughts)
+        opened = [lines.pop() for lines in read[:-1]]
+        assert read.pop(0) == []
+        assert len(opened) == len(read) == len(hops) == len(pages) - 1
+        for (entry, fact), link, (start, *found), shown, page in zip(
+            hops, opened, read, pages[:-1], pages[1:], strict=True
+        ):
+            assert link.removeprefix("Open ").removesuffix(".") in shown
+            assert entry.name in link
+            named, *kinds = start.removesuffix(" >").split(" > ")
+            assert named == f"Find {entry.name}"
+            assert start.endswith(">") == (len(kinds) < len(hops))
+            assert plan[0].split(" > ")[1:][: len(kinds)] == kinds
+            assert all(line.rpartition(" ")[0] in page for line in found)
+            assert found[-1].endswith(f" {fact.kind}")
 
 
 def test_a_call_with_a_wrong_value_or_another_function_is_not_right():
@@ -304,12 +366,12 @@ def test_some_questions_need_a_second_page():
 @pytest.mark.parametrize(
     ("rule", "text", "is_broken"),
     [
-        (Rule("pets", None, None), Text("", "pets", frozenset()), True),
-        (Rule("pets", None, None), Text("", "food", frozenset()), False),
-        (Rule(None, "price", None), Text("", "food", frozenset({"price"})), True),
-        (Rule("pets", "price", None), Text("", "pets", frozenset()), False),
-        (Rule("pets", None, "place"), Text("", "pets", frozenset({"place"})), False),
-        (Rule("pets", None, "place"), Text("", "pets", frozenset({"price"})), True),
+        (Rule("pets", None, None), Text("", "", "pets", frozenset()), True),
+        (Rule("pets", None, None), Text("", "", "food", frozenset()), False),
+        (Rule(None, "price", None), Text("", "", "food", frozenset({"price"})), True),
+        (Rule("pets", "price", None), Text("", "", "pets", frozenset()), False),
+        (Rule("pets", None, "place"), Text("", "", "pets", frozenset({"place"})), False),
+        (Rule("pets", None, "place"), Text("", "", "pets", frozenset({"price"})), True),
     ],
 )
 def test_a_rule_is_broken_by_what_it_says(rule, text, is_broken):
@@ -318,11 +380,11 @@ def test_a_rule_is_broken_by_what_it_says(rule, text, is_broken):
 
 
 def test_a_finding_names_each_part_of_a_rule_and_whether_it_is_there():
-    text = Text("I need a bet for Kran.", "gambling", frozenset({"person"}))
+    text = Text("I need a bet for Kran.", "bet", "gambling", frozenset({"person"}))
     assert Rule("gambling", None, "price").wording() == "gambling unless price"
-    assert Rule("gambling", None, "price").finding(text) == "gambling yes unless price no, broken"
-    assert Rule("food", "person", None).finding(text) == "food no with person yes, kept"
-    assert Rule(None, "person", None).finding(text) == "person yes, broken"
+    assert Rule("gambling", None, "price").finding(text) == "gambling+ unless price-, broken"
+    assert Rule("food", "person", None).finding(text) == "food- with person+, kept"
+    assert Rule(None, "person", None).finding(text) == "person+, broken"
 
 
 def test_names_of_places_have_an_ending_behind_a_vowel_alone():

@@ -11,7 +11,6 @@ import asyncio
 import random
 import re
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 from ossia.harmony import Effort, Message
@@ -29,24 +28,11 @@ _LINK = re.compile("【(\\d+)†([^†】]*)(?:†[^】]*)?】")
 # A fact behind another: how the second question names the thing in the middle.
 _MIDDLE = {
     "mayor": "the mayor of {name}",
-    "born": "the town where {name} was born",
+    "birthplace": "the town where {name} was born",
     "maker": "the town that makes the {name}",
     "designer": "the designer of the {name}",
 }
-_SENTENCES = {
-    "founded": "{name} was founded in {value}",
-    "river": "{name} lies on the river {value}",
-    "population": "{value} people live in {name}",
-    "mayor": "The mayor of {name} is {value}",
-    "known": "{name} is known for {value}",
-    "born": "{name} was born in {value}",
-    "job": "{name} is a {value}",
-    "pet": "{name} keeps a {value}",
-    "maker": "The {name} is made in {value}",
-    "price": "The {name} costs {value}",
-    "weight": "The {name} weighs {value}",
-    "designer": "The {name} was designed by {value}",
-}
+_OPEN = "Open 【{number}†{name}."
 
 
 class _Quest(NamedTuple):
@@ -66,9 +52,8 @@ class Browsing(InventedTask):
     def draw(self, rng: random.Random, held_out: bool) -> Instance:
         world = World(rng, held_out, self.towns)
         quest = self.quest(rng, world, held_out)
-        entry, fact = quest.hops[-1]
-        answer = _SENTENCES[fact.kind].format(name=entry.name, value=fact.value)
-        return Instance(quest.question, quest.question, answer, {"world": world, "quest": quest})
+        _, fact = quest.hops[-1]
+        return Instance(quest.question, quest.question, f"It is {fact.value}", {"world": world, "quest": quest})
 
     def again(self, instance: Instance, rng: random.Random) -> Instance | None:
         # Pages that were read are still there, and would have to be cited without being opened.
@@ -109,9 +94,11 @@ class Browsing(InventedTask):
 async def _gold(instance: Instance, effort: Effort) -> list[Message]:
     """Search for the first thing, open it, follow the link if there are two hops, answer with the line.
 
-    Thoughts plan the facts that are needed, and quote the line of each page that has one.
+    Thoughts plan the facts that are needed, read the lines of each page up to the one that has such a fact, and repeat
+    the link that is followed.
     """
     browser = Browser(instance.data["world"])
+    quest: _Quest = instance.data["quest"]
     out: list[Message] = []
 
     def say(thought: str) -> None:
@@ -123,54 +110,56 @@ async def _gold(instance: Instance, effort: Effort) -> list[Message]:
         out.extend((asked, result(asked, shown)))
         return shown
 
-    hops = instance.data["quest"].hops
-    say(_plan(instance.data["quest"]))
-    shown = await use("search", query=hops[0][0].name)
-    say("I open it.")
-    shown = await use("open", id=_link_to(shown, hops[0][0].name))
-    for (_, fact), (following, _) in pairwise(hops):
-        say(f"{fact.kind}: {_line_of(shown, fact)[1]}")
-        shown = await use("open", id=_link_to(shown, following.name))
-    _, fact = hops[-1]
-    cursor, (line, text) = _CURSOR.match(shown), _line_of(shown, fact)
+    say(_plan(quest, quest.hops[0][0], len(quest.hops)))
+    shown = await use("search", query=quest.hops[0][0].name)
+    read = ""
+    for hop, (entry, fact) in enumerate(quest.hops, 1):
+        number = _link_to(shown, entry.name)
+        say(read + _OPEN.format(number=number, name=entry.name))
+        shown = await use("open", id=number)
+        page = [(found[1], found[0]) for found in _LINE.finditer(shown)][-len(entry.facts) :]
+        read, line = _read(quest, hop, [text for _, text in page]) + "\n", page[entry.facts.index(fact)][0]
+    say(read.rstrip())
+    cursor = _CURSOR.match(shown)
     assert cursor is not None
-    say(f"{fact.kind}: {text}")
     out.append(final(f"{instance.answer} 【{cursor[1]}†L{line}】."))
     await browser.close()
     return out
 
 
-def _plan(quest: _Quest) -> str:
-    """What to look for first, and the facts that lead to the answer."""
-    return f"{quest.hops[0][0].name}: {', '.join(fact.kind for _, fact in quest.hops)}"
+def _plan(quest: _Quest, entry: Entry, num_hops: int) -> str:
+    """A page to look for, and the first facts on the way to the answer."""
+    return " > ".join([f"Find {entry.name}", *(fact.kind for _, fact in quest.hops[:num_hops])])
 
 
-def _line_of(shown: str, fact: Fact) -> tuple[str, str]:
-    """Number and whole text of the line that says a fact."""
-    return next(
-        (found[1], found[0])
-        for found in _LINE.finditer(shown)
-        if fact.value in _LINK.sub(r"\2", found[2]) and not found[2].startswith("#")
-    )
+def _read(quest: _Quest, hop: int, lines: Sequence[str]) -> str:
+    """The plan as far as a page, and its lines up to the one with the fact; behind each what it is about.
+
+    The plan ends in its sign where it goes on.
+    """
+    entry, wanted = quest.hops[hop - 1]
+    plan = f"{_plan(quest, entry, hop)}{' >' if hop < len(quest.hops) else ''}"
+    facts = entry.facts[: entry.facts.index(wanted) + 1]
+    return "\n".join([plan, *(f"{line} {fact.kind}" for line, fact in zip(lines, facts, strict=False))])
 
 
 def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
-    """A question and the plan for it, or a page and the lines that have its facts; which parts are the answers."""
+    """A question and the plan for it, or a page and what is read of it; which parts are the answers."""
     task = Browsing(two_hops=0.6)
     world = World(rng, False, task.towns)
-    if rng.random() < 0.6:
-        quest = task.quest(rng, world, held_out=False)
-        return [(f"{quest.question}\n", False), (f"{_plan(quest)}<|end|>", True)]
-    entry = rng.choice(world.entries)
-    lines = world.lines(entry)
-    first = rng.randint(4, 6)
-    numbered = {
-        fact.kind: f"L{n}: {line}" for n, (fact, line) in enumerate(zip(entry.facts, lines, strict=True), first)
-    }
-    parts = [("\n".join(numbered.values()), False)]
-    for kind, line in rng.sample(sorted(numbered.items()), len(numbered)):
-        parts += [(f"\n{kind}:", False), (f" {line}<|end|>", True)]
-    return parts
+    quest = task.quest(rng, world, held_out=False)
+    if rng.random() < 0.5:
+        return [(f"{quest.question}\n", False), (f"{_plan(quest, quest.hops[0][0], len(quest.hops))}<|end|>", True)]
+    hop = rng.randint(1, len(quest.hops))
+    entry, fact = quest.hops[hop - 1]
+    lines = [f"L{number}: {line}" for number, line in enumerate(world.lines(entry), 4)]
+    plan, read = _read(quest, hop, lines).split("\n", 1)
+    page = "\n".join(lines)
+    follows = ""
+    if hop < len(quest.hops):
+        name = fact.leads_to
+        follows = "\n" + _OPEN.format(number=_link_to(page, name), name=name)
+    return [(f"{page}\n{plan}\n", False), (f"{read}{follows}<|end|>\nIt is {fact.value}", True)]
 
 
 def _link_to(shown: str, name: str) -> int:

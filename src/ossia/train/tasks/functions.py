@@ -66,6 +66,7 @@ class FunctionCalls(InventedTask):
             "wanted": wanted if fits else None,
             "arguments": arguments,
             "asked": wanted,
+            "request": request,
             "found": found,
         }
         return Instance(f"{wanted.name} {request}", request, answer, data)
@@ -90,30 +91,35 @@ class FunctionCalls(InventedTask):
 
     def gold(self, instance: Instance, effort: Effort) -> Sequence[Message]:
         wanted: Function | None = instance.data["wanted"]
-        thought = "" if effort is Effort.LOW else thoughts(instance.data["asked"], fits=wanted is not None)
+        thought = (
+            ""
+            if effort is Effort.LOW
+            else thoughts(instance.data["asked"], instance.data["request"], wanted is not None)
+        )
         if wanted is None:
             return (*think(thought), final(NONE_FITS))
         asked = call(f"functions.{wanted.name}", compact(instance.data["arguments"]))
         return (*think(thought), asked, result(asked, instance.data["found"].text), final(instance.answer))
 
 
-def thoughts(wanted: Function, fits: bool) -> str:
+def thoughts(wanted: Function, request: str, fits: bool) -> str:
     """The chain of thought before a call: what is asked for, the function, and under each phrase of the request the
     arguments so far.
 
-    Phrases and arguments are in the order of the request, each phrase behind the last word of the one before, so that
-    what comes next is always found by copying on.
+    Phrases and arguments are in the order of the request. Each phrase stands behind the last word of the one before,
+    and the request's end behind the last one: what comes next, or that nothing does, is always found by copying on.
     """
     if not fits:
         return f"{wanted.errand}\nNo function fits."
     given: dict[str, Any] = {}
     lines = [wanted.errand, wanted.name]
-    before = wanted.errand
+    last = wanted.errand.split()[-1]
     for parameter in wanted.asked:
         given[parameter.key] = parameter.value
-        lines += [f"{before.split()[-1]} {parameter.phrase}", compact(given)[:-1]]
-        before = parameter.phrase
-    return "\n".join(lines) + ("}" if given else "\n{}")
+        lines += [f"{last} {parameter.phrase}", compact(given)[:-1]]
+        last = parameter.phrase.split()[-1]
+    end = request[request.lower().rindex(wanted.request.lower()) + len(wanted.request) :] or "."
+    return "\n".join([*lines, last + end])
 
 
 class _Outcome(NamedTuple):
@@ -288,12 +294,14 @@ def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
         for _ in range(4):
             fits = rng.random() < 0.6
             wanted = rng.choice(functions) if fits else draw_function(rng, held_out=False)
-            thought = thoughts(wanted, fits)
-            parts += [(f"{_ask(rng, wanted)}\n", False), ("\n".join(thought.splitlines()[:2]), True), ("\n", False)]
+            request = _ask(rng, wanted)
+            thought = thoughts(wanted, request, fits)
+            parts += [(f"{request}\n", False), ("\n".join(thought.splitlines()[:2]), True), ("\n", False)]
         return parts
     wanted = rng.choice(functions)
-    call_text = f"{thoughts(wanted, fits=True)}\n{wanted.name}{compact(wanted.arguments)}<|call|>"
-    return [*parts, (f"{_ask(rng, wanted)}\n", False), (call_text, True)]
+    request = _ask(rng, wanted)
+    call_text = f"{thoughts(wanted, request, fits=True)}\n{wanted.name}{compact(wanted.arguments)}<|call|>"
+    return [*parts, (f"{request}\n", False), (call_text, True)]
 
 
 def _ask(rng: random.Random, wanted: Function, held_out: bool = False) -> str:

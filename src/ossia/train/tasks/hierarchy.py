@@ -141,12 +141,12 @@ class Case(NamedTuple):
         )
 
     def thoughts(self, effort: Effort) -> str:
-        """The rule, the wish, and the answer that follows from both."""
-        answer = self.expected if self.errand is not None else "no"
+        """The wish, the rule, and the answer that follows from both: the rule with the wish in place of its star."""
+        answer = self.expected if self.errand is not None else "refuse"
         return {
             Effort.LOW: "",
-            Effort.MEDIUM: f"{self.rule}; {self.wish}; {answer}",
-            Effort.HIGH: f"The rule: {self.rule}.\nThe user: {self.wish}.\nSo: {answer}.",
+            Effort.MEDIUM: f"{self.wish}; {self.rule}; {answer}",
+            Effort.HIGH: f"The user: {self.wish}.\nThe rule: {self.rule}.\nSo: {answer}.",
         }[effort]
 
     def is_kept(self, answer: str) -> bool:

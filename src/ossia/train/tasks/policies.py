@@ -87,12 +87,17 @@ class Policies(InventedTask):
 
 
 def thoughts(text: Text, rules: Sequence[Rule], effort: Effort) -> str:
-    """What is true of a message, how many rules there are, and what each says to it."""
-    findings = [
-        f"R{number}: {rule.wording()}; {rule.finding(text) if effort is Effort.HIGH else rule.verdict(text)}"
-        for number, rule in enumerate(rules, 1)
-    ]
-    return "\n".join([f"The message: {text.summary}", f"Up to R{len(rules)}", *findings])
+    """What is true of a message, and what each rule says to it, up to the first that is broken.
+
+    A period stands behind the last rule, where its text in the policy ends.
+    """
+    lines = [f"The message: {text.summary}"]
+    for number, rule in enumerate(rules, 1):
+        finding = rule.finding(text) if effort is Effort.HIGH else rule.verdict(text)
+        lines.append(f"R{number}: {rule.wording()}{'.' if number == len(rules) else ';'} {finding}")
+        if rule.is_broken_by(text):
+            break
+    return "\n".join(lines)
 
 
 def verdict_on(text: Text, rules: Sequence[Rule]) -> dict[str, Any]:
@@ -105,13 +110,16 @@ class Text(NamedTuple):
     """A message and what is true of it."""
 
     text: str
+    thing: str
+    """The word that says the topic, as the message has it."""
     topic: str
     marks: frozenset[str]
 
     @property
     def summary(self) -> str:
-        """All that is true of the message, each behind a sign that stands nowhere else."""
-        return " ".join(f"+ {one}" for one in (self.topic, *(mark for mark in MARKS if mark in self.marks)))
+        """What the message is about, and of each mark whether it is there."""
+        found = [f"{self.topic}+", *(f"{mark}{'+' if mark in self.marks else '-'}" for mark in MARKS)]
+        return f"{self.thing}, {' '.join(found)}"
 
     @property
     def features(self) -> frozenset[str]:
@@ -137,7 +145,7 @@ class Rule(NamedTuple):
 
     def finding(self, text: Text) -> str:
         """Why a text breaks the rule or not: each part of the rule, and whether it is there."""
-        found = (f"{name} {'yes' if part in text.features else 'no'}" for name, part in self._parts())
+        found = (f"{name}{'+' if part in text.features else '-'}" for name, part in self._parts())
         return f"{' '.join(found)}, {self.verdict(text)}"
 
     def verdict(self, text: Text) -> str:
@@ -183,17 +191,21 @@ def draw_text(rng: random.Random, rule: Rule | None, held_out: bool, shouting: f
     if "price" in marks:
         extra += f" at {rng.randrange(2, 900)} coins"
     forms = _QUESTION if "question" in marks else _PLAIN
-    text = forms.pick(rng, thing=rng.choice(TOPICS[topic]), extra=extra)
+    thing = rng.choice(TOPICS[topic])
+    text = forms.pick(rng, thing=thing, extra=extra)
     if "shouting" in marks:
-        text = text.upper()
-    return Text(text, topic, frozenset(marks))
+        text, thing = text.upper(), thing.upper()
+    return Text(text, thing, topic, frozenset(marks))
 
 
 def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
     """What is true of a message, or what rules say to it, and no more; which parts of the text are the answers."""
     if rng.random() < 0.5:
-        text = draw_text(rng, None, held_out=False, shouting=0.4)
-        return [(f"{text.text}\nThe message:", False), (f" {text.summary}", True)]
+        parts = []
+        for before in ("", "\n"):
+            text = draw_text(rng, None, held_out=False, shouting=0.4)
+            parts += [(f"{before}{text.text}\nThe message:", False), (f" {text.summary}", True)]
+        return parts
     rules = [draw_rule(rng, False) for _ in range(rng.randint(1, 4))]
     policy = "\n".join(f"R{number}: {rule.wording()}" for number, rule in enumerate(rules, 1))
     parts = [(policy, False)]

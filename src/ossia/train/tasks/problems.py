@@ -75,15 +75,21 @@ DIVISOR = Phrases(_ASK + "the [greatest common divisor|gcd] of {a} and {b}[.|?|]
 FACTORIAL = Phrases(_ASK + "the factorial of {a}[.|?|]", _ASK + "{a}![.|?|]")
 
 
+_NUM_FACTS = 3
+
+
 def draw(rng: random.Random, held_out: bool) -> Problem:
     """One problem of some kind."""
     return rng.choice(_KINDS)(rng, held_out)
 
 
 def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
-    """A question and its code; which parts of the text are the answers."""
-    problem = draw(rng, held_out=False)
-    return [(f"{problem.question}\n", False), (f"{problem.code}<|call|>", True)]
+    """Questions and their code; which parts of the text are the answers."""
+    parts: list[tuple[str, bool]] = []
+    for _ in range(_NUM_FACTS):
+        problem = draw(rng, held_out=False)
+        parts += [(f"{problem.question}\n", False), (f"{problem.code}<|call|>", True)]
+    return parts
 
 
 def _two(rng: random.Random) -> tuple[int, int]:

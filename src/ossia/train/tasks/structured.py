@@ -61,7 +61,8 @@ def thoughts(form: Form, expected: Mapping[str, Any]) -> str:
     """The chain of thought before an answer: each key with the next one as the schema lists them, and its member of
     the answer with the next key again, so that what comes next, here and in the answer, is found by copying on.
 
-    A key that says nothing is looked up between the two.
+    A key that says nothing is looked up before: its property, and behind the description the value, as behind a key
+    that says the same.
     """
     properties = form.response_format.schema["properties"]
     keys = list(properties)
@@ -69,9 +70,9 @@ def thoughts(form: Form, expected: Mapping[str, Any]) -> str:
     for key, following in zip(keys, (*keys[1:], ""), strict=True):
         is_first = key == keys[0]
         listed, goes_on = (f'","{following}', f',"{following}') if following else ('"],"', "}")
-        lines.append(f'{"[" if is_first else ""}"{key}{listed}')
         if "description" in properties[key]:
-            lines.append(f'{key}":{compact(properties[key])}' + (',"' if following else '},"'))
+            lines.append(f'{key}":{compact(properties[key])[:-1]}:{compact(expected[key])}')
+        lines.append(f'{"[" if is_first else ""}"{key}{listed}')
         lines.append(f"{'{' if is_first else ''}{compact({key: expected[key]})[1:-1]}{goes_on}")
     return "\n".join(lines)
 

@@ -150,8 +150,16 @@ def fact_of(step: Step, sign: str) -> tuple[str, str]:
 
 
 def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
-    """A few steps alone; which parts of the text are the answers."""
+    """Numbers of questions, read from the last digit on, or a few steps alone; which parts of the text are answers."""
     parts: list[tuple[str, bool]] = []
+    if rng.random() < 0.6:
+        task = Sums()
+        for _ in range(_NUM_FACTS):
+            instance = task.draw(rng, held_out=False)
+            if not instance.data["held_out"]:
+                read = "\n".join(instance.data["sum"].thoughts(Effort.MEDIUM).splitlines()[:2])
+                parts += [(f"{instance.prompt}\n", False), (f"{read}<|end|>", True)]
+        return parts or draw_facts(rng)
     for _ in range(_NUM_FACTS):
         sign = rng.choice("+-")
         asked, answer = fact_of(Step.of(rng.randrange(10), sign, rng.randrange(10), rng.randrange(2)), sign)

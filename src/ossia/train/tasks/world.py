@@ -20,7 +20,7 @@ _WORD = re.compile(r"[a-z0-9]+")
 
 
 class Fact(NamedTuple):
-    """One line of a page: what it says, how it is asked for, and the value in it."""
+    """One line of a page: what it says of the thing, in a word and as a sentence, and the value in it."""
 
     kind: str
     sentence: str
@@ -42,7 +42,7 @@ class Entry(NamedTuple):
 
 
 QUESTIONS = {
-    "founded": Phrases(
+    "year": Phrases(
         "[When|In which year|What year] was {name} founded?",
         "How old is {name}?",
         "[Tell me|Find] the year {name} was founded.",
@@ -57,7 +57,7 @@ QUESTIONS = {
     "known": Phrases(
         "What is {name} known for?", "What [makes|made] {name} known?", "[Tell me|Find] what {name} is known for."
     ),
-    "born": Phrases(
+    "birthplace": Phrases(
         "Where was {name} born?",
         "[In which town|In what town] was {name} born?",
         "[Tell me|Find] the birthplace of {name}.",
@@ -147,14 +147,14 @@ def _facts(rng: random.Random, *facts: Fact) -> tuple[Fact, ...]:
 
 def _town(rng: random.Random, held_out: bool, name: str, mayor: str) -> Entry:
     year, people = str(rng.randrange(900, 1950)), str(rng.randrange(200, 99_000))
-    river, good = words.place(rng, held_out), f"{rng.choice(words.ADJECTIVES)} {rng.choice(words.THINGS)}s"
+    river, good = words.place(rng, held_out), f"known for {rng.choice(words.ADJECTIVES)} {rng.choice(words.THINGS)}s"
     return Entry(
         "town",
         name,
         _facts(
             rng,
             Fact(
-                "founded",
+                "year",
                 rng.choice(("The town was founded in {}.", "Founded in {}.", "Its first house is of {}.")).format(year),
                 year,
             ),
@@ -163,21 +163,21 @@ def _town(rng: random.Random, held_out: bool, name: str, mayor: str) -> Entry:
             ),
             Fact("population", rng.choice(("{} people live here.", "It has {} people.")).format(people), people),
             Fact("mayor", rng.choice(("The mayor is {}.", "Its mayor is {}.")).format(mayor), mayor, mayor),
-            Fact("known", f"It is known for {good}.", good),
+            Fact("known", f"It is {good}.", good),
         ),
     )
 
 
 def _person(rng: random.Random, name: str, town: str) -> Entry:
-    job, pet = rng.choice(words.JOBS), rng.choice(words.ANIMALS)
+    job, pet = f"a {rng.choice(words.JOBS)}", f"a {rng.choice(words.ANIMALS)}"
     return Entry(
         "person",
         name,
         _facts(
             rng,
-            Fact("born", rng.choice(("Born in {}.", "The birthplace is {}.")).format(town), town, town),
-            Fact("job", rng.choice(("Works as a {}.", "By trade a {}.")).format(job), job),
-            Fact("pet", rng.choice(("Keeps a {}.", "At home there is a {}.")).format(pet), pet),
+            Fact("birthplace", rng.choice(("Born in {}.", "The birthplace is {}.")).format(town), town, town),
+            Fact("job", rng.choice(("Works as {}.", "By trade {}.")).format(job), job),
+            Fact("pet", rng.choice(("Keeps {}.", "At home there is {}.")).format(pet), pet),
         ),
     )
 
