@@ -214,10 +214,11 @@ def draw_sample(
     """Draw ``number`` as tokens; None for one of more than ``settings.max_tokens``."""
     rng = random.Random(f"language {settings.seed} {number}")
     kind = rng.random()
-    if kind < settings.facts:
+    # Parts have no held-out side.
+    if kind < settings.facts and split == "train":
         sample = _facts(rng, mix, tokenizer)
         return sample if len(sample) <= settings.max_tokens else None
-    if kind < settings.facts + settings.language:
+    if settings.facts <= kind < settings.facts + settings.language:
         text = _text(settings, rng, split, number)
         ids = [tokenizer.special("<|startoftext|>"), *tokenizer.encode(text), tokenizer.special("<|endoftext|>")]
         token_ids_L = np.array(ids, np.int32)

@@ -32,6 +32,7 @@ _MIDDLE = {
     "maker": "the town that makes the {name}",
     "designer": "the designer of the {name}",
 }
+# The bracket stays open, so that this is the link's text whether it names a domain or not.
 _OPEN = "Open 【{number}†{name}."
 
 
@@ -64,7 +65,7 @@ class Browsing(InventedTask):
 
     def check(self, instance: Instance, answer: str) -> float:
         _, fact = instance.data["quest"].hops[-1]
-        return float(fact.value in answer)
+        return float(_says(answer, fact))
 
     def score(self, instance: Instance, transcript: Transcript) -> Reward:
         reward = super().score(instance, transcript)
@@ -117,6 +118,7 @@ async def _gold(instance: Instance, effort: Effort) -> list[Message]:
         number = _link_to(shown, entry.name)
         say(read + _OPEN.format(number=number, name=entry.name))
         shown = await use("open", id=number)
+        # The facts are a page's last lines.
         page = [(found[1], found[0]) for found in _LINE.finditer(shown)][-len(entry.facts) :]
         read, line = _read(quest, hop, [text for _, text in page]) + "\n", page[entry.facts.index(fact)][0]
     say(read.rstrip())
@@ -140,7 +142,7 @@ def _read(quest: _Quest, hop: int, lines: Sequence[str]) -> str:
     entry, wanted = quest.hops[hop - 1]
     plan = f"{_plan(quest, entry, hop)}{' >' if hop < len(quest.hops) else ''}"
     facts = entry.facts[: entry.facts.index(wanted) + 1]
-    return "\n".join([plan, *(f"{line} {fact.kind}" for line, fact in zip(lines, facts, strict=False))])
+    return "\n".join([plan, *(f"{line} {fact.kind}" for line, fact in zip(lines[: len(facts)], facts, strict=True))])
 
 
 def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
@@ -155,11 +157,16 @@ def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
     lines = [f"L{number}: {line}" for number, line in enumerate(world.lines(entry), 4)]
     plan, read = _read(quest, hop, lines).split("\n", 1)
     page = "\n".join(lines)
-    follows = ""
-    if hop < len(quest.hops):
-        name = fact.leads_to
-        follows = "\n" + _OPEN.format(number=_link_to(page, name), name=name)
-    return [(f"{page}\n{plan}\n", False), (f"{read}{follows}<|end|>\nIt is {fact.value}", True)]
+    if hop == len(quest.hops):
+        follows = f"<|end|>\nIt is {fact.value}"
+    else:
+        follows = f"\n{_OPEN.format(number=_link_to(page, fact.leads_to), name=fact.leads_to)}<|end|>"
+    return [(f"{page}\n{plan}\n", False), (read + follows, True)]
+
+
+def _says(text: str, fact: Fact) -> bool:
+    """Whether a text has the value, not as a part of a longer number or word."""
+    return re.search(rf"(?<!\w){re.escape(fact.value)}(?!\w)", text) is not None
 
 
 def _link_to(shown: str, name: str) -> int:
@@ -172,7 +179,7 @@ def _is_cited(fact: Fact, transcript: Transcript) -> bool:
     lines = [
         views.get(int(cursor), {}).get(int(line), "") for cursor, line in _CITATION.findall(transcript.answer or "")
     ]
-    return bool(lines) and all(fact.value in _LINK.sub(r"\2", line) for line in lines)
+    return bool(lines) and all(_says(_LINK.sub(r"\2", line), fact) for line in lines)
 
 
 def _views(transcript: Transcript) -> dict[int, dict[int, str]]:

@@ -66,7 +66,6 @@ class FunctionCalls(InventedTask):
             "wanted": wanted if fits else None,
             "arguments": arguments,
             "asked": wanted,
-            "request": request,
             "found": found,
         }
         return Instance(f"{wanted.name} {request}", request, answer, data)
@@ -94,7 +93,7 @@ class FunctionCalls(InventedTask):
         thought = (
             ""
             if effort is Effort.LOW
-            else thoughts(instance.data["asked"], instance.data["request"], wanted is not None)
+            else thoughts(instance.data["asked"], instance.key.partition(" ")[2], wanted is not None)
         )
         if wanted is None:
             return (*think(thought), final(NONE_FITS))
@@ -102,12 +101,13 @@ class FunctionCalls(InventedTask):
         return (*think(thought), asked, result(asked, instance.data["found"].text), final(instance.answer))
 
 
-def thoughts(wanted: Function, request: str, fits: bool) -> str:
-    """The chain of thought before a call: what is asked for, the function, and under each phrase of the request the
-    arguments so far.
+def thoughts(wanted: Function, message: str, fits: bool) -> str:
+    """The chain of thought before a call: what the message asks for, the function, and under each phrase of the request
+    the arguments so far.
 
     Phrases and arguments are in the order of the request. Each phrase stands behind the last word of the one before,
-    and the request's end behind the last one: what comes next, or that nothing does, is always found by copying on.
+    and the message's end behind the last one, a period where it has none: what comes next, or that nothing does, is
+    found by copying on.
     """
     if not fits:
         return f"{wanted.errand}\nNo function fits."
@@ -118,7 +118,7 @@ def thoughts(wanted: Function, request: str, fits: bool) -> str:
         given[parameter.key] = parameter.value
         lines += [f"{last} {parameter.phrase}", compact(given)[:-1]]
         last = parameter.phrase.split()[-1]
-    end = request[request.lower().rindex(wanted.request.lower()) + len(wanted.request) :] or "."
+    end = message[message.lower().rindex(wanted.request.lower()) + len(wanted.request) :] or "."
     return "\n".join([*lines, last + end])
 
 

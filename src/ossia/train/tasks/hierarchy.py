@@ -2,7 +2,7 @@
 rule forbids it.
 
 The errands are small (repeat a word, name a color), so that what is learned is the rule. Whether an answer obeys is
-decided by `Rule.is_kept`, not by comparing texts.
+decided by `Case.is_kept`, not by comparing texts.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class Case(NamedTuple):
         )
 
     def thoughts(self, effort: Effort) -> str:
-        """The wish, the rule, and the answer that follows from both: the rule with the wish in place of its star."""
+        """The wish, the rule, and what follows: the answer, which has the wish in place of the rule's star, or a refusal."""
         answer = self.expected if self.errand is not None else "refuse"
         return {
             Effort.LOW: "",

@@ -55,7 +55,7 @@ class Policies(InventedTask):
         self.combinations = combinations
 
     def draw(self, rng: random.Random, held_out: bool) -> Instance:
-        rules = [draw_rule(rng, False) for _ in range(rng.randint(2, 4))]
+        rules = draw_rules(rng, rng.randint(2, 4))
         if held_out and self.combinations:
             rules[rng.randrange(len(rules))] = draw_rule(rng, True)
         return self._instance(rng, tuple(rules), held_out)
@@ -89,7 +89,7 @@ class Policies(InventedTask):
 def thoughts(text: Text, rules: Sequence[Rule], effort: Effort) -> str:
     """What is true of a message, and what each rule says to it, up to the first that is broken.
 
-    A period stands behind the last rule, where its text in the policy ends.
+    A period stands behind the last rule, where the policy ends; it is missing where an earlier one is broken.
     """
     lines = [f"The message: {text.summary}"]
     for number, rule in enumerate(rules, 1):
@@ -175,6 +175,16 @@ def draw_rule(rng: random.Random, held_out: bool) -> Rule:
             return rule
 
 
+def draw_rules(rng: random.Random, count: int) -> list[Rule]:
+    """That many different rules of the training side."""
+    rules: list[Rule] = []
+    while len(rules) < count:
+        rule = draw_rule(rng, False)
+        if rule not in rules:
+            rules.append(rule)
+    return rules
+
+
 def draw_text(rng: random.Random, rule: Rule | None, held_out: bool, shouting: float = _USUAL) -> Text:
     """A message; of the rule's topic and with its mark, if one is given. ``shouting``: share of those in capitals."""
     topic = rule.topic if rule and rule.topic else rng.choice(list(TOPICS))
@@ -199,14 +209,14 @@ def draw_text(rng: random.Random, rule: Rule | None, held_out: bool, shouting: f
 
 
 def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
-    """What is true of a message, or what rules say to it, and no more; which parts of the text are the answers."""
+    """What is true of messages, or what rules say to them, and no more; which parts of the text are the answers."""
     if rng.random() < 0.5:
         parts = []
         for before in ("", "\n"):
             text = draw_text(rng, None, held_out=False, shouting=0.4)
             parts += [(f"{before}{text.text}\nThe message:", False), (f" {text.summary}", True)]
         return parts
-    rules = [draw_rule(rng, False) for _ in range(rng.randint(1, 4))]
+    rules = draw_rules(rng, rng.randint(1, 4))
     policy = "\n".join(f"R{number}: {rule.wording()}" for number, rule in enumerate(rules, 1))
     parts = [(policy, False)]
     for _ in range(2):

@@ -88,7 +88,8 @@ def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
     parts: list[tuple[str, bool]] = []
     for _ in range(_NUM_FACTS):
         problem = draw(rng, held_out=False)
-        parts += [(f"{problem.question}\n", False), (f"{problem.code}<|call|>", True)]
+        before = "\n" if parts else ""
+        parts += [(f"{before}{problem.question}\n", False), (f"{problem.code}<|call|>", True)]
     return parts
 
 

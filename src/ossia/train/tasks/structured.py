@@ -127,13 +127,13 @@ def draw_form(rng: random.Random, record: Record, held_out: bool) -> Form:
     keys: dict[str, int] = {}
     for index in rng.sample(range(len(record.fields)), rng.randint(2, len(record.fields))):
         field = record.fields[index]
-        key = rng.choice(field.keys)
+        key = said = rng.choice(field.keys)
         properties[key] = {"type": field.json_type}
         if rng.random() < 0.1:
             # A key that says nothing needs a description.
-            key, properties = words.invented_word(rng, held_out), dict(properties)
-            described = properties.popitem()
-            properties[key] = {"type": field.json_type, "description": described[0]}
+            del properties[said]
+            key = words.invented_word(rng, held_out)
+            properties[key] = {"type": field.json_type, "description": said}
         keys[key] = index
     schema = {
         "type": "object",

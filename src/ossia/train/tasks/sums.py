@@ -158,7 +158,8 @@ def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
             instance = task.draw(rng, held_out=False)
             if not instance.data["held_out"]:
                 read = "\n".join(instance.data["sum"].thoughts(Effort.MEDIUM).splitlines()[:2])
-                parts += [(f"{instance.prompt}\n", False), (f"{read}<|end|>", True)]
+                before = "\n" if parts else ""
+                parts += [(f"{before}{instance.prompt}\n", False), (f"{read}<|end|>", True)]
         return parts or draw_facts(rng)
     for _ in range(_NUM_FACTS):
         sign = rng.choice("+-")

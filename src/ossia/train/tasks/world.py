@@ -20,7 +20,9 @@ _WORD = re.compile(r"[a-z0-9]+")
 
 
 class Fact(NamedTuple):
-    """One line of a page: what it says of the thing, in a word and as a sentence, and the value in it."""
+    """One line of a page: what it says of the thing, in a word and as a sentence, and the value that answers a question,
+    as the sentence has it ("a baker").
+    """
 
     kind: str
     sentence: str
@@ -44,7 +46,6 @@ class Entry(NamedTuple):
 QUESTIONS = {
     "year": Phrases(
         "[When|In which year|What year] was {name} founded?",
-        "How old is {name}?",
         "[Tell me|Find] the year {name} was founded.",
     ),
     "river": Phrases(
