@@ -26,12 +26,13 @@ from ossia.train.tasks import (
     structured,
 )
 from ossia.train.tasks.about import ABSTENTION
+from ossia.train.tasks.base import Instance
 from ossia.train.tasks.invented import final, same_json
 from ossia.train.tasks.phrases import Phrases, expand
 from ossia.train.tasks.policies import Rule, Text
 from ossia.train.tasks.sums import Sum, draw_facts
 from ossia.train.tasks.words import ADJECTIVES, invented_word, is_held_out, place
-from ossia.train.tasks.world import QUESTIONS
+from ossia.train.tasks.world import QUESTIONS, Entry, Fact
 
 NAMES = ["sums", "python", "functions", "browsing", "structured", "policies", "hierarchy", "about"]
 
@@ -372,6 +373,13 @@ def test_an_answer_with_the_fact_and_a_wrong_citation_is_half_right():
         assert 0 < reward.value < 1
 
 
+def test_a_part_of_a_longer_number_is_no_answer():
+    task, fact = make("browsing"), Fact("price", "It costs 30 coins.", "30 coins")
+    instance = Instance("", "", "", {"quest": browsing._Quest("", ((Entry("good", "Velkor", (fact,)), fact),))})
+    assert task.check(instance, "It is 30 coins.") == 1
+    assert task.check(instance, "It is 130 coins.") == 0
+
+
 def test_some_questions_need_a_second_page():
     hops = Counter(len(draw.instance.data["quest"].hops) for draw in draws("browsing", "train", 40))
     assert hops[1] > 10
@@ -414,6 +422,12 @@ def test_held_out_policies_have_a_rule_that_was_never_trained():
     for split in ("train", "held_out"):
         for draw in draws("policies", split, 60):
             assert any(rule.is_held_out for rule in draw.instance.data["rules"]) == (split == "held_out")
+
+
+def test_no_policy_has_a_rule_twice():
+    for draw in draws("policies", "train", 60):
+        rules = draw.instance.data["rules"]
+        assert len(set(rules)) == len(rules)
 
 
 def test_verdicts_are_of_both_kinds():

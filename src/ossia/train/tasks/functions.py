@@ -90,11 +90,9 @@ class FunctionCalls(InventedTask):
 
     def gold(self, instance: Instance, effort: Effort) -> Sequence[Message]:
         wanted: Function | None = instance.data["wanted"]
-        thought = (
-            ""
-            if effort is Effort.LOW
-            else thoughts(instance.data["asked"], instance.key.partition(" ")[2], wanted is not None)
-        )
+        assert isinstance(instance.prompt, str)
+        fits = wanted is not None
+        thought = "" if effort is Effort.LOW else thoughts(instance.data["asked"], instance.prompt, fits)
         if wanted is None:
             return (*think(thought), final(NONE_FITS))
         asked = call(f"functions.{wanted.name}", compact(instance.data["arguments"]))

@@ -141,7 +141,7 @@ class Case(NamedTuple):
         )
 
     def thoughts(self, effort: Effort) -> str:
-        """The wish, the rule, and what follows: the answer, which has the wish in place of the rule's star, or a refusal."""
+        """The wish, the rule, and what follows: the wish in place of the rule's star where it has one, or a refusal."""
         answer = self.expected if self.errand is not None else "refuse"
         return {
             Effort.LOW: "",

@@ -20,8 +20,8 @@ _WORD = re.compile(r"[a-z0-9]+")
 
 
 class Fact(NamedTuple):
-    """One line of a page: what it says of the thing, in a word and as a sentence, and the value that answers a question,
-    as the sentence has it ("a baker").
+    """One line of a page: what it tells, in a word and as a sentence, and the value in it that answers a question, with
+    the words that belong to it ("a baker").
     """
 
     kind: str
