@@ -72,7 +72,7 @@ _SPECIAL = re.compile(r"(<\|\w+\|>)")
 # The tasks that have parts, and how often each is drawn where all are trained.
 _FACTS = {
     "browsing": (browsing.draw_facts, 12),
-    "functions": (functions.draw_facts, 10),
+    "functions": (functions.draw_facts, 14),
     "hierarchy": (hierarchy.draw_facts, 6),
     "policies": (policies.draw_facts, 9),
     "python": (problems.draw_facts, 5),

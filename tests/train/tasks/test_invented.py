@@ -234,7 +234,8 @@ def test_a_call_is_made_up_phrase_by_phrase():
     pairs = [pair for pair in answers_of(functions.draw_facts, 80) if "<|call|>" in pair[1]]
     assert len(pairs) > 20
     for asked, answer in pairs:
-        errand, name, *lines, end, called = answer.removesuffix("<|call|>").splitlines()
+        found, name, *lines, end, called = answer.removesuffix("<|call|>").splitlines()
+        errand = found.removesuffix(" =")
         request, phrases, arguments = asked.splitlines()[-1], lines[0::2], lines[1::2]
         assert called == name + (arguments[-1] + "}" if arguments else "{}")
         assert f"type {name} = " in asked
@@ -259,12 +260,12 @@ def test_requests_that_nothing_fits_are_told_from_those_that_something_does():
         if len(parts) > 3:
             for answer in (text for text, is_answer in parts if is_answer):
                 errand, found = answer.splitlines()
-                action, _, *words = errand.rstrip(".").split()
+                action, _, *words = errand.rstrip(" =?").split()
                 name = f"{action}_{next(word for word in words if word not in ADJECTIVES)}"
                 fits = f"type {name} " in parts[0][0]
                 assert found == "No function fits." or (fits and f"type {found}" in parts[0][0])
                 told[fits] += 1
-                assert fits == (found != "No function fits.")
+                assert fits == (found != "No function fits.") == errand.endswith(" =")
     assert min(told.values()) > 20
 
 

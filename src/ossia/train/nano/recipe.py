@@ -20,7 +20,14 @@
     words      phrases go on from the last word of the one before; the rate falls
     rest       computed with what MXFP4 keeps of the experts, until the rate has fallen
     fails      the rate rises once more: calls of functions that fail are among the exercises
-    qat        a little more, again with what MXFP4 keeps
+    rounds     a little more, again with what MXFP4 keeps
+    onward     more sums and browsing, in small steps
+    signs      the rate rises: thoughts tell by a sign of their own what goes on; pages are read line by line
+    paths      what is looked for on pages as a path
+    reads      the same, while the rate falls
+    keeps      with what MXFP4 keeps, until the rate has fallen
+    finds      the rate rises a little: thoughts say by a sign whether a function was declared
+    qat        once more with what MXFP4 keeps, until the rate has fallen
 
 Sources  the order: `ossia.train.tasks.language`; Muon for the inner matrices:
          https://kellerjordan.github.io/posts/muon/; a rate that falls from the start: arXiv:2502.15938.
@@ -115,6 +122,16 @@ LINES = {
 }
 WALKS = {**LINES, "hierarchy": 11, "python": 12, "structured": 20}
 WORDS = {**LINES, "about": 5, "sums": 20, "hierarchy": 11, "python": 13}
+SIGNS = {
+    "about": 6,
+    "sums": 25,
+    "functions": 22,
+    "hierarchy": 13,
+    "policies": 16,
+    "python": 13,
+    "structured": 18,
+    "browsing": 14,
+}
 FAILS = {**LINES, "about": 9, "sums": 20, "functions": 22, "hierarchy": 14, "python": 15, "browsing": 9}
 
 
@@ -185,6 +202,9 @@ _EVEN: Mapping[str, Any] = {**_SMALL, "evenness": 0.5, "language": 0.05, "facts"
 
 # The same with all tasks, and conversations in which they follow each other.
 _WIDE: Mapping[str, Any] = {"language": 0.02, "mixed": 0.3, "idle_tools": 0.04, "turns": 3}
+
+# The same with parts of exercises in three samples of ten.
+_SIGNS: Mapping[str, Any] = {"tasks": mix(SIGNS), "facts": 0.3, "language": 0.0, "brief": 0.65}
 
 STAGES: tuple[Stage, ...] = (
     Stage("warm-up", "pretrain", {**_COPYING, "growth": 8000, "warmup": 0.03, "steps": 700}),
@@ -441,7 +461,7 @@ STAGES: tuple[Stage, ...] = (
         },
     ),
     Stage(
-        "qat",
+        "rounds",
         "pretrain",
         {
             **_EVEN,
@@ -454,6 +474,98 @@ STAGES: tuple[Stage, ...] = (
             "learning_rate": 1.7e-4,
             "final_rate": 0.0,
             "steps": 250,
+        },
+    ),
+    Stage(
+        "onward",
+        "pretrain",
+        {
+            **_EVEN,
+            **_WIDE,
+            "tasks": mix({**SIGNS, "sums": 26, "hierarchy": 12, "browsing": 13}),
+            "facts": 0.27,
+            "language": 0.0,
+            "brief": 0.6,
+            "learning_rate": 1.5e-3,
+            "warmup": 0.02,
+            "final_rate": 0.93,
+            "steps": 1000,
+        },
+    ),
+    Stage(
+        "signs",
+        "pretrain",
+        {
+            **_EVEN,
+            **_WIDE,
+            **_SIGNS,
+            "learning_rate": 2.6e-3,
+            "final_rate": 0.918,
+            "steps": 1607,
+        },
+    ),
+    Stage(
+        "paths",
+        "pretrain",
+        {
+            **_EVEN,
+            **_WIDE,
+            **_SIGNS,
+            "learning_rate": 2.45e-3,
+            "final_rate": 0.82,
+            "steps": 2750,
+        },
+    ),
+    Stage(
+        "reads",
+        "pretrain",
+        {
+            **_EVEN,
+            **_WIDE,
+            **_SIGNS,
+            "learning_rate": 2.3e-3,
+            "final_rate": 0.135,
+            "steps": 9310,
+        },
+    ),
+    Stage(
+        "keeps",
+        "pretrain",
+        {
+            **_EVEN,
+            **_WIDE,
+            **_SIGNS,
+            "fake_quant": True,
+            "learning_rate": 3.2e-4,
+            "final_rate": 0.0,
+            "steps": 800,
+        },
+    ),
+    Stage(
+        "finds",
+        "pretrain",
+        {
+            **_EVEN,
+            **_WIDE,
+            **_SIGNS,
+            "tasks": mix({**SIGNS, "functions": 27}),
+            "learning_rate": 1e-3,
+            "final_rate": 0.3,
+            "steps": 1350,
+        },
+    ),
+    Stage(
+        "qat",
+        "pretrain",
+        {
+            **_EVEN,
+            **_WIDE,
+            **_SIGNS,
+            "tasks": mix({**SIGNS, "functions": 27}),
+            "fake_quant": True,
+            "learning_rate": 3e-4,
+            "final_rate": 0.0,
+            "steps": 380,
         },
         ("mxfp4",),
     ),

@@ -103,14 +103,15 @@ def thoughts(wanted: Function, message: str, fits: bool) -> str:
     """The chain of thought before a call: what the message asks for, the function, and under each phrase of the request
     the arguments so far.
 
-    Phrases and arguments are in the order of the request. Each phrase stands behind the last word of the one before,
-    and the message's end behind the last one, a period where it has none: what comes next, or that nothing does, is
-    found by copying on.
+    Behind what is asked for stands the sign that follows it in its declaration, or a question mark where nothing was
+    declared. Phrases and arguments are in the order of the request. Each phrase stands behind the last word of the one
+    before, and the message's end behind the last one, a period where it has none: what comes next, or that nothing
+    does, is found by copying on.
     """
     if not fits:
-        return f"{wanted.errand}\nNo function fits."
+        return f"{wanted.errand}?\nNo function fits."
     given: dict[str, Any] = {}
-    lines = [wanted.errand, wanted.name]
+    lines = [f"{wanted.errand} =", wanted.name]
     last = wanted.errand.split()[-1]
     for parameter in wanted.asked:
         given[parameter.key] = parameter.value
