@@ -100,18 +100,18 @@ class FunctionCalls(InventedTask):
 
 
 def thoughts(wanted: Function, message: str, fits: bool) -> str:
-    """The chain of thought before a call: what the message asks for, the function, and under each phrase of the request
+    """The chain of thought before a call: the function, what the message asks for, and under each phrase of the request
     the arguments so far.
 
-    Behind what is asked for stands the sign that follows it in its declaration, or a question mark where nothing was
-    declared. Phrases and arguments are in the order of the request. Each phrase stands behind the last word of the one
-    before, and the message's end behind the last one, a period where it has none: what comes next, or that nothing
-    does, is found by copying on.
+    Behind the verb goes on what does so in the declarations, or stands a question mark where nothing fits. Phrases and
+    arguments are in the order of the request. Each phrase stands behind the last word of the one before, and the
+    message's end behind the last one, a period where it has none: what comes next, or that nothing does, is found by
+    copying on.
     """
     if not fits:
-        return f"{wanted.errand}?\nNo function fits."
+        return f"{wanted.errand.split()[0]}?\nNo function fits."
     given: dict[str, Any] = {}
-    lines = [f"{wanted.errand} =", wanted.name]
+    lines = [wanted.name, wanted.errand]
     last = wanted.errand.split()[-1]
     for parameter in wanted.asked:
         given[parameter.key] = parameter.value
