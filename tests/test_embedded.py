@@ -94,12 +94,12 @@ def test_it_does_most_of_the_python_that_it_never_saw():
             found = measure(rollouts, make_task("python"), Effort.HIGH, 60)
     except UnavailableError as error:
         pytest.skip(f"no sandbox works on this machine: {error.message[:300]}")
-    assert found.exact >= 0.65
+    assert found.exact >= 0.7
     assert found.valid >= 0.9
 
 
 @pytest.mark.parametrize(
-    ("task", "least"), [("hierarchy", 0.6), ("functions", 0.45), ("structured", 0.4), ("policies", 0.35)]
+    ("task", "least"), [("hierarchy", 0.7), ("functions", 0.6), ("structured", 0.6), ("policies", 0.35)]
 )
 def test_it_has_learned_a_good_part_of_what_it_never_saw(task, least):
     config = RolloutConfig(temperature=0, max_tokens=300)

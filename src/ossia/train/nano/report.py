@@ -71,7 +71,7 @@ def course(folder: Path, name: str) -> Course:
 
 
 def _draw_losses(figure_module: Any, courses: Sequence[Course], path: Path) -> None:
-    figure = figure_module.Figure(figsize=(8, 3.6), layout="constrained")
+    figure = figure_module.Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
     before = 0
     for one, stage in zip(courses, recipe.STAGES, strict=True):
@@ -79,7 +79,7 @@ def _draw_losses(figure_module: Any, courses: Sequence[Course], path: Path) -> N
             axes.plot([(before + x) / 1e6 for x, _ in one.points], [y for _, y in one.points], label=one.name, lw=1)
         before += one.tokens
     axes.set(xlabel="million tokens", ylabel="loss, nats per learned token", yscale="log")
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=8, fontsize=7)
     axes.grid(visible=True, alpha=0.3)
     figure.savefig(path, dpi=110)
 
