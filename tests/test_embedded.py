@@ -99,12 +99,20 @@ def test_it_does_most_of_the_python_that_it_never_saw():
 
 
 @pytest.mark.parametrize(
-    ("task", "least"), [("hierarchy", 0.7), ("functions", 0.6), ("structured", 0.6), ("policies", 0.35)]
+    ("task", "effort", "least"),
+    [
+        ("hierarchy", Effort.MEDIUM, 0.7),
+        ("functions", Effort.MEDIUM, 0.6),
+        ("structured", Effort.MEDIUM, 0.6),
+        ("policies", Effort.MEDIUM, 0.35),
+        ("policies", Effort.HIGH, 0.7),
+        ("browsing", Effort.MEDIUM, 0.15),
+    ],
 )
-def test_it_has_learned_a_good_part_of_what_it_never_saw(task, least):
+def test_it_has_learned_a_good_part_of_what_it_never_saw(task, effort, least):
     config = RolloutConfig(temperature=0, max_tokens=300)
     with open_rollouts(FOLDER, config, threads=1, dense="bf16", kv_memory="64MiB") as rollouts:
-        assert measure(rollouts, make_task(task), Effort.MEDIUM, 60).exact >= least
+        assert measure(rollouts, make_task(task), effort, 60).exact >= least
 
 
 def test_it_adds_what_it_never_saw_where_it_thinks_long_enough():

@@ -207,6 +207,14 @@ def test_facts_are_of_the_tasks_that_are_trained(settings, tokenizer):
         replace(settings, facts=0.1, tasks=("about",)).check()
 
 
+def test_held_out_samples_are_no_parts_of_exercises(settings, tokenizer):
+    parts = replace(settings, facts=1.0, max_tokens=4096)
+    for split in ("train", "held_out"):
+        sample = draw_sample(parts, make_mix(["sums"]), tokenizer, split, 0)
+        assert sample is not None
+        assert (tokenizer.special("<|start|>") in sample.token_ids_L) == (split == "held_out")
+
+
 def test_the_passes_of_a_step_are_of_about_one_size(settings, tokenizer):
     whole = replace(settings, facts=0.5, step_tokens=2400, pass_tokens=1800)
     feed = TaskFeed(whole, make_mix(["sums", "about"]), tokenizer)

@@ -257,11 +257,13 @@ def test_requests_that_nothing_fits_are_told_from_those_that_something_does():
     for _ in range(60):
         parts = functions.draw_facts(rng)
         if len(parts) > 3:
-            for answer in (text for text, is_answer in parts if is_answer):
+            declared = re.findall(r"^type (\w+)_(\w+) ", parts[0][0], re.MULTILINE)
+            for (request, _), (answer, _) in zip(parts[1::3], parts[2::3], strict=True):
                 first, second = answer.splitlines()
-                fits = f"type {first} " in parts[0][0]
-                assert fits or (first.endswith("?") and second == "No function fits.")
-                told[fits] += 1
+                wanted = [f"{verb}_{thing}" for verb, thing in declared if re.search(rf"\b{thing}\b", request)]
+                assert wanted == [] or wanted == [first]
+                assert bool(wanted) == (second != "No function fits.") == (not first.endswith("?"))
+                told[bool(wanted)] += 1
     assert min(told.values()) > 20
 
 

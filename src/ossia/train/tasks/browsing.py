@@ -116,12 +116,13 @@ async def _gold(instance: Instance, effort: Effort) -> list[Message]:
     read = ""
     for hop, (entry, fact) in enumerate(quest.hops, 1):
         number = _link_to(shown, entry.name)
-        say(read + _OPEN.format(number=number, name=entry.name))
+        opened = _OPEN.format(number=number, name=entry.name)
+        say(f"{read}\n{opened}" if read else opened)
         shown = await use("open", id=number)
         # The facts are a page's last lines.
         page = [(found[1], found[0]) for found in _LINE.finditer(shown)][-len(entry.facts) :]
-        read, line = _read(quest, hop, [text for _, text in page]) + "\n", page[entry.facts.index(fact)][0]
-    say(read.rstrip())
+        read, line = _read(quest, hop, [text for _, text in page]), page[entry.facts.index(fact)][0]
+    say(read)
     cursor = _CURSOR.match(shown)
     assert cursor is not None
     out.append(final(f"{instance.answer} 【{cursor[1]}†L{line}】."))

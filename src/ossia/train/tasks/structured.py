@@ -128,13 +128,11 @@ def draw_form(rng: random.Random, record: Record, held_out: bool) -> Form:
     for index in rng.sample(range(len(record.fields)), rng.randint(2, len(record.fields))):
         field = record.fields[index]
         key = said = rng.choice(field.keys)
-        properties[key] = {"type": field.json_type}
+        found = {"type": field.json_type}
         if rng.random() < 0.1:
             # A key that says nothing needs a description.
-            del properties[said]
-            key = words.invented_word(rng, held_out)
-            properties[key] = {"type": field.json_type, "description": said}
-        keys[key] = index
+            key, found["description"] = words.invented_word(rng, held_out), said
+        properties[key], keys[key] = found, index
     schema = {
         "type": "object",
         "properties": properties,

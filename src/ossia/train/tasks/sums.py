@@ -34,7 +34,7 @@ from ossia.errors import ConfigError
 from ossia.harmony import Effort, Message
 from ossia.train.tasks import words
 from ossia.train.tasks.arithmetic import Step, steps_of
-from ossia.train.tasks.base import Instance
+from ossia.train.tasks.base import Instance, draw_instance
 from ossia.train.tasks.invented import InventedTask, final, think
 from ossia.train.tasks.phrases import Phrases
 
@@ -155,12 +155,11 @@ def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
     if rng.random() < 0.6:
         task = Sums()
         for _ in range(_NUM_FACTS):
-            instance = task.draw(rng, held_out=False)
-            if not instance.data["held_out"]:
-                read = "\n".join(instance.data["sum"].thoughts(Effort.MEDIUM).splitlines()[:2])
-                before = "\n" if parts else ""
-                parts += [(f"{before}{instance.prompt}\n", False), (f"{read}<|end|>", True)]
-        return parts or draw_facts(rng)
+            instance = draw_instance(task, "train", rng)
+            read = "\n".join(instance.data["sum"].thoughts(Effort.MEDIUM).splitlines()[:2])
+            before = "\n" if parts else ""
+            parts += [(f"{before}{instance.prompt}\n", False), (f"{read}<|end|>", True)]
+        return parts
     for _ in range(_NUM_FACTS):
         sign = rng.choice("+-")
         asked, answer = fact_of(Step.of(rng.randrange(10), sign, rng.randrange(10), rng.randrange(2)), sign)
