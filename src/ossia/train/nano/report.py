@@ -123,10 +123,10 @@ def _page(courses: Sequence[Course], results: Mapping[str, Sequence[Mapping[str,
         "This page is written by `make nano`, which makes the model, measures it and draws the plots; it takes hours "
         "on two cores, and goes on where it was when it is started again.\n",
         "## What it can do\n",
-        "Held-out exercises: names, numbers and combinations of rules that no training has seen; where it is asked about "
-        "itself, or for sums, calls, facts of pages and JSON, wordings of questions too. An exercise counts as right if "
-        "all of it is: the answer, the call with "
-        "its arguments, the cited line. Tools are the real ones, the python sandbox and the browser. Greedy decoding "
+        "Held-out exercises: names, numbers and combinations of rules that no training has seen; where it is asked "
+        "about itself, or for sums, calls, facts of pages and JSON, wordings of questions too. An exercise counts as "
+        "right if all of it is: the answer, the call with its arguments, the cited line. Tools are the real ones, the "
+        "python sandbox and the browser. Greedy decoding "
         "by the CPU engine, without a grammar but where it says that the schema is enforced, as the server does it; "
         f"{_counts(results[last])} exercises per task and effort. In brackets the 95 % interval; behind it "
         "the mean tokens of reasoning.\n",
