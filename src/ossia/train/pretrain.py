@@ -71,8 +71,8 @@ _NUM_FACTS = 6
 _SPECIAL = re.compile(r"(<\|\w+\|>)")
 # The tasks that have parts, and how often each is drawn where all are trained.
 _FACTS = {
-    "browsing": (browsing.draw_facts, 12),
-    "functions": (functions.draw_facts, 14),
+    "browsing": (browsing.draw_facts, 14),
+    "functions": (functions.draw_facts, 21),
     "hierarchy": (hierarchy.draw_facts, 6),
     "policies": (policies.draw_facts, 9),
     "python": (problems.draw_facts, 5),

@@ -259,10 +259,10 @@ def test_requests_that_nothing_fits_are_told_from_those_that_something_does():
         if len(parts) > 3:
             declared = re.findall(r"^type (\w+)_(\w+) ", parts[0][0], re.MULTILINE)
             for (request, _), (answer, _) in zip(parts[1::3], parts[2::3], strict=True):
-                first, second = answer.splitlines()
                 wanted = [f"{verb}_{thing}" for verb, thing in declared if re.search(rf"\b{thing}\b", request)]
-                assert wanted == [] or wanted == [first]
-                assert bool(wanted) == (second != "No function fits.") == (not first.endswith("?"))
+                assert len(wanted) < 2
+                assert answer.endswith("_" if wanted else " the")
+                assert (wanted[0] if wanted else request.lower()).count(answer) == 1
                 told[bool(wanted)] += 1
     assert min(told.values()) > 20
 
@@ -290,52 +290,64 @@ def test_facts_of_code_give_the_answer_when_run():
             assert eval(expression, {"math": math}) is not None
 
 
-def test_facts_of_pages_are_their_lines_and_of_questions_what_to_look_for():
-    plans = 0
-    for given, answer in answers_of(browsing.draw_facts, 40):
-        if given.startswith("L"):
-            *page, plan = given.splitlines()
-            found, _, value = answer.partition("<|end|>")
-            *lines, opened = found.splitlines() if plan.endswith(">") else [*found.splitlines(), ""]
-            assert opened.removeprefix("Open ").removesuffix(".") in given
-            assert bool(opened) == plan.endswith(">")
-            assert lines[-1].split()[-1] == plan.removesuffix(" >").split()[-1]
-            for shown, line in zip(page, lines, strict=False):
-                read, _, kind = line.rpartition(" ")
-                assert read == shown
-                assert kind in QUESTIONS
-            assert bool(value) != plan.endswith(">")
-            assert value.removeprefix("\nIt is ") in lines[-1]
+def test_facts_of_pages_are_a_plan_and_the_lines_up_to_its_fact():
+    rng = random.Random(1)
+    num_pages = num_links = 0
+    for question, plan, *rest in (browsing.draw_facts(rng) for _ in range(60)):
+        assert [is_answer for _, is_answer in (question, plan, *rest)] == [False, True] * (1 + len(rest) // 2)
+        name, sought = re.fullmatch(r"Find (.*): (.*)<\|end\|>", plan[0]).groups()
+        kinds = sought.split()
+        assert name in question[0]
+        assert [kind[-2:] for kind in kinds] == (["1."] if len(kinds) == 1 else ["1>", "2."])
+        assert all(kind[:-2] in QUESTIONS for kind in kinds)
+        if not rest:
+            continue
+        (page, _), (answer, _) = rest
+        num_pages += 1
+        if answer.endswith("<|end|>"):
+            *lines, opened = answer.removesuffix("<|end|>").splitlines()
+            number, name = re.fullmatch('Open 【(.)†(.*), "id":\\1', opened).groups()
+            assert f"【{number}†{name}†" in page.replace("】", "†")
+            assert lines[-1].endswith(f" {kinds[0]}")
+            assert len(kinds) == 2
+            num_links += 1
         else:
-            name, *kinds = answer.removesuffix("<|end|>").removeprefix("Find ").split(" > ")
-            assert name in given
-            assert all(kind in QUESTIONS for kind in kinds)
-            plans += 1
-    assert 10 < plans < 35
+            read, _, value = answer.partition("<|end|>\nIt is ")
+            lines = read.splitlines()
+            assert value in lines[-1]
+            assert lines[-1].endswith(f" {kinds[-1]}")
+        assert lines[0] == plan[0].removesuffix("<|end|>")
+        assert [line.rpartition(" ")[0] for line in lines[1:]] == page.split("\n")[2 : len(lines) + 1]
+        assert all(line.rpartition(" ")[2] in QUESTIONS for line in lines[1:-1])
+    assert 10 < num_links < num_pages - 10 < 40
 
 
 def test_a_browser_reads_each_page_as_far_as_its_fact_and_follows_its_link():
     for draw in draws("browsing", "train", 30):
         gold = list(draw.task.gold(draw.instance, Effort.HIGH))
         thoughts = [one.text for one in gold if one.channel == Channel.ANALYSIS and one.recipient is None]
+        calls = [json.loads(one.text) for one in gold if one.recipient and one.recipient.startswith("browser.")]
         pages = [one.text for one in gold if one.role is Role.TOOL]
         hops = draw.instance.data["quest"].hops
         plan, *read = (one.splitlines() for one in thoughts)
+        (plan,) = plan
         opened = [lines.pop() for lines in read[:-1]]
         assert read.pop(0) == []
         assert len(opened) == len(read) == len(hops) == len(pages) - 1
-        for (entry, fact), link, (start, *found), shown, page in zip(
-            hops, opened, read, pages[:-1], pages[1:], strict=True
+        signs = ["1>", "2."] if len(hops) == 2 else ["1."]
+        sought = [fact.kind + sign for (_, fact), sign in zip(hops, signs, strict=True)]
+        assert plan == f"Find {hops[0][0].name}: {' '.join(sought)}"
+        for (entry, fact), kind, link, call, (again, *found), shown, page in zip(
+            hops, sought, opened, calls[1:], read, pages[:-1], pages[1:], strict=True
         ):
-            assert link.removeprefix("Open ").removesuffix(".") in shown
-            assert entry.name in link
-            named, *kinds = start.removesuffix(" >").split(" > ")
-            assert named == f"Find {entry.name}"
-            assert start.endswith(">") == (len(kinds) < len(hops))
-            assert plan[0].split(" > ")[1:][: len(kinds)] == kinds
+            assert re.fullmatch(f'Open 【(.)†{entry.name}, "id":\\1', link)
+            assert link.removeprefix("Open ")[: -len(', "id":0')] in shown
+            assert call == {"id": int(link[-1])}
+            assert again == plan
             assert all(line.rpartition(" ")[0] in page for line in found)
-            assert [line.rpartition(" ")[2] for line in found] == [one.kind for one in entry.facts[: len(found)]]
-            assert fact.value in found[-1].replace(f"【{link[6]}†", "")
+            kinds = [one.kind for one in entry.facts[: len(found)]]
+            assert [line.rpartition(" ")[2] for line in found] == [*kinds[:-1], kind]
+            assert fact.value in re.sub("【.†", "", found[-1])
 
 
 def test_a_call_with_a_wrong_value_or_another_function_is_not_right():

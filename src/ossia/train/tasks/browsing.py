@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import random
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, NamedTuple
 
 from ossia.harmony import Effort, Message
 from ossia.tools.base import Tool
@@ -33,7 +33,7 @@ _MIDDLE = {
     "designer": "the designer of the {name}",
 }
 # The bracket stays open, so that this is the link's text whether it names a domain or not.
-_OPEN = "Open 【{number}†{name}."
+_OPEN = 'Open 【{number}†{name}, "id":{number}'
 
 
 class _Quest(NamedTuple):
@@ -45,6 +45,8 @@ class _Quest(NamedTuple):
 
 class Browsing(InventedTask):
     name = "browsing"
+    # Without a thought fewer are right, however many are trained.
+    efforts: ClassVar[Mapping[Effort, float]] = {Effort.LOW: 1.0, Effort.MEDIUM: 3.0, Effort.HIGH: 3.0}
 
     def __init__(self, two_hops: float = 0.35, towns: int = 2) -> None:
         """``two_hops``: share of questions that need a second page; ``towns``: a third of the world's pages."""
@@ -96,7 +98,8 @@ async def _gold(instance: Instance, effort: Effort) -> list[Message]:
     """Search for the first thing, open it, follow the link if there are two hops, answer with the line.
 
     Thoughts plan the facts that are needed, read the lines of each page up to the one that has such a fact, and repeat
-    the link that is followed.
+    the link that is followed and its number. Behind the kind of fact that is sought stand the view's number, and a sign
+    that the way goes on or a period: whether to read on is found by copying.
     """
     browser = Browser(instance.data["world"])
     quest: _Quest = instance.data["quest"]
@@ -111,7 +114,7 @@ async def _gold(instance: Instance, effort: Effort) -> list[Message]:
         out.extend((asked, result(asked, shown)))
         return shown
 
-    say(_plan(quest, quest.hops[0][0], len(quest.hops)))
+    say(_plan(quest))
     shown = await use("search", query=quest.hops[0][0].name)
     read = ""
     for hop, (entry, fact) in enumerate(quest.hops, 1):
@@ -130,20 +133,25 @@ async def _gold(instance: Instance, effort: Effort) -> list[Message]:
     return out
 
 
-def _plan(quest: _Quest, entry: Entry, num_hops: int) -> str:
-    """A page to look for, and the first facts on the way to the answer."""
-    return " > ".join([f"Find {entry.name}", *(fact.kind for _, fact in quest.hops[:num_hops])])
+def _plan(quest: _Quest) -> str:
+    """The page to look for, and the facts on the way to the answer."""
+    return f"Find {quest.hops[0][0].name}: {' '.join(_wanted(quest, hop) for hop in range(1, len(quest.hops) + 1))}"
+
+
+def _wanted(quest: _Quest, hop: int) -> str:
+    """The kind of fact that is sought, the number of the view that shows it, and whether the way goes on."""
+    return f"{quest.hops[hop - 1][1].kind}{hop}{'>' if hop < len(quest.hops) else '.'}"
 
 
 def _read(quest: _Quest, hop: int, lines: Sequence[str]) -> str:
-    """The plan as far as a page, and its lines up to the one with the fact; behind each what it is about.
-
-    The plan ends in its sign where it goes on.
+    """The plan once more, and the lines of a page up to the one that has what is sought, behind each what it is about,
+    and behind that of the last one its signs in the plan.
     """
     entry, wanted = quest.hops[hop - 1]
-    plan = f"{_plan(quest, entry, hop)}{' >' if hop < len(quest.hops) else ''}"
-    facts = entry.facts[: entry.facts.index(wanted) + 1]
-    return "\n".join([plan, *(f"{line} {fact.kind}" for line, fact in zip(lines[: len(facts)], facts, strict=True))])
+    kinds = [fact.kind for fact in entry.facts[: entry.facts.index(wanted)]]
+    kinds.append(_wanted(quest, hop))
+    read = [f"{line} {kind}" for line, kind in zip(lines[: len(kinds)], kinds, strict=True)]
+    return "\n".join([_plan(quest), *read])
 
 
 def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
@@ -151,18 +159,18 @@ def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
     task = Browsing(two_hops=0.6)
     world = World(rng, False, task.towns)
     quest = task.quest(rng, world, held_out=False)
-    if rng.random() < 0.5:
-        return [(f"{quest.question}\n", False), (f"{_plan(quest, quest.hops[0][0], len(quest.hops))}<|end|>", True)]
+    asked = [(f"{quest.question}\n", False), (f"{_plan(quest)}<|end|>", True)]
+    if rng.random() < 0.4:
+        return asked
     hop = rng.randint(1, len(quest.hops))
     entry, fact = quest.hops[hop - 1]
     lines = [f"L{number}: {line}" for number, line in enumerate(world.lines(entry), 4)]
-    plan, read = _read(quest, hop, lines).split("\n", 1)
     page = "\n".join(lines)
     if hop == len(quest.hops):
         follows = f"<|end|>\nIt is {fact.value}"
     else:
         follows = f"\n{_OPEN.format(number=_link_to(page, fact.leads_to), name=fact.leads_to)}<|end|>"
-    return [(f"{page}\n{plan}\n", False), (read + follows, True)]
+    return [*asked, (f"\n[{hop}] {entry.name}\n{page}\n", False), (_read(quest, hop, lines) + follows, True)]
 
 
 def _says(text: str, fact: Fact) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from ossia.harmony import Effort, Message, ToolNamespace
 from ossia.harmony.messages import ToolDescription
@@ -33,6 +33,8 @@ _ERROR = {"error": "not found"}
 
 class FunctionCalls(InventedTask):
     name = "functions"
+    # Without a thought fewer are right, however many are trained.
+    efforts: ClassVar[Mapping[Effort, float]] = {Effort.LOW: 1.0, Effort.MEDIUM: 2.0, Effort.HIGH: 2.0}
 
     def __init__(self, most: int = 4) -> None:
         """``most`` functions are declared at most."""
@@ -103,13 +105,14 @@ def thoughts(wanted: Function, message: str, fits: bool) -> str:
     """The chain of thought before a call: the function, what the message asks for, and under each phrase of the request
     the arguments so far.
 
-    Behind the verb goes on what does so in the declarations, or stands a question mark where nothing fits. Phrases and
-    arguments are in the order of the request. Each phrase stands behind the last word of the one before, and the
-    message's end behind the last one, a period where it has none: what comes next, or that nothing does, is found by
-    copying on.
+    Behind the verb goes on what does so in the declarations, or where nothing fits what does so in the request, to its
+    end. Phrases and arguments are in the order of the request. Each phrase stands behind the last word of the one
+    before, and the message's end behind the last one, a period where it has none: what comes next, or that nothing
+    does, is found by copying on.
     """
+    end = message[message.lower().rindex(wanted.request.lower()) + len(wanted.request) :] or "."
     if not fits:
-        return f"{wanted.errand.split()[0]}?\nNo function fits."
+        return f"{wanted.request}{end}\nNo function fits."
     given: dict[str, Any] = {}
     lines = [wanted.name, wanted.errand]
     last = wanted.errand.split()[-1]
@@ -117,7 +120,6 @@ def thoughts(wanted: Function, message: str, fits: bool) -> str:
         given[parameter.key] = parameter.value
         lines += [f"{last} {parameter.phrase}", compact(given)[:-1]]
         last = parameter.phrase.split()[-1]
-    end = message[message.lower().rindex(wanted.request.lower()) + len(wanted.request) :] or "."
     return "\n".join([*lines, last + end])
 
 
@@ -280,8 +282,8 @@ def draw_function(rng: random.Random, held_out: bool) -> Function:
 
 
 def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
-    """Which of some functions fits each of some requests; or one call thought through. Which parts of the text are the
-    answers.
+    """Whether any of some functions fits, as the first thought of each of some requests tells it; or one call thought
+    through. Which parts of the text are the answers.
     """
     functions = [draw_function(rng, held_out=False) for _ in range(rng.randint(1, 3))]
     declared = "".join(
@@ -289,13 +291,13 @@ def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
         for one in functions
     )
     parts = [(declared, False)]
-    if rng.random() < 0.4:
-        for _ in range(4):
+    if rng.random() < 0.6:
+        for _ in range(8):
             fits = rng.random() < 0.6
             wanted = rng.choice(functions) if fits else draw_function(rng, held_out=False)
             request = _ask(rng, wanted)
-            thought = thoughts(wanted, request, fits)
-            parts += [(f"{request}\n", False), ("\n".join(thought.splitlines()[:2]), True), ("\n", False)]
+            begun = thoughts(wanted, request, fits).split()[0].split("_")[0] + ("_" if fits else " the")
+            parts += [(f"{request}<|message|>", False), (begun, True), ("\n", False)]
         return parts
     wanted = rng.choice(functions)
     request = _ask(rng, wanted)

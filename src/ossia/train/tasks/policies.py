@@ -8,8 +8,8 @@ pairs of features never occur in one rule of the training side: they make the "u
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 from ossia.harmony import DeveloperContent, Effort, Message, Role
 from ossia.train.tasks import words
@@ -50,6 +50,8 @@ class Policies(InventedTask):
     """Verdicts on messages; ``combinations``: held-out instances have a rule that was never seen as a whole."""
 
     name = "policies"
+    # Without a thought fewer are right, however many are trained.
+    efforts: ClassVar[Mapping[Effort, float]] = {Effort.LOW: 1.0, Effort.MEDIUM: 2.0, Effort.HIGH: 2.0}
 
     def __init__(self, combinations: bool = True) -> None:
         self.combinations = combinations
@@ -83,18 +85,17 @@ class Policies(InventedTask):
         if effort is Effort.LOW:
             return (final(instance.answer),)
         text, rules = instance.data["text"], instance.data["rules"]
-        return (*think(thoughts(text, rules, effort)), final(instance.answer))
+        return (*think(thoughts(text, rules)), final(instance.answer))
 
 
-def thoughts(text: Text, rules: Sequence[Rule], effort: Effort) -> str:
+def thoughts(text: Text, rules: Sequence[Rule]) -> str:
     """What is true of a message, and what each rule says to it, up to the first that is broken.
 
     A period stands behind the last rule, where the policy ends; it is missing where an earlier one is broken.
     """
     lines = [f"The message: {text.summary}"]
     for number, rule in enumerate(rules, 1):
-        finding = rule.finding(text) if effort is Effort.HIGH else rule.verdict(text)
-        lines.append(f"R{number}: {rule.wording()}{'.' if number == len(rules) else ';'} {finding}")
+        lines.append(f"R{number}: {rule.wording()}{'.' if number == len(rules) else ';'} {rule.finding(text)}")
         if rule.is_broken_by(text):
             break
     return "\n".join(lines)
@@ -221,7 +222,7 @@ def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
     parts = [(policy, False)]
     for _ in range(2):
         text = draw_text(rng, rng.choice(rules), held_out=False)
-        findings = thoughts(text, rules, Effort.HIGH)
+        findings = thoughts(text, rules)
         given, sought = findings.split("\n", 1)
         parts += [(f"<|end|>\n{given}\n", False), (f"{sought}\n{compact(verdict_on(text, rules))}", True)]
     return [*parts, ("<|return|>", True)]

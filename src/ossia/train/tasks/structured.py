@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from ossia.harmony import DeveloperContent, Effort, Message, Role
 from ossia.harmony.messages import ResponseFormat
@@ -26,6 +26,8 @@ ASK = Phrases(
 
 class Structured(InventedTask):
     name = "structured"
+    # Without a thought fewer are right, however many are trained.
+    efforts: ClassVar[Mapping[Effort, float]] = {Effort.LOW: 1.0, Effort.MEDIUM: 2.0, Effort.HIGH: 2.0}
 
     def draw(self, rng: random.Random, held_out: bool) -> Instance:
         kind = rng.randrange(len(_KINDS))
@@ -115,21 +117,21 @@ def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
             value = field.value if isinstance(field.value, str) else compact(field.value)
             parts += [(f"\n{rng.choice(field.keys)}:", False), (f" {value}", True)]
         return parts
-    form = draw_form(rng, record, held_out=False)
+    form = draw_form(rng, record, held_out=False, described=0.3)
     values = form.filled(record)
     asked = f"{compact(form.response_format.schema)}\n{record.text}\n"
     return [(asked, False), (f"{thoughts(form, values)}\n{compact(values)}<|return|>", True)]
 
 
-def draw_form(rng: random.Random, record: Record, held_out: bool) -> Form:
-    """A schema over some fields of the record in some order."""
+def draw_form(rng: random.Random, record: Record, held_out: bool, described: float = 0.1) -> Form:
+    """A schema over some fields of the record in some order. ``described``: share of keys that say nothing."""
     properties: dict[str, Any] = {}
     keys: dict[str, int] = {}
     for index in rng.sample(range(len(record.fields)), rng.randint(2, len(record.fields))):
         field = record.fields[index]
         key = said = rng.choice(field.keys)
         found = {"type": field.json_type}
-        if rng.random() < 0.1:
+        if rng.random() < described:
             # A key that says nothing needs a description.
             key, found["description"] = words.invented_word(rng, held_out), said
         properties[key], keys[key] = found, index
