@@ -306,8 +306,8 @@ def test_facts_of_pages_are_a_plan_and_the_lines_up_to_its_fact():
         num_pages += 1
         if answer.endswith("<|end|>"):
             *lines, opened = answer.removesuffix("<|end|>").splitlines()
-            number, name = re.fullmatch('Open 【(.)†(.*), "id":\\1', opened).groups()
-            assert f"【{number}†{name}†" in page.replace("】", "†")
+            number, link = re.fullmatch('Open 【(.)†(.*), "id":\\1', opened).groups()
+            assert f"【{number}†{link}†" in page.replace("】", "†")
             assert lines[-1].endswith(f" {kinds[0]}")
             assert len(kinds) == 2
             num_links += 1
@@ -316,7 +316,7 @@ def test_facts_of_pages_are_a_plan_and_the_lines_up_to_its_fact():
             lines = read.splitlines()
             assert value in lines[-1]
             assert lines[-1].endswith(f" {kinds[-1]}")
-        assert lines[0] == plan[0].removesuffix("<|end|>")
+        assert lines[0] == f"Find {page.splitlines()[1][4:]}: {sought}"
         assert [line.rpartition(" ")[0] for line in lines[1:]] == page.split("\n")[2 : len(lines) + 1]
         assert all(line.rpartition(" ")[2] in QUESTIONS for line in lines[1:-1])
     assert 10 < num_links < num_pages - 10 < 40
@@ -343,7 +343,7 @@ def test_a_browser_reads_each_page_as_far_as_its_fact_and_follows_its_link():
             assert re.fullmatch(f'Open 【(.)†{entry.name}, "id":\\1', link)
             assert link.removeprefix("Open ")[: -len(', "id":0')] in shown
             assert call == {"id": int(link[-1])}
-            assert again == plan
+            assert again == f"Find {entry.name}: {' '.join(sought)}"
             assert all(line.rpartition(" ")[0] in page for line in found)
             kinds = [one.kind for one in entry.facts[: len(found)]]
             assert [line.rpartition(" ")[2] for line in found] == [*kinds[:-1], kind]

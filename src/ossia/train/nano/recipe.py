@@ -28,7 +28,13 @@
     keeps      with what MXFP4 keeps, until the rate has fallen
     finds      the rate rises a little: more of calls, and of requests that no function fits
     verbs      thoughts begin with the verb, and tell by what follows it whether a function fits
-    qat        once more with what MXFP4 keeps, until the rate has fallen
+    holds      once more with what MXFP4 keeps, until the rate has fallen
+    requests   the rate rises: more of browsing, python and about itself, requests that nothing fits are repeated
+    numbers    whether something fits is practised alone; the plan numbers the pages
+    seeks      a page begins with what is sought on it
+    plans      a page begins with the plan
+    pages      the plan has the page's name, while the rate falls
+    qat        with what MXFP4 keeps, until the rate has fallen
 
 Sources  the order: `ossia.train.tasks.language`; Muon for the inner matrices:
          https://kellerjordan.github.io/posts/muon/; a rate that falls from the start: arXiv:2502.15938.
@@ -134,6 +140,16 @@ SIGNS = {
     "browsing": 14,
 }
 FINDS = {**SIGNS, "functions": 27}
+PLANS = {
+    "about": 9,
+    "sums": 25,
+    "functions": 24,
+    "hierarchy": 14,
+    "policies": 16,
+    "python": 17,
+    "structured": 20,
+    "browsing": 18,
+}
 FAILS = {**LINES, "about": 9, "sums": 20, "functions": 22, "hierarchy": 14, "python": 15, "browsing": 9}
 
 
@@ -207,6 +223,9 @@ _WIDE: Mapping[str, Any] = {"language": 0.02, "mixed": 0.3, "idle_tools": 0.04, 
 
 # The same with parts of exercises in three samples of ten.
 _SIGNS: Mapping[str, Any] = {"tasks": mix(SIGNS), "facts": 0.3, "language": 0.0, "brief": 0.65}
+
+# The same with more of what is learned least by then.
+_PLANS: Mapping[str, Any] = {**_SIGNS, "tasks": mix(PLANS), "facts": 0.34}
 
 STAGES: tuple[Stage, ...] = (
     Stage("warm-up", "pretrain", {**_COPYING, "growth": 8000, "warmup": 0.03, "steps": 700}),
@@ -571,7 +590,7 @@ STAGES: tuple[Stage, ...] = (
         },
     ),
     Stage(
-        "qat",
+        "holds",
         "pretrain",
         {
             **_EVEN,
@@ -582,6 +601,81 @@ STAGES: tuple[Stage, ...] = (
             "learning_rate": 4e-4,
             "final_rate": 0.0,
             "steps": 350,
+        },
+    ),
+    Stage(
+        "requests",
+        "pretrain",
+        {
+            **_EVEN,
+            **_WIDE,
+            **_PLANS,
+            "facts": 0.3,
+            "learning_rate": 2.2e-3,
+            "final_rate": 0.811,
+            "steps": 2568,
+        },
+    ),
+    Stage(
+        "numbers",
+        "pretrain",
+        {
+            **_EVEN,
+            **_WIDE,
+            **_PLANS,
+            "learning_rate": 2.1e-3,
+            "final_rate": 0.804,
+            "steps": 2268,
+        },
+    ),
+    Stage(
+        "seeks",
+        "pretrain",
+        {
+            **_EVEN,
+            **_WIDE,
+            **_PLANS,
+            "learning_rate": 2.1e-3,
+            "final_rate": 0.801,
+            "steps": 1850,
+        },
+    ),
+    Stage(
+        "plans",
+        "pretrain",
+        {
+            **_EVEN,
+            **_WIDE,
+            **_PLANS,
+            "learning_rate": 2e-3,
+            "final_rate": 0.779,
+            "steps": 1691,
+        },
+    ),
+    Stage(
+        "pages",
+        "pretrain",
+        {
+            **_EVEN,
+            **_WIDE,
+            **_PLANS,
+            "learning_rate": 1.8e-3,
+            "final_rate": 0.03,
+            "steps": 5200,
+        },
+    ),
+    Stage(
+        "qat",
+        "pretrain",
+        {
+            **_EVEN,
+            **_WIDE,
+            **_PLANS,
+            "facts": 0.28,
+            "fake_quant": True,
+            "learning_rate": 5e-4,
+            "final_rate": 0.0,
+            "steps": 700,
         },
         ("mxfp4",),
     ),

@@ -114,7 +114,7 @@ async def _gold(instance: Instance, effort: Effort) -> list[Message]:
         out.extend((asked, result(asked, shown)))
         return shown
 
-    say(_plan(quest))
+    say(_plan(quest, quest.hops[0][0]))
     shown = await use("search", query=quest.hops[0][0].name)
     read = ""
     for hop, (entry, fact) in enumerate(quest.hops, 1):
@@ -133,9 +133,9 @@ async def _gold(instance: Instance, effort: Effort) -> list[Message]:
     return out
 
 
-def _plan(quest: _Quest) -> str:
-    """The page to look for, and the facts on the way to the answer."""
-    return f"Find {quest.hops[0][0].name}: {' '.join(_wanted(quest, hop) for hop in range(1, len(quest.hops) + 1))}"
+def _plan(quest: _Quest, entry: Entry) -> str:
+    """A page on the way to the answer, and the facts on that way."""
+    return f"Find {entry.name}: {' '.join(_wanted(quest, hop) for hop in range(1, len(quest.hops) + 1))}"
 
 
 def _wanted(quest: _Quest, hop: int) -> str:
@@ -144,14 +144,14 @@ def _wanted(quest: _Quest, hop: int) -> str:
 
 
 def _read(quest: _Quest, hop: int, lines: Sequence[str]) -> str:
-    """The plan once more, and the lines of a page up to the one that has what is sought, behind each what it is about,
-    and behind that of the last one its signs in the plan.
+    """The plan with the name of a page, and its lines up to the one that has what is sought; behind each what it is
+    about, and behind that of the last one its signs in the plan.
     """
     entry, wanted = quest.hops[hop - 1]
     kinds = [fact.kind for fact in entry.facts[: entry.facts.index(wanted)]]
     kinds.append(_wanted(quest, hop))
     read = [f"{line} {kind}" for line, kind in zip(lines[: len(kinds)], kinds, strict=True)]
-    return "\n".join([_plan(quest), *read])
+    return "\n".join([_plan(quest, entry), *read])
 
 
 def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
@@ -159,7 +159,7 @@ def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
     task = Browsing(two_hops=0.6)
     world = World(rng, False, task.towns)
     quest = task.quest(rng, world, held_out=False)
-    asked = [(f"{quest.question}\n", False), (f"{_plan(quest)}<|end|>", True)]
+    asked = [(f"{quest.question}\n", False), (f"{_plan(quest, quest.hops[0][0])}<|end|>", True)]
     if rng.random() < 0.4:
         return asked
     hop = rng.randint(1, len(quest.hops))
