@@ -94,19 +94,19 @@ def test_it_does_most_of_the_python_that_it_never_saw():
             found = measure(rollouts, make_task("python"), Effort.HIGH, 60)
     except UnavailableError as error:
         pytest.skip(f"no sandbox works on this machine: {error.message[:300]}")
-    assert found.exact >= 0.7
+    assert found.exact >= 0.8
     assert found.valid >= 0.9
 
 
 @pytest.mark.parametrize(
     ("task", "effort", "least"),
     [
-        ("hierarchy", Effort.MEDIUM, 0.7),
-        ("functions", Effort.MEDIUM, 0.6),
-        ("structured", Effort.MEDIUM, 0.6),
-        ("policies", Effort.MEDIUM, 0.35),
-        ("policies", Effort.HIGH, 0.7),
-        ("browsing", Effort.MEDIUM, 0.15),
+        ("hierarchy", Effort.MEDIUM, 0.75),
+        ("functions", Effort.MEDIUM, 0.7),
+        ("structured", Effort.MEDIUM, 0.65),
+        ("policies", Effort.MEDIUM, 0.8),
+        ("policies", Effort.HIGH, 0.8),
+        ("browsing", Effort.MEDIUM, 0.5),
     ],
 )
 def test_it_has_learned_a_good_part_of_what_it_never_saw(task, effort, least):
@@ -121,7 +121,7 @@ def test_it_adds_what_it_never_saw_where_it_thinks_long_enough():
         task = make_task("sums", {"digits": 4, "exact": True})
         at_once, written_out = (measure(rollouts, task, effort, 60).exact for effort in (Effort.LOW, Effort.HIGH))
     assert at_once <= 0.1
-    assert written_out >= 0.7
+    assert written_out >= 0.8
 
 
 def test_transformers_has_the_same_logits(tmp_path):
