@@ -77,7 +77,7 @@ _FACTS = {
     "policies": (policies.draw_facts, 9),
     "python": (problems.draw_facts, 5),
     "structured": (structured.draw_facts, 8),
-    "sums": (sums.draw_facts, 5),
+    "sums": (sums.draw_facts, 9),
 }
 # Tasks for which no developer says anything, and that need no tool but python: any of them may follow another.
 _FREE = ("about", "python", "sums")

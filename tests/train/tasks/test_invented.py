@@ -126,12 +126,20 @@ def test_a_digit_is_behind_the_same_letter_wherever_it_stands():
     assert [line[3:] for line in lines[4:]] == ["5", "57", "575", "5758"]
 
 
-def test_facts_are_steps_as_sums_have_them_or_numbers_that_are_read():
+def test_facts_are_steps_as_sums_have_them_or_numbers_that_are_read_or_put_together():
     rng = random.Random(2)
-    steps, read = set(), 0
-    for _ in range(300):
+    steps, read, put_together = set(), 0, 0
+    for _ in range(600):
         parts = draw_facts(rng)
-        if parts[-1][0].endswith("<|end|>"):
+        if parts[-1][0].endswith("<|return|>"):
+            (given, _), (answer, _) = parts
+            a, b = (int(line.partition("=")[0]) for line in given.splitlines()[:2])
+            *lines, last = answer.removesuffix("<|return|>").replace("<|end|>", "").splitlines()
+            assert int(last) in (a + b, a - b)
+            assert lines[-1].partition(":")[2] == last
+            assert not is_held_out(f"{a}{'+' if int(last) == a + b else '-'}{b}") or max(a, b) < 10 or b == 0
+            put_together += 1
+        elif parts[-1][0].endswith("<|end|>"):
             for (question, _), (answer, _) in zip(parts[::2], parts[1::2], strict=True):
                 numbers = []
                 for line, first in zip(answer.removesuffix("<|end|>").splitlines(), "aA", strict=True):
@@ -150,6 +158,7 @@ def test_facts_are_steps_as_sums_have_them_or_numbers_that_are_read():
                 steps.add(match.groups())
     assert len(steps) > 200
     assert read > 500
+    assert put_together > 150
 
 
 def answers_of(draw_facts, count: int) -> list[tuple[str, str]]:

@@ -107,6 +107,19 @@ class Sums(InventedTask):
         return [words.number_of_digits(rng, size) for size in sizes]
 
 
+class _Repetitive(Sums):
+    """Numbers of two different digits at most: where one digit follows another in several places, what comes next is
+    told only by more than the last one.
+    """
+
+    def _numbers(self, rng: random.Random) -> list[int]:
+        return [_number_of(rng, rng.choices("0123456789", k=2), rng.randint(2, self.digits)) for _ in range(2)]
+
+
+def _number_of(rng: random.Random, digits: Sequence[str], size: int) -> int:
+    return int("".join(rng.choices(digits, k=size)))
+
+
 class Sum(NamedTuple):
     """a + b, or a - b with a >= b."""
 
@@ -150,16 +163,26 @@ def fact_of(step: Step, sign: str) -> tuple[str, str]:
 
 
 def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
-    """Numbers of questions, read from the last digit on, or a few steps alone; which parts of the text are answers."""
+    """Numbers of questions, read from the last digit on; a result, put together from its steps; or a few steps alone.
+    Which parts of the text are answers.
+    """
     parts: list[tuple[str, bool]] = []
-    if rng.random() < 0.6:
-        task = Sums()
+    task = rng.choice((Sums, _Repetitive))()
+    kind = rng.random()
+    if kind < 0.45:
         for _ in range(_NUM_FACTS):
             instance = draw_instance(task, "train", rng)
             read = "\n".join(instance.data["sum"].thoughts(Effort.MEDIUM).splitlines()[:2])
             before = "\n" if parts else ""
             parts += [(f"{before}{instance.prompt}\n", False), (f"{read}<|end|>", True)]
         return parts
+    if kind < 0.8:
+        sum_of: Sum = draw_instance(task, "train", rng).data["sum"]
+        num_steps = len(steps_of(sum_of.a, sum_of.b, sum_of.sign))
+        lines = sum_of.thoughts(Effort.HIGH).splitlines()
+        steps, put_together = lines[: 2 + num_steps], lines[2 + num_steps :]
+        answer = "\n".join(put_together) + f"<|end|>\n{sum_of.result}<|return|>"
+        return [("\n".join(steps) + "\n", False), (answer, True)]
     for _ in range(_NUM_FACTS):
         sign = rng.choice("+-")
         asked, answer = fact_of(Step.of(rng.randrange(10), sign, rng.randrange(10), rng.randrange(2)), sign)
