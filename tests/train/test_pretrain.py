@@ -128,7 +128,10 @@ def test_plain_language_is_mixed_in(settings, tokenizer):
 
 
 def test_of_facts_the_answers_alone_are_learned(settings, tokenizer):
-    """An answer stands behind "=" in sums, behind ":" or in a line of its own elsewhere."""
+    """An answer stands behind "=" in sums, behind the header of a message where the first words of a thought about
+    functions are practised, behind ":" or in a line of its own elsewhere.
+    """
+    forms = {"=": r"[01]\d", ">": r"[a-z]+(_| the)", ":": r" [^\n]+", "\n": r"(?s).+\S"}
     long = replace(settings, facts=1.0, max_tokens=8192, pass_tokens=8192)
     mix = make_mix(["sums", "policies", "structured", "functions", "about"])
     kinds = set()
@@ -142,10 +145,10 @@ def test_of_facts_the_answers_alone_are_learned(settings, tokenizer):
         ]
         for (_, asked), (is_learned, answer) in itertools.pairwise(runs):
             if is_learned:
-                assert re.fullmatch({"=": r"[01]\d", ":": r" [^\n]+", "\n": r"(?s).+\S"}[asked[-1]], answer)
+                assert re.fullmatch(forms[asked[-1]], answer)
                 kinds.add(asked[-1])
         assert sum(is_learned for is_learned, _ in runs) >= 6
-    assert kinds == {"=", ":", "\n"}
+    assert kinds == set(forms)
 
 
 def test_conversations_mix_tasks_for_which_no_developer_says_anything(settings, tokenizer):
@@ -202,7 +205,11 @@ def test_facts_are_of_the_tasks_that_are_trained(settings, tokenizer):
     sample = draw_sample(replace(settings, facts=1.0, max_tokens=4096), make_mix(["sums"]), tokenizer, "train", 0)
     assert sample is not None
     step, read = r"\d[+-]\d[+-]\d=\d\d\n", r".*\d.*\n\d+=a.*\n\d+=A.*<\|end\|>\n?"
-    assert re.fullmatch(rf"<\|startoftext\|>({step}|{read})+", tokenizer.decode(sample.token_ids_L.tolist()))
+    put_together = r"\d+=a.*\n\d+=A.*\n(\w+:\d[+-]\d[+-]\d=\d\d\w\d\n)+(\w\d:\d+\n)+"
+    put_together = put_together.removesuffix(r"\n)+") + r"(\n|<\|end\|>\n))+\d+<\|return\|>\n?"
+    assert re.fullmatch(
+        rf"<\|startoftext\|>({step}|{read}|{put_together})+", tokenizer.decode(sample.token_ids_L.tolist())
+    )
     with pytest.raises(ConfigError, match=r"none of the tasks has parts to practise; expected one of browsing"):
         replace(settings, facts=0.1, tasks=("about",)).check()
 
