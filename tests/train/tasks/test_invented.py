@@ -289,14 +289,19 @@ def test_facts_of_rules_lead_to_the_answer():
 
 def test_facts_of_code_give_the_answer_when_run():
     rng = random.Random(1)
-    for _ in range(20):
-        parts = problems.draw_facts(rng)
-        for (asked, _), (answer, _) in zip(parts[::2], parts[1::2], strict=True):
+    num_repetitive = 0
+    for _ in range(40):
+        parts = [text for text, _ in problems.draw_facts(rng)]
+        for asked, code, shown, answer in zip(parts[::4], parts[1::4], parts[2::4], parts[3::4], strict=True):
             assert asked.endswith("\n")
-            *imports, expression = answer.removesuffix("<|call|>").splitlines()
-            assert answer.endswith("<|call|>")
+            *imports, expression = code.removesuffix("<|call|>").splitlines()
+            assert code.endswith("<|call|>")
             assert imports in ([], ["import math"])
-            assert eval(expression, {"math": math}) is not None
+            value = eval(expression, {"math": math})
+            assert shown == f"\n{value!r}\n"
+            assert answer == f"{value}<|return|>"
+            num_repetitive += len(set(re.findall(r"\d", expression))) <= 2 and len(re.findall(r"\d", expression)) > 4
+    assert num_repetitive > 20
 
 
 def test_facts_of_pages_are_a_plan_and_the_lines_up_to_its_fact():

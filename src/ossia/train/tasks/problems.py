@@ -75,7 +75,7 @@ DIVISOR = Phrases(_ASK + "the [greatest common divisor|gcd] of {a} and {b}[.|?|]
 FACTORIAL = Phrases(_ASK + "the factorial of {a}[.|?|]", _ASK + "{a}![.|?|]")
 
 
-_NUM_FACTS = 3
+_NUM_FACTS, _QUOTES = 3, "'"
 
 
 def draw(rng: random.Random, held_out: bool) -> Problem:
@@ -84,13 +84,28 @@ def draw(rng: random.Random, held_out: bool) -> Problem:
 
 
 def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
-    """Questions and their code; which parts of the text are the answers."""
+    """Questions and their code, values and answers, half of them of numbers that are easily taken for each other; which
+    parts of the text are the answers.
+    """
     parts: list[tuple[str, bool]] = []
     for _ in range(_NUM_FACTS):
-        problem = draw(rng, held_out=False)
+        problem = draw(rng, held_out=False) if rng.random() < 0.5 else _repetitive(rng)
         before = "\n" if parts else ""
         parts += [(f"{before}{problem.question}\n", False), (f"{problem.code}<|call|>", True)]
+        parts.append((f"\n{problem.value}\n", False))
+        parts.append((f"{problem.value.strip(_QUOTES)}<|return|>", True))
     return parts
+
+
+def _repetitive(rng: random.Random) -> Problem:
+    """A list or a product of numbers that have two different digits at most, all together."""
+    digits = rng.choices("0123456789", k=2)
+    if rng.random() < 0.7:
+        return _problem_of_list(
+            rng, [words.number_of(rng, digits, rng.randint(1, 4)) for _ in range(rng.randint(3, 6))]
+        )
+    a, b = (words.number_of(rng, digits, rng.randint(2, 6)) for _ in range(2))
+    return Problem(PRODUCT.pick(rng, a=a, b=b), f"{a} * {b}", str(a * b))
 
 
 def _two(rng: random.Random) -> tuple[int, int]:
@@ -118,7 +133,10 @@ def _power(rng: random.Random, held_out: bool) -> Problem:
 
 
 def _of_list(rng: random.Random, held_out: bool) -> Problem:
-    numbers = [words.number_of_digits(rng, rng.randint(1, 4)) for _ in range(rng.randint(3, 6))]
+    return _problem_of_list(rng, [words.number_of_digits(rng, rng.randint(1, 4)) for _ in range(rng.randint(3, 6))])
+
+
+def _problem_of_list(rng: random.Random, numbers: list[int]) -> Problem:
     written = ", ".join(map(str, numbers[:-1])) + rng.choice((" and ", ", ")) + str(numbers[-1])
     forms, function = rng.choice(((TOTAL, "sum"), (MAXIMUM, "max"), (MINIMUM, "min"), (SORTED, "sorted")))
     functions: dict[str, Callable[[list[int]], object]] = {"sum": sum, "max": max, "min": min, "sorted": sorted}

@@ -113,11 +113,7 @@ class _Repetitive(Sums):
     """
 
     def _numbers(self, rng: random.Random) -> list[int]:
-        return [_number_of(rng, rng.choices("0123456789", k=2), rng.randint(2, self.digits)) for _ in range(2)]
-
-
-def _number_of(rng: random.Random, digits: Sequence[str], size: int) -> int:
-    return int("".join(rng.choices(digits, k=size)))
+        return [words.number_of(rng, rng.choices("0123456789", k=2), rng.randint(2, self.digits)) for _ in range(2)]
 
 
 class Sum(NamedTuple):
