@@ -36,6 +36,8 @@
     pages      the plan has the page's name, while the rate falls
     qat        with what MXFP4 keeps, until the rate has fallen
 
+Forms of thoughts are named where they were new; all stages have today's.
+
 Sources  the order: `ossia.train.tasks.language`; Muon for the inner matrices:
          https://kellerjordan.github.io/posts/muon/; a rate that falls from the start: arXiv:2502.15938.
 """

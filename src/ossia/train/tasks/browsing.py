@@ -45,7 +45,7 @@ class _Quest(NamedTuple):
 
 class Browsing(InventedTask):
     name = "browsing"
-    # Without a thought fewer are right, however many are trained.
+    # Without a thought hardly any is right.
     efforts: ClassVar[Mapping[Effort, float]] = {Effort.LOW: 1.0, Effort.MEDIUM: 3.0, Effort.HIGH: 3.0}
 
     def __init__(self, two_hops: float = 0.35, towns: int = 2) -> None:

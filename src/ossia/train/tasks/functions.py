@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from ossia.harmony import Effort, Message, ToolNamespace
 from ossia.harmony.messages import ToolDescription
@@ -17,7 +17,7 @@ from ossia.harmony.typescript import typescript
 from ossia.tools.base import Tool, ToolOutput
 from ossia.train.tasks import words
 from ossia.train.tasks.base import Instance, Reward, Transcript
-from ossia.train.tasks.invented import InventedTask, call, compact, final, result, same_json, think
+from ossia.train.tasks.invented import MOSTLY_THINKING, InventedTask, call, compact, final, result, same_json, think
 from ossia.train.tasks.phrases import Phrases
 
 OPENING = Phrases(
@@ -33,8 +33,7 @@ _ERROR = {"error": "not found"}
 
 class FunctionCalls(InventedTask):
     name = "functions"
-    # Without a thought fewer are right, however many are trained.
-    efforts: ClassVar[Mapping[Effort, float]] = {Effort.LOW: 1.0, Effort.MEDIUM: 2.0, Effort.HIGH: 2.0}
+    efforts = MOSTLY_THINKING
 
     def __init__(self, most: int = 4) -> None:
         """``most`` functions are declared at most."""
@@ -296,7 +295,7 @@ def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
             fits = rng.random() < 0.6
             wanted = rng.choice(functions) if fits else draw_function(rng, held_out=False)
             request = _ask(rng, wanted)
-            begun = thoughts(wanted, request, fits).split()[0].split("_")[0] + ("_" if fits else " the")
+            begun = wanted.errand.split()[0] + ("_" if fits else " the")
             parts += [(f"{request}<|message|>", False), (begun, True), ("\n", False)]
         return parts
     wanted = rng.choice(functions)

@@ -11,10 +11,12 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ossia.harmony import Channel, Message, Role
+from ossia.harmony import Channel, Effort, Message, Role
 from ossia.train.tasks.base import Instance, Task
 
 _HELD_OUT_DRAWS = 0.25
+# How often each effort is asked for where fewer are right without a thought.
+MOSTLY_THINKING: Mapping[Effort, float] = {Effort.LOW: 1.0, Effort.MEDIUM: 2.0, Effort.HIGH: 2.0}
 
 
 class InventedTask(Task):

@@ -8,13 +8,13 @@ pairs of features never occur in one rule of the training side: they make the "u
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from ossia.harmony import DeveloperContent, Effort, Message, Role
 from ossia.train.tasks import words
 from ossia.train.tasks.base import Instance
-from ossia.train.tasks.invented import InventedTask, compact, final, same_json, think
+from ossia.train.tasks.invented import MOSTLY_THINKING, InventedTask, compact, final, same_json, think
 from ossia.train.tasks.phrases import Phrases
 
 TOPICS = {
@@ -50,8 +50,7 @@ class Policies(InventedTask):
     """Verdicts on messages; ``combinations``: held-out instances have a rule that was never seen as a whole."""
 
     name = "policies"
-    # Without a thought fewer are right, however many are trained.
-    efforts: ClassVar[Mapping[Effort, float]] = {Effort.LOW: 1.0, Effort.MEDIUM: 2.0, Effort.HIGH: 2.0}
+    efforts = MOSTLY_THINKING
 
     def __init__(self, combinations: bool = True) -> None:
         self.combinations = combinations

@@ -75,7 +75,7 @@ DIVISOR = Phrases(_ASK + "the [greatest common divisor|gcd] of {a} and {b}[.|?|]
 FACTORIAL = Phrases(_ASK + "the factorial of {a}[.|?|]", _ASK + "{a}![.|?|]")
 
 
-_NUM_FACTS, _QUOTES = 3, "'"
+_NUM_FACTS = 3
 
 
 def draw(rng: random.Random, held_out: bool) -> Problem:
@@ -90,10 +90,9 @@ def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
     parts: list[tuple[str, bool]] = []
     for _ in range(_NUM_FACTS):
         problem = draw(rng, held_out=False) if rng.random() < 0.5 else _repetitive(rng)
-        before = "\n" if parts else ""
+        before, said = "\n" if parts else "", problem.value.strip("'")
         parts += [(f"{before}{problem.question}\n", False), (f"{problem.code}<|call|>", True)]
-        parts.append((f"\n{problem.value}\n", False))
-        parts.append((f"{problem.value.strip(_QUOTES)}<|return|>", True))
+        parts += [(f"\n{problem.value}\n", False), (f"{said}<|return|>", True)]
     return parts
 
 
@@ -102,9 +101,9 @@ def _repetitive(rng: random.Random) -> Problem:
     digits = rng.choices("0123456789", k=2)
     if rng.random() < 0.7:
         return _problem_of_list(
-            rng, [words.number_of(rng, digits, rng.randint(1, 4)) for _ in range(rng.randint(3, 6))]
+            rng, [words.number_made_of(rng, digits, rng.randint(1, 4)) for _ in range(rng.randint(3, 6))]
         )
-    a, b = (words.number_of(rng, digits, rng.randint(2, 6)) for _ in range(2))
+    a, b = (words.number_made_of(rng, digits, rng.randint(2, 6)) for _ in range(2))
     return Problem(PRODUCT.pick(rng, a=a, b=b), f"{a} * {b}", str(a * b))
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from ossia.harmony import DeveloperContent, Effort, Message, Role
 from ossia.harmony.messages import ResponseFormat
 from ossia.train.tasks import words
 from ossia.train.tasks.base import Instance
-from ossia.train.tasks.invented import InventedTask, compact, final, same_json, think
+from ossia.train.tasks.invented import MOSTLY_THINKING, InventedTask, compact, final, same_json, think
 from ossia.train.tasks.phrases import Phrases
 
 ASK = Phrases(
@@ -26,8 +26,7 @@ ASK = Phrases(
 
 class Structured(InventedTask):
     name = "structured"
-    # Without a thought fewer are right, however many are trained.
-    efforts: ClassVar[Mapping[Effort, float]] = {Effort.LOW: 1.0, Effort.MEDIUM: 2.0, Effort.HIGH: 2.0}
+    efforts = MOSTLY_THINKING
 
     def draw(self, rng: random.Random, held_out: bool) -> Instance:
         kind = rng.randrange(len(_KINDS))

@@ -113,7 +113,9 @@ class _Repetitive(Sums):
     """
 
     def _numbers(self, rng: random.Random) -> list[int]:
-        return [words.number_of(rng, rng.choices("0123456789", k=2), rng.randint(2, self.digits)) for _ in range(2)]
+        return [
+            words.number_made_of(rng, rng.choices("0123456789", k=2), rng.randint(2, self.digits)) for _ in range(2)
+        ]
 
 
 class Sum(NamedTuple):

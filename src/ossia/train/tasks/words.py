@@ -236,7 +236,7 @@ def product(rng: random.Random, held_out: bool = False) -> str:
     return f"{name} {rng.choice((1, 2, 3, 5, 7, 10, 20, 50, 100, 300))}" if rng.random() < 0.3 else name
 
 
-def number_of(rng: random.Random, digits: Sequence[str], size: int) -> int:
+def number_made_of(rng: random.Random, digits: Sequence[str], size: int) -> int:
     """A number of that many digits, each one of ``digits``; zeros in front are no part of it."""
     return int("".join(rng.choices(digits, k=size)))
 
