@@ -75,6 +75,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/harmony.py
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/masks.py
+	$(BIN)/python benchmarks/rounding.py
 	@test -d build/bench/shape-20b-4 || $(BIN)/ossia checkpoint new build/bench/shape-20b-4 --shape 20b --layers 4
 	$(BIN)/python benchmarks/adapters.py --model build/bench/shape-20b-4
 	$(BIN)/python benchmarks/vs_llamacpp.py

@@ -368,6 +368,13 @@ class Context {
     });
   }
 
+  void round_mxfp4(nb::handle x_N, nb::handle out_N) {
+    const Floats x(x_N, 1);
+    const FloatsOut out(out_N, 1);
+    expect(x.size() % ossia::kBlock == 0 && out.size() == x.size(), "round_mxfp4: not blocks of 32, or shapes differ");
+    run([&] { kernels_->round_mxfp4(work_, x.data(), x.size() / ossia::kBlock, out.data()); });
+  }
+
   // Without g_TQH the forward pass, which writes out and lse; with it the way back, which reads them.
   void training_attention(nb::handle q_TQH, nb::handle k_TKH, nb::handle v_TKH, nb::handle sinks_Q, nb::handle starts_N1,
                           int64_t window, nb::handle out_TQH, nb::handle lse_TQ, nb::handle g_TQH, nb::handle dq_TQH,
@@ -524,6 +531,7 @@ NB_MODULE(_kernels, m) {
            "dots_N"_a)
       .def("take_rows", &Context::take_rows, "source_TD"_a, "indices_N"_a, "weights_N"_a.none(), "out_MD"_a)
       .def("add_rows", &Context::add_rows, "rows_MD"_a, "indices_N"_a, "weights_N"_a.none(), "out_TD"_a)
+      .def("round_mxfp4", &Context::round_mxfp4, "x_N"_a, "out_N"_a)
       .def("training_attention", &Context::training_attention, "q_TQH"_a, "k_TKH"_a, "v_TKH"_a, "sinks_Q"_a, "starts_N1"_a,
            "window"_a, "out_TQH"_a, "lse_TQ"_a, "g_TQH"_a.none() = nb::none(), "dq_TQH"_a.none() = nb::none(),
            "dk_TKH"_a.none() = nb::none(), "dv_TKH"_a.none() = nb::none(), "dots_TQ"_a.none() = nb::none())

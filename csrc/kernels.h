@@ -197,6 +197,8 @@ struct Kernels {
   // Rows, times weights unless null, onto some rows of out, none of them twice.
   void (*add_rows)(Workspace&, const Rows& rows, const int64_t* indices, const float* weights, int64_t count, int64_t dim,
                    float* out);
+  // Blocks of 32 numbers as MXFP4 holds them, by the scale with the least squared error; NaN where not all are finite.
+  void (*round_mxfp4)(Workspace&, const float* x, int64_t num_blocks, float* out);
   // From q, k, v and sinks: out and lse; with these and g: dq, dk, dv and dots.
   void (*training_attention)(Workspace&, const TrainingAttention&);
   void (*training_attention_backward)(Workspace&, const TrainingAttention&);

@@ -14,7 +14,7 @@ namespace ossia::OSSIA_NS {
 
 extern const Kernels kernels;
 const Kernels kernels = {OSSIA_TEXT(OSSIA_NS), kTileRows, embed, rms_norm, rope, linear, moe, attention, pack_q8, dequantize,
-                         rms_norm_backward, swiglu, swiglu_backward, take_rows, add_rows, training_attention,
-                         training_attention_backward, integer_products};
+                         rms_norm_backward, swiglu, swiglu_backward, take_rows, add_rows, round_mxfp4,
+                         training_attention, training_attention_backward, integer_products};
 
 }  // namespace ossia::OSSIA_NS

@@ -93,7 +93,69 @@ void add_rows_of(Workspace& work, const Number* rows, const int64_t* indices, co
   });
 }
 
+// The numbers of E2M1 that are nearest to 32 magnitudes below 16, ties to the even code: codes are steps of 0.5 up to 2, of
+// 1 up to 4, of 2 up to 6. Gives the sum of squared errors, halves added to halves.
+OSSIA_INLINE float nearest_numbers(const float* x, float unit, float* out) {
+  constexpr float kRound = 0x1p23f;  // beyond it floats are whole numbers: adding it rounds to one, ties to even
+  float errors[kBlock];
+  for (int i = 0; i < kBlock; ++i) {
+    const float magnitude = x[i] * unit;
+    float code = (magnitude + magnitude + kRound) - kRound;
+    code = least(code, (magnitude + kRound) - kRound + 2);
+    code = least(code, (magnitude * 0.5f + kRound) - kRound + 4);
+    code = least(code, 7.0f);
+    out[i] = greatest(greatest(code * 0.5f, code - 2), code * 2 - 8);
+    const float difference = magnitude - out[i];
+    errors[i] = difference * difference;
+  }
+  for (int half = kBlock / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) errors[i] += errors[i + half];
+  return errors[0];
+}
+
+// As `quantize` and `dequantize` of ossia/ops/mxfp4.py with the rule "best", step by step, so that all bits are the same.
+OSSIA_INLINE void round_block(const float* x, float* out) {
+  constexpr int kBias = 127;
+  uint32_t largest_bits = 0;
+  for (int i = 0; i < kBlock; ++i) largest_bits = greatest(largest_bits, bits_as<uint32_t>(x[i]) & 0x7fffffff);
+  if (largest_bits >= 0x7f800000) {
+    for (int i = 0; i < kBlock; ++i) out[i] = bits_as<float>(0x7fc00000u);
+    return;
+  }
+  const auto power = [](int exponent) {
+    const int biased = exponent + kBias;
+    return bits_as<float>(biased ? static_cast<uint32_t>(biased) << 23 : 0x00400000u);
+  };
+  // The largest of E2M1's powers of two is 4 = 2^2; below the smallest scale's reach all is counted in that scale.
+  const int exponent = greatest(static_cast<int>(largest_bits >> 23) - kBias - 2, -kBias);
+  float scaled[kBlock], numbers[kBlock], other[kBlock], largest = 0;
+  for (int i = 0; i < kBlock; ++i) {
+    scaled[i] = std::fabs(x[i]) * power(-exponent);
+    largest = greatest(largest, scaled[i]);
+  }
+  const float error = nearest_numbers(scaled, 1, numbers);
+  float least_error = error;
+  const auto try_scale = [&](int step, float unit) {
+    if (exponent + step < -kBias) return;
+    const float other_error = nearest_numbers(scaled, 1 / unit, other) * (unit * unit);
+    if (!(other_error < least_error)) return;
+    least_error = other_error;
+    for (int i = 0; i < kBlock; ++i) numbers[i] = other[i] * unit;
+  };
+  if (largest > 7) try_scale(1, 2);
+  if (error > (largest - 3) * (largest - 3)) try_scale(-1, 0.5f);
+  for (int i = 0; i < kBlock; ++i) out[i] = std::copysign(numbers[i] * power(exponent), x[i]);
+}
+
 }  // namespace
+
+void round_mxfp4(Workspace& work, const float* x, int64_t num_blocks, float* out) {
+  constexpr int64_t kBlocks = 256;
+  work.pool.for_each(divide_up(num_blocks, kBlocks), num_blocks * kBlock >= kWorthSharing, [&](int64_t chunk, int) {
+    for (int64_t b = chunk * kBlocks; b < least((chunk + 1) * kBlocks, num_blocks); ++b)
+      round_block(x + b * kBlock, out + b * kBlock);
+  });
+}
 
 // With r = 1 / sqrt(mean_d x[t, d]^2 + eps) and m = mean_d g[t, d] scale[d] x[t, d]:
 //   dx[t, d] = r g[t, d] scale[d] - r^3 m x[t, d];  dscale[d] = g[t, d] r x[t, d]

@@ -13,5 +13,6 @@ void take_rows(Workspace&, const Rows& source, const int64_t* indices, const flo
                int64_t num_out, int64_t dim, const Rows& out);
 void add_rows(Workspace&, const Rows& rows, const int64_t* indices, const float* weights, int64_t count, int64_t dim,
               float* out);
+void round_mxfp4(Workspace&, const float* x, int64_t num_blocks, float* out);
 
 }  // namespace ossia::OSSIA_NS

@@ -7,7 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tests.model.conftest import one_sequence
+from tests.ops.test_cpu import ISAS
 
+from ossia import _kernels
 from ossia.errors import InputError
 from ossia.model import transformer
 from ossia.model.adapter import read_adapter, write_adapter
@@ -15,14 +17,14 @@ from ossia.model.config import ModelConfig
 from ossia.model.random_checkpoint import write_random_checkpoint
 from ossia.model.weights import Checkpoint, load_weights
 from ossia.ops import Mxfp4
-from ossia.ops.mxfp4 import dequantize, pack_codes, quantize
+from ossia.ops.mxfp4 import BLOCK, dequantize, pack_codes, quantize
 from ossia.ops.reference import ReferenceOps
 from ossia.train import quantize as train_quantize
 from ossia.train.export import export
 from ossia.train.lora import LoraConfig, to_adapter
 from ossia.train.merged import Merged
 from ossia.train.module import Model
-from ossia.train.quantize import fake_quantize
+from ossia.train.quantize import fake_quantize, rounded_by_torch
 
 SMALL = ModelConfig(
     num_layers=2,
@@ -69,6 +71,21 @@ def test_the_forward_pass_sees_exactly_what_an_export_writes(dtype, rule, kind):
     np.testing.assert_array_equal(np.signbit(got.double().numpy()), np.signbit(want))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_kernel_of_every_instruction_set_reaches_the_bits_of_torch(isa, kind):
+    x = numbers(kind)
+    out = np.empty_like(x)
+    _kernels.Context(isa, 2).round_mxfp4(x.reshape(-1), out.reshape(-1))
+    want = rounded_by_torch(torch.from_numpy(x).view(-1, BLOCK)).numpy().reshape(x.shape)
+    np.testing.assert_array_equal(out.view(np.uint32), want.view(np.uint32))
+
+
+def test_a_strided_matrix_is_rounded_as_its_copy():
+    weight = torch.from_numpy(numbers("heavy"))[:, ::2]
+    assert not weight.is_contiguous() and torch.equal(fake_quantize(weight), fake_quantize(weight.contiguous()))
+
+
 def test_both_rules_are_exercised_by_those_numbers():
     assert any(
         (quantize(numbers(kind), "floor").scales != quantize(numbers(kind), "best").scales).any() for kind in KINDS
@@ -109,7 +126,7 @@ def test_what_is_on_the_grid_stays_what_it_is():
 
 
 def test_pieces_of_a_large_matrix_are_rounded_as_the_whole(monkeypatch):
-    weight = torch.from_numpy(numbers("heavy"))
+    weight = torch.from_numpy(numbers("heavy")).double()
     whole = fake_quantize(weight)
     monkeypatch.setattr(train_quantize, "_CHUNK_VALUES", 64)
     assert torch.equal(fake_quantize(weight), whole)

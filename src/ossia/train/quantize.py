@@ -4,18 +4,21 @@
     backward   the identity: a weight learns as if it had not been rounded (straight-through estimator)
 
 The rounding is the same few IEEE operations in the same order as in numpy, so that a model is trained with the very
-weights that `ossia export --format mxfp4` writes, on every device that keeps subnormal numbers.
+weights that `ossia export --format mxfp4` writes, on every device that keeps subnormal numbers. float32 on a CPU is
+rounded by a kernel in C++, everything else by torch.
 
 Source of the estimator: Bengio, Léonard, Courville, arXiv:1308.3432, section 4.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ossia import _kernels
 from ossia.errors import InputError
 from ossia.ops.mxfp4 import BLOCK, E2M1_MAX_EXPONENT, E2M1_VALUES, SCALE_BIAS, ScaleRule
 
@@ -38,13 +41,16 @@ def fake_quantize(weight: Tensor, rule: ScaleRule = "best") -> Tensor:
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, rule: ScaleRule) -> Tensor:
-        x_B32 = weight.detach().reshape(-1, BLOCK)
+        x_B32 = weight.detach().contiguous().view(-1, BLOCK)
         out_B32 = torch.empty_like(x_B32)
+        if rule == "best" and weight.dtype == torch.float32 and weight.device.type == "cpu":
+            _kernels_of(torch.get_num_threads()).round_mxfp4(x_B32.view(-1).numpy(), out_B32.view(-1).numpy())
+            return out_B32.view(weight.shape)
         step = _CHUNK_VALUES // BLOCK
         for start in range(0, len(x_B32), step):
             chunk = x_B32[start : start + step]
             numbers = chunk if chunk.dtype == torch.float64 else chunk.float()
-            out_B32[start : start + step] = _rounded(numbers, rule)
+            out_B32[start : start + step] = rounded_by_torch(numbers, rule)
         return out_B32.reshape(weight.shape)
 
     @staticmethod
@@ -52,8 +58,13 @@ class _StraightThrough(torch.autograd.Function):
         return gradients[0], None
 
 
-def _rounded(x_B32: Tensor, rule: ScaleRule) -> Tensor:
-    """As `ossia.ops.mxfp4`, step by step; without indices that a GPU would have to wait for."""
+@cache
+def _kernels_of(num_threads: int) -> _kernels.Context:
+    return _kernels.Context(_kernels.best_isa(), num_threads)
+
+
+def rounded_by_torch(x_B32: Tensor, rule: ScaleRule = "best") -> Tensor:
+    """Blocks [B, 32] as `ossia.ops.mxfp4`, step by step; without indices that a GPU would have to wait for."""
     magnitudes = x_B32.abs()
     largest_B = magnitudes.amax(dim=-1)
     finite_B = largest_B.isfinite()
