@@ -175,6 +175,22 @@ def test_a_brief_system_message_tells_the_effort_and_nothing_else(settings, toke
     assert re.match(r"<\|start\|>system<\|message\|>Reasoning: (low|medium|high)\n*<\|end\|><\|start\|>user", text)
 
 
+@pytest.mark.parametrize("brief", [0.0, 1.0])
+@pytest.mark.parametrize("pondering", [0.0, 1.0])
+def test_low_effort_may_think_and_is_still_told_as_low(settings, tokenizer, pondering, brief):
+    longer = replace(settings, pondering=pondering, brief=brief, pass_tokens=2000, max_tokens=2000)
+    thinks = set()
+    for number in range(40):
+        sample = draw_sample(longer, make_mix(["sums"]), tokenizer, "train", number)
+        assert sample is not None
+        text = tokenizer.decode(sample.token_ids_L.tolist())
+        if "Reasoning: low" in text:
+            thinks.add("<|channel|>analysis" in text)
+        else:
+            assert "<|channel|>analysis" in text
+    assert thinks == {bool(pondering)}
+
+
 @pytest.mark.parametrize("evenness", [0.0, 0.5, 1.0])
 def test_short_answers_can_weigh_as_much_as_long_ones(settings, tokenizer, evenness):
     """A token's weight falls with the number of an answer's tokens as the setting says: not at all, or inversely."""

@@ -100,6 +100,12 @@ class PretrainConfig(TrainConfig):
         low=0,
         high=1,
     )
+    pondering: float = setting(
+        0.0,
+        "Share of conversations at low effort that think as at medium effort: what reinforcement may find to pay.",
+        low=0,
+        high=1,
+    )
     idle_tools: float = setting(
         0.0, "Share of conversations with python or the browser beside what they need.", low=0, high=1
     )
@@ -231,6 +237,9 @@ def draw_sample(
     is_brief = rng.random() < settings.brief
     free = {task: weight for task, weight in mix.tasks.items() if task.name in _FREE}
     is_mixed = draw.task in free and rng.random() < settings.mixed
+    effort = draw.effort
+    if effort is Effort.LOW and settings.pondering and rng.random() < settings.pondering:
+        draw = draw._replace(effort=Effort.MEDIUM)
     while num_turns:
         if is_mixed:
             tasks = rng.choices(list(free), list(free.values()), k=num_turns - 1)
@@ -239,7 +248,9 @@ def draw_sample(
         else:
             gold = gold_conversation_of_turns(draw, num_turns, rng, beside)
         if is_brief:
-            gold = Conversation((_brief(draw.effort), *gold.messages[1:]))
+            gold = Conversation((_brief(effort), *gold.messages[1:]))
+        elif effort is not draw.effort:
+            gold = Conversation((_told(gold.messages[0], effort), *gold.messages[1:]))
         sample = _conversation_sample(settings, gold, tokenizer, keeps_thoughts)
         if len(sample) <= settings.max_tokens:
             return _evened(sample, settings.evenness)
@@ -249,6 +260,13 @@ def draw_sample(
 
 def _brief(effort: Effort) -> Message:
     return Message(Role.SYSTEM, SystemContent(model_identity=None, knowledge_cutoff=None, effort=effort, channels=()))
+
+
+def _told(system: Message, effort: Effort) -> Message:
+    """A system message with another effort."""
+    (content,) = system.content
+    assert isinstance(content, SystemContent)
+    return replace(system, content=(replace(content, effort=effort),))
 
 
 def _evened(sample: Sample, evenness: float) -> Sample:
