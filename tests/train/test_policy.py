@@ -90,7 +90,7 @@ def test_the_trainer_by_itself_chooses_the_experts_that_the_engine_recorded(path
     for one in passes(rollouts):
         chosen = model.recorded_routing(one.batch)
         is_last = np.zeros(one.num_tokens, bool)
-        is_last[one.batch.query_starts_N1[1:] - 1] = True
+        is_last[one.batch.shared.rows_E[one.batch.query_starts_N1[1:] - 1]] = True
         for recorded_TA, layer in zip(one.experts, chosen, strict=True):
             np.testing.assert_array_equal(recorded_TA[~is_last], layer.experts_TA.numpy()[~is_last])
 
@@ -134,6 +134,68 @@ def test_under_rounding_the_engine_samples_from_what_is_trained(path):
         one = passes(done.run([Exercise(TaskMix({Vowels(): 1}).draw("train", 0, 0), 1)]))[0]
     met = PolicyObjective(model, Objective(), temperature=1.0).logprobs(one, torch.device("cpu"))
     np.testing.assert_allclose(met, one.model_R, atol=1e-4)
+
+
+# What rollouts have in common ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def group(path) -> list[Rollout]:
+    """Two prompts, three rollouts of each, and one of them twice."""
+    with Rollouts(
+        make_engine(path, backends.load("reference")), TOKENIZER, RolloutConfig(max_tokens=40), routing=True
+    ) as rollouts:
+        draws = [TaskMix({Vowels(): 1}).draw("train", 0, i) for i in range(2)]
+        done = rollouts.run([Exercise(draws[i % 2], i) for i in range(6)])
+    return [*done, done[2]]
+
+
+@pytest.mark.parametrize("trainable", ["full", "lora"])
+def test_what_rollouts_begin_with_alike_is_computed_once_and_learned_from_as_if_it_was_not(path, group, trainable):
+    model = Model.open(path, trainable=trainable)
+    random = np.random.default_rng(0)
+    mixed = [Lesson(one, random.standard_normal(one.num_sampled).astype(np.float32)) for one in group]
+    mixed[-1] = replace(mixed[-1], advantages_R=mixed[2].advantages_R)
+    gradients, logprobs, sizes = [], [], []
+    for pass_tokens in (1, 100_000):
+        made = make_passes(mixed, pass_tokens=pass_tokens, average="token")
+        objective = PolicyObjective(model, Objective(), temperature=1.0)
+        model.zero_grad()
+        for one in made:
+            objective.terms(to_device(one, torch.device("cpu")))[0].backward()
+        gradients.append({name: one.grad.clone() for name, one in model.state().items() if one.grad is not None})
+        logprobs.append(np.concatenate([objective.logprobs(one, torch.device("cpu")) for one in made]))
+        sizes.append((len(made), sum(one.num_tokens for one in made)))
+    (num_alone, tokens_alone), (num_together, tokens_together) = sizes
+    assert (num_alone, num_together) == (len(group), 1)
+    prompts = {tuple(one.token_ids_L[: int(one.sampled_L.argmax())].tolist()) for one in group}
+    saved = sum(int(one.sampled_L.argmax()) for one in group) - sum(map(len, prompts))
+    assert tokens_alone == sum(len(one.token_ids_L) for one in group)
+    assert tokens_together <= tokens_alone - saved - (len(group[2].token_ids_L) - int(group[2].sampled_L.argmax()) - 1)
+    np.testing.assert_allclose(logprobs[1], logprobs[0], atol=1e-5)
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=2e-5, rtol=1e-4)
+
+
+def test_where_two_rollouts_were_routed_otherwise_they_have_nothing_in_common(group):
+    one = group[2]
+    first = int(one.sampled_L.argmax())
+    assert one.routing_LA is not None
+    routing_LA = one.routing_LA.copy()
+    routing_LA[first - 5] = (routing_LA[first - 5] + 1) % 4
+    [together] = make_passes(lessons([one, one]), pass_tokens=100_000, average="token")
+    [apart] = make_passes(lessons([one, replace(one, routing_LA=routing_LA)]), pass_tokens=100_000, average="token")
+    length = len(one.token_ids_L)
+    assert together.num_tokens == length + 1
+    assert apart.num_tokens == 2 * length - (first - 5)
+
+
+def test_a_pass_has_no_more_tokens_than_it_may(rollouts):
+    for pass_tokens in (200, 400, 800):
+        made = make_passes(lessons(rollouts), pass_tokens=pass_tokens, average="token")
+        assert sum(one.num_sequences for one in made) == len(rollouts)
+        assert all(one.num_tokens <= pass_tokens or one.num_sequences == 1 for one in made)
 
 
 # What is learned from ------------------------------------------------------------------------------------------------

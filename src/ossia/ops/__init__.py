@@ -119,6 +119,17 @@ class Routing(NamedTuple):
     weights_TA: Array  # float32, rows sum to 1
 
 
+class Shared(NamedTuple):
+    """How sequences attend of which some begin alike, where training computes what they have in common once.
+
+    ``rows_E`` are the tokens of all sequences, each whole and behind the one before, as places in the batch;
+    ``places_T`` says of each token of the batch where in ``rows_E`` its output is taken from.
+    """
+
+    rows_E: Array
+    places_T: Array
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """One forward pass over N sequences in flat arrays, all int32.
@@ -129,7 +140,8 @@ class Batch:
     valid from the block of the first key that any query of this pass may see; before that it may hold -1, and unused
     ends of both tables hold -1. A pass without a cache (training) needs no tables: each sequence attends to
     its own tokens. ``adapters`` holds, for each sequence, the adapter that its tokens go through, or None; empty means
-    that no sequence has one. Operations do not read it: see `ossia.model.adapted`.
+    that no sequence has one. Operations do not read it: see `ossia.model.adapted`. With ``shared`` (training alone)
+    ``query_starts_N1`` counts in its ``rows_E``.
     """
 
     token_ids_T: Array
@@ -140,6 +152,7 @@ class Batch:
     window_table_NB: Array
     logit_rows_R: Array
     adapters: tuple[Any, ...] = ()
+    shared: Shared | None = None
 
 
 class Ops(Protocol):

@@ -304,11 +304,14 @@ class AutogradOps:
         window: int | None,
     ) -> Tensor:
         assert cache is None, "training keeps no cache"
+        if batch.shared is not None:
+            q_TQH, k_TKH, v_TKH = (x.index_select(0, batch.shared.rows_E) for x in (q_TQH, k_TKH, v_TKH))
         starts = [int(start) for start in batch.query_starts_N1]
         longest = max((end - start for start, end in pairwise(starts)), default=0)
         is_long = longest > (_FUSED_TOKENS if window is None else _FUSED_WINDOWED_TOKENS)
         elementwise = Plain() if is_long else self._elementwise
-        return _apply(_Attention, q_TQH, k_TKH, v_TKH, sinks_Q.value, starts, window, elementwise)
+        out_TQH = _apply(_Attention, q_TQH, k_TKH, v_TKH, sinks_Q.value, starts, window, elementwise)
+        return out_TQH if batch.shared is None else out_TQH.index_select(0, batch.shared.places_T)
 
     def route(self, logits_TE: Tensor, num_active: int) -> Routing:
         # A stable sort gives equal logits to the lower index.

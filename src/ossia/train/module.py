@@ -22,7 +22,7 @@ from ossia.model import transformer
 from ossia.model.config import ModelConfig
 from ossia.model.transformer import Layer, Weights
 from ossia.model.weights import Checkpoint, load_weights
-from ossia.ops import Batch, Routing
+from ossia.ops import Batch, Routing, Shared
 from ossia.ops.autograd import AutogradOps, Exchange
 from ossia.train.lora import LoraConfig, add_pairs, places
 from ossia.train.quantize import fake_quantize
@@ -174,6 +174,7 @@ class Model(nn.Module):
             token_ids_T=tensor(batch.token_ids_T),
             positions_T=tensor(batch.positions_T),
             logit_rows_R=tensor(batch.logit_rows_R),
+            shared=None if batch.shared is None else Shared(*map(tensor, batch.shared)),
         )
 
     def _run(self, index: int, sublayer: Callable[..., Tensor], *arguments: Any) -> Tensor:

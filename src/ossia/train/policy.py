@@ -6,7 +6,8 @@
     run        `ossia.train.run`: checkpoints, metrics, resume - which is exact, since rollouts are made of the weights,
                the seed and the number of the step alone, and a checkpoint lies between two steps
 
-Shapes   R sampled tokens of a pass, S sequences, T tokens, A experts per token, K likeliest tokens of a teacher.
+Shapes   R sampled tokens of a pass, S sequences, T tokens, E those of all sequences, A experts per token, K likeliest
+         tokens of a teacher.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -24,19 +26,20 @@ import torch
 from torch import Tensor
 
 from ossia.harmony import Tokenizer
-from ossia.ops import Batch, Routing
+from ossia.ops import Batch, Routing, Shared
 from ossia.train.actor import Actor
 from ossia.train.advantage import Mismatch, Objective, mismatch, policy_loss, row_weights
-from ossia.train.data import to_batch
+from ossia.train.data import TrainBatch, to_batch
 from ossia.train.fit import watched_router, with_balance
 from ossia.train.module import Model
-from ossia.train.packing import plan
 from ossia.train.rollout import Rollout, RolloutConfig
 from ossia.train.rollout_config import RolloutSettings
 from ossia.train.trainer import StepReport, Terms, Trainer, memory_errors, to_device
 
 Floats = npt.NDArray[np.float32]
 
+# A token that is only attended to once more takes a part of the memory of one that goes through the model.
+_ATTENDED_WEIGHT = 0.25
 # Among the numbers of a step: the share of all rows, by weight, that went through the model.
 _SHARE = "trained_share"
 
@@ -104,26 +107,74 @@ def make_passes(
 ) -> list[PolicyPass]:
     """Passes of the lessons of one update. Those without a gradient are left out, but count where the loss is divided.
 
-    ``keep_all`` keeps them, as the divergence from a reference demands.
+    What rollouts of a pass begin with alike - a group's prompt, and what its members say alike - goes through the model
+    once, and counts once in ``pass_tokens``; a rollout that is longer goes alone. ``keep_all`` keeps those without a
+    gradient, as the divergence from a reference demands.
     """
     weights = row_weights([one.rollout.num_sampled for one in lessons], "token" if average == "token" else "sequence")
     norm = float(sum(w * one.rollout.num_sampled for w, one in zip(weights, lessons, strict=True)))
     kept = [(one, w) for one, w in zip(lessons, weights, strict=True) if keep_all or one.has_gradient]
-    lengths = [len(one.rollout.token_ids_L) for one, _ in kept]
-    packs = plan(lengths, max([pass_tokens, *lengths]), "best_fit") if kept else []
-    passes = [_pass([kept[i] for i in indices], update) for indices in packs]
+    # Those that begin alike one behind the other.
+    kept.sort(key=lambda each: each[0].rollout.token_ids_L.tolist())
+    passes, start = [], 0
+    while start < len(kept):
+        commons = _commons([one.rollout for one, _ in kept[start:]], pass_tokens)
+        passes.append(_pass(kept[start : start + len(commons)], commons, update))
+        start += len(commons)
     return [replace(one, norm=norm if i == 0 else 0.0) for i, one in enumerate(passes)]
 
 
-def _pass(lessons: Sequence[tuple[Lesson, float]], update: int) -> PolicyPass:
+def _commons(rollouts: Sequence[Rollout], pass_tokens: int) -> list[int]:
+    """Of as many rollouts as one pass takes: the tokens that each begins with as the one before does."""
+    commons = [0]
+    num_tokens = float(len(rollouts[0].token_ids_L))
+    for before, one in pairwise(rollouts):
+        common = _common(before, one)
+        num_tokens += len(one.token_ids_L) - common + _ATTENDED_WEIGHT * common
+        if num_tokens > pass_tokens:
+            break
+        commons.append(common)
+    return commons
+
+
+def _common(one: Rollout, other: Rollout) -> int:
+    """How many tokens two rollouts begin with alike, and alike routed; of the last of either no routing is known."""
+    length = min(len(one.token_ids_L), len(other.token_ids_L)) - 1
+    differs_L = one.token_ids_L[:length] != other.token_ids_L[:length]
+    if one.routing_LA is not None and other.routing_LA is not None:
+        differs_L |= (one.routing_LA[:length] != other.routing_LA[:length]).reshape(length, -1).any(axis=1)
+    return int(differs_L.argmax()) if differs_L.any() else length
+
+
+def _share(packed: TrainBatch, commons: Sequence[int]) -> tuple[Batch, npt.NDArray[np.bool_]]:
+    """The batch with what each sequence begins with as the one before left out, and which tokens are left in it."""
+    batch = packed.batch
+    starts = batch.query_starts_N1.tolist()
+    is_kept_E = np.ones(packed.num_tokens, np.bool_)
+    for start, common in zip(starts, commons, strict=False):
+        is_kept_E[start : start + common] = False
+    rows_E = np.cumsum(is_kept_E, dtype=np.int32) - 1
+    for (before, start), common in zip(pairwise(starts), commons[1:], strict=False):
+        rows_E[start : start + common] = rows_E[before : before + common]
+    shared = Shared(rows_E, np.flatnonzero(is_kept_E).astype(np.int32))
+    fields = (batch.token_ids_T[is_kept_E], batch.positions_T[is_kept_E], rows_E[batch.logit_rows_R])
+    token_ids_T, positions_T, logit_rows_R = fields
+    return (
+        replace(batch, token_ids_T=token_ids_T, positions_T=positions_T, logit_rows_R=logit_rows_R, shared=shared),
+        is_kept_E,
+    )
+
+
+def _pass(lessons: Sequence[tuple[Lesson, float]], commons: Sequence[int], update: int) -> PolicyPass:
     rollouts = [lesson.rollout for lesson, _ in lessons]
     packed = to_batch([rollout.sample() for rollout in rollouts])
+    batch, is_kept_E = _share(packed, commons)
     sampled = [rollout.sampled_L for rollout in rollouts]
     lengths = [rollout.num_sampled for rollout in rollouts]
     has_top = lessons[0][0].top_ids_RK is not None
     none_RK = np.empty((len(packed.targets_R), 0), np.float32)
     return PolicyPass(
-        batch=packed.batch,
+        batch=batch,
         targets_R=packed.targets_R,
         advantages_R=np.concatenate([lesson.advantages_R for lesson, _ in lessons]).astype(np.float32),
         weights_R=np.repeat(np.array([weight for _, weight in lessons], np.float32), lengths),
@@ -132,20 +183,20 @@ def _pass(lessons: Sequence[tuple[Lesson, float]], update: int) -> PolicyPass:
         model_R=np.concatenate([r.model_logprobs_L[own] for r, own in zip(rollouts, sampled, strict=True)]),
         old_R=np.empty(0, np.float32),
         reference_R=np.empty(0, np.float32),
-        experts=_experts(rollouts),
+        experts=_experts(rollouts, is_kept_E),
         top_ids_RK=np.concatenate([lesson.top_ids_RK for lesson, _ in lessons]).astype(np.int64)
         if has_top
         else none_RK.astype(np.int64),
         top_logprobs_RK=np.concatenate([lesson.top_logprobs_RK for lesson, _ in lessons]) if has_top else none_RK,
         num_sequences=len(lessons),
-        num_tokens=packed.num_tokens,
+        num_tokens=len(batch.token_ids_T),
         norm=0.0,
         update=update,
     )
 
 
-def _experts(rollouts: Sequence[Rollout]) -> tuple[npt.NDArray[np.int64], ...]:
-    """The recorded experts of every token, layer by layer."""
+def _experts(rollouts: Sequence[Rollout], is_kept_E: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int64], ...]:
+    """The recorded experts of every token that goes through the model, layer by layer."""
     recorded = [rollout.routing_LA for rollout in rollouts]
     if any(experts is None for experts in recorded):
         return ()
@@ -155,7 +206,7 @@ def _experts(rollouts: Sequence[Rollout]) -> tuple[npt.NDArray[np.int64], ...]:
         # The last token was never computed, and nothing that is trained depends on it: any experts will do.
         last = np.broadcast_to(np.arange(experts.shape[-1], dtype=experts.dtype), (1, *experts.shape[1:]))
         pieces += [experts, last]
-    experts_TLA = np.concatenate(pieces).astype(np.int64)
+    experts_TLA = np.concatenate(pieces)[is_kept_E].astype(np.int64)
     return tuple(np.ascontiguousarray(experts_TLA[:, layer]) for layer in range(experts_TLA.shape[1]))
 
 
