@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -64,6 +65,10 @@ def test_the_pipeline_makes_a_model_a_report_and_nothing_twice(small, tmp_path):
     }
     page = write_report(tmp_path / "out", tmp_path / "docs").read_text()
     assert "| sft | 2 |" in page
+    # Each measured stage with its three efforts.
+    cell = r" \d+\.\d / \d+\.\d / \d+\.\d; \d+ / \d+ / \d+ tokens \|"
+    assert re.search(r"^\| task \| sft, bf16 \| anneal, mxfp4 \| rl, mxfp4 \|$", page, re.MULTILINE)
+    assert re.search(rf"^\| sums \|({cell}){{3}}$", page, re.MULTILINE)
     assert (tmp_path / "docs" / "nano" / "loss.png").stat().st_size > 5000
     assert "| sums |" in (model / "README.md").read_text()
     said.clear()

@@ -186,7 +186,10 @@ def _stages(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     if len(results) == 1:
         return []
     counts = ", ".join(f"{_counts(lines)} of {name}" for name, lines in results.items())
-    explained = f"Right, in percent, over all efforts of a task. Exercises per task and effort: {counts}.\n"
+    explained = (
+        f"Right at {', '.join(_EFFORTS)} effort, in percent, and the mean tokens of reasoning. Exercises per task and "
+        f"effort: {counts}.\n"
+    )
     return ["## What each stage brought\n", explained, _table_of_stages(results)]
 
 
@@ -196,8 +199,10 @@ def _table_of_stages(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     for name in next(iter(by_stage.values())):
         cells = []
         for found in by_stage.values():
-            shares = [row["exact"] for row in found[name] if not row["grammar"]]
-            cells.append(f"{100 * sum(shares) / len(shares):.1f}")
+            shown = [row for row in found.get(name, ()) if not row["grammar"]]
+            right = " / ".join(f"{100 * row['exact']:.1f}" for row in shown)
+            reasoning = " / ".join(f"{row['reasoning']:.0f}" for row in shown)
+            cells.append(f"{right}; {reasoning} tokens" if shown else "")
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
 
