@@ -400,6 +400,44 @@ void test_training(const Kernels& kernels, int64_t rows, int64_t dim) {
   check(distance(sum, expected_sum) < 2e-3, name + " take_rows, add_rows");
 }
 
+// Blocks of MXFP4 beside all numbers of the grid under the three scales that may be best, in double.
+void test_rounding(const Kernels& kernels) {
+  const double grid[] = {0, 0.5, 1, 1.5, 2, 3, 4, 6};
+  const int64_t blocks = 1500;
+  std::vector<float> x = normal(blocks * ossia::kBlock), out(x.size());
+  for (int64_t b = 0; b < blocks; ++b)
+    for (int i = 0; i < ossia::kBlock; ++i) x[b * ossia::kBlock + i] *= std::ldexp(1.0f, b % 61 - 30);
+  std::fill_n(x.begin(), ossia::kBlock, -0.0f);
+  x[3 * ossia::kBlock + 5] = INFINITY;
+  Workspace work(2);
+  kernels.round_mxfp4(work, x.data(), blocks, out.data());
+  for (int64_t b = 0; b < blocks; ++b) {
+    const float *block = x.data() + b * ossia::kBlock, *met = out.data() + b * ossia::kBlock;
+    float largest = 0;
+    for (int i = 0; i < ossia::kBlock; ++i) largest = std::max(largest, std::abs(block[i]));
+    double least_error = INFINITY, error = 0;
+    for (int step = -1; step <= 1 && std::isfinite(largest) && largest > 0; ++step) {
+      const double scale = std::ldexp(1.0, std::ilogb(largest) - 2 + step);
+      double sum = 0;
+      for (int i = 0; i < ossia::kBlock; ++i) {
+        double nearest = INFINITY;
+        for (const double number : grid) nearest = std::min(nearest, std::abs(std::abs(block[i]) - number * scale));
+        sum += nearest * nearest;
+      }
+      least_error = std::min(least_error, sum);
+    }
+    bool holds = true;
+    for (int i = 0; i < ossia::kBlock; ++i) {
+      error += (static_cast<double>(met[i]) - block[i]) * (static_cast<double>(met[i]) - block[i]);
+      holds = holds && (std::isnan(met[i]) || std::signbit(met[i]) == std::signbit(block[i]));
+    }
+    if (!std::isfinite(largest)) holds = std::all_of(met, met + ossia::kBlock, [](float one) { return std::isnan(one); });
+    else if (largest == 0) holds = holds && error == 0;
+    else holds = holds && error <= least_error * (1 + 1e-6);
+    check(holds, std::string(kernels.name) + " round_mxfp4");
+  }
+}
+
 // Attention with its way back: what it yields, and the slopes by differences of sum(out g) in double.
 void test_training_attention(const Kernels& kernels, int64_t window) {
   const std::string name = kernels.name;
@@ -474,6 +512,7 @@ int main(int num_arguments, char** arguments) {
     test_elementwise(*kernels);
     test_training(*kernels, 70, 33);
     test_training(*kernels, 600, 64);
+    test_rounding(*kernels);
     for (const int64_t window : {0, 1, 21}) test_training_attention(*kernels, window);
     std::printf("%s: tested\n", isa);
   }

@@ -34,7 +34,10 @@
     seeks      a page begins with what is sought on it
     plans      a page begins with the plan
     pages      the plan has the page's name, while the rate falls
-    qat        with what MXFP4 keeps, until the rate has fallen
+    repeats    the rate rises a little: numbers in which digits repeat, and lists of them, are practised
+    grid       the same with what MXFP4 keeps, as from here on
+    ponders    low effort thinks now and then, while the rate falls
+    weighs     reinforcement finds out where a thought is worth its tokens
 
 Forms of thoughts are named where they were new; all stages have today's.
 
@@ -152,6 +155,26 @@ PLANS = {
     "structured": 20,
     "browsing": 18,
 }
+REPEATS = {
+    "about": 8,
+    "sums": 25,
+    "functions": 28,
+    "hierarchy": 12,
+    "policies": 13,
+    "python": 17,
+    "structured": 24,
+    "browsing": 22,
+}
+# Of what low effort is often wrong in, and thoughts are short for.
+REWARDED = {
+    "functions": 3,
+    "structured": 3,
+    "policies": 3,
+    "hierarchy": 3,
+    "sums": 2,
+    "browsing": 1,
+    "python": 1,
+}
 FAILS = {**LINES, "about": 9, "sums": 20, "functions": 22, "hierarchy": 14, "python": 15, "browsing": 9}
 
 
@@ -228,6 +251,9 @@ _SIGNS: Mapping[str, Any] = {"tasks": mix(SIGNS), "facts": 0.3, "language": 0.0,
 
 # The same with more of what is learned least by then.
 _PLANS: Mapping[str, Any] = {**_SIGNS, "tasks": mix(PLANS), "facts": 0.34}
+
+# The same with still more of them.
+_REPEATS: Mapping[str, Any] = {**_SIGNS, "tasks": mix(REPEATS), "facts": 0.36}
 
 STAGES: tuple[Stage, ...] = (
     Stage("warm-up", "pretrain", {**_COPYING, "growth": 8000, "warmup": 0.03, "steps": 700}),
@@ -667,17 +693,65 @@ STAGES: tuple[Stage, ...] = (
         },
     ),
     Stage(
-        "qat",
+        "repeats",
         "pretrain",
         {
             **_EVEN,
             **_WIDE,
-            **_PLANS,
-            "facts": 0.28,
+            **_REPEATS,
+            "learning_rate": 1.8e-3,
+            "warmup": 0.02,
+            "final_rate": 0.929,
+            "steps": 1103,
+        },
+    ),
+    Stage(
+        "grid",
+        "pretrain",
+        {
+            **_EVEN,
+            **_WIDE,
+            **_REPEATS,
             "fake_quant": True,
+            "learning_rate": 1.67e-3,
+            "final_rate": 0.876,
+            "steps": 1833,
+        },
+    ),
+    Stage(
+        "ponders",
+        "pretrain",
+        {
+            **_EVEN,
+            **_WIDE,
+            **_REPEATS,
+            "pondering": 0.2,
+            "fake_quant": True,
+            "learning_rate": 1.45e-3,
+            "final_rate": 0.02,
+            "steps": 10_500,
+        },
+        ("mxfp4",),
+    ),
+    Stage(
+        "weighs",
+        "rl",
+        {
+            "task": mix(REWARDED),
+            "efforts": "low=3,medium=1,high=1",
+            "length_cost": "low=0.5,medium=0.1",
+            "rollout_tokens": 320,
+            "updates": 2,
+            "fake_quant": True,
+            "router_balance": 0.03,
             "learning_rate": 5e-4,
-            "final_rate": 0.0,
-            "steps": 700,
+            "schedule": "linear",
+            "warmup": 0.04,
+            "final_rate": 0.1,
+            "eval_every": 0,
+            "save_every": 6,
+            "kv_memory": "512MiB",
+            "steps": 120,
         },
         ("mxfp4",),
     ),
