@@ -15,6 +15,7 @@ from ossia.errors import ConfigError, NotFoundError
 from ossia.harmony import Tokenizer
 from ossia.model.config import ModelConfig
 from ossia.model.random_checkpoint import write_random_checkpoint
+from ossia.train import pretrain as pretraining
 from ossia.train.metrics import read_metrics
 from ossia.train.pretrain import PretrainConfig, TaskFeed, draw_sample, pretrain
 from ossia.train.tasks import gold_conversations, make_mix
@@ -173,6 +174,26 @@ def test_a_brief_system_message_tells_the_effort_and_nothing_else(settings, toke
     assert sample is not None
     text = tokenizer.decode(sample.token_ids_L.tolist())
     assert re.match(r"<\|start\|>system<\|message\|>Reasoning: (low|medium|high)\n*<\|end\|><\|start\|>user", text)
+
+
+def test_efforts_are_those_that_were_asked_for(settings, tokenizer, monkeypatch):
+    told = set()
+    draw = pretraining.draw_sample
+
+    def watched(*arguments):
+        sample = draw(*arguments)
+        if sample is not None:
+            told.update(re.findall(r"Reasoning: (\w+)", tokenizer.decode(sample.token_ids_L.tolist())))
+        return sample
+
+    monkeypatch.setattr(pretraining, "draw_sample", watched)
+    pretrain(replace(settings, efforts="medium=1,high=2", steps=1, step_tokens=6000), say=lambda _: None)
+    assert told == {"medium", "high"}
+
+
+def test_an_effort_that_is_none_is_refused(settings):
+    with pytest.raises(ConfigError, match="efforts"):
+        replace(settings, efforts="middle=1").check()
 
 
 @pytest.mark.parametrize("brief", [0.0, 1.0])

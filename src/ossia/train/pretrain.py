@@ -43,6 +43,7 @@ from ossia.train.module import Model
 from ossia.train.packing import pack, pack_evenly
 from ossia.train.parallel import extents
 from ossia.train.result import tell_nothing, write_result
+from ossia.train.rollout_config import by_effort
 from ossia.train.run import Outcome, Run, RunFolder, Say
 from ossia.train.sft import Likelihood
 from ossia.train.tasks import (
@@ -92,6 +93,7 @@ class PretrainConfig(TrainConfig):
     """Training on generated tasks."""
 
     tasks: tuple[str, ...] = setting((), "Tasks by name, each with =WEIGHT where it is not 1.", is_required=True)
+    efforts: str = setting("", "How often each effort is asked for, such as low=1,high=2; empty is up to the tasks.")
     learn: Literal["all", "answers"] = setting("answers", "Every token of a transcript, or the model's own alone.")
     turns: int = setting(1, "Most exercises of one conversation, where a task has more than one for it.", low=1)
     mixed: float = setting(
@@ -148,6 +150,7 @@ class PretrainConfig(TrainConfig):
             )
         if self.max_tokens > self.pass_tokens:
             raise ConfigError(f"max_tokens is {self.max_tokens} and pass_tokens {self.pass_tokens}: samples must fit")
+        by_effort("efforts", self.efforts)
 
 
 def pretrain(settings: PretrainConfig, *, resume: bool = False, say: Say) -> tuple[Outcome, Model]:
@@ -156,7 +159,7 @@ def pretrain(settings: PretrainConfig, *, resume: bool = False, say: Say) -> tup
         told = say if team.rank == 0 else tell_nothing
         path = resolve_model(settings.model)
         tokenizer = Checkpoint.open(path).tokenizer()
-        mix = make_mix(list(settings.tasks))
+        mix = make_mix(list(settings.tasks), efforts=by_effort("efforts", settings.efforts) or None)
         with RunFolder(settings, resume=resume, inputs={"model": fingerprint(path)}, team=team) as folder:
             model = open_model(settings, path, team)
             table(model, told)

@@ -38,6 +38,7 @@
     grid       the same with what MXFP4 keeps, as from here on
     ponders    low effort thinks now and then, while the rate falls
     weighs     reinforcement finds out where a thought is worth its tokens
+    mends      more of sums and other numbers, at the efforts that always think, until the rate has fallen
 
 Forms of thoughts are named where they were new; all stages have today's.
 
@@ -164,6 +165,16 @@ REPEATS = {
     "python": 17,
     "structured": 24,
     "browsing": 22,
+}
+MENDS = {
+    "about": 5,
+    "sums": 48,
+    "functions": 22,
+    "hierarchy": 8,
+    "policies": 8,
+    "python": 26,
+    "structured": 28,
+    "browsing": 17,
 }
 # Of what low effort is often wrong in, and thoughts are short for.
 REWARDED = {
@@ -744,14 +755,35 @@ STAGES: tuple[Stage, ...] = (
             "updates": 2,
             "fake_quant": True,
             "router_balance": 0.03,
-            "learning_rate": 5e-4,
+            # Gradients of few rewards are mostly noise, of which Muon makes as long a step as of the rest.
+            "temperature": 0.7,
+            "momentum": 0.98,
+            "learning_rate": 2.5e-4,
             "schedule": "linear",
-            "warmup": 0.04,
-            "final_rate": 0.1,
+            "warmup": 0.03,
+            "final_rate": 0.334,
             "eval_every": 0,
             "save_every": 6,
             "kv_memory": "512MiB",
-            "steps": 120,
+            "steps": 74,
+        },
+        ("mxfp4",),
+    ),
+    Stage(
+        "mends",
+        "pretrain",
+        {
+            **_EVEN,
+            **_WIDE,
+            **_REPEATS,
+            "tasks": mix(MENDS),
+            # What low effort has found out is left alone.
+            "efforts": "medium=1,high=2",
+            "fake_quant": True,
+            "learning_rate": 8e-4,
+            "warmup": 0.02,
+            "final_rate": 0.0,
+            "steps": 2800,
         },
         ("mxfp4",),
     ),

@@ -167,21 +167,21 @@ def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
     parts: list[tuple[str, bool]] = []
     task = rng.choice((Sums, _Repetitive))()
     kind = rng.random()
-    if kind < 0.45:
+    if kind < 0.3:
         for _ in range(_NUM_FACTS):
             instance = draw_instance(task, "train", rng)
             read = "\n".join(instance.data["sum"].thoughts(Effort.MEDIUM).splitlines()[:2])
             before = "\n" if parts else ""
             parts += [(f"{before}{instance.prompt}\n", False), (f"{read}<|end|>", True)]
         return parts
-    if kind < 0.8:
+    if kind < 0.55:
         sum_of: Sum = draw_instance(task, "train", rng).data["sum"]
         num_steps = len(steps_of(sum_of.a, sum_of.b, sum_of.sign))
         lines = sum_of.thoughts(Effort.HIGH).splitlines()
         steps, put_together = lines[: 2 + num_steps], lines[2 + num_steps :]
         answer = "\n".join(put_together) + f"<|end|>\n{sum_of.result}<|return|>"
         return [("\n".join(steps) + "\n", False), (answer, True)]
-    for _ in range(_NUM_FACTS):
+    for _ in range(2 * _NUM_FACTS):
         sign = rng.choice("+-")
         asked, answer = fact_of(Step.of(rng.randrange(10), sign, rng.randrange(10), rng.randrange(2)), sign)
         parts += [("\n" if parts else "", False), (asked, False), (answer, True)]
