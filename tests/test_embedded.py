@@ -101,6 +101,10 @@ def test_it_does_most_of_the_python_that_it_never_saw():
 @pytest.mark.parametrize(
     ("task", "effort", "least"),
     [
+        # Reinforcement found that a thought is worth its tokens at low effort too.
+        ("functions", Effort.LOW, 0.7),
+        ("structured", Effort.LOW, 0.6),
+        ("policies", Effort.LOW, 0.65),
         ("hierarchy", Effort.MEDIUM, 0.75),
         ("functions", Effort.MEDIUM, 0.7),
         ("structured", Effort.MEDIUM, 0.65),

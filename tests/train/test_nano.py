@@ -7,6 +7,8 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import ossia
 from ossia.errors import UnavailableError
@@ -45,6 +47,7 @@ def small(monkeypatch):
         Stage("sft", "pretrain", supervised, ("bf16",)),
         Stage("anneal", "pretrain", {**supervised, "fake_quant": True}, ("mxfp4",)),
         Stage("rl", "rl", {**learned, "learning_rate": 1e-4, "optimizer": "adamw"}, ("mxfp4",)),
+        Stage("between", "average", {"sft": 0.25, "rl": 0.75}, ("mxfp4",)),
     )
     monkeypatch.setattr(recipe, "STAGES", stages)
     tasks = {"sums": make_task("sums", {"digits": 2}), "about": make_task("about")}
@@ -55,7 +58,12 @@ def small(monkeypatch):
 def test_the_pipeline_makes_a_model_a_report_and_nothing_twice(small, tmp_path):
     said: list[str] = []
     model = make(tmp_path / "out", count=3, say=said.append)
-    assert [line for line in said if line.startswith("stage ")] == ["stage sft", "stage anneal", "stage rl"]
+    assert [line for line in said if line.startswith("stage ")] == [
+        "stage sft",
+        "stage anneal",
+        "stage rl",
+        "stage between",
+    ]
     local = ossia.load(model, kv_memory="16MiB", threads=1)
     assert local.checkpoint.config.num_layers == 2
     assert local.sampling == {"temperature": recipe.TEMPERATURE}
@@ -63,12 +71,19 @@ def test_the_pipeline_makes_a_model_a_report_and_nothing_twice(small, tmp_path):
     assert {(line["task"], line["effort"], line["grammar"]) for line in lines} == {
         (task, effort, grammar) for task in SHARES for effort in ("low", "medium", "high") for grammar in (False, True)
     }
+    sft, rl, between = (
+        load_file(tmp_path / "out" / name / "weights.safetensors") for name in ("sft", "rl", "between")
+    )
+    assert between.keys() == rl.keys()
+    assert any((sft[key] != rl[key]).any() for key in rl)
+    for key, tensor in between.items():
+        torch.testing.assert_close(tensor, 0.25 * sft[key] + 0.75 * rl[key])
     page = write_report(tmp_path / "out", tmp_path / "docs").read_text()
     assert "| sft | 2 |" in page
     # Each measured stage with its three efforts.
     cell = r" \d+\.\d / \d+\.\d / \d+\.\d; \d+ / \d+ / \d+ tokens \|"
-    assert re.search(r"^\| task \| sft, bf16 \| anneal, mxfp4 \| rl, mxfp4 \|$", page, re.MULTILINE)
-    assert re.search(rf"^\| sums \|({cell}){{3}}$", page, re.MULTILINE)
+    assert re.search(r"^\| task \| sft, bf16 \| anneal, mxfp4 \| rl, mxfp4 \| between, mxfp4 \|$", page, re.MULTILINE)
+    assert re.search(rf"^\| sums \|({cell}){{4}}$", page, re.MULTILINE)
     assert (tmp_path / "docs" / "nano" / "loss.png").stat().st_size > 5000
     assert "| sums |" in (model / "README.md").read_text()
     said.clear()

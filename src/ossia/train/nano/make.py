@@ -17,18 +17,20 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ossia.errors import UnavailableError
 from ossia.harmony import Effort, Tokenizer, render
 from ossia.model.checkpoint_writer import write_json
 from ossia.model.config_file import read_json
 from ossia.model.random_checkpoint import write_random_checkpoint
+from ossia.train.checkpoint import Checkpoints
 from ossia.train.config import read_settings
 from ossia.train.export import Format, export
 from ossia.train.measure import Measured, measure, open_rollouts
@@ -153,6 +155,10 @@ def run_stage(name: str, out: Path, say: Say) -> None:
     if (folder / WEIGHTS).exists():
         return
     say(f"stage {name}")
+    if stage.method == "average":
+        folder.mkdir(exist_ok=True)
+        write_tensors(folder / WEIGHTS, average(out, stage.settings))
+        return
     kind = PretrainConfig if stage.method == "pretrain" else RlConfig
     known = {one.name for one in fields(kind)}
     base = {key: value for key, value in recipe.BASE.items() if key in known}
@@ -166,6 +172,19 @@ def run_stage(name: str, out: Path, say: Say) -> None:
         outcome = rl(read_settings(RlConfig, None, settings), resume=resume, say=say)
     if outcome.is_interrupted:
         raise UnavailableError(f"stage {name} was interrupted; the same command goes on with it")
+
+
+def average(out: Path, shares: Mapping[str, float]) -> dict[str, Tensor]:
+    """The last weights of stages, each number the sum of theirs by their shares.
+
+    Source: Wortsman et al., arXiv:2203.05482.
+    """
+    sums: dict[str, Tensor] = {}
+    for name, share in shares.items():
+        checkpoints = Checkpoints(out / name / "checkpoints", keep=1)
+        for key, tensor in checkpoints.load(checkpoints.steps()[-1]).trainable.items():
+            sums[key] = share * tensor + sums.get(key, 0)
+    return sums
 
 
 def _run_together(name: str, out: Path, processes: int) -> None:

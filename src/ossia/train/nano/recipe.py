@@ -39,6 +39,7 @@
     ponders    low effort thinks now and then, while the rate falls
     weighs     reinforcement finds out where a thought is worth its tokens
     mends      more of sums and other numbers, at the efforts that always think, until the rate has fallen
+    averages   weights between those of the last two: each remembers what the other has lost
 
 Forms of thoughts are named where they were new; all stages have today's.
 
@@ -190,10 +191,13 @@ FAILS = {**LINES, "about": 9, "sums": 20, "functions": 22, "hierarchy": 14, "pyt
 
 
 class Stage(NamedTuple):
-    """One run: its name, its method, and the settings that differ from `BASE`."""
+    """One run: its name, its method, and the settings that differ from `BASE`.
+
+    An "average" is no run: its weights lie between those of earlier stages, whose shares its settings give.
+    """
 
     name: str
-    method: Literal["pretrain", "rl"]
+    method: Literal["pretrain", "rl", "average"]
     settings: Mapping[str, Any]
     measured: tuple[Format, ...] = ()
 
@@ -785,6 +789,6 @@ STAGES: tuple[Stage, ...] = (
             "final_rate": 0.0,
             "steps": 2800,
         },
-        ("mxfp4",),
     ),
+    Stage("averages", "average", {"weighs": 0.35, "mends": 0.65}, ("mxfp4",)),
 )

@@ -27,6 +27,7 @@ class Course(NamedTuple):
     """Tokens seen and loss, step by step."""
     held_out: float | None
     """The last loss on held-out exercises; None of a stage that learns from rewards."""
+    is_supervised: bool
 
 
 def write_report(out: Path, docs: Path) -> Path:
@@ -35,7 +36,8 @@ def write_report(out: Path, docs: Path) -> Path:
         figure_module: Any = importlib.import_module("matplotlib.figure")
     except ImportError:
         raise UnavailableError("the report needs matplotlib: pip install matplotlib") from None
-    courses = [course(out / stage.name, stage.name) for stage in recipe.STAGES]
+    stages = [stage for stage in recipe.STAGES if stage.method != "average"]
+    courses = [course(out / stage.name, stage) for stage in stages]
     results = {
         f"{stage.name}, {format}": json.loads((out / stage.name / f"measured-{format}.json").read_text())
         for stage in recipe.STAGES
@@ -52,7 +54,7 @@ def write_report(out: Path, docs: Path) -> Path:
     return path
 
 
-def course(folder: Path, name: str) -> Course:
+def course(folder: Path, stage: recipe.Stage) -> Course:
     """What a run's metrics.jsonl says of its cost."""
     lines = read_metrics(folder / "metrics.jsonl")
     steps = [line for line in lines if line.get("event") == "step"]
@@ -64,7 +66,10 @@ def course(folder: Path, name: str) -> Course:
     )
     losses = [line["loss"] for line in lines if line.get("event") == "evaluation" and "loss" in line]
     points = [(count, float(line["loss"])) for count, line in zip(tokens, steps, strict=True)]
-    return Course(name, len(steps), tokens[-1], seconds / 3600, points, losses[-1] if losses else None)
+    held_out = losses[-1] if losses else None
+    return Course(
+        stage.name, len(steps), tokens[-1], seconds / 3600, points, held_out, is_supervised=stage.method == "pretrain"
+    )
 
 
 # Plots ----------------------------------------------------------------------------------------------------------------
@@ -74,8 +79,8 @@ def _draw_losses(figure_module: Any, courses: Sequence[Course], path: Path) -> N
     figure = figure_module.Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
     before = 0
-    for one, stage in zip(courses, recipe.STAGES, strict=True):
-        if stage.method == "pretrain":
+    for one in courses:
+        if one.is_supervised:
             axes.plot([(before + x) / 1e6 for x, _ in one.points], [y for _, y in one.points], label=one.name, lw=1)
         before += one.tokens
     axes.set(xlabel="million tokens", ylabel="loss, nats per learned token", yscale="log")
