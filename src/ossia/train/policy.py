@@ -156,13 +156,14 @@ def _share(packed: TrainBatch, commons: Sequence[int]) -> tuple[Batch, npt.NDArr
     rows_E = np.cumsum(is_kept_E, dtype=np.int32) - 1
     for (before, start), common in zip(pairwise(starts), commons[1:], strict=False):
         rows_E[start : start + common] = rows_E[before : before + common]
-    shared = Shared(rows_E, np.flatnonzero(is_kept_E).astype(np.int32))
-    fields = (batch.token_ids_T[is_kept_E], batch.positions_T[is_kept_E], rows_E[batch.logit_rows_R])
-    token_ids_T, positions_T, logit_rows_R = fields
-    return (
-        replace(batch, token_ids_T=token_ids_T, positions_T=positions_T, logit_rows_R=logit_rows_R, shared=shared),
-        is_kept_E,
+    shared = replace(
+        batch,
+        token_ids_T=batch.token_ids_T[is_kept_E],
+        positions_T=batch.positions_T[is_kept_E],
+        logit_rows_R=rows_E[batch.logit_rows_R],
+        shared=Shared(rows_E, np.flatnonzero(is_kept_E).astype(np.int32)),
     )
+    return shared, is_kept_E
 
 
 def _pass(lessons: Sequence[tuple[Lesson, float]], commons: Sequence[int], update: int) -> PolicyPass:

@@ -26,7 +26,7 @@ class Course(NamedTuple):
     points: list[tuple[int, float]]
     """Tokens seen and loss, step by step."""
     held_out: float | None
-    """The last loss on held-out exercises; None of a stage that learns from rewards."""
+    """The last loss on held-out exercises; None where there was none, as of a stage that learns from rewards."""
     is_supervised: bool
 
 
@@ -64,7 +64,9 @@ def course(folder: Path, stage: recipe.Stage) -> Course:
     seconds = sum(
         (now - before) / speed for before, now, speed in zip([0, *tokens[:-1]], tokens, pace, strict=True) if speed
     )
-    losses = [line["loss"] for line in lines if line.get("event") == "evaluation" and "loss" in line]
+    # That of step 0 is the stage's before.
+    evaluations = [line for line in lines if line.get("event") == "evaluation" and line.get("step")]
+    losses = [line["loss"] for line in evaluations if "loss" in line]
     points = [(count, float(line["loss"])) for count, line in zip(tokens, steps, strict=True)]
     held_out = losses[-1] if losses else None
     return Course(
