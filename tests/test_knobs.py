@@ -143,9 +143,11 @@ KNOBS = {
     ],
     PretrainConfig: [
         "tasks",
+        "efforts",
         "learn",
         "turns",
         "mixed",
+        "pondering",
         "idle_tools",
         "language",
         "facts",
