@@ -71,9 +71,7 @@ def test_the_pipeline_makes_a_model_a_report_and_nothing_twice(small, tmp_path):
     assert {(line["task"], line["effort"], line["grammar"]) for line in lines} == {
         (task, effort, grammar) for task in SHARES for effort in ("low", "medium", "high") for grammar in (False, True)
     }
-    sft, rl, between = (
-        load_file(tmp_path / "out" / name / "weights.safetensors") for name in ("sft", "rl", "between")
-    )
+    sft, rl, between = (load_file(tmp_path / "out" / name / "weights.safetensors") for name in ("sft", "rl", "between"))
     assert between.keys() == rl.keys()
     assert any((sft[key] != rl[key]).any() for key in rl)
     for key, tensor in between.items():
