@@ -18,12 +18,6 @@ void widen_row(const uint8_t* row, int64_t cols, float* out) {
 // The 16 numbers of E2M1.
 alignas(64) constexpr float kNumbers[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
 
-// 2^(scale - 127); 255 is NaN.
-OSSIA_INLINE float power_of_scale(uint8_t scale) {
-  if (scale == 255) return bits_as<float>(0x7fc00000u);
-  return bits_as<float>(scale ? static_cast<uint32_t>(scale) << 23 : 0x00400000u);
-}
-
 // The 32 numbers of a block. A number of MXFP4 has two significant bits, so that its float's upper half is its bfloat16.
 #if OSSIA_512
 

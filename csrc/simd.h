@@ -91,6 +91,12 @@ OSSIA_INLINE uint16_t float_to_half(float value) {
   return static_cast<uint16_t>((rounded >> 13) - (112 << 10));
 }
 
+// The number of a scale in E8M0, 2^(scale - 127); 255 is NaN.
+OSSIA_INLINE float power_of_scale(uint8_t scale) {
+  if (scale == 255) return bits_as<float>(0x7fc00000u);
+  return bits_as<float>(scale ? static_cast<uint32_t>(scale) << 23 : 0x00400000u);
+}
+
 OSSIA_INLINE uint16_t load_u16(const void* p) {
   uint16_t value;
   std::memcpy(&value, p, sizeof value);

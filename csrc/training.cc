@@ -122,10 +122,7 @@ OSSIA_INLINE void round_block(const float* x, float* out) {
     for (int i = 0; i < kBlock; ++i) out[i] = bits_as<float>(0x7fc00000u);
     return;
   }
-  const auto power = [](int exponent) {
-    const int biased = exponent + kBias;
-    return bits_as<float>(biased ? static_cast<uint32_t>(biased) << 23 : 0x00400000u);
-  };
+  const auto power = [](int exponent) { return power_of_scale(static_cast<uint8_t>(exponent + kBias)); };
   // The largest of E2M1's powers of two is 4 = 2^2; below the smallest scale's reach all is counted in that scale.
   const int exponent = greatest(static_cast<int>(largest_bits >> 23) - kBias - 2, -kBias);
   float scaled[kBlock], numbers[kBlock], other[kBlock], largest = 0;

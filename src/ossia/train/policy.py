@@ -108,8 +108,8 @@ def make_passes(
     """Passes of the lessons of one update. Those without a gradient are left out, but count where the loss is divided.
 
     What rollouts of a pass begin with alike - a group's prompt, and what its members say alike - goes through the model
-    once, and counts once in ``pass_tokens``; a rollout that is longer goes alone. ``keep_all`` keeps those without a
-    gradient, as the divergence from a reference demands.
+    once; of ``pass_tokens`` it takes a quarter each further time. A rollout that is longer goes alone. ``keep_all``
+    keeps those without a gradient, as the divergence from a reference demands.
     """
     weights = row_weights([one.rollout.num_sampled for one in lessons], "token" if average == "token" else "sequence")
     norm = float(sum(w * one.rollout.num_sampled for w, one in zip(weights, lessons, strict=True)))

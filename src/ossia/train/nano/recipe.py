@@ -193,7 +193,8 @@ FAILS = {**LINES, "about": 9, "sums": 20, "functions": 22, "hierarchy": 14, "pyt
 class Stage(NamedTuple):
     """One run: its name, its method, and the settings that differ from `BASE`.
 
-    An "average" is no run: its weights lie between those of earlier stages, whose shares its settings give.
+    An "average" is no run, and no stage can begin with it: its weights lie between those of earlier stages, whose
+    shares its settings give.
     """
 
     name: str
