@@ -6,12 +6,16 @@ import json
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.train import tiny
 
 import ossia
 from ossia.errors import UnavailableError
+from ossia.train.data import Sample, to_batch
+from ossia.train.module import Model
 from ossia.train.nano import make as pipeline
 from ossia.train.nano import recipe
 from ossia.train.nano.make import make
@@ -48,6 +52,8 @@ def small(monkeypatch):
         Stage("anneal", "pretrain", {**supervised, "fake_quant": True}, ("mxfp4",)),
         Stage("rl", "rl", {**learned, "learning_rate": 1e-4, "optimizer": "adamw"}, ("mxfp4",)),
         Stage("between", "average", {"sft": 0.25, "rl": 0.75}, ("mxfp4",)),
+        Stage("deeper", "deepen", {"layers": (0, 1)}, ("mxfp4",)),
+        Stage("on", "pretrain", {**supervised, "learning_rate": 1e-4, "fake_quant": True}, ("mxfp4",)),
     )
     monkeypatch.setattr(recipe, "STAGES", stages)
     tasks = {"sums": make_task("sums", {"digits": 2}), "about": make_task("about")}
@@ -63,9 +69,11 @@ def test_the_pipeline_makes_a_model_a_report_and_nothing_twice(small, tmp_path):
         "stage anneal",
         "stage rl",
         "stage between",
+        "stage deeper",
+        "stage on",
     ]
     local = ossia.load(model, kv_memory="16MiB", threads=1)
-    assert local.checkpoint.config.num_layers == 2
+    assert local.checkpoint.config.num_layers == 4
     assert local.sampling == {"temperature": recipe.TEMPERATURE}
     lines = json.loads((tmp_path / "out" / "rl" / "measured-mxfp4.json").read_text())
     assert {(line["task"], line["effort"], line["grammar"]) for line in lines} == {
@@ -76,17 +84,43 @@ def test_the_pipeline_makes_a_model_a_report_and_nothing_twice(small, tmp_path):
     assert any((sft[key] != rl[key]).any() for key in rl)
     for key, tensor in between.items():
         torch.testing.assert_close(tensor, 0.25 * sft[key] + 0.75 * rl[key])
+    deeper, on = (load_file(tmp_path / "out" / name / "weights.safetensors") for name in ("deeper", "on"))
+    assert 0 < max((deeper[key] - on[key]).abs().max() for key in on) < 0.01
     page = write_report(tmp_path / "out", tmp_path / "docs").read_text()
     assert "| sft | 2 |" in page
     # Each measured stage with its three efforts.
     cell = r" \d+\.\d / \d+\.\d / \d+\.\d; \d+ / \d+ / \d+ tokens \|"
-    assert re.search(r"^\| task \| sft, bf16 \| anneal, mxfp4 \| rl, mxfp4 \| between, mxfp4 \|$", page, re.MULTILINE)
-    assert re.search(rf"^\| sums \|({cell}){{4}}$", page, re.MULTILINE)
+    assert re.search(
+        r"^\| task \| sft, bf16 \| anneal, mxfp4 \| rl, mxfp4 \| between, mxfp4 \| deeper, mxfp4 \| on, mxfp4 \|$",
+        page,
+        re.MULTILINE,
+    )
+    assert re.search(rf"^\| sums \|({cell}){{6}}$", page, re.MULTILINE)
     assert (tmp_path / "docs" / "nano" / "loss.png").stat().st_size > 5000
     assert "| sums |" in (model / "README.md").read_text()
     said.clear()
     make(tmp_path / "out", count=3, say=said.append)
     assert not [line for line in said if line.startswith("stage ")]
+
+
+@pytest.mark.parametrize("layers", [(0, 1), (1,), (2, 3), (0, 3)])
+def test_a_deeper_model_computes_the_same_and_learns_in_its_new_layers(tmp_path, layers):
+    model = Model.open(tiny.write_model(tmp_path / "four", num_layers=4), trainable="full")
+    shape, weights = pipeline.deepen(model, layers)
+    assert shape.num_layers == 4 + len(layers)
+    types = model.config.layer_types
+    end = max(layers) + 1
+    assert shape.layer_types == (*types[:end], *(types[i] for i in layers), *types[end:])
+    pipeline._write_start(tmp_path / "more", shape, tiny.TOKENIZER.to_tokenizer_json(), lambda _: weights)
+    deeper = Model.open(tmp_path / "more", trainable="full")
+    token_ids_L = np.arange(40, dtype=np.int32)
+    one = to_batch([Sample(token_ids_L, (token_ids_L > 0).astype(np.float32))])
+    torch.testing.assert_close(deeper(one.batch), model(one.batch))
+    deeper.logprobs(one.batch, one.targets_R).sum().backward()
+    for place in range(end, end + len(layers)):
+        for part in ("o.weight", "experts.down"):
+            gradient = deeper.state()[f"layers.{place}.{part}"].grad
+            assert gradient is not None and gradient.abs().max() > 0
 
 
 def test_a_stage_that_was_interrupted_says_how_to_go_on(small, tmp_path, monkeypatch):

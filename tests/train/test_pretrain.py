@@ -197,7 +197,7 @@ def test_an_effort_that_is_none_is_refused(settings):
 
 
 @pytest.mark.parametrize("brief", [0.0, 1.0])
-@pytest.mark.parametrize("pondering", [0.0, 1.0])
+@pytest.mark.parametrize("pondering", [(), ("sums=0",), ("sums",)])
 def test_low_effort_may_think_and_is_still_told_as_low(settings, tokenizer, pondering, brief):
     longer = replace(settings, pondering=pondering, brief=brief, pass_tokens=2000, max_tokens=2000)
     thinks = set()
@@ -209,7 +209,13 @@ def test_low_effort_may_think_and_is_still_told_as_low(settings, tokenizer, pond
             thinks.add("<|channel|>analysis" in text)
         else:
             assert "<|channel|>analysis" in text
-    assert thinks == {bool(pondering)}
+    assert thinks == {pondering == ("sums",)}
+
+
+@pytest.mark.parametrize("share", ["browsing", "sums=half", "sums=1.5", "sums=-1"])
+def test_shares_that_cannot_be_are_refused(settings, share):
+    with pytest.raises(ConfigError, match="pondering holds"):
+        replace(settings, pondering=(share,)).check()
 
 
 @pytest.mark.parametrize("evenness", [0.0, 0.5, 1.0])

@@ -102,11 +102,10 @@ class PretrainConfig(TrainConfig):
         low=0,
         high=1,
     )
-    pondering: float = setting(
-        0.0,
-        "Share of conversations at low effort that think as at medium effort: what reinforcement may find to pay.",
-        low=0,
-        high=1,
+    pondering: tuple[str, ...] = setting(
+        (),
+        "Tasks that at low effort think as at medium effort, each with =SHARE of its conversations where it is not "
+        "all: what reinforcement may find to pay, or has found.",
     )
     idle_tools: float = setting(
         0.0, "Share of conversations with python or the browser beside what they need.", low=0, high=1
@@ -151,6 +150,7 @@ class PretrainConfig(TrainConfig):
         if self.max_tokens > self.pass_tokens:
             raise ConfigError(f"max_tokens is {self.max_tokens} and pass_tokens {self.pass_tokens}: samples must fit")
         by_effort("efforts", self.efforts)
+        _shares(self)
 
 
 def pretrain(settings: PretrainConfig, *, resume: bool = False, say: Say) -> tuple[Outcome, Model]:
@@ -241,7 +241,8 @@ def draw_sample(
     free = {task: weight for task, weight in mix.tasks.items() if task.name in _FREE}
     is_mixed = draw.task in free and rng.random() < settings.mixed
     effort = draw.effort
-    if effort is Effort.LOW and settings.pondering and rng.random() < settings.pondering:
+    ponders = _shares(settings).get(draw.task.name, 0.0) if effort is Effort.LOW else 0.0
+    if ponders and rng.random() < ponders:
         draw = draw._replace(effort=Effort.MEDIUM)
     while num_turns:
         if is_mixed:
@@ -259,6 +260,25 @@ def draw_sample(
             return _evened(sample, settings.evenness)
         num_turns //= 2
     return None
+
+
+def _shares(settings: PretrainConfig) -> dict[str, float]:
+    """How often each task thinks at low effort. Raises ConfigError."""
+    names = {one.partition("=")[0] for one in settings.tasks}
+    shares = {}
+    for one in settings.pondering:
+        name, equals, share = one.partition("=")
+        try:
+            shares[name] = float(share) if equals else 1.0
+        except ValueError:
+            shares[name] = -1.0
+        if name not in names or not 0 <= shares[name] <= 1:
+            raise ConfigError(
+                f"pondering holds {one!r}; expected one of the tasks ({', '.join(sorted(names))}), with =SHARE from 0 "
+                "to 1 where it is not always",
+                param="pondering",
+            )
+    return shares
 
 
 def _brief(effort: Effort) -> Message:

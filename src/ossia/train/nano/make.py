@@ -3,7 +3,8 @@
 OUT/tokenizer.json            the vocabulary
 OUT/start/                    random weights of the shape
 OUT/STAGE/                    a run, as `ossia train` leaves it, with weights.safetensors when it is done
-OUT/STAGE/float32/, mxfp4/    its model, as a checkpoint
+OUT/STAGE/start/              where a stage adds layers: what the next stage begins with
+OUT/STAGE/bf16/, mxfp4/       its model, as a checkpoint
 OUT/STAGE/measured-*.json     what it can do on held-out exercises
 OUT/model/                    the model of the last stage
 """
@@ -17,17 +18,19 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ossia.errors import UnavailableError
 from ossia.harmony import Effort, Tokenizer, render
 from ossia.model.checkpoint_writer import write_json
+from ossia.model.config import ModelConfig
 from ossia.model.config_file import read_json
 from ossia.model.random_checkpoint import write_random_checkpoint
 from ossia.train.checkpoint import Checkpoints
@@ -65,15 +68,16 @@ def make(out: Path, *, count: int, say: Say, processes: int = 1) -> Path:
     """
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(out / "tokenizer.json", say)
-    start = make_start(out / "start", tokenizer)
+    make_start(out / "start", tokenizer)
     for stage in recipe.STAGES:
         if processes > 1 and stage.settings.get("replicate"):
             _run_together(stage.name, out, processes)
         else:
             run_stage(stage.name, out, say)
         for format in stage.measured:
-            measure_stage(out / stage.name, start, format, count, say)
-    model = export_stage(out / recipe.STAGES[-1].name, start, "mxfp4")
+            measure_stage(out / stage.name, start_of(stage.name, out), format, count, say)
+    last = recipe.STAGES[-1].name
+    model = export_stage(out / last, start_of(last, out), "mxfp4")
     shutil.copytree(model, out / "model", dirs_exist_ok=True)
     say(f"the model is in {out / 'model'}")
     return out / "model"
@@ -107,26 +111,30 @@ def vocabulary_texts() -> Iterator[str]:
 def make_start(folder: Path, tokenizer: Tokenizer) -> Path:
     """Random weights of the shape, such as learn well."""
     if not folder.exists():
-        noise = folder.with_name("noise")
         shape = replace(
             recipe.SHAPE,
             stop_token_ids=tuple(tokenizer.special(name) for name in _STOPS),
             pad_token_id=tokenizer.special("<|endoftext|>"),
         )
-        text = tokenizer.to_tokenizer_json()
-        shutil.rmtree(noise, ignore_errors=True)
-        write_random_checkpoint(noise, shape, layout="hf-bf16", tokenizer_json=text)
-        model = Model.open(noise, trainable="full")
-        draw_weights(model, seed=0)
-        write_tensors(noise / WEIGHTS, model.state())
-        export(noise, folder, "bf16", weights=noise / WEIGHTS, measure=False)
-        sampling = folder / "generation_config.json"
-        write_json(sampling, {**read_json(sampling), "temperature": recipe.TEMPERATURE})
-        shutil.rmtree(noise)
+        _write_start(folder, shape, tokenizer.to_tokenizer_json(), lambda model: draw_weights(model, seed=0))
     return folder
 
 
-def draw_weights(model: Model, seed: int) -> None:
+def _write_start(
+    folder: Path, shape: ModelConfig, tokenizer_json: str, weights: Callable[[Model], Mapping[str, Tensor]]
+) -> None:
+    """A checkpoint of the shape; ``weights`` are given a model of it."""
+    noise = folder.with_name("noise")
+    shutil.rmtree(noise, ignore_errors=True)
+    write_random_checkpoint(noise, shape, layout="hf-bf16", tokenizer_json=tokenizer_json)
+    write_tensors(noise / WEIGHTS, weights(Model.open(noise, trainable="full")))
+    export(noise, folder, "bf16", weights=noise / WEIGHTS, measure=False)
+    sampling = folder / "generation_config.json"
+    write_json(sampling, {**read_json(sampling), "temperature": recipe.TEMPERATURE})
+    shutil.rmtree(noise)
+
+
+def draw_weights(model: Model, seed: int) -> dict[str, Parameter]:
     """First weights: what adds to the residual stream is small, routers and answers hardly know a preference."""
     generator = torch.Generator().manual_seed(seed)
     num_sublayers = 2 * model.config.num_layers
@@ -145,6 +153,7 @@ def draw_weights(model: Model, seed: int) -> None:
                 weight.normal_(0, 0.5 / math.sqrt(fan_in * num_sublayers), generator=generator)
             else:
                 weight.normal_(0, 1 / math.sqrt(fan_in), generator=generator)
+    return model.state()
 
 
 def run_stage(name: str, out: Path, say: Say) -> None:
@@ -155,6 +164,15 @@ def run_stage(name: str, out: Path, say: Say) -> None:
     if (folder / WEIGHTS).exists():
         return
     say(f"stage {name}")
+    start = start_of(name, out)
+    if stage.method == "deepen":
+        before = names[place - 1]
+        model = Model.open(export_stage(out / before, start_of(before, out), "mxfp4"), trainable="full")
+        shape, weights = deepen(model, stage.settings["layers"])
+        shutil.rmtree(start, ignore_errors=True)
+        _write_start(start, shape, (out / "tokenizer.json").read_text(encoding="utf-8"), lambda _: weights)
+        write_tensors(folder / WEIGHTS, weights)
+        return
     if stage.method == "average":
         folder.mkdir(exist_ok=True)
         write_tensors(folder / WEIGHTS, average(out, stage.settings))
@@ -162,9 +180,9 @@ def run_stage(name: str, out: Path, say: Say) -> None:
     kind = PretrainConfig if stage.method == "pretrain" else RlConfig
     known = {one.name for one in fields(kind)}
     base = {key: value for key, value in recipe.BASE.items() if key in known}
-    settings: dict[str, Any] = {**base, **stage.settings, "out": str(folder), "model": str(out / "start")}
+    settings: dict[str, Any] = {**base, **stage.settings, "out": str(folder), "model": str(start)}
     resume = (folder / "settings.json").exists()
-    if place:
+    if place and recipe.STAGES[place - 1].method != "deepen":
         settings["begin_with"] = str(out / names[place - 1])
     if stage.method == "pretrain":
         outcome, _ = pretrain(read_settings(PretrainConfig, None, settings), resume=resume, say=say)
@@ -172,6 +190,38 @@ def run_stage(name: str, out: Path, say: Say) -> None:
         outcome = rl(read_settings(RlConfig, None, settings), resume=resume, say=say)
     if outcome.is_interrupted:
         raise UnavailableError(f"stage {name} was interrupted; the same command goes on with it")
+
+
+def start_of(name: str, out: Path) -> Path:
+    """The checkpoint that has the shape of a stage's model: the first weights, or those of layers that were added."""
+    start = out / "start"
+    for stage in recipe.STAGES:
+        start = out / stage.name / "start" if stage.method == "deepen" else start
+        if stage.name == name:
+            break
+    return start
+
+
+def deepen(model: Model, layers: Sequence[int]) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The shape and the weights of a deeper model that computes the same: behind the last of ``layers`` stand copies of
+    them that add nothing to the residual stream.
+
+    Source: Wu et al., *LLaMA Pro: Progressive LLaMA with Block Expansion*, arXiv:2401.02415.
+    """
+    config, end = model.config, max(layers) + 1
+    order = [*range(end), *layers, *range(end, config.num_layers)]
+    types = config.layer_types and tuple(config.layer_types[i] for i in order)
+    state = model.state()
+    weights: dict[str, Tensor] = {name: one for name, one in state.items() if not name.startswith("layers.")}
+    for place, source in enumerate(order):
+        is_new = end <= place < end + len(layers)
+        prefix = f"layers.{source}."
+        for name, one in state.items():
+            if name.startswith(prefix):
+                part = name.removeprefix(prefix)
+                adds = part.startswith(("o.", "experts.down"))
+                weights[f"layers.{place}.{part}"] = torch.zeros_like(one) if is_new and adds else one
+    return replace(config, num_layers=len(order), layer_types=types), weights
 
 
 def average(out: Path, shares: Mapping[str, float]) -> dict[str, Tensor]:

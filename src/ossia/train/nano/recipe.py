@@ -193,12 +193,12 @@ FAILS = {**LINES, "about": 9, "sums": 20, "functions": 22, "hierarchy": 14, "pyt
 class Stage(NamedTuple):
     """One run: its name, its method, and the settings that differ from `BASE`.
 
-    An "average" is no run, and no stage can begin with it: its weights lie between those of earlier stages, whose
-    shares its settings give.
+    An "average" is no run, and no other run can begin with it: its weights lie between those of earlier stages, whose
+    shares its settings give. To "deepen" is none either: what the stage before has in MXFP4 gets more layers.
     """
 
     name: str
-    method: Literal["pretrain", "rl", "average"]
+    method: Literal["pretrain", "rl", "average", "deepen"]
     settings: Mapping[str, Any]
     measured: tuple[Format, ...] = ()
 
@@ -741,7 +741,7 @@ STAGES: tuple[Stage, ...] = (
             **_EVEN,
             **_WIDE,
             **_REPEATS,
-            "pondering": 0.2,
+            "pondering": mix(dict.fromkeys(REPEATS, 0.2)),
             "fake_quant": True,
             "learning_rate": 1.45e-3,
             "final_rate": 0.02,

@@ -36,7 +36,7 @@ def write_report(out: Path, docs: Path) -> Path:
         figure_module: Any = importlib.import_module("matplotlib.figure")
     except ImportError:
         raise UnavailableError("the report needs matplotlib: pip install matplotlib") from None
-    stages = [stage for stage in recipe.STAGES if stage.method != "average"]
+    stages = [stage for stage in recipe.STAGES if stage.method in ("pretrain", "rl")]
     courses = [course(out / stage.name, stage) for stage in stages]
     results = {
         f"{stage.name}, {format}": json.loads((out / stage.name / f"measured-{format}.json").read_text())
@@ -117,12 +117,14 @@ def _draw_effort(figure_module: Any, lines: Sequence[Mapping[str, Any]], path: P
 
 def _page(courses: Sequence[Course], results: Mapping[str, Sequence[Mapping[str, Any]]], last: str) -> str:
     shape = recipe.SHAPE
+    added = [stage.settings["layers"] for stage in recipe.STAGES if stage.method == "deepen"]
+    num_layers = shape.num_layers + sum(map(len, added))
     parts = [
         "# A small model from nothing\n",
         "`nano` is a model with the architecture of gpt-oss, trained from nothing by ossia's own "
         "code on exercises that ossia makes up. It is a demonstration: it knows an invented world, a few skills and a "
         "few sentences about itself, and says of everything else that it does not know it.\n",
-        f"{shape.num_layers} layers of {shape.hidden_size}, {shape.num_heads} query and {shape.num_kv_heads} key/value "
+        f"{num_layers} layers of {shape.hidden_size}, {shape.num_heads} query and {shape.num_kv_heads} key/value "
         f"heads of {shape.head_dim}, windows of {shape.sliding_window} in every other layer, "
         f"{shape.num_experts} experts of {shape.intermediate_size} of which {shape.num_active_experts} work for a "
         f"token, sinks, clamped SwiGLU, YaRN from {shape.rope.original_context} to {shape.max_context} tokens, "
