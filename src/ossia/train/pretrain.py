@@ -72,13 +72,13 @@ _NUM_FACTS = 6
 _SPECIAL = re.compile(r"(<\|\w+\|>)")
 # The tasks that have parts, and how often each is drawn where all are trained.
 _FACTS = {
-    "browsing": (browsing.draw_facts, 14),
-    "functions": (functions.draw_facts, 21),
-    "hierarchy": (hierarchy.draw_facts, 6),
-    "policies": (policies.draw_facts, 9),
-    "python": (problems.draw_facts, 5),
-    "structured": (structured.draw_facts, 8),
-    "sums": (sums.draw_facts, 9),
+    "browsing": (browsing.draw_facts, 13),
+    "functions": (functions.draw_facts, 15),
+    "hierarchy": (hierarchy.draw_facts, 5),
+    "policies": (policies.draw_facts, 6),
+    "python": (problems.draw_facts, 8),
+    "structured": (structured.draw_facts, 14),
+    "sums": (sums.draw_facts, 13),
 }
 # Tasks for which no developer says anything, and that need no tool but python: any of them may follow another.
 _FREE = ("about", "python", "sums")

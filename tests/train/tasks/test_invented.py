@@ -126,6 +126,10 @@ def test_a_digit_is_behind_the_same_letter_wherever_it_stands():
     assert [line[3:] for line in lines[4:]] == ["5", "57", "575", "5758"]
 
 
+# What a question says that wants two numbers added.
+ADDS = r"\+|plus|[Aa]dd|sum of|more"
+
+
 def test_facts_are_steps_as_sums_have_them_or_numbers_that_are_read_or_put_together():
     rng = random.Random(2)
     steps, read, put_together = set(), 0, 0
@@ -133,9 +137,10 @@ def test_facts_are_steps_as_sums_have_them_or_numbers_that_are_read_or_put_toget
         parts = draw_facts(rng)
         if parts[-1][0].endswith("<|return|>"):
             (given, _), (answer, _) = parts
-            a, b = (int(line.partition("=")[0]) for line in given.splitlines()[:2])
+            a, b = (int(line.partition("=")[0]) for line in given.splitlines()[1:3])
             *lines, last = answer.removesuffix("<|return|>").replace("<|end|>", "").splitlines()
-            sign = "+" if "+" in given else "-"
+            sign = "+" if "+" in answer else "-"
+            assert (sign == "+") == bool(re.search(ADDS, given.splitlines()[0]))
             assert int(last) == (a + b if sign == "+" else a - b)
             assert lines[-1].partition(":")[2] == last
             assert max(a, b) < 10 or not is_held_out(f"{a}{sign}{b}")
@@ -149,7 +154,7 @@ def test_facts_are_steps_as_sums_have_them_or_numbers_that_are_read_or_put_toget
                     assert digits.startswith(first + number[-1])
                     numbers.append(number)
                     read += 1
-                sign = "+" if re.search(r"\+|plus|[Aa]dd|sum of|more", question) else "-"
+                sign = "+" if re.search(ADDS, question) else "-"
                 assert max(map(int, numbers)) < 10 or not is_held_out(sign.join(numbers))
         else:
             for line in "".join(text for text, _ in parts).splitlines():
@@ -255,7 +260,8 @@ def test_a_call_is_made_up_phrase_by_phrase():
             said += f" {phrase}"
         last = re.match(r"\w+", end)[0]
         assert said.endswith(last)
-        assert f"{request.removesuffix('.')}.".endswith(said + end.removeprefix(last))
+        ended = request if request[-1] in ".!" else f"{request}."
+        assert ended.endswith(said + end.removeprefix(last))
         assert all(later.startswith(before) for before, later in itertools.pairwise(arguments))
         given = json.loads(called.removeprefix(name))
         assert set(given) <= set(re.findall(r"^(\w+)\??:", asked, re.MULTILINE))

@@ -22,7 +22,7 @@ from ossia.train.tasks.phrases import Phrases
 
 OPENING = Phrases(
     "[Please |Can you |Could you |Now |I want to |I need to |Help me |Let us |Would you |I would like to |]"
-    "{request}[.|| now.| today.]"
+    "{request}[.|| now.| today.|, please.|!]"
 )
 NONE_FITS = "None of my functions can do that."
 _NONE_FITS_SHARE = 0.12

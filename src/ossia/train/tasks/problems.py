@@ -101,7 +101,7 @@ def _repetitive(rng: random.Random) -> Problem:
     digits = rng.choices("0123456789", k=2)
     if rng.random() < 0.7:
         return _problem_of_list(
-            rng, [words.number_made_of(rng, digits, rng.randint(1, 4)) for _ in range(rng.randint(3, 6))]
+            rng, False, [words.number_made_of(rng, digits, rng.randint(1, 4)) for _ in range(rng.randint(3, 6))]
         )
     a, b = (words.number_made_of(rng, digits, rng.randint(2, 6)) for _ in range(2))
     return Problem(PRODUCT.pick(rng, a=a, b=b), f"{a} * {b}", str(a * b))
@@ -118,12 +118,12 @@ def _product(rng: random.Random, held_out: bool) -> Problem:
 
 def _quotient(rng: random.Random, held_out: bool) -> Problem:
     a, b = _two(rng)
-    return Problem(QUOTIENT.pick(rng, a=a, b=b), f"{a} // {b}", str(a // b))
+    return Problem(QUOTIENT.pick(rng, held_out, a=a, b=b), f"{a} // {b}", str(a // b))
 
 
 def _remainder(rng: random.Random, held_out: bool) -> Problem:
     a, b = _two(rng)
-    return Problem(REMAINDER.pick(rng, a=a, b=b), f"{a} % {b}", str(a % b))
+    return Problem(REMAINDER.pick(rng, held_out, a=a, b=b), f"{a} % {b}", str(a % b))
 
 
 def _power(rng: random.Random, held_out: bool) -> Problem:
@@ -132,15 +132,17 @@ def _power(rng: random.Random, held_out: bool) -> Problem:
 
 
 def _of_list(rng: random.Random, held_out: bool) -> Problem:
-    return _problem_of_list(rng, [words.number_of_digits(rng, rng.randint(1, 4)) for _ in range(rng.randint(3, 6))])
+    return _problem_of_list(
+        rng, held_out, [words.number_of_digits(rng, rng.randint(1, 4)) for _ in range(rng.randint(3, 6))]
+    )
 
 
-def _problem_of_list(rng: random.Random, numbers: list[int]) -> Problem:
+def _problem_of_list(rng: random.Random, held_out: bool, numbers: list[int]) -> Problem:
     written = ", ".join(map(str, numbers[:-1])) + rng.choice((" and ", ", ")) + str(numbers[-1])
     forms, function = rng.choice(((TOTAL, "sum"), (MAXIMUM, "max"), (MINIMUM, "min"), (SORTED, "sorted")))
     functions: dict[str, Callable[[list[int]], object]] = {"sum": sum, "max": max, "min": min, "sorted": sorted}
     value = functions[function](numbers)
-    return Problem(forms.pick(rng, list=written), f"{function}([{', '.join(map(str, numbers))}])", str(value))
+    return Problem(forms.pick(rng, held_out, list=written), f"{function}([{', '.join(map(str, numbers))}])", str(value))
 
 
 def _of_word(rng: random.Random, held_out: bool) -> Problem:
@@ -153,17 +155,17 @@ def _of_word(rng: random.Random, held_out: bool) -> Problem:
             (COUNT, f"'{word}'.count('{letter}')", str(word.count(letter))),
         )
     )
-    return Problem(forms.pick(rng, word=word, letter=letter), code, value)
+    return Problem(forms.pick(rng, held_out, word=word, letter=letter), code, value)
 
 
 def _divisor(rng: random.Random, held_out: bool) -> Problem:
     a, b = _two(rng)
-    return Problem(DIVISOR.pick(rng, a=a, b=b), f"import math\nmath.gcd({a}, {b})", str(math.gcd(a, b)))
+    return Problem(DIVISOR.pick(rng, held_out, a=a, b=b), f"import math\nmath.gcd({a}, {b})", str(math.gcd(a, b)))
 
 
 def _factorial(rng: random.Random, held_out: bool) -> Problem:
     a = rng.randint(3, 18)
-    return Problem(FACTORIAL.pick(rng, a=a), f"import math\nmath.factorial({a})", str(math.factorial(a)))
+    return Problem(FACTORIAL.pick(rng, held_out, a=a), f"import math\nmath.factorial({a})", str(math.factorial(a)))
 
 
 _KINDS: tuple[Callable[[random.Random, bool], Problem], ...] = (

@@ -45,21 +45,22 @@ _FORMS = {
     "+": Phrases(
         _ASK + "{a} + {b}[?|]",
         _ASK + "{a} plus {b}[?|]",
-        "[Please add|Add|add] {a} [and|to] {b}[.|]",
+        "[Please add|Add|add|Now add] {a} [and|to] {b}[.|]",
         "[Find|Give|What is|Tell me] the sum of {a} and {b}[.|?]",
         "{a} + {b}[| =| = ?|?]",
         "{a} plus {b}[?|.| is what?| equals?]",
         "I have {a} [apples|coins|beans|books] and get {b} more. How many [do I have|are there]?",
-        "[There are|We saw] {a} [people|birds|cars] and then {b} more [came|come]. How many in all?",
+        "[There are|We saw|I see] {a} [people|birds|cars|boats] and then {b} more [came|come]. How many in all?",
     ),
     "-": Phrases(
         _ASK + "{a} - {b}[?|]",
         _ASK + "{a} minus {b}[?|]",
-        "[Please subtract|Subtract|subtract|Take|take] {b} from {a}[.|]",
+        "[Please subtract|Subtract|subtract|Take|take|Now take] {b} from {a}[.|]",
         "[Find|Give|What is|Tell me] the difference of {a} and {b}[.|?]",
         "{a} - {b}[| =| = ?|?]",
         "{a} minus {b}[?|.| is what?| equals?]",
         "I have {a} [apples|coins|beans|books] and [give away|lose|sell] {b}. How many [do I have left|are left]?",
+        "[There are|We saw|I see] {a} [people|birds|cars|boats] and then {b} [go|leave]. How many [stay|are left]?",
     ),
 }
 
@@ -161,26 +162,25 @@ def fact_of(step: Step, sign: str) -> tuple[str, str]:
 
 
 def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
-    """Numbers of questions, read from the last digit on; a result, put together from its steps; or a few steps alone.
-    Which parts of the text are answers.
+    """Numbers of questions, read from the last digit on; steps, and a result that is put together from them; or a few
+    steps alone. Which parts of the text are answers.
     """
     parts: list[tuple[str, bool]] = []
     task = rng.choice((Sums, _Repetitive))()
     kind = rng.random()
-    if kind < 0.3:
+    if kind < 0.25:
         for _ in range(_NUM_FACTS):
             instance = draw_instance(task, "train", rng)
             read = "\n".join(instance.data["sum"].thoughts(Effort.MEDIUM).splitlines()[:2])
             before = "\n" if parts else ""
             parts += [(f"{before}{instance.prompt}\n", False), (f"{read}<|end|>", True)]
         return parts
-    if kind < 0.55:
-        sum_of: Sum = draw_instance(task, "train", rng).data["sum"]
-        num_steps = len(steps_of(sum_of.a, sum_of.b, sum_of.sign))
-        lines = sum_of.thoughts(Effort.HIGH).splitlines()
-        steps, put_together = lines[: 2 + num_steps], lines[2 + num_steps :]
-        answer = "\n".join(put_together) + f"<|end|>\n{sum_of.result}<|return|>"
-        return [("\n".join(steps) + "\n", False), (answer, True)]
+    if kind < 0.6:
+        instance = draw_instance(task, "train", rng)
+        lines = instance.data["sum"].thoughts(Effort.HIGH).splitlines()
+        read, worked_out = "\n".join(lines[:2]), "\n".join(lines[2:])
+        asked = f"{instance.prompt}\n{read}\n"
+        return [(asked, False), (f"{worked_out}<|end|>\n{instance.answer}<|return|>", True)]
     for _ in range(2 * _NUM_FACTS):
         sign = rng.choice("+-")
         asked, answer = fact_of(Step.of(rng.randrange(10), sign, rng.randrange(10), rng.randrange(2)), sign)

@@ -46,35 +46,50 @@ class Entry(NamedTuple):
 QUESTIONS = {
     "year": Phrases(
         "[When|In which year|What year] was {name} founded?",
-        "[Tell me|Find] the year {name} was founded.",
+        "[Tell me|Find|Name|Look up] the year {name} was founded.",
     ),
     "river": Phrases(
-        "[Which|What] river [is|runs] [at|through|near] {name}?", "[Tell me|Find] the river [of|at] {name}."
+        "[Which|What] river [is|runs] [at|through|near] {name}?",
+        "[Tell me|Find|Name|Look up] the river [of|at] {name}.",
     ),
-    "population": Phrases("How many people live in {name}?", "[What is|Tell me|Find] the population of {name}[.|?]"),
+    "population": Phrases(
+        "How many people live in {name}?", "[What is|Tell me|Find|Name|Look up] the population of {name}[.|?]"
+    ),
     "mayor": Phrases(
-        "Who is [the|now] mayor of {name}?", "Who [leads|governs|runs] {name}?", "[Tell me|Find] the mayor of {name}."
+        "Who is [the|now] mayor of {name}?",
+        "Who [leads|governs|runs] {name}?",
+        "[Tell me|Find|Name|Look up] the mayor of {name}.",
     ),
     "known": Phrases(
-        "What is {name} known for?", "What [makes|made] {name} known?", "[Tell me|Find] what {name} is known for."
+        "What is {name} known for?",
+        "What [makes|made] {name} known?",
+        "[Tell me|Find|Look up] what {name} is known for.",
     ),
     "birthplace": Phrases(
         "Where was {name} born?",
         "[In which town|In what town] was {name} born?",
-        "[Tell me|Find] the birthplace of {name}.",
+        "[Tell me|Find|Name|Look up] the birthplace of {name}.",
     ),
     "job": Phrases(
-        "What [does|did] {name} do?", "What is the [job|work] of {name}?", "[Tell me|Find] the job of {name}."
+        "What [does|did] {name} do?",
+        "What is the [job|work] of {name}?",
+        "[Tell me|Find|Name|Look up] the job of {name}.",
     ),
-    "pet": Phrases("[Which|What] animal does {name} [keep|have]?", "[Tell me|Find] the animal of {name}."),
+    "pet": Phrases("[Which|What] animal does {name} [keep|have]?", "[Tell me|Find|Name|Look up] the animal of {name}."),
     "maker": Phrases(
         "Where is the {name} made?",
         "[Which|What] town makes the {name}?",
-        "[Tell me|Find] the town that makes the {name}.",
+        "[Tell me|Find|Name|Look up] the town that makes the {name}.",
     ),
-    "price": Phrases("[What|How much] does the {name} cost?", "[What is|Tell me|Find] the price of the {name}[.|?]"),
-    "weight": Phrases("How heavy is the {name}?", "[What is|Tell me|Find] the weight of the {name}[.|?]"),
-    "designer": Phrases("Who [designed|drew|invented] the {name}?", "[Tell me|Find] the designer of the {name}."),
+    "price": Phrases(
+        "[What|How much] does the {name} cost?", "[What is|Tell me|Find|Name|Look up] the price of the {name}[.|?]"
+    ),
+    "weight": Phrases("How heavy is the {name}?", "[What is|Tell me|Find|Look up] the weight of the {name}[.|?]"),
+    "designer": Phrases(
+        "Who [designed|drew|invented] the {name}?",
+        "Who [is|was] the designer of the {name}?",
+        "[Tell me|Find|Name|Look up] the designer of the {name}.",
+    ),
 }
 
 
