@@ -1,17 +1,17 @@
 """Sums and differences at three efforts, for a small model: at once, digit by digit, or written out.
 
     low      What is 4821 + 937?      5758
-    medium   4821=a1b2c8d4
+    high     4821=a1b2c8d4
              937=A7B3C9D0
-             a1A7:1+7+0=08
-             b2B3:2+3+0=05
-             c8C9:8+9+0=17
-             d4D0:4+0+1=05
-    high     the same with a letter for each digit of the result (a1A7:1+7+0=08p8), and then
+             a1A7:1+7+0=08p8
+             b2B3:2+3+0=05q5
+             c8C9:8+9+0=17r7
+             d4D0:4+0+1=05s5
              s5:5
              r7:57
              q5:575
              p8:5758
+    medium   the same; of numbers of one or two digits the steps alone, without letters for the result (a1A7:1+7+0=08)
 
 Thoughts go from the last digit to the first. A step adds two digits and what the step before it carried; before the
 result stands what is carried on, or for a difference what is borrowed. Whatever a step needs is found behind its
@@ -66,12 +66,14 @@ _FORMS = {
 
 
 _NUM_FACTS = 3
+# Digits of numbers whose result medium effort says without putting it together: of more, few came out right.
+_MOST_AT_ONCE = 2
 
 
 class Sums(InventedTask):
     name = "sums"
     # What cannot be known at once teaches little: few of them, lest their loss hide the others.
-    efforts: ClassVar[Mapping[Effort, float]] = {Effort.LOW: 1.0, Effort.MEDIUM: 3.0, Effort.HIGH: 8.0}
+    efforts: ClassVar[Mapping[Effort, float]] = {Effort.LOW: 1.0, Effort.MEDIUM: 4.0, Effort.HIGH: 7.0}
 
     def __init__(self, digits: int = 5, exact: bool = False) -> None:
         """``digits`` is the most that a number has; ``exact``: both numbers have that many.
@@ -139,11 +141,11 @@ class Sum(NamedTuple):
             f"{self.a}={''.join(f'{letter}{one.x}' for letter, one in zip(_TOP, steps, strict=False))}",
             f"{self.b}={''.join(f'{letter}{one.y}' for letter, one in zip(_BOTTOM, steps, strict=False))}",
         ]
-        is_high = effort is Effort.HIGH
+        is_put_together = effort is Effort.HIGH or len(steps) > _MOST_AT_ONCE
         for top, bottom, result, step in zip(_TOP, _BOTTOM, _RESULT, steps, strict=False):
             fact = "".join(fact_of(step, self.sign))
-            lines.append(f"{top}{step.x}{bottom}{step.y}:{fact}" + (f"{result}{step.digit}" if is_high else ""))
-        if is_high:
+            lines.append(f"{top}{step.x}{bottom}{step.y}:{fact}" + (f"{result}{step.digit}" if is_put_together else ""))
+        if is_put_together:
             digits = [one.digit for one in steps] + [1] * steps[-1].carry
             places = range(len(digits))[::-1]
             lines += [f"{_RESULT[place]}{digits[place]}:{self._first(digits, place)}" for place in places]
