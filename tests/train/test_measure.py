@@ -38,12 +38,12 @@ class Student(Scripted):
             yield replace(output, drawn_logprob=-0.25)
 
 
-def play(count: int, **more):
+def play(count: int, max_tokens: int = 500, **more):
     @asynccontextmanager
     async def source():
         yield Student("<|return|>")
 
-    with Rollouts(source, TOKENIZER, RolloutConfig(temperature=0)) as rollouts:
+    with Rollouts(source, TOKENIZER, RolloutConfig(temperature=0, max_tokens=max_tokens)) as rollouts:
         return measure(rollouts, Odd(), Effort.LOW, count, **more)
 
 
@@ -62,12 +62,17 @@ def test_shares_and_means_are_those_of_the_exercises():
     assert found.num_exercises == 300
     assert found.exact == pytest.approx(0.9, abs=0.06)
     assert found.low < found.exact < found.high
-    assert found.valid == 1
+    assert (found.valid, found.unfinished) == (1, 0)
     assert found.sampled == len(tokens(SAID.format("odd")))
     assert found.reasoning == len(TOKENIZER.encode("Hm."))
     assert found.parts["exact"] == pytest.approx(found.exact)
     assert play(300) == found
     assert play(300, seed=1).exact != found.exact
+
+
+def test_what_a_limit_ends_is_unfinished_and_not_valid():
+    found = play(20, max_tokens=len(tokens(SAID.format("odd"))) - 2)
+    assert (found.valid, found.unfinished, found.exact) == (0, 1, 0)
 
 
 def test_a_count_below_one_is_refused():

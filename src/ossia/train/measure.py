@@ -41,6 +41,8 @@ class Measured(NamedTuple):
     high: float
     valid: float
     """Share of transcripts that keep to the format from the first token to the last."""
+    unfinished: float
+    """Share of those that had kept to it until the limit of tokens ended them."""
     sampled: float
     """Tokens that the model samples, and of these its reasoning: means."""
     reasoning: float
@@ -72,6 +74,7 @@ def measure(
         low=low,
         high=high,
         valid=sum(not one.transcript.is_malformed for one in done) / count,
+        unfinished=sum(one.transcript.is_unfinished for one in done) / count,
         sampled=sum(one.num_sampled for one in done) / count,
         reasoning=sum(len(encode(one.transcript.reasoning)) for one in done) / count,
         parts={

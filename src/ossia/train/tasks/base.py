@@ -101,6 +101,11 @@ class Transcript:
         return "\n".join(thoughts)
 
     @property
+    def is_unfinished(self) -> bool:
+        """Whether a limit ended what had kept to the format until there."""
+        return self.is_truncated and not self.defects
+
+    @property
     def is_malformed(self) -> bool:
         return bool(self.defects) or self.is_truncated or self.answer is None
 
