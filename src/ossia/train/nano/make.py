@@ -278,8 +278,7 @@ def measure_stage(folder: Path, start: Path, format: Format, count: int, say: Sa
                 for effort in task.efforts:
                     found: Measured = measure(rollouts, task, Effort(effort), num_exercises)
                     lines.append({**found._asdict(), "task": name, "grammar": grammar})
-                    say(
-                        f"{folder.name} {format} {name} {effort}: {found.exact:.3f}, valid {found.valid:.4f}, unfinished {found.unfinished:.4f}"
-                    )
+                    shares = f"{found.exact:.3f}, valid {found.valid:.4f}, unfinished {found.unfinished:.4f}"
+                    say(f"{folder.name} {format} {name} {effort}: {shares}")
     path.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
     return path

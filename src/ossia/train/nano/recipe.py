@@ -40,6 +40,10 @@
     weighs     reinforcement finds out where a thought is worth its tokens
     mends      more of sums and other numbers, at the efforts that always think, until the rate has fallen
     averages   weights between those of the last two: each remembers what the other has lost
+    grows      two more layers, which add nothing yet
+    wakes      the rate rises: the new layers learn
+    asks       questions and requests have more wordings; low effort goes on thinking where that has paid
+    closes     sums are put together at medium effort too; until the rate has fallen
 
 Forms of thoughts are named where they were new; all stages have today's.
 
@@ -177,6 +181,26 @@ MENDS = {
     "structured": 28,
     "browsing": 17,
 }
+WAKES = {
+    "about": 7,
+    "sums": 34,
+    "functions": 28,
+    "hierarchy": 11,
+    "policies": 12,
+    "python": 24,
+    "structured": 26,
+    "browsing": 24,
+}
+CLOSES = {
+    "about": 6,
+    "sums": 42,
+    "functions": 26,
+    "hierarchy": 9,
+    "policies": 9,
+    "python": 26,
+    "structured": 30,
+    "browsing": 24,
+}
 # Of what low effort is often wrong in, and thoughts are short for.
 REWARDED = {
     "functions": 3,
@@ -270,6 +294,14 @@ _PLANS: Mapping[str, Any] = {**_SIGNS, "tasks": mix(PLANS), "facts": 0.34}
 
 # The same with still more of them.
 _REPEATS: Mapping[str, Any] = {**_SIGNS, "tasks": mix(REPEATS), "facts": 0.36}
+
+# The same, with low effort as reinforcement left it.
+_CLOSES: Mapping[str, Any] = {
+    **_REPEATS,
+    "tasks": mix(CLOSES),
+    "pondering": ("functions", "structured", "policies", "hierarchy", "browsing"),
+    "fake_quant": True,
+}
 
 STAGES: tuple[Stage, ...] = (
     Stage("warm-up", "pretrain", {**_COPYING, "growth": 8000, "warmup": 0.03, "steps": 700}),
@@ -792,4 +824,48 @@ STAGES: tuple[Stage, ...] = (
         },
     ),
     Stage("averages", "average", {"weighs": 0.35, "mends": 0.65}, ("mxfp4",)),
+    Stage("grows", "deepen", {"layers": (2, 3)}),
+    Stage(
+        "wakes",
+        "pretrain",
+        {
+            **_EVEN,
+            **_WIDE,
+            **_REPEATS,
+            "tasks": mix(WAKES),
+            "pondering": mix(dict.fromkeys(WAKES, 0.5)),
+            "fake_quant": True,
+            "learning_rate": 2.2e-3,
+            "warmup": 0.036,
+            "final_rate": 0.944,
+            "steps": 2250,
+        },
+    ),
+    Stage(
+        "asks",
+        "pretrain",
+        {
+            **_EVEN,
+            **_WIDE,
+            **_CLOSES,
+            "learning_rate": 2e-3,
+            "warmup": 0.0,
+            "final_rate": 0.956,
+            "steps": 589,
+        },
+    ),
+    Stage(
+        "closes",
+        "pretrain",
+        {
+            **_EVEN,
+            **_WIDE,
+            **_CLOSES,
+            "learning_rate": 1.91e-3,
+            "warmup": 0.0,
+            "final_rate": 0.0,
+            "steps": 13_000,
+        },
+        ("mxfp4",),
+    ),
 )
