@@ -103,14 +103,14 @@ def test_it_does_most_of_the_python_that_it_never_saw():
     [
         # Reinforcement found that a thought is worth its tokens at low effort too.
         ("functions", Effort.LOW, 0.7),
-        ("structured", Effort.LOW, 0.6),
-        ("policies", Effort.LOW, 0.65),
-        ("hierarchy", Effort.MEDIUM, 0.75),
+        ("structured", Effort.LOW, 0.75),
+        ("policies", Effort.LOW, 0.8),
+        ("hierarchy", Effort.MEDIUM, 0.8),
         ("functions", Effort.MEDIUM, 0.7),
-        ("structured", Effort.MEDIUM, 0.65),
+        ("structured", Effort.MEDIUM, 0.75),
         ("policies", Effort.MEDIUM, 0.8),
         ("policies", Effort.HIGH, 0.8),
-        ("browsing", Effort.MEDIUM, 0.5),
+        ("browsing", Effort.MEDIUM, 0.7),
     ],
 )
 def test_it_has_learned_a_good_part_of_what_it_never_saw(task, effort, least):
@@ -125,7 +125,7 @@ def test_it_adds_what_it_never_saw_where_it_thinks_long_enough():
         task = make_task("sums", {"digits": 4, "exact": True})
         at_once, written_out = (measure(rollouts, task, effort, 60).exact for effort in (Effort.LOW, Effort.HIGH))
     assert at_once <= 0.1
-    assert written_out >= 0.8
+    assert written_out >= 0.9
 
 
 def test_transformers_has_the_same_logits(tmp_path):

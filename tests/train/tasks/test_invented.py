@@ -482,6 +482,11 @@ def test_json_is_compared_by_value_and_type():
     assert not same_json("{", {})
 
 
+def test_a_pattern_that_no_training_would_see_is_refused():
+    with pytest.raises(ValueError, match="are held out; give it another wording"):
+        Phrases("Who is {name}?", "[Tell me|Find] the designer of the {name}.")
+
+
 def test_phrases_have_two_sides_and_every_form_is_on_one():
     assert expand("[a|b] {x}[?|]") == ["a {x}?", "a {x}", "b {x}?", "b {x}"]
     phrases = Phrases("[a|b|c|d|e|f|g|h] {x}[?|.|!|]")

@@ -43,7 +43,8 @@
     grows      two more layers, which add nothing yet
     wakes      the rate rises: the new layers learn
     asks       questions and requests have more wordings; low effort goes on thinking where that has paid
-    closes     sums are put together at medium effort too; until the rate has fallen
+    closes     sums are put together at medium effort too, while the rate falls
+    lands      more of the hierarchy and of structured answers, until the rate has fallen
 
 Forms of thoughts are named where they were new; all stages have today's.
 
@@ -62,8 +63,8 @@ from ossia.train.export import Format
 VOCAB_SIZE, NUM_COMMON_WORDS = 2048, 600
 # Where a request names none: so small a model has too many wrong tokens that are a little likely.
 TEMPERATURE = 0.3
-# Tasks whose answers the server keeps to a schema, and that are measured so as well.
-ENFORCED = ("structured",)
+# Tasks with tools or a schema, to which the server keeps what is sampled, and that are measured so as well.
+ENFORCED = ("functions", "python", "structured", "browsing")
 # Gold conversations that the vocabulary is made of, by the shares of their tasks, and texts of copying.
 VOCABULARY_CONVERSATIONS, VOCABULARY_TEXTS = 6000, 2000
 
@@ -201,6 +202,7 @@ CLOSES = {
     "structured": 30,
     "browsing": 24,
 }
+LANDS = {**CLOSES, "sums": 40, "functions": 28, "hierarchy": 12, "policies": 11, "structured": 32}
 # Of what low effort is often wrong in, and thoughts are short for.
 REWARDED = {
     "functions": 3,
@@ -863,8 +865,22 @@ STAGES: tuple[Stage, ...] = (
             **_CLOSES,
             "learning_rate": 1.91e-3,
             "warmup": 0.0,
+            "final_rate": 0.568,
+            "steps": 5621,
+        },
+    ),
+    Stage(
+        "lands",
+        "pretrain",
+        {
+            **_EVEN,
+            **_WIDE,
+            **_CLOSES,
+            "tasks": mix(LANDS),
+            "learning_rate": 1.084e-3,
+            "warmup": 0.0,
             "final_rate": 0.0,
-            "steps": 13_000,
+            "steps": 6500,
         },
         ("mxfp4",),
     ),

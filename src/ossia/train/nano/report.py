@@ -136,7 +136,8 @@ def _page(courses: Sequence[Course], results: Mapping[str, Sequence[Mapping[str,
         "about itself, or for sums, calls, facts of pages and JSON, wordings of questions too. An exercise counts as "
         "right if all of it is: the answer, the call with its arguments, the cited line. Tools are the real ones, the "
         "python sandbox and the browser. Greedy decoding "
-        "by the CPU engine, without a grammar but where it says that the schema is enforced, as the server does it; "
+        "by the CPU engine, without a grammar; where it says so under that of the tools and the schema, as the server "
+        "does it; "
         f"{_counts(results[last])} exercises per task and effort. In brackets the 95 % interval; behind it "
         "the mean tokens of reasoning.\n",
         _table_of_results(results[last]),
@@ -168,7 +169,7 @@ def _table_of_results(lines: Iterable[Mapping[str, Any]]) -> str:
         for enforced in (False, True) if name in recipe.ENFORCED else (False,):
             cells = {row["effort"]: row for row in found if row["grammar"] is enforced}
             shown = [_cell(cells[effort]) if effort in cells else "" for effort in _EFFORTS]
-            rows.append(f"| {name}{', its schema enforced' if enforced else ''} | {' | '.join(shown)} |")
+            rows.append(f"| {name}{', under the grammar' if enforced else ''} | {' | '.join(shown)} |")
     return "\n".join(rows) + "\n"
 
 

@@ -18,7 +18,10 @@ _CHOICE = re.compile(r"\[([^\[\]]*)\]")
 
 
 class Phrases:
-    """All forms of some patterns, sorted into two sides. Every pattern is equally likely, then every form of it."""
+    """All forms of some patterns, sorted into two sides. Every pattern is equally likely, then every form of it.
+
+    Raises ValueError for a pattern that training would never see: none of its forms could be learned.
+    """
 
     def __init__(self, *patterns: str) -> None:
         self._sides: tuple[list[list[str]], list[list[str]]] = ([], [])
@@ -27,6 +30,8 @@ class Phrases:
             for held_out, side in enumerate(self._sides):
                 if chosen := [form for form in forms if is_held_out(form) == bool(held_out)]:
                     side.append(chosen)
+                elif not held_out:
+                    raise ValueError(f"all forms of {pattern!r} are held out; give it another wording")
         self._held_out_forms = [form for forms in self._sides[True] for form in forms]
 
     def pick(self, rng: random.Random, held_out: bool = False, **fields: object) -> str:
