@@ -133,9 +133,9 @@ def _page(courses: Sequence[Course], results: Mapping[str, Sequence[Mapping[str,
         "on two cores, and goes on where it was when it is started again.\n",
         "## What it can do\n",
         "Held-out exercises: names, numbers and combinations of rules that no training has seen; where it is asked "
-        "about itself, or for sums, calls, facts of pages and JSON, wordings of questions too. An exercise counts as "
-        "right if all of it is: the answer, the call with its arguments, the cited line. Tools are the real ones, the "
-        "python sandbox and the browser. Greedy decoding "
+        "about itself, or for sums, python, calls, facts of pages and JSON, wordings of questions too. An exercise "
+        "counts as right if all of it is: the answer, the call with its arguments, the cited line. Tools are the real "
+        "ones, the python sandbox and the browser. Greedy decoding "
         "by the CPU engine, without a grammar; where it says so under that of the tools and the schema, as the server "
         "does it; "
         f"{_counts(results[last])} exercises per task and effort. In brackets the 95 % interval; behind it "
