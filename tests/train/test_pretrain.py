@@ -248,7 +248,7 @@ def test_facts_are_of_the_tasks_that_are_trained(settings, tokenizer):
     sample = draw_sample(replace(settings, facts=1.0, max_tokens=4096), make_mix(["sums"]), tokenizer, "train", 0)
     assert sample is not None
     step, read = r"\d[+-]\d[+-]\d=\d\d\n", r".*\d.*\n\d+=a.*\n\d+=A.*<\|end\|>\n?"
-    steps = r"\d+=a.*\n\d+=A.*\n(\w+:\d[+-]\d[+-]\d=\d\d\w\d\n)+"
+    steps = r".*\d.*\n\d+=a.*\n\d+=A.*\n(\w+:\d[+-]\d[+-]\d=\d\d\w\d\n)+"
     put_together = rf"{steps}(\w\d:\d+(\n|<\|end\|>\n))+\d+<\|return\|>\n?"
     assert re.fullmatch(
         rf"<\|startoftext\|>({step}|{read}|{put_together})+", tokenizer.decode(sample.token_ids_L.tolist())

@@ -233,7 +233,7 @@ def measure(
     wanted = by_effort("efforts", ",".join(f"{one}=1" for one in _listed(efforts)))
     tasks = [make(name, options) for name in names]
     config = RolloutConfig(max_tokens=max_tokens, temperature=temperature, grammar=grammar, unsafe_python=unsafe_python)
-    table = Table("task", "effort", "right", "95 % interval", "valid", "unfinished", "tokens", "of reasoning")
+    table = Table("task", "effort", "right", "95 % interval", "valid", "tokens", "of reasoning")
     found = []
     with open_rollouts(model, config, adapter=adapter, threads=threads, kv_memory="512MiB") as rollouts:
         for one in tasks:
@@ -242,9 +242,9 @@ def measure(
                 found.append(result._asdict())
                 _say(f"{one.name} {effort}: {100 * result.exact:.1f} %")
                 interval = f"{100 * result.low:.1f} to {100 * result.high:.1f} %"
-                shares = [f"{100 * share:.1f} %" for share in (result.exact, result.valid, result.unfinished)]
+                shares = [f"{100 * share:.1f} %" for share in (result.exact, result.valid)]
                 means = f"{result.sampled:.0f}", f"{result.reasoning:.0f}"
-                table.add_row(one.name, str(effort), shares[0], interval, *shares[1:], *means)
+                table.add_row(one.name, str(effort), shares[0], interval, shares[1], *means)
     if as_json:
         print(json.dumps(found, indent=1))
     else:
