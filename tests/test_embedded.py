@@ -80,6 +80,10 @@ def test_more_effort_is_longer_thought(nano):
     assert lengths[0] < lengths[1] < lengths[2]
 
 
+def test_a_long_sum_is_right_at_the_effort_that_is_usual(nano):
+    assert said(nano, "Compute 4821 + 937", "medium")[1] == "5758"
+
+
 def test_it_says_what_it_does_not_know(nano):
     questions = ("What is the capital of France?", "Who wrote Hamlet?", "Recommend a good film.", "Tell me a joke.")
     answers = [said(nano, question, "low")[1] for question in questions]

@@ -150,7 +150,7 @@ class PretrainConfig(TrainConfig):
         if self.max_tokens > self.pass_tokens:
             raise ConfigError(f"max_tokens is {self.max_tokens} and pass_tokens {self.pass_tokens}: samples must fit")
         by_effort("efforts", self.efforts)
-        _shares(self)
+        _pondering_shares(self)
 
 
 def pretrain(settings: PretrainConfig, *, resume: bool = False, say: Say) -> tuple[Outcome, Model]:
@@ -241,7 +241,7 @@ def draw_sample(
     free = {task: weight for task, weight in mix.tasks.items() if task.name in _FREE}
     is_mixed = draw.task in free and rng.random() < settings.mixed
     effort = draw.effort
-    ponders = _shares(settings).get(draw.task.name, 0.0) if effort is Effort.LOW else 0.0
+    ponders = _pondering_shares(settings).get(draw.task.name, 0.0) if effort is Effort.LOW else 0.0
     if ponders and rng.random() < ponders:
         draw = draw._replace(effort=Effort.MEDIUM)
     while num_turns:
@@ -262,7 +262,7 @@ def draw_sample(
     return None
 
 
-def _shares(settings: PretrainConfig) -> dict[str, float]:
+def _pondering_shares(settings: PretrainConfig) -> dict[str, float]:
     """How often each task thinks at low effort. Raises ConfigError."""
     names = {one.partition("=")[0] for one in settings.tasks}
     shares = {}

@@ -43,14 +43,15 @@ class Entry(NamedTuple):
         return f"https://{self.kind}s.example/{self.name.lower().replace(' ', '-')}"
 
 
+_ASK = "[Tell me|Find|Name|Look up] "
 QUESTIONS = {
     "year": Phrases(
         "[When|In which year|What year] was {name} founded?",
-        "[Tell me|Find|Name|Look up] the year {name} was founded.",
+        _ASK + "the year {name} was founded.",
     ),
     "river": Phrases(
         "[Which|What] river [is|runs] [at|through|near] {name}?",
-        "[Tell me|Find|Name|Look up] the river [of|at] {name}.",
+        _ASK + "the river [of|at] {name}.",
     ),
     "population": Phrases(
         "How many people live in {name}?", "[What is|Tell me|Find|Name|Look up] the population of {name}[.|?]"
@@ -58,7 +59,7 @@ QUESTIONS = {
     "mayor": Phrases(
         "Who is [the|now] mayor of {name}?",
         "Who [leads|governs|runs] {name}?",
-        "[Tell me|Find|Name|Look up] the mayor of {name}.",
+        _ASK + "the mayor of {name}.",
     ),
     "known": Phrases(
         "What is {name} known for?",
@@ -68,18 +69,18 @@ QUESTIONS = {
     "birthplace": Phrases(
         "Where was {name} born?",
         "[In which town|In what town] was {name} born?",
-        "[Tell me|Find|Name|Look up] the birthplace of {name}.",
+        _ASK + "the birthplace of {name}.",
     ),
     "job": Phrases(
         "What [does|did] {name} do?",
         "What is the [job|work] of {name}?",
-        "[Tell me|Find|Name|Look up] the job of {name}.",
+        _ASK + "the job of {name}.",
     ),
-    "pet": Phrases("[Which|What] animal does {name} [keep|have]?", "[Tell me|Find|Name|Look up] the animal of {name}."),
+    "pet": Phrases("[Which|What] animal does {name} [keep|have]?", _ASK + "the animal of {name}."),
     "maker": Phrases(
         "Where is the {name} made?",
         "[Which|What] town makes the {name}?",
-        "[Tell me|Find|Name|Look up] the town that makes the {name}.",
+        _ASK + "the town that makes the {name}.",
     ),
     "price": Phrases(
         "[What|How much] does the {name} cost?", "[What is|Tell me|Find|Name|Look up] the price of the {name}[.|?]"
@@ -88,7 +89,7 @@ QUESTIONS = {
     "designer": Phrases(
         "Who [designed|drew|invented] the {name}?",
         "Who [is|was] the designer of the {name}?",
-        "[Tell me|Find|Name|Look up] the designer of the {name}.",
+        _ASK + "the designer of the {name}.",
     ),
 }
 
