@@ -153,6 +153,8 @@ KNOBS = {
         "facts",
         "brief",
         "evenness",
+        "teacher",
+        "teacher_share",
         "growth",
         "pass_tokens",
         "max_tokens",

@@ -54,6 +54,7 @@ def small(monkeypatch):
         Stage("between", "average", {"sft": 0.25, "rl": 0.75}, ("mxfp4",)),
         Stage("deeper", "deepen", {"layers": (0, 1)}, ("mxfp4",)),
         Stage("on", "pretrain", {**supervised, "learning_rate": 1e-4, "fake_quant": True}, ("mxfp4",)),
+        Stage("learns", "pretrain", {**supervised, "learning_rate": 1e-4, "teacher": "on"}, ("mxfp4",), after="rl"),
     )
     monkeypatch.setattr(recipe, "STAGES", stages)
     tasks = {"sums": make_task("sums", {"digits": 2}), "about": make_task("about")}
@@ -71,9 +72,11 @@ def test_the_pipeline_makes_a_model_a_report_and_nothing_twice(small, tmp_path):
         "stage between",
         "stage deeper",
         "stage on",
+        "stage learns",
     ]
     local = ossia.load(model, kv_memory="16MiB", threads=1)
-    assert local.checkpoint.config.num_layers == 4
+    assert local.checkpoint.config.num_layers == 2
+    assert ossia.load(tmp_path / "out" / "on" / "mxfp4", threads=1).checkpoint.config.num_layers == 4
     assert local.sampling == {"temperature": recipe.TEMPERATURE}
     lines = json.loads((tmp_path / "out" / "rl" / "measured-mxfp4.json").read_text())
     assert {(line["task"], line["effort"], line["grammar"]) for line in lines} == {
@@ -84,18 +87,24 @@ def test_the_pipeline_makes_a_model_a_report_and_nothing_twice(small, tmp_path):
     assert any((sft[key] != rl[key]).any() for key in rl)
     for key, tensor in between.items():
         torch.testing.assert_close(tensor, 0.25 * sft[key] + 0.75 * rl[key])
-    deeper, on = (load_file(tmp_path / "out" / name / "weights.safetensors") for name in ("deeper", "on"))
+    deeper, on, learns = (
+        load_file(tmp_path / "out" / name / "weights.safetensors") for name in ("deeper", "on", "learns")
+    )
     assert 0 < max((deeper[key] - on[key]).abs().max() for key in on) < 0.01
+    assert 0 < max((rl[key] - learns[key]).abs().max() for key in rl) < 0.01
+    settings = json.loads((tmp_path / "out" / "learns" / "settings.json").read_text())
+    assert str(tmp_path / "out" / "on" / "mxfp4") in json.dumps(settings)
     page = write_report(tmp_path / "out", tmp_path / "docs").read_text()
     assert "| sft | 2 |" in page
     # Each measured stage with its three efforts.
     cell = r" \d+\.\d / \d+\.\d / \d+\.\d; \d+ / \d+ / \d+ tokens \|"
     assert re.search(
-        r"^\| task \| sft, bf16 \| anneal, mxfp4 \| rl, mxfp4 \| between, mxfp4 \| deeper, mxfp4 \| on, mxfp4 \|$",
+        r"^\| task \| sft, bf16 \| anneal, mxfp4 \| rl, mxfp4 \| between, mxfp4 \| deeper, mxfp4 \| on, mxfp4 "
+        r"\| learns, mxfp4 \|$",
         page,
         re.MULTILINE,
     )
-    assert re.search(rf"^\| sums \|({cell}){{6}}$", page, re.MULTILINE)
+    assert re.search(rf"^\| sums \|({cell}){{7}}$", page, re.MULTILINE)
     assert (tmp_path / "docs" / "nano" / "loss.png").stat().st_size > 5000
     assert "| sums |" in (model / "README.md").read_text()
     said.clear()

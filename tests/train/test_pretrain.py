@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +16,15 @@ from ossia.errors import ConfigError, NotFoundError
 from ossia.harmony import Tokenizer
 from ossia.model.config import ModelConfig
 from ossia.model.random_checkpoint import write_random_checkpoint
+from ossia.model.weights import Checkpoint
 from ossia.train import pretrain as pretraining
+from ossia.train.data import to_batch
 from ossia.train.metrics import read_metrics
+from ossia.train.module import Model
 from ossia.train.pretrain import PretrainConfig, TaskFeed, draw_sample, pretrain
+from ossia.train.sft import Likelihood
 from ossia.train.tasks import gold_conversations, make_mix
+from ossia.train.taught import TaughtLikelihood
 from ossia.train.vocabulary import train_vocabulary
 
 
@@ -129,10 +135,10 @@ def test_plain_language_is_mixed_in(settings, tokenizer):
 
 
 def test_of_facts_the_answers_alone_are_learned(settings, tokenizer):
-    """An answer stands behind "=" in sums, behind the header of a message where the first words of a thought about
-    functions are practised, behind ":" or in a line of its own elsewhere.
+    """An answer stands behind "=" in sums, behind the header of a message where the first line of a thought about
+    functions is practised, behind ":" or in a line of its own elsewhere.
     """
-    forms = {"=": r"[01]\d", ">": r"[a-z]+(_| the)", ":": r" [^\n]+", "\n": r"(?s).+\S"}
+    forms = {"=": r"[01]\d", ">": r"[a-z]+ the [^\n]+", ":": r" [^\n]+", "\n": r"(?s).+\S"}
     long = replace(settings, facts=1.0, max_tokens=8192, pass_tokens=8192)
     mix = make_mix(["sums", "policies", "structured", "functions", "about"])
     kinds = set()
@@ -301,6 +307,69 @@ def test_a_run_begins_with_the_weights_of_another(settings, tmp_path):
     assert all(torch.equal(value, begun.state()[name]) for name, value in model.state().items())
     with pytest.raises(NotFoundError, match="no checkpoint"):
         pretrain(replace(settings, out=str(tmp_path / "x"), begin_with=str(tmp_path)), say=lambda _: None)
+
+
+@pytest.fixture
+def teacher(checkpoint, tmp_path, tokenizer) -> Path:
+    """A deeper model with other weights."""
+    config = replace(Checkpoint.open(checkpoint).config, num_layers=4, layer_types=())
+    document = tokenizer.to_tokenizer_json()
+    return write_random_checkpoint(tmp_path / "teacher", config, layout="hf-bf16", tokenizer_json=document, seed=1)
+
+
+def test_what_a_teacher_thinks_likely_is_learned_beside_the_gold_tokens(settings, checkpoint, teacher, tokenizer):
+    student, larger = Model.open(checkpoint, trainable="full"), Model.open(teacher, trainable="full")
+    one = to_batch([draw_sample(settings, make_mix(["about"]), tokenizer, "train", 0)])
+    with torch.no_grad():
+        p_RV, q_RV = (model(one.batch).double().log_softmax(1) for model in (larger, student))
+        top_RK, ids_RK = p_RV.topk(20, dim=1)
+        seen_RK = q_RV.gather(1, ids_RK)
+        rest_p, rest_q = ((1 - some.exp().sum(1)).log() for some in (top_RK, seen_RK))
+        kl_R = (top_RK.exp() * (top_RK - seen_RK)).sum(1) + rest_p.exp() * (rest_p - rest_q)
+        nll_R = -q_RV.gather(1, torch.as_tensor(one.targets_R)[:, None])[:, 0]
+    weights_R = torch.as_tensor(one.weights_R).double()
+    nll, kl = float((nll_R * weights_R).sum()), float((kl_R * weights_R).sum())
+    assert kl > 0.05 * nll
+    for share in (0.0, 0.25, 1.0):
+        terms = TaughtLikelihood(student, larger, share).terms(one)
+        assert terms.loss_sum.item() == pytest.approx((1 - share) * nll + share * kl, rel=1e-4)
+        assert (terms.sums["nll"], terms.sums["kl"]) == pytest.approx((nll, kl), rel=1e-4)
+    gold, taught = Likelihood(student, 0.01).terms(one), TaughtLikelihood(student, larger, 0.0, 0.01).terms(one)
+    assert taught.loss_sum.item() == pytest.approx(gold.loss_sum.item(), rel=1e-5)
+    assert taught.penalty_sum.item() == gold.penalty_sum.item() > 0
+    TaughtLikelihood(student, larger, 0.5).terms(one).loss_sum.backward()
+    assert all(weight.grad is None for weight in larger.state().values())
+    alike = TaughtLikelihood(student, student, 1.0).terms(one)
+    assert alike.loss_sum.item() == pytest.approx(0, abs=1e-4)
+
+
+def test_a_student_comes_to_think_as_its_teacher_and_is_judged_by_the_gold_tokens(settings, teacher):
+    taught = replace(settings, teacher=str(teacher), teacher_share=1.0, router_balance=0.0, eval_every=2, steps=24)
+    outcome, _ = pretrain(taught, say=lambda _: None)
+    lines = read_metrics(outcome.folder / "metrics.jsonl")
+    steps = [line for line in lines if line["event"] == "step"]
+    assert steps[-1]["kl"] < 0.7 * steps[0]["kl"]
+    assert all(line["loss"] == pytest.approx(line["kl"]) for line in steps)
+    # A teacher that knows nothing teaches nothing of the tokens.
+    losses = [line["loss"] for line in lines if line["event"] == "evaluation"]
+    assert min(losses) > 0.8 * losses[0] > 3
+    assert not any("kl" in line for line in lines if line["event"] == "evaluation")
+
+
+def test_a_run_with_another_teacher_is_another_run(settings, checkpoint, teacher):
+    pretrain(replace(settings, teacher=str(teacher), steps=2), say=lambda _: None)
+    shutil.copytree(checkpoint, teacher, dirs_exist_ok=True)
+    with pytest.raises(ConfigError, match="teacher"):
+        pretrain(replace(settings, teacher=str(teacher), steps=2), resume=True, say=lambda _: None)
+
+
+def test_a_teacher_with_another_vocabulary_is_refused(settings, checkpoint, tmp_path):
+    other = train_vocabulary(["ab"], 265, min_frequency=1)
+    config = replace(Checkpoint.open(checkpoint).config, vocab_size=265, stop_token_ids=(), pad_token_id=None)
+    document = other.to_tokenizer_json()
+    write_random_checkpoint(tmp_path / "teacher", config, layout="hf-bf16", tokenizer_json=document)
+    with pytest.raises(ConfigError, match="another vocabulary than the student: it has"):
+        pretrain(replace(settings, teacher=str(tmp_path / "teacher")), say=lambda _: None)
 
 
 def test_settings_that_cannot_be_are_refused(settings):

@@ -74,7 +74,7 @@ from ossia.train.trainer import Terms, Trainer, memory_errors, to_device
 
 _EFFORTS = tuple(Effort)
 # Rows whose logits exist at one time: of the published vocabulary 100 MiB.
-_LOGIT_ROWS = 128
+LOGIT_ROWS = 128
 # The probability that all other tokens have at the least, so that its logarithm is one.
 _LEAST_REST = 1e-7
 _EVALUATION = -1
@@ -198,8 +198,8 @@ def gathered_logprobs(model: Model, x_RD: Tensor, ids_RK: Tensor) -> Tensor:
         return logits.gather(1, ids) - logits.logsumexp(dim=1, keepdim=True)
 
     pieces = []
-    for start in range(0, len(x_RD), _LOGIT_ROWS):
-        rows = slice(start, start + _LOGIT_ROWS)
+    for start in range(0, len(x_RD), LOGIT_ROWS):
+        rows = slice(start, start + LOGIT_ROWS)
         if torch.is_grad_enabled():
             made: Tensor = checkpoint(piece, x_RD[rows], ids_RK[rows], use_reentrant=False)
         else:

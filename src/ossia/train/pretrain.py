@@ -4,6 +4,8 @@
     parts of exercises     plain texts, of which the answers are learned       (share `facts`)
     gold transcripts       of the tasks, whole ("all") or the model's own words alone ("answers")
 
+Beside what is written there, what a teacher thinks likely can be learned (`ossia.train.taught`).
+
 It begins from any checkpoint: random weights of a new shape, or an earlier stage. What step k sees follows from the
 seed and k alone, so that a run that was killed goes on as if nothing had been.
 """
@@ -15,6 +17,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -41,7 +44,7 @@ from ossia.train.fit import evaluate, fingerprint, make_trainer, open_model, set
 from ossia.train.formats import Dialogue
 from ossia.train.module import Model
 from ossia.train.packing import pack, pack_evenly
-from ossia.train.parallel import extents
+from ossia.train.parallel import Team, extents
 from ossia.train.result import tell_nothing, write_result
 from ossia.train.rollout_config import by_effort
 from ossia.train.run import Outcome, Run, RunFolder, Say
@@ -62,6 +65,9 @@ from ossia.train.tasks import (
     sums,
 )
 from ossia.train.tasks.language import draw_copy, draw_recall
+from ossia.train.taught import TaughtLikelihood
+from ossia.train.teachings import check_vocabulary
+from ossia.train.trainer import memory_errors
 
 _HELD_OUT_SEED = 1_000_003
 # Share of conversations whose earlier turns are shown as inference shows them.
@@ -129,6 +135,10 @@ class PretrainConfig(TrainConfig):
         low=0,
         high=1,
     )
+    teacher: str = setting(
+        "", "A checkpoint with the model's vocabulary, whose probabilities at every learned token are learned too."
+    )
+    teacher_share: float = setting(0.5, "Share of the loss that is the teacher's.", low=0, high=1)
     growth: int = setting(
         0, "Copying alone, of runs that grow by a word each so many samples; 0 for all lengths, and recall.", low=0
     )
@@ -160,11 +170,17 @@ def pretrain(settings: PretrainConfig, *, resume: bool = False, say: Say) -> tup
         path = resolve_model(settings.model)
         tokenizer = Checkpoint.open(path).tokenizer()
         mix = make_mix(list(settings.tasks), efforts=by_effort("efforts", settings.efforts) or None)
-        with RunFolder(settings, resume=resume, inputs={"model": fingerprint(path)}, team=team) as folder:
+        inputs = {"model": fingerprint(path)}
+        teacher = resolve_model(settings.teacher) if settings.teacher else None
+        if teacher is not None:
+            check_vocabulary(settings.teacher, Checkpoint.open(teacher).tokenizer(), tokenizer)
+            inputs["teacher"] = fingerprint(teacher)
+        with RunFolder(settings, resume=resume, inputs=inputs, team=team) as folder:
             model = open_model(settings, path, team)
             table(model, told)
             team.shard(model)
-            objective = Likelihood(model, settings.balance_weight)
+            measured = Likelihood(model, settings.balance_weight)
+            objective = measured if teacher is None else _taught(settings, model, teacher, team)
             held_out = _held_out(settings, mix, tokenizer)
             trainer = make_trainer(settings, model, objective, settings.steps, team)
             run = Run(
@@ -173,7 +189,7 @@ def pretrain(settings: PretrainConfig, *, resume: bool = False, say: Say) -> tup
                 TaskFeed(settings, mix, tokenizer),
                 num_steps=settings.steps,
                 parameters=model.state(),
-                evaluate=(lambda: evaluate(model, objective, held_out, team)) if held_out else None,
+                evaluate=(lambda: evaluate(model, measured, held_out, team)) if held_out else None,
                 say=told,
                 held=extents(model),
             )
@@ -182,6 +198,16 @@ def pretrain(settings: PretrainConfig, *, resume: bool = False, say: Say) -> tup
             if not outcome.is_interrupted:
                 write_result(model, settings, told, team)
     return outcome, model
+
+
+def _taught(settings: PretrainConfig, model: Model, teacher: Path, team: Team) -> TaughtLikelihood:
+    """The objective with a teacher, of which every process holds all. Raises ConfigError where the model is sharded."""
+    if team.size > 1 and not settings.replicate:
+        raise ConfigError("a teacher is for models that every process holds as a whole; expected replicate = true")
+    with memory_errors():
+        larger = Model.open(teacher, device=team.device, trainable="full", checkpoint_activations=False)
+    larger.eval()
+    return TaughtLikelihood(model, larger, settings.teacher_share, settings.balance_weight)
 
 
 class TaskFeed:

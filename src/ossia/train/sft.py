@@ -34,14 +34,14 @@ class Likelihood:
     """An `ossia.train.trainer.Objective`: trained tokens become likely."""
 
     def __init__(self, model: Model, balance_weight: float = 0.0) -> None:
-        self._model = model
-        self._balance_weight = balance_weight
+        self.model = model
+        self.balance_weight = balance_weight
 
     def weight(self, batch: TrainBatch) -> float:
         return float(batch.weights_R.sum())
 
     def terms(self, batch: TrainBatch) -> Terms:
-        with watched_router(self._model, is_wanted=self._balance_weight > 0) as seen:
-            logprobs_R = self._model.logprobs(batch.batch, batch.targets_R)
+        with watched_router(self.model, is_wanted=self.balance_weight > 0) as seen:
+            logprobs_R = self.model.logprobs(batch.batch, batch.targets_R)
         terms = Terms(nll_sum(logprobs_R, torch.as_tensor(batch.weights_R)))
-        return with_balance(terms, seen, self._balance_weight, self.weight(batch)) if seen else terms
+        return with_balance(terms, seen, self.balance_weight, self.weight(batch)) if seen else terms

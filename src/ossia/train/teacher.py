@@ -28,7 +28,7 @@ from ossia.responses.loop import TokenSource
 from ossia.train.actor import engine_options, make_ops
 from ossia.train.rollout import Rollout
 from ossia.train.rollout_config import DistillConfig, RolloutSettings
-from ossia.train.teachings import vocabulary_digest
+from ossia.train.teachings import check_vocabulary, other_vocabulary
 
 # What servers give at most; ossia's and vLLM's do.
 _MAX_SERVER_TOP = 20
@@ -72,8 +72,7 @@ class LocalTeacher:
     def __init__(self, settings: DistillConfig, student: Tokenizer) -> None:
         checkpoint = Checkpoint.open(resolve_model(settings.teacher))
         tokenizer = checkpoint.tokenizer()
-        if vocabulary_digest(tokenizer) != vocabulary_digest(student):
-            raise _other_vocabulary(settings.teacher, _difference(tokenizer, student))
+        check_vocabulary(settings.teacher, tokenizer, student)
         ops = make_ops(settings)
         weights = load_weights(checkpoint, ops)
         options = engine_options(settings, record_routing=False)
@@ -213,7 +212,7 @@ class ServerTeacher:
             raise _tells_no_ids(self._url)
         if theirs != ours:
             place = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), len(ours))
-            raise _other_vocabulary(
+            raise other_vocabulary(
                 self._url, f"its token {place} of a probe is {theirs[place : place + 1]}, not {ours[place : place + 1]}"
             )
 
@@ -306,21 +305,3 @@ def _tells_no_ids(url: str) -> UnavailableError:
         f"{url} does not tell the ids of tokens (return_token_ids), without which a teacher cannot be learned from; "
         "`ossia serve` and vLLM do"
     )
-
-
-def _other_vocabulary(teacher: str, difference: str) -> ConfigError:
-    return ConfigError(
-        f"the teacher {teacher} has another vocabulary than the student: {difference}. Probabilities are compared "
-        "token by token; take a teacher with the student's vocabulary",
-        param="teacher",
-    )
-
-
-def _difference(teacher: Tokenizer, student: Tokenizer) -> str:
-    if teacher.vocab_size != student.vocab_size:
-        return f"it has {teacher.vocab_size} tokens, the student {student.vocab_size}"
-    for token_id in range(student.vocab_size):
-        if teacher.token_bytes(token_id) != student.token_bytes(token_id):
-            theirs, ours = teacher.token_bytes(token_id), student.token_bytes(token_id)
-            return f"token {token_id} is {theirs!r} there and {ours!r} here"
-    return "its special tokens are others"

@@ -204,3 +204,28 @@ def vocabulary_digest(tokenizer: Tokenizer) -> str:
         data = names[token_id].encode() if token_id in names else tokenizer.token_bytes(token_id)
         digest.update(b"%d %d %b\n" % (token_id in names, len(data), data))
     return digest.hexdigest()
+
+
+def check_vocabulary(teacher: str, theirs: Tokenizer, student: Tokenizer) -> None:
+    """Raise ConfigError where a teacher of that name has another vocabulary than the student."""
+    if vocabulary_digest(theirs) != vocabulary_digest(student):
+        raise other_vocabulary(teacher, _difference(theirs, student))
+
+
+def other_vocabulary(teacher: str, difference: str) -> ConfigError:
+    """The error for a teacher whose vocabulary differs, and how."""
+    return ConfigError(
+        f"the teacher {teacher} has another vocabulary than the student: {difference}. Probabilities are compared "
+        "token by token; take a teacher with the student's vocabulary",
+        param="teacher",
+    )
+
+
+def _difference(teacher: Tokenizer, student: Tokenizer) -> str:
+    if teacher.vocab_size != student.vocab_size:
+        return f"it has {teacher.vocab_size} tokens, the student {student.vocab_size}"
+    for token_id in range(student.vocab_size):
+        if teacher.token_bytes(token_id) != student.token_bytes(token_id):
+            theirs, ours = teacher.token_bytes(token_id), student.token_bytes(token_id)
+            return f"token {token_id} is {theirs!r} there and {ours!r} here"
+    return "its special tokens are others"

@@ -76,8 +76,7 @@ def make(out: Path, *, count: int, say: Say, processes: int = 1) -> Path:
             run_stage(stage.name, out, say)
         for format in stage.measured:
             measure_stage(out / stage.name, start_of(stage.name, out), format, count, say)
-    last = recipe.STAGES[-1].name
-    model = export_stage(out / last, start_of(last, out), "mxfp4")
+    model = _exported(recipe.STAGES[-1], out)
     shutil.copytree(model, out / "model", dirs_exist_ok=True)
     say(f"the model is in {out / 'model'}")
     return out / "model"
@@ -158,16 +157,15 @@ def draw_weights(model: Model, seed: int) -> dict[str, Parameter]:
 
 def run_stage(name: str, out: Path, say: Say) -> None:
     """Train a stage, or go on training; nothing where it is done. The stages before it are there."""
-    names = [stage.name for stage in recipe.STAGES]
-    place = names.index(name)
-    stage, folder = recipe.STAGES[place], out / name
+    stage, folder = recipe.named(name), out / name
+    earlier = recipe.before(stage)
     if (folder / WEIGHTS).exists():
         return
     say(f"stage {name}")
     start = start_of(name, out)
     if stage.method == "deepen":
-        before = names[place - 1]
-        model = Model.open(export_stage(out / before, start_of(before, out), "mxfp4"), trainable="full")
+        assert earlier is not None
+        model = Model.open(_exported(earlier, out), trainable="full")
         shape, weights = deepen(model, stage.settings["layers"])
         shutil.rmtree(start, ignore_errors=True)
         _write_start(start, shape, (out / "tokenizer.json").read_text(encoding="utf-8"), lambda _: weights)
@@ -182,8 +180,10 @@ def run_stage(name: str, out: Path, say: Say) -> None:
     base = {key: value for key, value in recipe.BASE.items() if key in known}
     settings: dict[str, Any] = {**base, **stage.settings, "out": str(folder), "model": str(start)}
     resume = (folder / "settings.json").exists()
-    if place and recipe.STAGES[place - 1].method != "deepen":
-        settings["begin_with"] = str(out / names[place - 1])
+    if earlier is not None and earlier.method != "deepen":
+        settings["begin_with"] = str(out / earlier.name)
+    if "teacher" in settings:
+        settings["teacher"] = str(_exported(recipe.named(settings["teacher"]), out))
     if stage.method == "pretrain":
         outcome, _ = pretrain(read_settings(PretrainConfig, None, settings), resume=resume, say=say)
     else:
@@ -194,12 +194,8 @@ def run_stage(name: str, out: Path, say: Say) -> None:
 
 def start_of(name: str, out: Path) -> Path:
     """The checkpoint that has the shape of a stage's model: the first weights, or those of layers that were added."""
-    start = out / "start"
-    for stage in recipe.STAGES:
-        start = out / stage.name / "start" if stage.method == "deepen" else start
-        if stage.name == name:
-            break
-    return start
+    deeper = [stage.name for stage in recipe.lineage(recipe.named(name)) if stage.method == "deepen"]
+    return out / deeper[-1] / "start" if deeper else out / "start"
 
 
 def deepen(model: Model, layers: Sequence[int]) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -251,6 +247,10 @@ def export_stage(folder: Path, start: Path, format: Format) -> Path:
     if not out.exists():
         export(start, out, format, weights=folder / WEIGHTS, measure=False)
     return out
+
+
+def _exported(stage: recipe.Stage, out: Path) -> Path:
+    return export_stage(out / stage.name, start_of(stage.name, out), "mxfp4")
 
 
 def measured_tasks() -> dict[str, Task]:

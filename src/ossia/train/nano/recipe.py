@@ -217,16 +217,18 @@ FAILS = {**LINES, "about": 9, "sums": 20, "functions": 22, "hierarchy": 14, "pyt
 
 
 class Stage(NamedTuple):
-    """One run: its name, its method, and the settings that differ from `BASE`.
+    """One run: its name, its method, and the settings that differ from `BASE`; a ``teacher`` is an earlier stage.
 
-    An "average" is no run, and no other run can begin with it: its weights lie between those of earlier stages, whose
-    shares its settings give. To "deepen" is none either: what the stage before has in MXFP4 gets more layers.
+    It begins with what the stage before has, or the one named ``after``. An "average" is no run, and no other run can
+    begin with it: its weights lie between those of earlier stages, whose shares its settings give. To "deepen" is none
+    either: what the stage before has in MXFP4 gets more layers.
     """
 
     name: str
     method: Literal["pretrain", "rl", "average", "deepen"]
     settings: Mapping[str, Any]
     measured: tuple[Format, ...] = ()
+    after: str = ""
 
 
 BASE: Mapping[str, Any] = {
@@ -885,3 +887,22 @@ STAGES: tuple[Stage, ...] = (
         ("mxfp4",),
     ),
 )
+
+
+def named(name: str) -> Stage:
+    """The stage of that name."""
+    return next(stage for stage in STAGES if stage.name == name)
+
+
+def before(stage: Stage) -> Stage | None:
+    """The stage that a stage begins with; None for the first."""
+    place = STAGES.index(stage)
+    if stage.after:
+        return named(stage.after)
+    return STAGES[place - 1] if place else None
+
+
+def lineage(stage: Stage) -> list[Stage]:
+    """The stages that a stage's model has gone through, itself the last."""
+    earlier = before(stage)
+    return [*(lineage(earlier) if earlier else ()), stage]

@@ -117,7 +117,8 @@ def _draw_effort(figure_module: Any, lines: Sequence[Mapping[str, Any]], path: P
 
 def _page(courses: Sequence[Course], results: Mapping[str, Sequence[Mapping[str, Any]]], last: str) -> str:
     shape = recipe.SHAPE
-    added = [stage.settings["layers"] for stage in recipe.STAGES if stage.method == "deepen"]
+    shipped = recipe.lineage(recipe.STAGES[-1])
+    added = [stage.settings["layers"] for stage in shipped if stage.method == "deepen"]
     num_layers = shape.num_layers + sum(map(len, added))
     parts = [
         "# A small model from nothing\n",

@@ -11,7 +11,7 @@
              r7:57
              q5:575
              p8:5758
-    medium   the same; of numbers of one or two digits the steps alone, without letters for the result (a1A7:1+7+0=08)
+    medium   the same; of numbers of one digit the step alone, without a letter for the result (a1A7:1+7+0=08)
 
 Thoughts go from the last digit to the first. A step adds two digits and what the step before it carried; before the
 result stands what is carried on, or for a difference what is borrowed. Whatever a step needs is found behind its
@@ -66,8 +66,8 @@ _FORMS = {
 
 
 _NUM_FACTS = 3
-# Digits of numbers whose result medium effort says without putting it together: of more, few came out right.
-_MOST_AT_ONCE = 2
+# Digits of numbers whose result medium effort says without putting it together: of more, fewer came out right.
+_MOST_AT_ONCE = 1
 
 
 class Sums(InventedTask):
