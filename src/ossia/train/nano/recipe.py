@@ -45,6 +45,10 @@
     asks       questions and requests have more wordings; low effort goes on thinking where that has paid
     closes     sums are put together at medium effort too, while the rate falls
     lands      more of the hierarchy and of structured answers, until the rate has fallen
+    adds       a teacher for it: four layers more, which add nothing yet
+    teaches    the teacher's whole course; what function fits is told behind the thing's name, and medium effort puts
+               together sums of two digits too
+    learns     the model of `lands` goes on, with the teacher reading along, until the rate has fallen
 
 Forms of thoughts are named where they were new; all stages have today's.
 
@@ -203,6 +207,7 @@ CLOSES = {
     "browsing": 24,
 }
 LANDS = {**CLOSES, "sums": 40, "functions": 28, "hierarchy": 12, "policies": 11, "structured": 32}
+TEACHES = {**LANDS, "sums": 38, "functions": 32, "hierarchy": 11, "python": 30}
 # Of what low effort is often wrong in, and thoughts are short for.
 REWARDED = {
     "functions": 3,
@@ -885,6 +890,40 @@ STAGES: tuple[Stage, ...] = (
             "steps": 6500,
         },
         ("mxfp4",),
+    ),
+    Stage("adds", "deepen", {"layers": (2, 3, 4, 5)}),
+    Stage(
+        "teaches",
+        "pretrain",
+        {
+            **_EVEN,
+            **_WIDE,
+            **_CLOSES,
+            "tasks": mix(TEACHES),
+            "learning_rate": 2e-3,
+            "warmup": 0.03,
+            "final_rate": 0.0,
+            "steps": 5700,
+        },
+        ("mxfp4",),
+    ),
+    Stage(
+        "learns",
+        "pretrain",
+        {
+            **_EVEN,
+            **_WIDE,
+            **_CLOSES,
+            "tasks": mix(TEACHES),
+            "teacher": "teaches",
+            "teacher_share": 0.5,
+            "learning_rate": 1.3e-3,
+            "warmup": 0.02,
+            "final_rate": 0.0,
+            "steps": 4400,
+        },
+        ("mxfp4",),
+        after="lands",
     ),
 )
 
