@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tests.train.processes import environment, launch
 
 from ossia.errors import CheckpointError, InputError
 from ossia.train.module import Model
-from ossia.train.parallel import Team
+from ossia.train.parallel import Team, end_process
 from ossia.train.shards import Extent, read_shards, write_shard
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
@@ -106,3 +107,23 @@ def test_shards_are_read_back_by_any_number_of_processes_and_damage_is_told(tmp_
         read_shards(tmp_path, "trainable", {})
     with pytest.raises(CheckpointError, match=r"optimizer\.safetensors cannot be read: No such file"):
         read_shards(tmp_path, "optimizer", {})
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_process_of_a_run_ends_with_its_status_and_all_that_it_said(status):
+    """Also where a thread would keep the interpreter from its end."""
+    program = (
+        "import sys, threading, time\n"
+        "from ossia.train.parallel import end_process\n"
+        "threading.Thread(target=time.sleep, args=(3600,)).start()\n"
+        "print('told')\n"
+        "print('warned', end='', file=sys.stderr)\n"
+        f"end_process({status})\n"
+    )
+    as_one_of_several = environment() | {"TORCHELASTIC_RUN_ID": "x"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=as_one_of_several)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "told\n", "warned")
+
+
+def test_a_process_that_was_started_alone_goes_on():
+    assert end_process(3) is None

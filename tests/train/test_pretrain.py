@@ -135,10 +135,10 @@ def test_plain_language_is_mixed_in(settings, tokenizer):
 
 
 def test_of_facts_the_answers_alone_are_learned(settings, tokenizer):
-    """An answer stands behind "=" in sums, behind the header of a message where the first line of a thought about
-    functions is practised, behind ":" or in a line of its own elsewhere.
+    """An answer stands behind "=" in sums, behind the header of a message where the first words of a thought about
+    functions are practised, behind ":" or in a line of its own elsewhere.
     """
-    forms = {"=": r"[01]\d", ">": r"[a-z]+ the [^\n]+", ":": r" [^\n]+", "\n": r"(?s).+\S"}
+    forms = {"=": r"[01]\d", ">": r"[a-z]+(_| the)", ":": r" [^\n]+", "\n": r"(?s).+\S"}
     long = replace(settings, facts=1.0, max_tokens=8192, pass_tokens=8192)
     mix = make_mix(["sums", "policies", "structured", "functions", "about"])
     kinds = set()

@@ -35,8 +35,11 @@ def command(kind: type[Settings], train: Callable[..., Outcome], text: str) -> C
         settings = read_settings(kind, recipe, flags)
         _require_torch()
         outcome = train(settings, resume=resume, say=_say)
-        if outcome.is_interrupted:
-            raise typer.Exit(_INTERRUPTED)
+        from ossia.train.parallel import end_process
+
+        status = _INTERRUPTED if outcome.is_interrupted else 0
+        end_process(status)
+        raise typer.Exit(status)
 
     hints = get_type_hints(kind)
     flags = {field.name: _flag(field, hints[field.name]) for field in dataclasses.fields(kind)}

@@ -15,6 +15,8 @@ Source: FSDP2, `torch.distributed.fsdp.fully_shard`.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -36,6 +38,18 @@ T = TypeVar("T")
 # The others wait while the first process reads all data. One that has ended is told by torchrun, not by the clock.
 _LONGEST_WAIT = timedelta(days=1)
 _CPU = torch.device("cpu")
+
+
+def end_process(status: int) -> None:
+    """End a process of a run that torchrun started, without the interpreter's own end; any other goes on.
+
+    torch keeps gloo's threads beyond `destroy_process_group` where a mesh holds the group, and what such a thread still
+    has to give back may meet an interpreter that is being torn down: the process then aborts though its work is done.
+    """
+    if dist.is_torchelastic_launched():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 @dataclass(frozen=True)

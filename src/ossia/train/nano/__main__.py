@@ -10,6 +10,7 @@ from pathlib import Path
 from ossia.errors import OssiaError
 from ossia.train.nano.make import make, run_stage
 from ossia.train.nano.report import write_report
+from ossia.train.parallel import end_process
 from ossia.train.result import tell_nothing
 
 
@@ -25,6 +26,7 @@ def main() -> int:
         if arguments.stage:
             is_first = os.environ.get("RANK", "0") == "0"
             run_stage(arguments.stage, arguments.out, _say if is_first else tell_nothing)
+            end_process(0)
             return 0
         make(arguments.out, count=arguments.count, say=_say, processes=arguments.processes)
         if arguments.docs:

@@ -101,19 +101,19 @@ class FunctionCalls(InventedTask):
 
 
 def thoughts(wanted: Function, message: str, fits: bool) -> str:
-    """The chain of thought before a call: what the message asks for, the function, and under each phrase of the request
+    """The chain of thought before a call: the function, what the message asks for, and under each phrase of the request
     the arguments so far.
 
-    Behind the thing's own name goes on what does so in the declarations (" =", and then the function), or where nothing
-    fits what does so in the request, to its end. Phrases and arguments are in the order of the request. Each phrase
-    stands behind the last word of the one before, and the message's end behind the last one, a period where it has
-    none: what comes next, or that nothing does, is found by copying on.
+    Behind the verb goes on what does so in the declarations, or where nothing fits what does so in the request, to its
+    end. Phrases and arguments are in the order of the request. Each phrase stands behind the last word of the one
+    before, and the message's end behind the last one, a period where it has none: what comes next, or that nothing
+    does, is found by copying on.
     """
     end = message[message.lower().rindex(wanted.request.lower()) + len(wanted.request) :] or "."
     if not fits:
         return f"{wanted.request}{end}\nNo function fits."
     given: dict[str, Any] = {}
-    lines = [f"{wanted.errand} = {wanted.name}"]
+    lines = [wanted.name, wanted.errand]
     last = wanted.errand.split()[-1]
     for parameter in wanted.asked:
         given[parameter.key] = parameter.value
@@ -295,8 +295,8 @@ def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
             fits = rng.random() < 0.6
             wanted = rng.choice(functions) if fits else draw_function(rng, held_out=False)
             request = _ask(rng, wanted)
-            first = thoughts(wanted, request, fits).splitlines()[0]
-            parts += [(f"{request}<|message|>", False), (first, True), ("\n", False)]
+            begun = wanted.errand.split()[0] + ("_" if fits else " the")
+            parts += [(f"{request}<|message|>", False), (begun, True), ("\n", False)]
         return parts
     wanted = rng.choice(functions)
     request = _ask(rng, wanted)
