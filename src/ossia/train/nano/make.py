@@ -33,7 +33,6 @@ from ossia.model.checkpoint_writer import write_json
 from ossia.model.config import ModelConfig
 from ossia.model.config_file import read_json
 from ossia.model.random_checkpoint import write_random_checkpoint
-from ossia.train.checkpoint import Checkpoints
 from ossia.train.config import read_settings
 from ossia.train.export import Format, export
 from ossia.train.measure import Measured, measure, open_rollouts
@@ -44,7 +43,7 @@ from ossia.train.result import WEIGHTS
 from ossia.train.rl import rl
 from ossia.train.rollout import RolloutConfig
 from ossia.train.rollout_config import RlConfig
-from ossia.train.shards import write_tensors
+from ossia.train.shards import read_shards, write_tensors
 from ossia.train.tasks import Task, gold_conversation, make_mix
 from ossia.train.tasks import make as make_task
 from ossia.train.tasks.language import draw_copy
@@ -221,14 +220,13 @@ def deepen(model: Model, layers: Sequence[int]) -> tuple[ModelConfig, dict[str, 
 
 
 def average(out: Path, shares: Mapping[str, float]) -> dict[str, Tensor]:
-    """The last weights of stages, each number the sum of theirs by their shares.
+    """The weights of stages, each number the sum of theirs by their shares.
 
     Source: Wortsman et al., arXiv:2203.05482.
     """
     sums: dict[str, Tensor] = {}
     for name, share in shares.items():
-        checkpoints = Checkpoints(out / name / "checkpoints", keep=1)
-        for key, tensor in checkpoints.load(checkpoints.steps()[-1]).trainable.items():
+        for key, tensor in read_shards(out / name, Path(WEIGHTS).stem, {}).items():
             sums[key] = share * tensor + sums.get(key, 0)
     return sums
 

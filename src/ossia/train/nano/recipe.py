@@ -49,6 +49,7 @@
     tries      the new layers learn, and a sign of which function fits that came to nothing; sums of two digits are put
                together at medium effort too
     returns    the sign as it was, a little more of sums, until the rate has fallen
+    blends     weights between those of the last three: what each of them wobbles about stands still
 
 Forms of thoughts are named where they were new; all stages have today's.
 
@@ -919,8 +920,8 @@ STAGES: tuple[Stage, ...] = (
             "final_rate": 0.0,
             "steps": 5000,
         },
-        ("mxfp4",),
     ),
+    Stage("blends", "average", {"adds": 0.15, "tries": 0.15, "returns": 0.7}, ("mxfp4",)),
 )
 
 

@@ -139,13 +139,13 @@ def _page(courses: Sequence[Course], results: Mapping[str, Sequence[Mapping[str,
         "ones, the python sandbox and the browser. Greedy decoding "
         "by the CPU engine, without a grammar; where it says so under that of the tools and the schema, as the server "
         "does it; "
-        f"{_counts(results[last])} exercises per task and effort. In brackets the 95 % interval; behind it "
+        f"{_counts(_shown(results[last]))} exercises per task and effort. In brackets the 95 % interval; behind it "
         "the mean tokens of reasoning.\n",
         _table_of_results(results[last]),
         "![Accuracy against tokens of reasoning](nano/effort.png)\n",
         "The format is kept in these shares of the transcripts, to their end, or up to the 600th token where they do "
         "not end before: greedy decoding may go round in circles, whose share stands behind. With the grammar: "
-        f"{_counts(results[last], grammar=True)} exercises.\n",
+        f"{_counts(row for row in results[last] if row['grammar'])} exercises.\n",
         _table_of_format(results[last]),
         *_stages(results),
         "## What it cost\n",
@@ -158,9 +158,14 @@ def _page(courses: Sequence[Course], results: Mapping[str, Sequence[Mapping[str,
     return "\n".join(parts)
 
 
-def _counts(lines: Iterable[Mapping[str, Any]], *, grammar: bool = False) -> str:
-    """How many exercises were done without the grammar, or with it: "1,000", or from the fewest to the most."""
-    counts = [int(row["num_exercises"]) for row in lines if row["grammar"] is grammar]
+def _shown(lines: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Those of the first table."""
+    return [row for row in lines if not row["grammar"] or row["task"] in recipe.ENFORCED]
+
+
+def _counts(lines: Iterable[Mapping[str, Any]]) -> str:
+    """How many exercises were done of each line: "1,000", or from the fewest to the most."""
+    counts = [int(row["num_exercises"]) for row in lines]
     return " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)}))
 
 
@@ -197,7 +202,9 @@ def _stages(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     """What each measured stage brought; nothing where only the last one was measured."""
     if len(results) == 1:
         return []
-    counts = ", ".join(f"{_counts(lines)} of {name}" for name, lines in results.items())
+    counts = ", ".join(
+        f"{_counts(row for row in lines if not row['grammar'])} of {name}" for name, lines in results.items()
+    )
     explained = (
         f"Right at {', '.join(_EFFORTS)} effort, in percent, and the mean tokens of reasoning. Exercises per task and "
         f"effort: {counts}.\n"
