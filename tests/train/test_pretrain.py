@@ -21,6 +21,7 @@ from ossia.train import pretrain as pretraining
 from ossia.train.data import to_batch
 from ossia.train.metrics import read_metrics
 from ossia.train.module import Model
+from ossia.train.parallel import Team
 from ossia.train.pretrain import PretrainConfig, TaskFeed, draw_sample, pretrain
 from ossia.train.sft import Likelihood
 from ossia.train.tasks import gold_conversations, make_mix
@@ -370,6 +371,13 @@ def test_a_teacher_with_another_vocabulary_is_refused(settings, checkpoint, tmp_
     write_random_checkpoint(tmp_path / "teacher", config, layout="hf-bf16", tokenizer_json=document)
     with pytest.raises(ConfigError, match="another vocabulary than the student: it has"):
         pretrain(replace(settings, teacher=str(tmp_path / "teacher")), say=lambda _: None)
+
+
+def test_a_teacher_of_processes_that_share_a_model_is_refused_before_anything_is_made(settings, teacher, monkeypatch):
+    monkeypatch.setattr(pretraining, "set_up_team", lambda settings: Team(size=2))
+    with pytest.raises(ConfigError, match="expected replicate = true"):
+        pretrain(replace(settings, teacher=str(teacher)), say=lambda _: None)
+    assert not Path(settings.out).exists()
 
 
 def test_settings_that_cannot_be_are_refused(settings):

@@ -34,9 +34,9 @@ def command(kind: type[Settings], train: Callable[..., Outcome], text: str) -> C
     def run(recipe: Path | None = None, resume: bool = False, **flags: Any) -> None:
         settings = read_settings(kind, recipe, flags)
         _require_torch()
-        outcome = train(settings, resume=resume, say=_say)
         from ossia.train.parallel import end_process
 
+        outcome = train(settings, resume=resume, say=_say)
         status = _INTERRUPTED if outcome.is_interrupted else 0
         end_process(status)
         raise typer.Exit(status)

@@ -173,6 +173,8 @@ def pretrain(settings: PretrainConfig, *, resume: bool = False, say: Say) -> tup
         inputs = {"model": fingerprint(path)}
         teacher = resolve_model(settings.teacher) if settings.teacher else None
         if teacher is not None:
+            if team.size > 1 and not settings.replicate:
+                raise ConfigError("a teacher is for models that every process has whole; expected replicate = true")
             check_vocabulary(settings.teacher, Checkpoint.open(teacher).tokenizer(), tokenizer)
             inputs["teacher"] = fingerprint(teacher)
         with RunFolder(settings, resume=resume, inputs=inputs, team=team) as folder:
@@ -201,9 +203,7 @@ def pretrain(settings: PretrainConfig, *, resume: bool = False, say: Say) -> tup
 
 
 def _taught(settings: PretrainConfig, model: Model, teacher: Path, team: Team) -> TaughtLikelihood:
-    """The objective with a teacher, of which every process holds all. Raises ConfigError where the model is sharded."""
-    if team.size > 1 and not settings.replicate:
-        raise ConfigError("a teacher is for models that every process holds as a whole; expected replicate = true")
+    """The objective with a teacher, which every process has whole."""
     with memory_errors():
         larger = Model.open(teacher, device=team.device, trainable="full", checkpoint_activations=False)
     larger.eval()
