@@ -293,6 +293,7 @@ def test_samples_below_the_least_reward_are_not_learned_from(student, teacher, c
         ({"task": ()}, "task is not set"),
         ({"method": "on_policy", "temperature": 0.5}, "temperature is 0.5"),
         ({"method": "on_policy", "dropout": 0.1}, "dropout is 0.1"),
+        ({"method": "on_policy", "weight_mean": 1.0}, "weight_mean is 1.0"),
         ({"method": "on_policy", "fake_quant": True, "trainable": "lora"}, "fake_quant is on"),
     ],
 )

@@ -7,7 +7,7 @@ import torch
 
 from ossia.errors import CheckpointError
 from ossia.train import optimizers
-from ossia.train.optimizers import Optimizer, is_inner_matrix, is_matrix, orthogonalize
+from ossia.train.optimizers import Optimizer, WeightMean, is_inner_matrix, is_matrix, orthogonalize
 
 SHAPES = {
     "layers.0.q.weight": (8, 6),
@@ -30,6 +30,25 @@ def _set_gradients(named, seed):
     generator = torch.Generator().manual_seed(seed)
     for parameter in named.values():
         parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def test_a_mean_counts_later_steps_by_a_power_and_changes_places_with_the_parameters():
+    named = {"w": torch.zeros(2, requires_grad=True)}
+    mean = WeightMean(named, power=3.0)
+    for step in range(1, 1001):
+        with torch.no_grad():
+            named["w"].copy_(torch.tensor([float(step), 5.0]))
+        mean.add(step)
+    with mean.in_place():
+        # Of i to the power of 3 the mean of i is 4/5 of the last.
+        torch.testing.assert_close(named["w"].detach(), torch.tensor([800.0, 5.0]), rtol=2e-3, atol=0)
+    assert named["w"].tolist() == [1000.0, 5.0]
+    (key,) = mean.state()
+    assert key == "w/mean"
+    other = WeightMean(named, power=3.0)
+    other.load({"w": mean.state()[key]})
+    other.exchange()
+    assert named["w"][0].item() == mean.state()[key][0].item()
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

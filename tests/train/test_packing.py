@@ -69,6 +69,14 @@ def test_even_packs_are_few_and_of_like_size(seed):
     assert len(packs) <= -(-sum(sizes) // 1024) + 1
 
 
+def test_even_packs_can_be_as_many_for_each_of_some_processes():
+    samples = [[0] * length for length in (5, 4, 3, 2)]
+    assert [sum(map(len, packed)) for packed in pack_evenly(samples, 20, multiple=2)] == [7, 7]
+    assert len(pack_evenly(samples, 5, multiple=2)) == 4
+    # No pack is empty.
+    assert len(pack_evenly(samples, 20, multiple=8)) == 4
+
+
 def test_even_packs_of_long_samples_do_not_overflow():
     assert sorted(map(sum, ([len(one) for one in packed] for packed in pack_evenly([[0] * 7] * 3, 10)))) == [7, 7, 7]
     with pytest.raises(InputError, match="41"):

@@ -209,6 +209,7 @@ def test_what_limits_have_ended_may_be_left_out(tmp_path):
         ({"efforts": "low"}, "efforts holds 'low'"),
         ({"dropout": 0.1}, "dropout is 0.1; expected 0"),
         ({"fake_quant": True, "trainable": "lora"}, "fake_quant is on; expected it off with LoRA"),
+        ({"weight_mean": 2.0}, "weight_mean is 2.0; expected none"),
         ({"kv_memory": "much"}, "kv_memory is 'much'"),
         ({"task_option": ("digits",)}, "expected name=value"),
         ({"task": ()}, "task is not set"),

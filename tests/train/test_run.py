@@ -14,10 +14,14 @@ import torch
 from tests.train.tiny import stations, write_model, write_rows
 
 from ossia.errors import ConfigError, InputError, TrainingError, UnavailableError
+from ossia.model.adapter import read_adapter
+from ossia.model.weights import Checkpoint
 from ossia.train import fit, run
 from ossia.train.checkpoint import Checkpoints
 from ossia.train.config import SftConfig, read_settings
+from ossia.train.lora import take_scaling
 from ossia.train.metrics import read_metrics
+from ossia.train.parallel import Team
 from ossia.train.sft import Likelihood, sft
 
 
@@ -223,6 +227,24 @@ def test_a_held_out_loss_that_does_not_fall_ends_the_run_early_with_the_best_par
     assert outcome.step == outcome.best_step + 6
     again = _train(settings, resume=True)
     assert (again.reason, again.step) == ("early", outcome.step)
+
+
+def test_a_mean_of_the_weights_is_what_is_judged_and_what_an_early_end_keeps(folder, tmp_path):
+    out = tmp_path / "early"
+    settings = _settings(folder, out, epochs=60, learning_rate=0.05, eval_every=2, patience=2, weight_mean=1.0)
+    outcome = _train(settings)
+    assert outcome.reason == "early"
+    held_out = {line["step"]: line["loss"] for line in _curve(out) if line["event"] == "evaluation"}
+    best = Checkpoints(out / "checkpoints", keep=9).load(outcome.best_step)
+    model = fit.open_model(settings, folder / "model", Team())
+    kept = take_scaling(model.weights, read_adapter(out / "adapter", model.config))
+    assert all(torch.equal(kept[name], value) for name, value in run.means_of(best).items())
+    assert not all(torch.equal(kept[name], value) for name, value in best.trainable.items())
+    run.load_parameters(model.state(), run.kept_weights(best))
+    tokenizer = Checkpoint.open(folder / "model").tokenizer()
+    passes = fit.held_out_passes(settings, "samples", tokenizer)
+    found = fit.evaluate(model, Likelihood(model), passes, Team())
+    assert found["loss"] == pytest.approx(held_out[outcome.best_step], rel=1e-5)
 
 
 def test_a_run_whose_numbers_leave_the_finite_ends_with_a_clear_error(folder, tmp_path):

@@ -114,7 +114,7 @@ def assert_alike(ours, theirs, model, rtol=1e-5):
 
 
 def test_two_processes_have_the_curve_and_the_adapter_of_one(folder):
-    flags = {"targets": "q,k,v,o,experts,router,embedding,unembedding", "steps": 4}
+    flags = {"targets": "q,k,v,o,experts,router,embedding,unembedding", "steps": 4, "weight_mean": 1.0}
     two, said = together(folder, "sft", "short-two", **flags)
     assert_alike(two, alone(folder, "sft", "short-one", **flags), folder / "model")
     for told_once in ("share of all", "the adapter is in", "read again, it is the same"):
@@ -129,7 +129,7 @@ def test_two_processes_have_the_curve_and_the_adapter_of_one(folder):
 @pytest.mark.parametrize(
     ("method", "flags"),
     [
-        ("sft", {"trainable": "full"}),
+        ("sft", {"trainable": "full", "weight_mean": 2.0}),
         ("sft", {"trainable": "full", "optimizer": "muon", "recompute": False}),
         ("sft", {"trainable": "full", "optimizer": "muon", "replicate": True}),
         ("sft", {"targets": "q,o,experts,unembedding", "replicate": True}),
@@ -179,7 +179,7 @@ def test_a_run_of_which_a_process_was_killed_goes_on_to_the_same_curve(trainable
 @pytest.mark.slow
 @pytest.mark.parametrize("trainable", ["lora", "full"])
 def test_one_process_goes_on_where_two_were_and_two_where_one_was(trainable, folder):
-    flags = {"trainable": trainable, "steps": 6, "optimizer": "muon"}
+    flags = {"trainable": trainable, "steps": 6, "optimizer": "muon", "weight_mean": 1.0}
     whole = alone(folder, "sft", f"alone-{trainable}", **flags)
     for before, after in ((2, 1), (1, 2)):
         out = folder / f"first-{before}-{trainable}"

@@ -106,6 +106,12 @@ class TrainConfig:
     warmup: float = _optimizer(0.03, "Share of the steps in which the learning rate rises.", low=0, high=1)
     decay: float = _optimizer(0.2, "wsd: share of the steps in which the learning rate falls.", low=0, high=1)
     final_rate: float = _optimizer(0.1, "Learning rate of the last step, as a share of the highest.", low=0, high=1)
+    weight_mean: float | None = _optimizer(
+        None,
+        "What is kept is a mean of the weights of all steps, step N counting as N to this power; by default those of "
+        "the last step.",
+        low=0,
+    )
     clip: float = _optimizer(1.0, "Largest norm of a step's gradient, which is scaled down to it; 0 for any.", low=0)
     router_balance: float | None = _optimizer(
         None, "Weight of the loss that spreads tokens over experts; by default 1e-3 where routers train, else 0.", low=0

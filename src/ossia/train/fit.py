@@ -29,9 +29,9 @@ from ossia.train.data import DataConfig, ReadReport, TrainBatch, to_batch
 from ossia.train.lora import LoraConfig
 from ossia.train.losses import balance_sum
 from ossia.train.module import Model
-from ossia.train.optimizers import Optimizer
+from ossia.train.optimizers import Optimizer, WeightMean
 from ossia.train.parallel import Team, extents
-from ossia.train.run import Outcome, Run, RunFolder, Say, available_bytes, load_parameters
+from ossia.train.run import Outcome, Run, RunFolder, Say, available_bytes, kept_weights, load_parameters
 from ossia.train.schedule import Schedule
 from ossia.train.shards import Extent
 from ossia.train.stream import PackStream
@@ -41,6 +41,8 @@ Kind = Literal["samples", "pairs"]
 # A trained number, its gradient, and AdamW's two memories, in float32.
 _BYTES_PER_NUMBER = 16
 _CHECKPOINT_BYTES_PER_NUMBER = 12
+# A float32 beside each of them.
+_MEAN_BYTES = 4
 
 
 class Fitted(NamedTuple):
@@ -85,9 +87,10 @@ def fit(
             )
         model = open_model(settings, path, team)
         table(model, say)
-        needed_bytes = num_trained(model) * _CHECKPOINT_BYTES_PER_NUMBER
+        has_mean = settings.weight_mean is not None
+        needed_bytes = num_trained(model) * (_CHECKPOINT_BYTES_PER_NUMBER + _MEAN_BYTES * has_mean)
         folder.check_space(needed_bytes * (settings.keep + 2))
-        _check_memory(num_trained(model) * (_BYTES_PER_NUMBER - 4), team, settings)
+        _check_memory(num_trained(model) * (_BYTES_PER_NUMBER - 4 + _MEAN_BYTES * has_mean), team, settings)
         team.shard(model)
         aim = objective(model, team)
         trainer = make_trainer(settings, model, aim, num_steps, team)
@@ -181,7 +184,7 @@ def _last_weights(folder: Path, held: Mapping[str, Extent]) -> Mapping[str, Tens
     steps = checkpoints.steps()
     if not steps:
         raise NotFoundError(f"{folder} has no checkpoint of a run to begin with")
-    return checkpoints.load(steps[-1], held).trainable
+    return kept_weights(checkpoints.load(steps[-1], held))
 
 
 def lora_config(settings: TrainConfig) -> LoraConfig:
@@ -225,6 +228,7 @@ def make_trainer(
         clip=settings.clip,
         max_skipped=settings.max_skipped,
         team=team,
+        mean=WeightMean(model.state(), settings.weight_mean) if settings.weight_mean is not None else None,
     )
 
 

@@ -1,16 +1,19 @@
-"""AdamW and Muon over named parameters, as one optimiser that is saved and restored by the parameters' names.
+"""AdamW and Muon over named parameters, as one optimiser that is saved and restored by the parameters' names; and a
+mean of the weights over a run's steps.
 
 Only matrices decay: biases, norms and sinks are kept out of it by their names, since the biases of a layer's experts
 have two dimensions as well.
 
 Sources  AdamW, arXiv:1711.05101. Muon, https://kellerjordan.github.io/posts/muon, with the scale of arXiv:2502.16982
          that lets it share AdamW's learning rate and decay; the steps' polynomials as in arXiv:2505.16932.
+         Means of weights, arXiv:1212.1824, section 4.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
     from ossia.train.parallel import Team
 
 _VECTORS = ("bias", "norm", "sinks")
+MEAN = "/mean"
+"""Behind a parameter's name, where its mean is saved."""
 _NOT_INNER = ("embedding", "router")
 """Matrices that stay with AdamW: their rows are tokens or experts, which are no directions of one space."""
 
@@ -106,6 +111,51 @@ class Optimizer:
                 laid = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
                 local(laid).copy_(value)
             owners[id(parameter)].state[parameter][what] = laid
+
+
+class WeightMean:
+    """The mean of named parameters over steps 1 to N, where step i counts about as i ** ``power``.
+
+    The last 1 - 0.5 ** (1 / (power + 1)) of them have half of the weight.
+    """
+
+    def __init__(self, named: Mapping[str, Tensor], power: float) -> None:
+        self._named = named
+        self._power = power
+        self._means = {name: torch.zeros_like(local(parameter)) for name, parameter in named.items()}
+
+    @torch.no_grad()
+    def add(self, step: int) -> None:
+        """Take in the parameters as step ``step``, counted from 1, has left them."""
+        share = (self._power + 1) / (self._power + step)
+        for name, parameter in self._named.items():
+            self._means[name].lerp_(local(parameter), share)
+
+    @torch.no_grad()
+    def exchange(self) -> None:
+        """Parameters and means change places; a second time, back."""
+        for name, parameter in self._named.items():
+            before = local(parameter).clone()
+            local(parameter).copy_(self._means[name])
+            self._means[name].copy_(before)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The parameters are the means meanwhile."""
+        self.exchange()
+        try:
+            yield
+        finally:
+            self.exchange()
+
+    def state(self) -> dict[str, Tensor]:
+        """The means of what this process holds, as ``parameter name/mean``."""
+        return {f"{name}{MEAN}": mean for name, mean in self._means.items()}
+
+    def load(self, means: Mapping[str, Tensor]) -> None:
+        """Go on from these, by the parameters' names."""
+        for name, mean in self._means.items():
+            mean.copy_(means[name])
 
 
 class Muon(torch.optim.Optimizer):

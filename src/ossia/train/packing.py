@@ -38,12 +38,14 @@ def pack(
             yield [held[i] for i in indices]
 
 
-def pack_evenly(samples: Sequence[S], max_tokens: int) -> list[list[S]]:
+def pack_evenly(samples: Sequence[S], max_tokens: int, multiple: int = 1) -> list[list[S]]:
     """As few lists as hold the samples, of about the same number of tokens each: the longest first, to the emptiest.
 
-    Raises InputError for a sample that is longer than ``max_tokens``.
+    Their number is a multiple of ``multiple``, where there are as many samples. Raises InputError for a sample that is
+    longer than ``max_tokens``.
     """
     num_packs = len(plan([len(one) for one in samples], max_tokens))
+    num_packs = min(-(-num_packs // multiple) * multiple, len(samples))
     while True:
         packs: list[list[S]] = [[] for _ in range(num_packs)]
         sizes = [0] * num_packs
@@ -53,7 +55,7 @@ def pack_evenly(samples: Sequence[S], max_tokens: int) -> list[list[S]]:
             sizes[place] += len(one)
         if max(sizes, default=0) <= max_tokens:
             return packs
-        num_packs += 1
+        num_packs = min(num_packs + multiple, len(samples))
 
 
 def plan(lengths: Sequence[int], max_tokens: int, packing: Packing = "best_fit") -> list[list[int]]:

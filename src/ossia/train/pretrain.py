@@ -4,7 +4,9 @@
     parts of exercises     plain texts, of which the answers are learned       (share `facts`)
     gold transcripts       of the tasks, whole ("all") or the model's own words alone ("answers")
 
-Beside what is written there, what a teacher thinks likely can be learned (`ossia.train.taught`).
+Beside what is written there, what a teacher thinks likely can be learned (`ossia.train.taught`). Where nearly all is
+known already, steps can be made of what is not: many more samples are drawn than are trained on, and those with the
+lowest loss are left out (selective backpropagation, arXiv:1910.00762).
 
 It begins from any checkpoint: random weights of a new shape, or an earlier stage. What step k sees follows from the
 seed and k alone, so that a run that was killed goes on as if nothing had been.
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from ossia.errors import ConfigError, TrainingError
 from ossia.harmony import (
@@ -42,6 +45,7 @@ from ossia.train.data import Sample, TrainBatch, to_batch
 from ossia.train.expansion import TrainRules, expand
 from ossia.train.fit import evaluate, fingerprint, make_trainer, open_model, set_up_team, table
 from ossia.train.formats import Dialogue
+from ossia.train.losses import sum_by_sequence
 from ossia.train.module import Model
 from ossia.train.packing import pack, pack_evenly
 from ossia.train.parallel import Team, extents
@@ -67,7 +71,7 @@ from ossia.train.tasks import (
 from ossia.train.tasks.language import draw_copy, draw_recall
 from ossia.train.taught import TaughtLikelihood
 from ossia.train.teachings import check_vocabulary
-from ossia.train.trainer import memory_errors
+from ossia.train.trainer import memory_errors, to_device
 
 _HELD_OUT_SEED = 1_000_003
 # Share of conversations whose earlier turns are shown as inference shows them.
@@ -89,6 +93,8 @@ _FACTS = {
 # Tasks for which no developer says anything, and that need no tool but python: any of them may follow another.
 _FREE = ("about", "python", "sums")
 _USUAL_TOKENS = 64
+# Passes without gradients take little memory.
+_READ_AT_ONCE = 4
 # The browser's description is long.
 _PYTHON, _BROWSER = ToolNamespace.python(), ToolNamespace.browser()
 _IDLE_TOOLS = ((_PYTHON,), (_PYTHON,), (_PYTHON, _BROWSER))
@@ -139,6 +145,12 @@ class PretrainConfig(TrainConfig):
         "", "A checkpoint with the model's vocabulary, whose probabilities at every learned token are learned too."
     )
     teacher_share: float = setting(0.5, "Share of the loss that is the teacher's.", low=0, high=1)
+    hardest: float = setting(
+        1.0,
+        "Share of the drawn tokens that a step trains on: the samples that the model finds hardest, by the token.",
+        low=0.01,
+        high=1,
+    )
     growth: int = setting(
         0, "Copying alone, of runs that grow by a word each so many samples; 0 for all lengths, and recall.", low=0
     )
@@ -188,7 +200,7 @@ def pretrain(settings: PretrainConfig, *, resume: bool = False, say: Say) -> tup
             run = Run(
                 folder,
                 trainer,
-                TaskFeed(settings, mix, tokenizer),
+                TaskFeed(settings, mix, tokenizer, lambda samples: _losses(settings, model, samples, team)),
                 num_steps=settings.steps,
                 parameters=model.state(),
                 evaluate=(lambda: evaluate(model, measured, held_out, team)) if held_out else None,
@@ -210,15 +222,57 @@ def _taught(settings: PretrainConfig, model: Model, teacher: Path, team: Team) -
     return TaughtLikelihood(model, larger, settings.teacher_share, settings.balance_weight)
 
 
-class TaskFeed:
-    """Passes of a run on tasks, a `Feed`: each step takes the next draws until it has its tokens."""
+def _losses(settings: PretrainConfig, model: Model, samples: Sequence[Sample], team: Team) -> list[float]:
+    """The loss of each sample, its tokens' together; the processes of ``team`` share the work."""
+    losses = {id(one): 0.0 for one in samples}
+    packs = pack_evenly(samples, _READ_AT_ONCE * settings.pass_tokens, team.size)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), memory_errors():
+        for packed, counts in team.share(packs):
+            batch = to_device(to_batch(packed), team.device)
+            losses_R = -model.logprobs(batch.batch, batch.targets_R).float() * batch.weights_R
+            found = sum_by_sequence(losses_R, batch.samples_R, len(packed)).tolist()
+            if counts:
+                losses |= {id(one): loss for one, loss in zip(packed, found, strict=True)}
+    model.train(was_training)
+    return team.sums(list(losses.values()))
 
-    def __init__(self, settings: PretrainConfig, mix: TaskMix, tokenizer: Tokenizer) -> None:
+
+class TaskFeed:
+    """Passes of a run on tasks, a `Feed`: each step takes the next draws until it has its tokens, or more of them of
+    which it keeps the hardest.
+    """
+
+    def __init__(
+        self,
+        settings: PretrainConfig,
+        mix: TaskMix,
+        tokenizer: Tokenizer,
+        losses: Callable[[Sequence[Sample]], Sequence[float]] | None = None,
+    ) -> None:
+        """``losses`` tells how hard samples are, where ``settings.hardest`` is less than 1."""
         self._settings, self._mix, self._tokenizer = settings, mix, tokenizer
+        self._losses = losses
         self._next_draw = 0
 
     def next_step(self) -> list[TrainBatch]:
         wanted = self._settings.step_tokens or self._settings.pass_tokens
+        if self._settings.hardest == 1:
+            chosen = self._draw(wanted)
+        else:
+            assert self._losses is not None
+            samples = self._draw(round(wanted / self._settings.hardest))
+            by_token = [loss / len(one) for one, loss in zip(samples, self._losses(samples), strict=True)]
+            chosen = []
+            for i in sorted(range(len(samples)), key=lambda i: -by_token[i]):
+                if chosen and sum(map(len, chosen)) + len(samples[i]) > wanted:
+                    break
+                chosen.append(samples[i])
+        return [to_batch(one) for one in pack_evenly(chosen, self._settings.pass_tokens)]
+
+    def _draw(self, wanted: int) -> list[Sample]:
+        """The next draws of at most ``wanted`` tokens together, one at least."""
         samples: list[Sample] = []
         num_tokens = num_left_out = 0
         while True:
@@ -233,7 +287,7 @@ class TaskFeed:
                 num_left_out += 1
                 if num_left_out > 1000:
                     raise TrainingError(f"1000 transcripts in a row are longer than {self._settings.max_tokens} tokens")
-        return [to_batch(one) for one in pack_evenly(samples, self._settings.pass_tokens)]
+        return samples
 
     @property
     def position(self) -> Mapping[str, Any]:

@@ -80,6 +80,10 @@ class RolloutSettings(TrainConfig):
         """Raise ConfigError for what the policy that samples could not have."""
         if self.dropout:
             raise ConfigError(f"dropout is {self.dropout}; expected 0: the policy that sampled has none")
+        if self.weight_mean is not None:
+            raise ConfigError(
+                f"weight_mean is {self.weight_mean}; expected none: what is sampled, and measured, has the last weights"
+            )
         if self.fake_quant and self.trainable == "lora":
             raise ConfigError(
                 "fake_quant is on; expected it off with LoRA: the engine that samples adds pairs beside the weights, "

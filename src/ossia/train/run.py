@@ -23,7 +23,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -36,6 +36,7 @@ from ossia.errors import ConfigError, InputError
 from ossia.train.checkpoint import Checkpoints, Snapshot, open_run_folder
 from ossia.train.config import TrainConfig, as_dict, changed_settings
 from ossia.train.metrics import Metrics, NoMetrics, Progress, open_sinks
+from ossia.train.optimizers import MEAN
 from ossia.train.parallel import Team
 from ossia.train.shards import Extent, local
 from ossia.train.trainer import B, StepReport, Trainer, random_state, set_random_state
@@ -189,6 +190,8 @@ class Run(Generic[B]):
     def train(self) -> Outcome:
         """Go on to the last step, an early end, or an interruption; the last step is saved in each case.
 
+        The parameters are then what is to be kept: those of the last step, or their mean over the steps.
+
         Raises TrainingError, UnavailableError; the checkpoints before are whole then.
         """
         with ExitStack() as stack:
@@ -198,6 +201,8 @@ class Run(Generic[B]):
             is_shown = None if self.team.rank == 0 else False
             progress = stack.enter_context(Progress(self.num_steps, self.trainer.num_steps_done, is_shown=is_shown))
             reason = self._loop(metrics, progress, interrupts)
+        if self.trainer.mean is not None and reason != "interrupted":
+            self.trainer.mean.exchange()
         step = self.trainer.num_steps_done
         return Outcome(self.folder.path, step, self.loss, reason, self.best[1] if self.best else None)
 
@@ -209,7 +214,8 @@ class Run(Generic[B]):
         """Put the parameters of the best checkpoint in place, if any evaluation was finite."""
         if self.best is None:
             return
-        load_parameters(self.parameters, self.folder.checkpoints.load(self.best[1], self.held).trainable)
+        snapshot = self.folder.checkpoints.load(self.best[1], self.held)
+        load_parameters(self.parameters, kept_weights(snapshot))
 
     def _open_metrics(self) -> Metrics | NoMetrics:
         if self.team.rank:
@@ -283,7 +289,9 @@ class Run(Generic[B]):
         """Whether the held-out loss is the lowest so far, of any step but the first state."""
         assert self.evaluate is not None
         progress.describe("evaluating")
-        numbers = self.evaluate()
+        mean = self.trainer.mean
+        with mean.in_place() if mean is not None and self.trainer.num_steps_done else nullcontext():
+            numbers = self.evaluate()
         progress.describe("training")
         step = self._evaluated_step = self.trainer.num_steps_done
         metrics.write("evaluation", step, numbers)
@@ -316,7 +324,8 @@ class Run(Generic[B]):
             "torch": torch.__version__,
             "processes": self.team.size,
         }
-        snapshot = Snapshot(state, self.parameters, trainer.optimizer.state(), random_state())
+        remembered = trainer.optimizer.state() | (trainer.mean.state() if trainer.mean else {})
+        snapshot = Snapshot(state, self.parameters, remembered, random_state())
         self.folder.checkpoints.save(snapshot, best_step=self.best[1] if self.best else None, held=self.held)
         self._saved_step = trainer.num_steps_done
         progress.describe("training")
@@ -324,7 +333,11 @@ class Run(Generic[B]):
     def _restore(self, snapshot: Snapshot) -> None:
         state = snapshot.state
         load_parameters(self.parameters, snapshot.trainable)
-        self.trainer.optimizer.load_state(snapshot.optimizer)
+        means = means_of(snapshot)
+        if self.trainer.mean is not None:
+            self.trainer.mean.load(means)
+        own = {key: value for key, value in snapshot.optimizer.items() if not key.endswith(MEAN)}
+        self.trainer.optimizer.load_state(own)
         self.trainer.num_steps_done = self._saved_step = state["step"]
         self.trainer.num_skipped = state["num_skipped"]
         self.feed.seek(state["position"])
@@ -338,6 +351,16 @@ class Run(Generic[B]):
             if before[name] != value:
                 self.say(f"{name} was {before[name]}, now {value}: the last digits of the loss may differ")
         self.say(f"going on after step {state['step']} of {self.num_steps}")
+
+
+def kept_weights(snapshot: Snapshot) -> Mapping[str, Tensor]:
+    """What a run that ended there would have kept: the mean of the weights, or where there is none the weights."""
+    return means_of(snapshot) or snapshot.trainable
+
+
+def means_of(snapshot: Snapshot) -> dict[str, Tensor]:
+    """Means of the weights by the parameters' names; nothing of a run without."""
+    return {key.removesuffix(MEAN): value for key, value in snapshot.optimizer.items() if key.endswith(MEAN)}
 
 
 def load_parameters(parameters: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:

@@ -2,8 +2,9 @@
 
     loss = (1 - share) * - log p(token)  +  share * KL(teacher || student)      summed over all trained tokens, weighted
 
-The teacher reads the gold transcript and says nothing itself, so that nothing has to be sampled: one more pass without
-gradients. `ossia.train.distill` is for transcripts that the teacher or the student writes.
+Where the teacher thinks another token likeliest than the gold one it is not asked: share is 0 there. It reads the gold
+transcript and says nothing itself, so that nothing has to be sampled: one more pass without gradients.
+`ossia.train.distill` is for transcripts that the teacher or the student writes.
 
 Shapes   R trained rows, K likeliest tokens of the teacher, D hidden size.
 Sources  the sum of both losses, and of probabilities beside labels: Hinton et al., arXiv:1503.02531; by the word:
@@ -18,7 +19,6 @@ from torch import Tensor
 from ossia.train.data import TrainBatch
 from ossia.train.distill import LOGIT_ROWS, gathered_logprobs, partial_kl
 from ossia.train.fit import watched_router, with_balance
-from ossia.train.losses import nll_sum
 from ossia.train.module import Model
 from ossia.train.sft import Likelihood
 from ossia.train.trainer import Terms
@@ -43,10 +43,12 @@ class TaughtLikelihood(Likelihood):
             x_RD = self.model.hidden(batch.batch)
         targets_R, weights_R = torch.as_tensor(batch.targets_R), torch.as_tensor(batch.weights_R)
         logprobs = gathered_logprobs(self.model, x_RD, torch.cat([top_ids_RK, targets_R[:, None]], dim=1))
-        nll = nll_sum(logprobs[:, -1], weights_R)
-        kl = (partial_kl(top_logprobs_RK, logprobs[:, :-1]) * weights_R).sum()
-        loss = (1 - self._share) * nll + self._share * kl
-        terms = Terms(loss, {"nll": nll.item(), "kl": kl.item()})
+        # Likeliest first.
+        share_R = self._share * (top_ids_RK[:, 0] == targets_R)
+        nll_R, kl_R = -logprobs[:, -1], partial_kl(top_logprobs_RK, logprobs[:, :-1])
+        loss = (((1 - share_R) * nll_R + share_R * kl_R) * weights_R).sum()
+        nll, kl, asked = ((one_R * weights_R).sum().item() for one_R in (nll_R, kl_R, share_R > 0))
+        terms = Terms(loss, {"nll": nll, "kl": kl, "taught": asked})
         return with_balance(terms, seen, self.balance_weight, self.weight(batch)) if seen else terms
 
 

@@ -28,7 +28,7 @@ from ossia.train.shards import local
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ossia.train.optimizers import Optimizer
+    from ossia.train.optimizers import Optimizer, WeightMean
     from ossia.train.schedule import Schedule
 
 
@@ -83,8 +83,9 @@ class StepReport:
 class Trainer(Generic[B]):
     """Parameters, their optimiser and the schedule, moved one step at a time.
 
-    ``team`` are the processes that share the passes, and the device that these are sent to. ``num_steps_done`` and
-    ``num_skipped`` (in a row) are its own state; the parameters' and the optimiser's are saved beside it.
+    ``team`` are the processes that share the passes, and the device that these are sent to; ``mean`` is told of every
+    step. ``num_steps_done`` and ``num_skipped`` (in a row) are its own state; the parameters', the optimiser's and the
+    mean's are saved beside it.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class Trainer(Generic[B]):
         clip: float = 1.0,
         max_skipped: int = 10,
         team: Team | None = None,
+        mean: WeightMean | None = None,
     ) -> None:
         self.objective = objective
         self.optimizer = optimizer
@@ -105,6 +107,7 @@ class Trainer(Generic[B]):
         self.clip = clip
         self.max_skipped = max_skipped
         self.team = team or Team()
+        self.mean = mean
         self.num_steps_done = 0
         self.num_skipped = 0
 
@@ -132,6 +135,8 @@ class Trainer(Generic[B]):
             rate = self.highest_rate * self.schedule.factor(self.num_steps_done)
             gradient_norm = self._move(loss, rate)
         self.num_steps_done += 1
+        if self.mean is not None:
+            self.mean.add(self.num_steps_done)
         is_skipped = not math.isfinite(gradient_norm) or not math.isfinite(loss)
         self._count_skipped(is_skipped, loss, gradient_norm)
         return StepReport(

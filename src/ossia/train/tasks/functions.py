@@ -2,7 +2,7 @@
 
 A request names one of up to four declared functions by what it does, and gives its values in another order or another
 wording than the declaration. The call gives them in the order of the request, which is as good as any in JSON. One
-request in eight fits none of them, and some calls fail; the right answer then is to say so.
+request in eight fits none of them (in training one in four), and some calls fail; the right answer then is to say so.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ OPENING = Phrases(
 )
 NONE_FITS = "None of my functions can do that."
 _NONE_FITS_SHARE = 0.12
+# In training more: whether something fits is the hardest of it.
+_PRACTISED_NONE_FITS_SHARE = 0.25
 FAILED = "That did not work."
 _FAILED_SHARE = 0.06
 _ERROR = {"error": "not found"}
@@ -43,14 +45,14 @@ class FunctionCalls(InventedTask):
         functions = [draw_function(rng, held_out) for _ in range(rng.randint(1, self.most))]
         # Two functions of one name could not be told apart.
         functions = list({function.name: function for function in functions}.values())
-        fits = rng.random() >= _NONE_FITS_SHARE
+        fits = _draw_fits(rng, held_out)
         wanted = functions[0] if fits else draw_function(rng, held_out)
         rng.shuffle(functions)
         return self._instance(rng, tuple(functions), wanted, fits, held_out)
 
     def again(self, instance: Instance, rng: random.Random) -> Instance | None:
         functions, held_out = instance.data["functions"], instance.data["held_out"]
-        fits = rng.random() >= _NONE_FITS_SHARE
+        fits = _draw_fits(rng, held_out)
         wanted = rng.choice(functions).with_other_values(rng, held_out) if fits else draw_function(rng, held_out)
         return self._instance(rng, functions, wanted, fits, held_out)
 
@@ -98,6 +100,10 @@ class FunctionCalls(InventedTask):
             return (*think(thought), final(NONE_FITS))
         asked = call(f"functions.{wanted.name}", compact(instance.data["arguments"]))
         return (*think(thought), asked, result(asked, instance.data["found"].text), final(instance.answer))
+
+
+def _draw_fits(rng: random.Random, held_out: bool) -> bool:
+    return rng.random() >= (_NONE_FITS_SHARE if held_out else _PRACTISED_NONE_FITS_SHARE)
 
 
 def thoughts(wanted: Function, message: str, fits: bool) -> str:

@@ -84,8 +84,8 @@ def draw(rng: random.Random, held_out: bool) -> Problem:
 
 
 def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
-    """Questions and their code, values and answers, half of them of numbers that are easily taken for each other; which
-    parts of the text are the answers.
+    """Questions and their code, values and answers, half of them of numbers and letters that are easily taken for each
+    other; which parts of the text are the answers.
     """
     parts: list[tuple[str, bool]] = []
     for _ in range(_NUM_FACTS):
@@ -97,12 +97,20 @@ def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
 
 
 def _repetitive(rng: random.Random) -> Problem:
-    """A list or a product of numbers that have two different digits at most, all together."""
+    """A list, a product or a power of numbers that have two different digits at most, all together; or a word turned
+    round, whose pieces are none that words are made of.
+    """
+    kind = rng.random()
+    if kind < 0.2:
+        word = words.invented_word(rng, False)
+        return Problem(REVERSED.pick(rng, word=word), f"'{word}'[::-1]", repr(word[::-1]))
     digits = rng.choices("0123456789", k=2)
-    if rng.random() < 0.7:
+    if kind < 0.65:
         return _problem_of_list(
             rng, False, [words.number_made_of(rng, digits, rng.randint(1, 4)) for _ in range(rng.randint(3, 6))]
         )
+    if kind < 0.75:
+        return _power(rng, held_out=False)
     a, b = (words.number_made_of(rng, digits, rng.randint(2, 6)) for _ in range(2))
     return Problem(PRODUCT.pick(rng, a=a, b=b), f"{a} * {b}", str(a * b))
 

@@ -1,6 +1,6 @@
-"""Sums and differences at three efforts, for a small model: at once, digit by digit, or written out.
+"""Sums and differences for a small model, written out digit by digit; with less effort short ones at once.
 
-    low      What is 4821 + 937?      5758
+             What is 4821 + 937?
     high     4821=a1b2c8d4
              937=A7B3C9D0
              a1A7:1+7+0=08p8
@@ -12,6 +12,7 @@
              q5:575
              p8:5758
     medium   the same; of numbers of one digit the step alone, without a letter for the result (a1A7:1+7+0=08)
+    low      the same; of numbers of one digit nothing (8)
 
 Thoughts go from the last digit to the first. A step adds two digits and what the step before it carried; before the
 result stands what is carried on, or for a difference what is borrowed. Whatever a step needs is found behind its
@@ -66,13 +67,13 @@ _FORMS = {
 
 
 _NUM_FACTS = 3
-# Digits of numbers whose result medium effort says without putting it together: of more, fewer came out right.
+# Digits of numbers whose result low effort says at once, and medium without putting it together. Of more, hardly any
+# came out right; and what cannot be known at once only hides the other losses.
 _MOST_AT_ONCE = 1
 
 
 class Sums(InventedTask):
     name = "sums"
-    # What cannot be known at once teaches little: few of them, lest their loss hide the others.
     efforts: ClassVar[Mapping[Effort, float]] = {Effort.LOW: 1.0, Effort.MEDIUM: 4.0, Effort.HIGH: 7.0}
 
     def __init__(self, digits: int = 5, exact: bool = False) -> None:
@@ -133,10 +134,10 @@ class Sum(NamedTuple):
         return self.a + self.b if self.sign == "+" else self.a - self.b
 
     def thoughts(self, effort: Effort) -> str:
-        """The chain of thought of that effort; "" at low."""
-        if effort is Effort.LOW:
-            return ""
+        """The chain of thought of that effort; "" at low where both numbers are short."""
         steps = steps_of(self.a, self.b, self.sign)
+        if effort is Effort.LOW and len(steps) <= _MOST_AT_ONCE:
+            return ""
         lines = [
             f"{self.a}={''.join(f'{letter}{one.x}' for letter, one in zip(_TOP, steps, strict=False))}",
             f"{self.b}={''.join(f'{letter}{one.y}' for letter, one in zip(_BOTTOM, steps, strict=False))}",
