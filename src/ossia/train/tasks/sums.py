@@ -1,4 +1,4 @@
-"""Sums and differences for a small model, written out digit by digit; with less effort short ones at once.
+"""Sums and differences for a small model, written out digit by digit; with little effort short ones at once.
 
              What is 4821 + 937?
     high     4821=a1b2c8d4
@@ -12,7 +12,7 @@
              q5:575
              p8:5758
     medium   the same; of numbers of one digit the step alone, without a letter for the result (a1A7:1+7+0=08)
-    low      the same; of numbers of one digit nothing (8)
+    low      no thought: of numbers of one digit the result, of others that it takes more effort
 
 Thoughts go from the last digit to the first. A step adds two digits and what the step before it carried; before the
 result stands what is carried on, or for a difference what is borrowed. Whatever a step needs is found behind its
@@ -70,6 +70,7 @@ _NUM_FACTS = 3
 # Digits of numbers whose result low effort says at once, and medium without putting it together. Of more, hardly any
 # came out right; and what cannot be known at once only hides the other losses.
 _MOST_AT_ONCE = 1
+TAKES_EFFORT = "That takes more effort: medium or high."
 
 
 class Sums(InventedTask):
@@ -98,7 +99,9 @@ class Sums(InventedTask):
         return Instance(key, prompt, str(sum_of.result), {"sum": sum_of, "held_out": held_out})
 
     def gold(self, instance: Instance, effort: Effort) -> Sequence[Message]:
-        return (*think(instance.data["sum"].thoughts(effort)), final(instance.answer))
+        sum_of: Sum = instance.data["sum"]
+        is_known = effort is not Effort.LOW or sum_of.is_known_at_once
+        return (*think(sum_of.thoughts(effort)), final(instance.answer if is_known else TAKES_EFFORT))
 
     def _numbers(self, rng: random.Random) -> list[int]:
         """More often long than short, and half of the time of one length."""
@@ -133,16 +136,20 @@ class Sum(NamedTuple):
     def result(self) -> int:
         return self.a + self.b if self.sign == "+" else self.a - self.b
 
+    @property
+    def is_known_at_once(self) -> bool:
+        return len(str(max(self.a, self.b))) <= _MOST_AT_ONCE
+
     def thoughts(self, effort: Effort) -> str:
-        """The chain of thought of that effort; "" at low where both numbers are short."""
-        steps = steps_of(self.a, self.b, self.sign)
-        if effort is Effort.LOW and len(steps) <= _MOST_AT_ONCE:
+        """The chain of thought of that effort; "" at low."""
+        if effort is Effort.LOW:
             return ""
+        steps = steps_of(self.a, self.b, self.sign)
         lines = [
             f"{self.a}={''.join(f'{letter}{one.x}' for letter, one in zip(_TOP, steps, strict=False))}",
             f"{self.b}={''.join(f'{letter}{one.y}' for letter, one in zip(_BOTTOM, steps, strict=False))}",
         ]
-        is_put_together = effort is Effort.HIGH or len(steps) > _MOST_AT_ONCE
+        is_put_together = effort is Effort.HIGH or not self.is_known_at_once
         for top, bottom, result, step in zip(_TOP, _BOTTOM, _RESULT, steps, strict=False):
             fact = "".join(fact_of(step, self.sign))
             lines.append(f"{top}{step.x}{bottom}{step.y}:{fact}" + (f"{result}{step.digit}" if is_put_together else ""))
