@@ -147,7 +147,7 @@ class PretrainConfig(TrainConfig):
     teacher_share: float = setting(0.5, "Share of the loss that is the teacher's.", low=0, high=1)
     hardest: float = setting(
         1.0,
-        "Share of the drawn tokens that a step trains on: the samples that the model finds hardest, by the token.",
+        "Share of the drawn tokens that a step trains on: those of the samples with the highest losses.",
         low=0.01,
         high=1,
     )
@@ -263,9 +263,9 @@ class TaskFeed:
         else:
             assert self._losses is not None
             samples = self._draw(round(wanted / self._settings.hardest))
-            by_token = [loss / len(one) for one, loss in zip(samples, self._losses(samples), strict=True)]
+            losses = self._losses(samples)
             chosen = []
-            for i in sorted(range(len(samples)), key=lambda i: -by_token[i]):
+            for i in sorted(range(len(samples)), key=lambda i: -losses[i]):
                 if chosen and sum(map(len, chosen)) + len(samples[i]) > wanted:
                     break
                 chosen.append(samples[i])
