@@ -151,11 +151,18 @@ def test_an_interrupt_ends_the_step_and_saves_and_the_run_goes_on_to_the_same_cu
     _assert_same(folder / "interrupted", whole)
 
 
-def test_a_second_interrupt_ends_at_once():
+def test_a_second_interrupt_ends_at_once_and_the_same_one_passed_on_does_not(monkeypatch):
+    now_s = 5.0
+    monkeypatch.setattr(run.time, "monotonic", lambda: now_s)
     with pytest.raises(KeyboardInterrupt), run.Interrupts(lambda text: None) as interrupts:
-        signal.raise_signal(signal.SIGTERM)
-        assert interrupts.is_wanted
         signal.raise_signal(signal.SIGINT)
+        assert interrupts.is_wanted
+        # As torchrun does.
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        now_s += 2
+        signal.raise_signal(signal.SIGTERM)
+        pytest.fail("nothing ended")
 
 
 def test_a_run_that_is_resumed_at_its_end_changes_nothing(folder, whole):

@@ -41,6 +41,8 @@ from ossia.train.parallel import Team
 from ossia.train.shards import Extent, local
 from ossia.train.trainer import B, StepReport, Trainer, random_state, set_random_state
 
+_SAME_S = 1.0
+
 Say = Callable[[str], None]
 """Takes a line for the user."""
 
@@ -378,10 +380,15 @@ def load_parameters(parameters: Mapping[str, Tensor], saved: Mapping[str, Tensor
 
 
 class Interrupts:
-    """SIGINT (Ctrl-C) and SIGTERM ask for an end after the step; a second one ends at once."""
+    """SIGINT (Ctrl-C) and SIGTERM ask for an end after the step; a second one ends at once.
+
+    What comes within `_SAME_S` of the first is the same wish: a terminal's Ctrl-C reaches every process of torchrun,
+    which passes it on to them besides.
+    """
 
     def __init__(self, say: Say) -> None:
         self.is_wanted = False
+        self._first_s = 0.0
         self._say = say
         self._before: dict[int, Any] = {}
 
@@ -398,9 +405,12 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        now_s = time.monotonic()
         if self.is_wanted:
+            if now_s - self._first_s < _SAME_S:
+                return
             raise KeyboardInterrupt
-        self.is_wanted = True
+        self.is_wanted, self._first_s = True, now_s
         self._say("finishing this step and saving; once more ends at once")
 
 

@@ -50,6 +50,10 @@
                together at medium effort too
     returns    the sign as it was, a little more of sums, until the rate has fallen
     blends     weights between those of the last three: what each of them wobbles about stands still
+    listens    what `lands` had, with eight layers, learns from `blends`, which has twelve
+    chooses    on the exercises that it finds hardest, one token in five; what goes on is a mean of the weights
+    learns     the same; low effort no longer guesses sums
+    calms      the same, until the rate has fallen
 
 Forms of thoughts are named where they were new; all stages have today's.
 
@@ -209,6 +213,16 @@ CLOSES = {
 }
 LANDS = {**CLOSES, "sums": 40, "functions": 28, "hierarchy": 12, "policies": 11, "structured": 32}
 TRIES = {**LANDS, "sums": 38, "functions": 32, "hierarchy": 11, "python": 30}
+LISTENS = {
+    "about": 7,
+    "sums": 36,
+    "functions": 34,
+    "hierarchy": 11,
+    "policies": 10,
+    "python": 32,
+    "structured": 30,
+    "browsing": 24,
+}
 # Of what low effort is often wrong in, and thoughts are short for.
 REWARDED = {
     "functions": 3,
@@ -311,6 +325,16 @@ _CLOSES: Mapping[str, Any] = {
     "tasks": mix(CLOSES),
     "pondering": ("functions", "structured", "policies", "hierarchy", "browsing"),
     "fake_quant": True,
+}
+
+# The same, with a teacher.
+_LISTENS: Mapping[str, Any] = {
+    **_CLOSES,
+    "tasks": mix(LISTENS),
+    "teacher": "blends",
+    "teacher_share": 0.4,
+    "weight_mean": 6.0,
+    "learning_rate": 1.6e-3,
 }
 
 STAGES: tuple[Stage, ...] = (
@@ -922,6 +946,38 @@ STAGES: tuple[Stage, ...] = (
         },
     ),
     Stage("blends", "average", {"adds": 0.15, "tries": 0.15, "returns": 0.7}, ("mxfp4",)),
+    Stage(
+        "listens",
+        "pretrain",
+        {**_EVEN, **_WIDE, **_LISTENS, "warmup": 0.344, "final_rate": 0.966, "steps": 500},
+        after="lands",
+    ),
+    Stage(
+        "chooses",
+        "pretrain",
+        {**_EVEN, **_WIDE, **_LISTENS, "hardest": 0.2, "warmup": 0.196, "final_rate": 0.926, "steps": 469},
+    ),
+    Stage(
+        "learns",
+        "pretrain",
+        {**_EVEN, **_WIDE, **_LISTENS, "hardest": 0.2, "warmup": 0.013, "final_rate": 0.326, "steps": 3150},
+    ),
+    Stage(
+        "calms",
+        "pretrain",
+        {
+            **_EVEN,
+            **_WIDE,
+            **_LISTENS,
+            "hardest": 0.2,
+            "weight_mean": 3.0,
+            "learning_rate": 4.7e-4,
+            "warmup": 0.02,
+            "final_rate": 0.0,
+            "steps": 1050,
+        },
+        ("mxfp4",),
+    ),
 )
 
 
