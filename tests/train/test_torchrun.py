@@ -201,17 +201,17 @@ def test_one_process_goes_on_where_two_were_and_two_where_one_was(trainable, fol
 @pytest.mark.slow
 def test_ctrl_c_reaches_every_process_twice_and_the_step_is_saved(folder):
     out = folder / "interrupted"
-    # Nothing is saved on the way.
-    process = start(folder, "sft", out.name, steps=2000, save_every=0, eval_every=0)
+    # Steps that take longer than torchrun to pass it on; nothing is saved on the way.
+    process = start(folder, "sft", out.name, steps=2000, step_tokens=40_000, save_every=0, eval_every=0)
     log = out / "metrics.jsonl"
-    while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 3):
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 1):
         time.sleep(0.01)
     for one in (*workers(process), process.pid):
         os.kill(one, signal.SIGINT)
     _, said = process.communicate()
     assert said.count("finishing this step and saving") == 1 and "--resume goes on" in said
     (step,) = Checkpoints(out / "checkpoints", keep=1).steps()
-    assert 3 <= step < 2000
+    assert 1 <= step < 2000
 
 
 @pytest.mark.slow
