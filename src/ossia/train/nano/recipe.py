@@ -54,6 +54,7 @@
     chooses    on the exercises that it finds hardest, one token in five; what goes on is a mean of the weights
     learns     the same; low effort no longer guesses sums
     calms      the same, until the rate has fallen
+    meets      weights halfway between what the student began with and where it ended
 
 Forms of thoughts are named where they were new; all stages have today's.
 
@@ -976,8 +977,8 @@ STAGES: tuple[Stage, ...] = (
             "final_rate": 0.0,
             "steps": 1050,
         },
-        ("mxfp4",),
     ),
+    Stage("meets", "average", {"lands": 0.5, "calms": 0.5}, ("mxfp4",)),
 )
 
 
