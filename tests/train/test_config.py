@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from ossia.errors import ConfigError
@@ -67,7 +69,12 @@ def test_what_cannot_change_the_curve_may_change_and_the_rest_is_named():
     now = read_settings(TrainConfig, None, NEEDED | {"keep": 5, "threads": 1, "rank": 8, "schedule": "wsd"})
     assert changed_settings(before, now) == ["rank was 16, now 8", "schedule was 'cosine', now 'wsd'"]
     del before["clip"]
-    assert "clip was not known, now 1.0" in changed_settings(before, now)
+    # What there was no setting for has its default.
+    del before["targets"]
+    assert len(changed_settings(before, now)) == 2
+    before["gone"] = 1
+    assert "gone was 1, now not known" in changed_settings(before, now)
+    assert "clip was 1.0, now 0.5" in changed_settings(before, dataclasses.replace(now, clip=0.5))
 
 
 def test_the_balance_loss_is_on_only_where_routers_train():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.train.processes import environment, launch
 
 from ossia.errors import ConfigError, NotFoundError
 from ossia.harmony import Tokenizer
@@ -20,6 +23,7 @@ from ossia.model.random_checkpoint import write_random_checkpoint
 from ossia.model.weights import Checkpoint
 from ossia.train import pretrain as pretraining
 from ossia.train.checkpoint import Checkpoints
+from ossia.train.config import as_dict
 from ossia.train.data import to_batch
 from ossia.train.export import export
 from ossia.train.metrics import read_metrics
@@ -427,6 +431,42 @@ def test_a_run_on_the_hardest_goes_on_bit_for_bit_and_learns(settings, tmp_path)
     again = read_metrics(tmp_path / "other" / "metrics.jsonl")
     assert [line["loss"] for line in again] == [line["loss"] for line in lines]
     assert all(torch.equal(value, resumed.state()[name]) for name, value in model.state().items())
+
+
+_SCRIPT = """
+import json, sys
+from ossia.train.config import read_settings
+from ossia.train.parallel import end_process
+from ossia.train.pretrain import PretrainConfig, pretrain
+
+pretrain(read_settings(PretrainConfig, None, json.loads(sys.argv[1])), say=print)
+end_process(0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("replicate", [True, False])
+def test_two_processes_choose_the_samples_that_one_does(settings, tmp_path, replicate):
+    hard = replace(settings, hardest=0.3, weight_mean=1.0, steps=3, replicate=replicate, held_out=0)
+    alone, _ = pretrain(hard, say=lambda _: None)
+    script = tmp_path / "script.py"
+    script.write_text(_SCRIPT)
+    two = tmp_path / "two"
+    command = [*launch(2), str(script), json.dumps(as_dict(replace(hard, out=str(two))))]
+    subprocess.run(command, check=True, env=environment())
+    ours, theirs = (read_metrics(folder / "metrics.jsonl") for folder in (two, alone.folder))
+    assert [line["tokens"] for line in ours] == [line["tokens"] for line in theirs]
+    assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=1e-4)
+    one, other = (load_file(folder / "weights.safetensors") for folder in (two, alone.folder))
+    assert all(torch.allclose(one[name], values, atol=1e-4) for name, values in other.items())
+
+
+def test_a_run_without_progress_ends_early_with_the_best_weights(settings):
+    hopeless = replace(settings, learning_rate=0.5, eval_every=1, patience=2, steps=40, save_every=0)
+    outcome, model = pretrain(hopeless, say=lambda _: None)
+    assert outcome.reason == "early" and outcome.step == outcome.best_step + 2
+    best = Checkpoints(outcome.folder / "checkpoints", keep=2).load(outcome.best_step).trainable
+    assert all(torch.equal(value, best[name]) for name, value in model.state().items())
 
 
 def test_what_is_kept_can_be_a_mean_over_the_steps_and_the_next_run_begins_with_it(settings, tmp_path):

@@ -151,16 +151,14 @@ def test_an_interrupt_ends_the_step_and_saves_and_the_run_goes_on_to_the_same_cu
     _assert_same(folder / "interrupted", whole)
 
 
-def test_a_second_interrupt_ends_at_once_and_the_same_one_passed_on_does_not(monkeypatch):
-    now_s = 5.0
-    monkeypatch.setattr(run.time, "monotonic", lambda: now_s)
+@pytest.mark.parametrize("passed_on", [0, 1])
+def test_a_second_interrupt_ends_at_once_and_the_same_one_passed_on_by_torchrun_does_not(passed_on, monkeypatch):
+    if passed_on:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     with pytest.raises(KeyboardInterrupt), run.Interrupts(lambda text: None) as interrupts:
-        signal.raise_signal(signal.SIGINT)
+        for _ in range(1 + passed_on):
+            signal.raise_signal(signal.SIGINT)
         assert interrupts.is_wanted
-        # As torchrun does.
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGTERM)
-        now_s += 2
         signal.raise_signal(signal.SIGTERM)
         pytest.fail("nothing ended")
 

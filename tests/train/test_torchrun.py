@@ -199,7 +199,7 @@ def test_one_process_goes_on_where_two_were_and_two_where_one_was(trainable, fol
 
 
 @pytest.mark.slow
-def test_ctrl_c_reaches_every_process_twice_and_the_step_is_saved(folder):
+def test_what_is_sent_to_every_process_and_passed_on_besides_ends_the_step_and_saves(folder):
     out = folder / "interrupted"
     # Steps that take longer than torchrun to pass it on; nothing is saved on the way.
     process = start(folder, "sft", out.name, steps=2000, step_tokens=40_000, save_every=0, eval_every=0)

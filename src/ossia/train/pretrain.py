@@ -8,8 +8,9 @@ Beside what is written there, what a teacher thinks likely can be learned (`ossi
 known already, steps can be made of what is not: many more samples are drawn than are trained on, and those with the
 lowest loss are left out (selective backpropagation, arXiv:1910.00762).
 
-It begins from any checkpoint: random weights of a new shape, or an earlier stage. What step k sees follows from the
-seed and k alone, so that a run that was killed goes on as if nothing had been.
+It begins from any checkpoint: random weights of a new shape, or an earlier stage. What step k draws follows from the
+seed and k alone, and what it keeps of that from the weights, so that a run that was killed goes on as if nothing had
+been.
 """
 
 from __future__ import annotations
@@ -209,6 +210,8 @@ def pretrain(settings: PretrainConfig, *, resume: bool = False, say: Say) -> tup
             )
             model.train()
             outcome = run.train()
+            if outcome.reason == "early":
+                run.load_best()
             if not outcome.is_interrupted:
                 write_result(model, settings, told, team)
     return outcome, model

@@ -41,8 +41,6 @@ from ossia.train.parallel import Team
 from ossia.train.shards import Extent, local
 from ossia.train.trainer import B, StepReport, Trainer, random_state, set_random_state
 
-_SAME_S = 1.0
-
 Say = Callable[[str], None]
 """Takes a line for the user."""
 
@@ -203,7 +201,7 @@ class Run(Generic[B]):
             is_shown = None if self.team.rank == 0 else False
             progress = stack.enter_context(Progress(self.num_steps, self.trainer.num_steps_done, is_shown=is_shown))
             reason = self._loop(metrics, progress, interrupts)
-        if self.trainer.mean is not None and reason != "interrupted":
+        if self.trainer.mean is not None and self.trainer.num_steps_done and reason != "interrupted":
             self.trainer.mean.exchange()
         step = self.trainer.num_steps_done
         return Outcome(self.folder.path, step, self.loss, reason, self.best[1] if self.best else None)
@@ -382,13 +380,12 @@ def load_parameters(parameters: Mapping[str, Tensor], saved: Mapping[str, Tensor
 class Interrupts:
     """SIGINT (Ctrl-C) and SIGTERM ask for an end after the step; a second one ends at once.
 
-    What comes within `_SAME_S` of the first is the same wish: a terminal's Ctrl-C reaches every process of torchrun,
-    which passes it on to them besides.
+    Of torchrun's processes a third one: what is sent to all of them, as schedulers do, torchrun passes on besides.
     """
 
     def __init__(self, say: Say) -> None:
         self.is_wanted = False
-        self._first_s = 0.0
+        self._is_passed_on = torch.distributed.is_torchelastic_launched()
         self._say = say
         self._before: dict[int, Any] = {}
 
@@ -405,12 +402,12 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        now_s = time.monotonic()
         if self.is_wanted:
-            if now_s - self._first_s < _SAME_S:
-                return
-            raise KeyboardInterrupt
-        self.is_wanted, self._first_s = True, now_s
+            if not self._is_passed_on:
+                raise KeyboardInterrupt
+            self._is_passed_on = False
+            return
+        self.is_wanted = True
         self._say("finishing this step and saving; once more ends at once")
 
 

@@ -80,6 +80,15 @@ def test_names_of_functions_are_of_the_side_that_was_asked_for():
                 assert is_held_out(thing) == (split == "held_out")
 
 
+def test_training_has_more_requests_that_no_function_fits_than_are_measured():
+    shares = {
+        split: sum(draw.instance.data["wanted"] is None for draw in draws("functions", split, 600)) / 600
+        for split in ("train", "held_out")
+    }
+    assert shares["train"] == pytest.approx(0.25, abs=0.06)
+    assert shares["held_out"] == pytest.approx(0.12, abs=0.05)
+
+
 @pytest.mark.parametrize("digits", [1, 2, 3, 5])
 def test_effort_is_the_length_of_the_thoughts(digits):
     task = make("sums", {"digits": digits, "exact": True})

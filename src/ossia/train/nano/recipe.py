@@ -50,9 +50,10 @@
                together at medium effort too
     returns    the sign as it was, a little more of sums, until the rate has fallen
     blends     weights between those of the last three: what each of them wobbles about stands still
-    listens    what `lands` had, with eight layers, learns from `blends`, which has twelve
-    chooses    on the exercises that it finds hardest, one token in five; what goes on is a mean of the weights
-    learns     the same; low effort no longer guesses sums
+    listens    what `lands` had, with eight layers, learns from `blends`, which has twelve; what goes on is a mean of
+               the weights
+    chooses    on the exercises that it finds hardest, one token in five
+    learns     the same, while the rate falls
     calms      the same, until the rate has fallen
     meets      weights halfway between what the student began with and where it ended
 

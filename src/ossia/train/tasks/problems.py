@@ -97,8 +97,8 @@ def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
 
 
 def _repetitive(rng: random.Random) -> Problem:
-    """A list, a product or a power of numbers that have two different digits at most, all together; or a word turned
-    round, whose pieces are none that words are made of.
+    """A list or a product of numbers that have two different digits at most, all together; a power, which is long; or a
+    word turned round, whose pieces are none that words are made of.
     """
     kind = rng.random()
     if kind < 0.2:
