@@ -276,13 +276,8 @@ def changed_settings(before: Mapping[str, Any], settings: TrainConfig) -> list[s
 
     A setting that there was none of then had its default: what it changes was not done.
     """
-    now, fields = as_dict(settings), dataclasses.fields(settings)
-    before = as_dict(
-        dataclasses.replace(
-            settings, **{field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
-        )
-    ) | dict(before)
-    free = {field.name for field in fields if field.metadata["is_free"]}
+    now, before = as_dict(settings), as_dict(type(settings)()) | dict(before)
+    free = {field.name for field in dataclasses.fields(settings) if field.metadata["is_free"]}
     names = dict.fromkeys([*now, *before])
     return [
         f"{name} was {_shown(before, name)}, now {_shown(now, name)}"

@@ -6,7 +6,7 @@ have two dimensions as well.
 
 Sources  AdamW, arXiv:1711.05101. Muon, https://kellerjordan.github.io/posts/muon, with the scale of arXiv:2502.16982
          that lets it share AdamW's learning rate and decay; the steps' polynomials as in arXiv:2505.16932.
-         Means of weights, arXiv:1212.1824, section 4.
+         Means of weights, polynomial-decay averaging, arXiv:1212.1824.
 """
 
 from __future__ import annotations

@@ -89,21 +89,22 @@ def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
     """
     parts: list[tuple[str, bool]] = []
     for _ in range(_NUM_FACTS):
-        problem = draw(rng, held_out=False) if rng.random() < 0.5 else _repetitive(rng)
+        problem = draw(rng, held_out=False) if rng.random() < 0.5 else _easily_confused(rng)
         before, said = "\n" if parts else "", problem.value.strip("'")
         parts += [(f"{before}{problem.question}\n", False), (f"{problem.code}<|call|>", True)]
         parts += [(f"\n{problem.value}\n", False), (f"{said}<|return|>", True)]
     return parts
 
 
-def _repetitive(rng: random.Random) -> Problem:
+def _easily_confused(rng: random.Random) -> Problem:
     """A list or a product of numbers that have two different digits at most, all together; a power, which is long; or a
     word turned round, whose pieces are none that words are made of.
     """
     kind = rng.random()
     if kind < 0.2:
         word = words.invented_word(rng, False)
-        return Problem(REVERSED.pick(rng, word=word), f"'{word}'[::-1]", repr(word[::-1]))
+        forms, code, value = _turned_round(word)
+        return Problem(forms.pick(rng, word=word), code, value)
     digits = rng.choices("0123456789", k=2)
     if kind < 0.65:
         return _problem_of_list(
@@ -159,11 +160,16 @@ def _of_word(rng: random.Random, held_out: bool) -> Problem:
     forms, code, value = rng.choice(
         (
             (LENGTH, f"len('{word}')", str(len(word))),
-            (REVERSED, f"'{word}'[::-1]", repr(word[::-1])),
+            _turned_round(word),
             (COUNT, f"'{word}'.count('{letter}')", str(word.count(letter))),
         )
     )
     return Problem(forms.pick(rng, held_out, word=word, letter=letter), code, value)
+
+
+def _turned_round(word: str) -> tuple[Phrases, str, str]:
+    """How it is asked for, the code and the value."""
+    return REVERSED, f"'{word}'[::-1]", repr(word[::-1])
 
 
 def _divisor(rng: random.Random, held_out: bool) -> Problem:
