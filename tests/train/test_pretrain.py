@@ -250,7 +250,18 @@ def test_short_answers_can_weigh_as_much_as_long_ones(settings, tokenizer, evenn
     np.testing.assert_allclose(np.array(weights) * np.array(counts) ** evenness, 64**evenness, rtol=1e-5)
 
 
-def test_facts_too_are_left_out_where_they_are_too_long(settings, tokenizer):
+def test_of_facts_there_are_as_many_as_a_sample_holds(settings, tokenizer):
+    long, short = (replace(settings, facts=1.0, max_tokens=most) for most in (8192, 700))
+    mix = make_mix(["functions"])
+    for number in range(10):
+        whole, cut = (draw_sample(one, mix, tokenizer, "train", number) for one in (long, short))
+        assert whole is not None and cut is not None
+        assert 100 < len(cut) <= 700 < len(whole)
+        assert cut.token_ids_L.tolist() == whole.token_ids_L[: len(cut)].tolist()
+        assert cut.token_ids_L[-1] == tokenizer.encode("\n")[0]
+
+
+def test_facts_are_left_out_where_not_one_fits(settings, tokenizer):
     short = replace(settings, facts=1.0, max_tokens=64)
     assert draw_sample(short, make_mix(["sums"]), tokenizer, "train", 0) is None
 

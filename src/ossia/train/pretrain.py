@@ -308,8 +308,7 @@ def draw_sample(
     kind = rng.random()
     # Parts have no held-out side.
     if kind < settings.facts and split == "train":
-        sample = _facts(rng, mix, tokenizer)
-        return sample if len(sample) <= settings.max_tokens else None
+        return _facts(rng, mix, tokenizer, settings.max_tokens)
     if settings.facts <= kind < settings.facts + settings.language:
         text = _text(settings, rng, split, number)
         ids = [tokenizer.special("<|startoftext|>"), *tokenizer.encode(text), tokenizer.special("<|endoftext|>")]
@@ -383,16 +382,24 @@ def _evened(sample: Sample, evenness: float) -> Sample:
     return replace(sample, weights_L=sample.weights_L * np.float32((_USUAL_TOKENS / total) ** evenness))
 
 
-def _facts(rng: random.Random, mix: TaskMix, tokenizer: Tokenizer) -> Sample:
-    """Parts of exercises of one of the tasks, one below the other; the answers are learned."""
+def _facts(rng: random.Random, mix: TaskMix, tokenizer: Tokenizer, most: int) -> Sample | None:
+    """Parts of exercises of one of the tasks, one below the other, as many as ``most`` tokens hold; the answers are
+    learned. None where not even one fits.
+    """
     parts = [(tokenizer.special("<|startoftext|>"), 0.0)]
     draws, weights = zip(*(_FACTS[task.name] for task in mix.tasks if task.name in _FACTS), strict=True)
     (draw,) = rng.choices(draws, weights)
-    for _ in range(_NUM_FACTS):
+    for number in range(_NUM_FACTS):
+        part: list[tuple[int, float]] = []
         for text, is_answer in (*draw(rng), ("\n", False)):
             for piece in _SPECIAL.split(text):
                 ids = [tokenizer.special(piece)] if _SPECIAL.fullmatch(piece) else tokenizer.encode(piece)
-                parts += [(one, float(is_answer)) for one in ids]
+                part += [(one, float(is_answer)) for one in ids]
+        if len(parts) + len(part) > most:
+            if not number:
+                return None
+            break
+        parts += part
     token_ids, learned = zip(*parts, strict=True)
     return Sample(np.array(token_ids, np.int32), np.array(learned, np.float32))
 
