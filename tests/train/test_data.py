@@ -777,6 +777,35 @@ def test_a_pair_after_a_tools_result_trains_the_answers_alone(tmp_path, tokenize
     assert "T1" in whole(pair.rejected, tokenizer)
 
 
+@pytest.mark.parametrize(("chosen", "rejected"), [("long " * 90, "short"), ("short", "long " * 90)])
+def test_of_a_pair_that_is_cut_both_answers_lose_the_same_turns(tmp_path, tokenizer, chosen, rejected):
+    turns = [(f"question {i}", f"answer {i}") for i in range(4)]
+    prompt = [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+    row = {"prompt": [*prompt, USER], "chosen": chosen, "rejected": rejected}
+    path = write_rows(tmp_path / "pairs.jsonl", [row])
+    (pair,) = read_pairs(path, DataConfig(current_date=DATE, max_tokens=190, overlong="cut"), tokenizer)
+    prompts = [
+        tokenizer.decode(side.token_ids_L[: int(np.flatnonzero(side.weights_L)[0])].tolist())
+        for side in (pair.chosen, pair.rejected)
+    ]
+    assert prompts[0] == prompts[1] and "question 3" in prompts[0] and "question 0" not in prompts[0]
+    assert 150 < max(len(pair.chosen), len(pair.rejected)) <= 190
+    report = ReadReport()
+    none = DataConfig(current_date=DATE, max_tokens=100, overlong="cut")
+    assert not list(read_pairs(path, none, tokenizer, report=report)) and report.too_long == 1
+
+
+def test_answers_of_which_only_the_end_is_trained_still_have_one_prompt(tmp_path, tokenizer):
+    row = {"prompt": [USER], "chosen": [{**GOOD, "reasoning": "T"}], "rejected": [POOR]}
+    config = DataConfig(current_date=DATE, train="final")
+    (pair,) = read_pairs(write_rows(tmp_path / "pairs.jsonl", [row]), config, tokenizer)
+    assert trained(pair.chosen, tokenizer).endswith("<|message|>this<|return|>")
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -784,6 +813,7 @@ def test_a_pair_after_a_tools_result_trains_the_answers_alone(tmp_path, tokenize
         ({"chosen": "b", "rejected": "c"}, "texts without a prompt|'messages'"),
         ({"chosen": [USER, GOOD], "rejected": [{"role": "user", "content": "x"}, POOR]}, "different messages"),
         ({"prompt": [USER], "chosen": [GOOD, USER, POOR], "rejected": [POOR]}, "chosen has 2 turns"),
+        ({"prompt": [USER], "chosen": [{**GOOD, "weight": 0}, USER, POOR], "rejected": [POOR]}, "different prompts"),
         ({"prompt": [USER], "chosen": [], "rejected": [POOR]}, "chosen adds nothing"),
         ({"messages": [USER, GOOD]}, "expected 'prompt', 'chosen' and 'rejected'"),
     ],

@@ -103,7 +103,7 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class PairSample:
-    """Two answers to one prompt, of which ``chosen`` is the better; both begin with the same tokens."""
+    """Two answers to one prompt, of which ``chosen`` is the better; both begin with the tokens of the prompt."""
 
     chosen: Sample
     rejected: Sample
@@ -248,7 +248,7 @@ class SampleReader:
                 raise InputError("a row with nothing of the assistant's to train on")
             if self._watch is not None:
                 self._watch(dialogue)
-            expanded = list(self._expand(dialogue))
+            expanded = list(self._expand(dialogue, self.config.max_tokens))
         except InputError as error:
             return self._bad(line, error)
         except RecursionError:
@@ -269,23 +269,26 @@ class SampleReader:
         try:
             row, form = self._row(line)
             pair = read_pair(row, form, self._defaults(line.data))
-            sides = []
             if self._watch is not None:
                 self._watch(pair.chosen)
-            for name, dialogue in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-                expanded = list(self._expand(dialogue))
-                if len(expanded) != 1:
-                    met = "nothing that is trained" if not expanded else f"{len(expanded)} turns"
-                    raise InputError(f"{name} has {met}; expected one turn of the assistant")
-                sides.append((expanded[0], dialogue))
+            sides = [self._turn("chosen", pair.chosen), self._turn("rejected", pair.rejected)]
+            prompts = [one.token_ids_L[: one.num_prompt].tolist() for one in sides]
+            if prompts[0] != prompts[1]:
+                raise InputError("chosen and rejected answer different prompts; expected the same messages before both")
         except InputError as error:
             return self._bad(line, error)
         except RecursionError:
             return self._bad(line, InputError("a row that is nested too deeply"))
-        if longest := max(one.num_too_many for one, _ in sides):
-            self._too_long(line, longest)
-            return []
-        chosen, rejected = (self._sample(one, dialogue, line) for one, dialogue in sides)
+        lengths = [len(one.token_ids_L) for one in sides]
+        bound, longest = self.config.max_tokens, max(lengths)
+        if bound and longest > bound:
+            # Either has to lose as many tokens, and so loses the same turns.
+            bounds = [max(1, bound - (longest - length)) for length in lengths]
+            sides = [next(self._expand(*side)) for side in zip(pair[:2], bounds, strict=True)]
+            if any(one.num_too_many for one in sides):
+                self._too_long(line, longest)
+                return []
+        chosen, rejected = (self._sample(*side, line) for side in zip(sides, pair[:2], strict=True))
         return [PairSample(chosen, rejected, line.number, line.file)]
 
     def format_of(self, file: str) -> Format:
@@ -317,14 +320,22 @@ class SampleReader:
             )
         return row, form
 
-    def _expand(self, dialogue: Dialogue) -> Iterator[Expanded]:
+    def _turn(self, name: str, dialogue: Dialogue) -> Expanded:
+        """The only turn of one side of a pair, however long."""
+        expanded = list(self._expand(dialogue, 0))
+        if len(expanded) != 1:
+            met = "nothing that is trained" if not expanded else f"{len(expanded)} turns"
+            raise InputError(f"{name} has {met}; expected one turn of the assistant")
+        return expanded[0]
+
+    def _expand(self, dialogue: Dialogue, max_tokens: int) -> Iterator[Expanded]:
         return expand(
             dialogue,
             self._tokenizer,
             self._rules,
             drop_analysis=self.config.drop_analysis,
             turns=self.config.turns,
-            max_tokens=self.config.max_tokens,
+            max_tokens=max_tokens,
             cut=self.config.overlong == "cut",
         )
 

@@ -76,6 +76,8 @@ class Expanded:
     token_ids_L: npt.NDArray[np.int32]
     weights_L: npt.NDArray[np.float32]
     spans: tuple[TokenSpan, ...]
+    # Tokens of the prompt, up to the first one that the model samples.
+    num_prompt: int = 0
     num_too_many: int = 0
 
 
@@ -166,7 +168,7 @@ class _Rendered:
         if max_tokens and num_tokens > max_tokens:
             kept = self._shortened(stretch, [len(piece) for piece in pieces], max_tokens) if cut else None
             if kept is None:
-                return Expanded(np.empty(0, np.int32), np.empty(0, np.float32), (), num_tokens)
+                return Expanded(np.empty(0, np.int32), np.empty(0, np.float32), (), num_too_many=num_tokens)
             indices, weights, pieces = ([column[k] for k in kept] for column in (indices, weights, pieces))  # type: ignore[assignment]
         token_ids_L = np.concatenate(pieces)
         messages = [self._messages[i] for i in indices]
@@ -180,8 +182,9 @@ class _Rendered:
             if span.sampled:
                 weights_L[span.start : span.end] = weights[bisect_right(starts, span.start) - 1]
         begin = starts[indices.index(stretch.begin)]
-        weights_L[begin : begin + self._num_opening] = 0
-        return Expanded(token_ids_L, weights_L, tuple(spans))
+        num_prompt = begin + self._num_opening
+        weights_L[begin:num_prompt] = 0
+        return Expanded(token_ids_L, weights_L, tuple(spans), num_prompt)
 
     def _shortened(self, stretch: _Stretch, lengths: list[int], max_tokens: int) -> list[int] | None:
         """Places of the messages that are left when the oldest turns go until the rest fits; None if it never does.
