@@ -212,3 +212,20 @@ def test_full_training_learns_too_and_its_result_is_read_again(model_path, tmp_p
         assert losses[-1] < 0.6 * losses[0]
         assert (tmp_path / optimizer / "weights.safetensors").exists()
     assert sum("read again, it is the same" in text for text in said) == 2
+
+
+def test_where_there_are_validation_files_all_rows_of_the_data_are_trained(model_path, tmp_path):
+    files = {"validation": str(write_rows(tmp_path / "held-out.jsonl", riddles())), "validation_share": 0.3}
+    told = {}
+    for name, flags in {"share": {"validation_share": 0.3}, "files": files}.items():
+        said = told[name] = []
+        settings = _settings(model_path, tmp_path / name, stations(30), **flags)
+        fit.count_steps(settings, "samples", TOKENIZER, said.append)
+        num_trained = sum(map(len, _packs(settings)))
+        with closing(fit.open_stream(settings, "samples", TOKENIZER, epochs=1, is_held_out=True)) as stream:
+            num_held_out = sum(map(len, stream))
+        if name == "files":
+            assert (num_trained, num_held_out) == (30, len(riddles()))
+        else:
+            assert num_trained + num_held_out == 30 and said == [f"held out: {num_held_out} of 30 rows that were read"]
+    assert not told["files"]

@@ -175,7 +175,10 @@ class DataSettings(TrainConfig):
     data: tuple[str, ...] = _data((), "JSONL files, or folders of them, to learn from.", is_required=True)
     validation: tuple[str, ...] = _data((), "Files of held-out rows; without them validation_share counts.")
     validation_share: float = _data(
-        0.0, "Share of the rows of data that is held out, by a hash of each.", low=0, high=0.9
+        0.0,
+        "Share of the rows of data that is held out, by a hash of each; none where there are validation files.",
+        low=0,
+        high=0.9,
     )
     eval_tokens: int = _data(65_536, "Most tokens of held-out rows that an evaluation reads.", low=1)
     format: Literal["auto", "harmony", "openai", "sharegpt"] = _data("auto", "Format of the rows.")

@@ -367,7 +367,9 @@ def count_steps(settings: DataSettings, kind: Kind, tokenizer: Tokenizer, say: S
 
 
 def tell_passed_by(report: ReadReport, say: Say) -> None:
-    """Say how many rows and samples were left out, and the first of them with their lines."""
+    """Say how many rows are held out, and how many rows and samples were left out, the first with their lines."""
+    if report.held_back:
+        say(f"held out: {report.held_back} of {report.rows} rows that were read")
     if not report.bad_rows and not report.too_long:
         return
     say(f"passed by: {report.bad_rows} rows that cannot be used, {report.too_long} samples that are too long")
@@ -409,7 +411,7 @@ def open_stream(
     """What is trained, or what is held out, as packs. A pair is two samples, and may have twice the tokens."""
     paths = settings.validation if is_held_out and settings.validation else settings.data
     split: Literal["all", "train", "validation"] = "all"
-    if settings.validation_share and not (is_held_out and settings.validation):
+    if settings.validation_share and not settings.validation:
         split = "validation" if is_held_out else "train"
     config = replace(data_config(settings), split=split, shuffle=not is_held_out)
     max_tokens = settings.tokens_of_pass * (2 if kind == "pairs" else 1)
