@@ -170,6 +170,35 @@ def test_collecting_goes_on_with_the_shards_that_are_missing(student, teacher, t
         collect(replace(asked, top=5), make_mix(TASK), TOKENIZER, folder, say=quiet)
 
 
+def test_more_samples_than_before_are_collected_without_a_gap(student, teacher, collected, tmp_path):
+    folder, said = tmp_path / "t", []
+    for samples, eval_prompts in ((2, 1), (6, 3), (10, 4)):
+        asked = settings(student, teacher, tmp_path / "run", samples=samples, eval_prompts=eval_prompts)
+        collect(asked, make_mix(TASK), TOKENIZER, folder, say=said.append)
+    assert [text.partition(":")[0] for text in said] == [
+        "train 1 to 2 of 2", "held_out 1 to 1 of 1",
+        "train 1 to 4 of 6", "train 5 to 6 of 6", "held_out 1 to 3 of 3",
+        "train 5 to 8 of 10", "train 9 to 10 of 10", "held_out 1 to 4 of 4",
+    ]  # fmt: skip
+    at_once = {path.relative_to(collected): path.read_bytes() for path in collected.rglob("shard-*")}
+    assert {path.relative_to(folder): path.read_bytes() for path in folder.rglob("shard-*")} == at_once
+
+
+def test_fewer_samples_than_were_collected_are_the_first_ones(student, teacher, collected, tmp_path):
+    fewer = {"samples": 5, "eval_prompts": 2, "steps": 1, "eval_every": 1}
+    own = settings(student, teacher, tmp_path / "own", **fewer)
+    shared = settings(student, teacher, tmp_path / "shared", teachings=str(collected), **fewer)
+    said = []
+    for asked in (own, shared):
+        distill(asked, resume=False, say=said.append)
+    assert sum(text.startswith("5 samples of") for text in said) == 2
+    one, other = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("own", "shared"))
+    assert [line["loss"] for line in one] == [line["loss"] for line in other]
+    without = settings(student, "", tmp_path / "without", teachings=str(collected), **fewer)
+    distill(without, resume=False, say=said.append)
+    assert any(text.startswith("10 samples of") for text in said)
+
+
 def test_a_damaged_shard_is_named(collected, tmp_path):
     (tmp_path / "train").mkdir()
     (tmp_path / "teachings.json").write_text((collected / "teachings.json").read_text())

@@ -273,14 +273,18 @@ def _offline(
             f"the teachings in {folder} are of another vocabulary than {settings.model}'s; collect them from a teacher "
             "with the student's vocabulary"
         )
-    train = [one for one in teachings.read("train") if one.reward >= settings.min_reward]
+    # Without a teacher nothing is asked for, and all that is there is taken.
+    counts: dict[Split, int] = (
+        {"train": settings.samples, "held_out": settings.eval_prompts} if settings.teacher else {}
+    )
+    train = [one for one in teachings.read("train", counts.get("train")) if one.reward >= settings.min_reward]
     if not train:
         raise TrainingError(
             f"{folder} has no sample with a reward of at least {settings.min_reward}; lower min_reward, or collect more"
         )
-    held_out = teachings.read("held_out")
+    held_out = teachings.read("held_out", counts.get("held_out"))
     say(f"{len(train)} samples of {teachings.manifest.teacher}, {sum(len(one) for one in train)} tokens")
-    inputs = {"model": fingerprint(path), "teachings": _contents(folder)}
+    inputs = {"model": fingerprint(path), "teachings": _contents(teachings, counts)}
     with RunFolder(settings, resume=resume, inputs=inputs) as run_folder:
         model = open_model(settings, path, team)
         table(model, say)
@@ -330,9 +334,11 @@ def _held_out_kl(
     return evaluate
 
 
-def _contents(folder: Path) -> str:
-    """The shards that are trained on, by name and size."""
-    return " ".join(f"{one.name}:{one.stat().st_size}" for one in sorted((folder / "train").glob("shard-*")))
+def _contents(teachings: Teachings, counts: Mapping[Split, int]) -> str:
+    """The shards that are trained on, by name and size, and how many samples are read where it is not all of them."""
+    shards = sorted((teachings.folder / "train").glob("shard-*"))
+    parts = [f"the first {count} of {split}" for split, count in counts.items() if count < teachings.num_samples(split)]
+    return " ".join([*(f"{one.name}:{one.stat().st_size}" for one in shards), *parts])
 
 
 # On policy -----------------------------------------------------------------------------------------------------------

@@ -157,7 +157,9 @@ class DistillConfig(RolloutSettings):
         "offline", "Learn from the teacher's own answers, or from the student's as the teacher sees them."
     )
     teachings: str = _teacher("", "Folder of the teacher's answers; empty is OUT/teachings.")
-    samples: int = _teacher(1000, "Answers of the teacher to collect, each to a prompt drawn for it.", low=1)
+    samples: int = _teacher(
+        1000, "Answers of the teacher to collect and learn from, each to a prompt drawn for it.", low=1
+    )
     shard: int = _teacher(256, "Answers in one file of the teachings.", low=1)
     top: int = _teacher(20, "Likeliest tokens of the teacher that are learned at each place; the rest is one.", low=1)
     collect_only: bool = _teacher(False, "Collect the teacher's answers, and train nothing.", is_free=True)

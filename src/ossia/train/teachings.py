@@ -14,8 +14,9 @@
         efforts        U8  [N]      0 low, 1 medium, 2 high
         rewards        F32 [N]      what the task says of the sample
 
-A shard is written beside its place and renamed, so that a shard that is there is complete: collecting goes on with the
-first one that is missing. Half precision keeps log-probabilities within 0.004 where they are above -8.
+A shard is written beside its place and renamed, so that a shard that is there is whole. Collecting goes on with those
+that are missing, or have fewer samples than are asked for now. Half precision keeps log-probabilities within 0.004
+where they are above -8.
 
 Shapes   as above.
 """
@@ -35,7 +36,7 @@ import numpy.typing as npt
 
 from ossia.errors import CheckpointError, ConfigError, InputError
 from ossia.harmony import Effort, Tokenizer
-from ossia.model.safetensors_file import DTYPES, header_bytes, map_file, read_header
+from ossia.model.safetensors_file import DTYPES, TensorEntry, header_bytes, map_file, read_header
 from ossia.train.data import Sample
 from ossia.train.rollout import Rollout
 from ossia.train.tasks import Split
@@ -119,10 +120,18 @@ class Teachings:
         partial.replace(path)
 
     def missing(self, split: Split, count: int, shard: int) -> Iterator[tuple[int, range]]:
-        """(number of the shard, its samples) of the shards of ``count`` samples that are not there."""
+        """(number of the shard, its samples) of the shards of ``count`` samples that are not there, or not to the end.
+
+        Raises CheckpointError for a damaged shard.
+        """
         for number, start in enumerate(range(0, count, shard)):
-            if not self._path(split, number).exists():
-                yield number, range(start, min(start + shard, count))
+            samples = range(start, min(start + shard, count))
+            if _num_samples(self._path(split, number)) < len(samples):
+                yield number, samples
+
+    def num_samples(self, split: Split) -> int:
+        """Samples of a split that are there. Raises CheckpointError for a damaged shard."""
+        return sum(map(_num_samples, self._shards(split)))
 
     def write(self, split: Split, number: int, rollouts: Sequence[Rollout]) -> None:
         """Write a shard, whole or not at all."""
@@ -149,26 +158,35 @@ class Teachings:
             os.fsync(file.fileno())
         partial.replace(path)
 
-    def read(self, split: Split) -> list[Teaching]:
-        """All samples of a split; arrays are views of the mapped files, but for log-probabilities.
+    def read(self, split: Split, count: int | None = None) -> list[Teaching]:
+        """The first ``count`` samples of a split, all if None; arrays are views of the mapped files, but for
+        log-probabilities.
 
         Raises CheckpointError for a damaged shard.
         """
         top = self.manifest.top
         found: list[Teaching] = []
-        for path in sorted((self.folder / split).glob("shard-*.safetensors")):
+        for path in self._shards(split):
+            if count is not None and len(found) >= count:
+                break
             found += _read_shard(path, top)
-        return found
+        return found[:count]
+
+    def _shards(self, split: Split) -> list[Path]:
+        return sorted((self.folder / split).glob("shard-*.safetensors"))
 
     def _path(self, split: Split, number: int) -> Path:
         return self.folder / split / f"shard-{number:05}.safetensors"
 
 
+def _num_samples(path: Path) -> int:
+    """Samples of a shard; 0 where there is none."""
+    entry = _open(path)[0].get("efforts") if path.exists() else None
+    return entry.shape[0] if entry is not None else 0
+
+
 def _read_shard(path: Path, top: int) -> list[Teaching]:
-    try:
-        entries, mapped = read_header(path), map_file(path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}; remove it and collect it again") from None
+    entries, mapped = _open(path)
     arrays = {}
     for name, dtype in _DTYPES.items():
         entry = entries.get(name)
@@ -194,6 +212,14 @@ def _read_shard(path: Path, top: int) -> list[Teaching]:
             )
         )
     return teachings
+
+
+def _open(path: Path) -> tuple[dict[str, TensorEntry], npt.NDArray[np.uint8]]:
+    """The tensors of a shard by name, and its bytes."""
+    try:
+        return read_header(path), map_file(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; remove it and collect it again") from None
 
 
 def vocabulary_digest(tokenizer: Tokenizer) -> str:
