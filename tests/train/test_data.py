@@ -765,6 +765,42 @@ def test_pairs_are_read_in_every_known_shape(tmp_path, tokenizer, shape):
     assert pair.line == 1
 
 
+SYSTEM = {"role": "system", "content": "Be brief."}
+BEFORE = [{"role": "user", "content": "well?"}, {"role": "assistant", "content": "yes"}]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "begin"),
+    [
+        ("which?", [SYSTEM, USER]),
+        ([USER], [SYSTEM, {**USER, "content": "which? "}]),
+        ([{**SYSTEM, "content": "Be brief.\n"}, USER], [SYSTEM, USER]),
+        ([SYSTEM, USER], [USER]),
+        ([SYSTEM], [SYSTEM | {"name": None}, USER]),
+        ([SYSTEM], [USER]),
+        ([SYSTEM, USER], [{**USER, "tool_calls": None}]),
+    ],
+)
+def test_a_prompt_that_stands_in_the_answers_too_counts_once(tmp_path, tokenizer, prompt, begin):
+    row = {"prompt": prompt, "chosen": [*begin, GOOD], "rejected": [*begin, POOR]}
+    (pair,) = read_pairs(write_rows(tmp_path / "pairs.jsonl", [row]), CONFIG, tokenizer)
+    told = server_prompt({"messages": [SYSTEM, USER]}, tokenizer)
+    for side, answer in ((pair.chosen, "this"), (pair.rejected, "that")):
+        text = tokenizer.decode(side.token_ids_L[: -side.num_trained].tolist())
+        assert text.replace("which? ", "which?") == tokenizer.decode(told)
+        assert trained(side, tokenizer) == f"<|channel|>final<|message|>{answer}<|return|>"
+
+
+@pytest.mark.parametrize("prompt", [[*BEFORE, USER], [USER], "which?"])
+def test_a_prompt_of_which_the_answers_hold_more_or_less_is_told_as_a_whole(tmp_path, tokenizer, prompt):
+    begin = [USER] if len(prompt) == 3 else [*BEFORE, USER]
+    row = {"prompt": prompt, "chosen": [*begin, GOOD], "rejected": [*begin, POOR]}
+    (pair,) = read_pairs(write_rows(tmp_path / "pairs.jsonl", [row]), CONFIG, tokenizer)
+    told = server_prompt({"messages": [*BEFORE, USER]}, tokenizer)
+    assert pair.chosen.token_ids_L.tolist()[: len(told)] == pair.rejected.token_ids_L.tolist()[: len(told)] == told
+    assert pair.chosen.num_trained == len(pair.chosen) - len(told)
+
+
 def test_a_pair_after_a_tools_result_trains_the_answers_alone(tmp_path, tokenizer):
     row = {
         "prompt": TALK["messages"][:3],
@@ -815,6 +851,8 @@ def test_answers_of_which_only_the_end_is_trained_still_have_one_prompt(tmp_path
         ({"prompt": [USER], "chosen": [GOOD, USER, POOR], "rejected": [POOR]}, "chosen has 2 turns"),
         ({"prompt": [USER], "chosen": [{**GOOD, "weight": 0}, USER, POOR], "rejected": [POOR]}, "different prompts"),
         ({"prompt": [USER], "chosen": [], "rejected": [POOR]}, "chosen adds nothing"),
+        ({"prompt": "who?", "chosen": [USER, GOOD], "rejected": [USER, POOR]}, "other messages than the prompt"),
+        ({"prompt": "which?", "chosen": [SYSTEM, USER, GOOD], "rejected": [POOR]}, "different messages"),
         ({"messages": [USER, GOOD]}, "expected 'prompt', 'chosen' and 'rejected'"),
     ],
 )

@@ -145,9 +145,9 @@ def read_pair(row: object, form: Format, defaults: Defaults) -> Pair:
         if isinstance(chosen, str) or isinstance(rejected, str):
             raise InputError("chosen and rejected are texts without a prompt; expected 'prompt' beside them")
         told = _common_prompt(*answers)
+        rests = [one[len(told) :] for one in answers]
     else:
-        told = _spoken(prompt, Role.USER)
-    rests = [one[len(told) :] if one[: len(told)] == told else one for one in answers]
+        told, rests = _behind_prompt(_spoken(prompt, Role.USER), answers)
     if rests[0] == rests[1]:
         raise InputError("chosen and rejected are the same; expected two different answers")
     names = ("chosen", "rejected")
@@ -579,6 +579,50 @@ def _spoken(value: object, role: Role) -> list[Any]:
     if isinstance(value, str):
         return [{"role": str(role), "content": value}]
     return [value] if isinstance(value, dict) else value if isinstance(value, list) else []
+
+
+def _behind_prompt(prompt: list[Any], answers: list[list[Any]]) -> tuple[list[Any], list[list[Any]]]:
+    """All messages that come before both answers, and the answers without them.
+
+    The prompt may stand in the answers too: at their beginning, or behind messages that it lacks, or its last messages
+    alone, and with other blanks around its texts. Raises InputError where they begin with another one.
+    """
+    holds = [one[: len(prompt)] == prompt for one in answers]
+    rests = [one[len(prompt) :] if is_held else one for one, is_held in zip(answers, holds, strict=True)]
+    if all(holds) or not any(rest and _kind(rest[0]) in ("told", "user") for rest in rests):
+        return prompt, rests
+    common = _common_prompt(*answers)
+    ours, theirs = [_gist(message) for message in prompt], [_gist(message) for message in common]
+    behind = [one[len(common) :] for one in answers]
+    if any(theirs[k : k + len(ours)] == ours for k in range(len(theirs))):
+        return common, behind
+    for k in range(1, len(ours)):
+        if theirs[: len(ours) - k] == ours[k:]:
+            return prompt[:k] + common, behind
+    if any(_kind(message) == "user" for message in prompt):
+        raise InputError(
+            "chosen and rejected begin with other messages than the prompt; expected the same prompt in all"
+        )
+    return prompt, rests
+
+
+def _kind(message: object) -> str | None:
+    """Who speaks, in the words of `_Turn.role`."""
+    if not isinstance(message, dict):
+        return None
+    kinds, speaker = (_ROLES, message["role"]) if "role" in message else (_FROM, message.get("from"))
+    return kinds.get(speaker) if isinstance(speaker, str) else None
+
+
+def _gist(message: object) -> object:
+    """What is equal of two messages that say the same."""
+    if not isinstance(message, dict):
+        return message
+    said = {key: value.strip() if isinstance(value, str) else value for key, value in message.items()}
+    kind = _kind(message)
+    if kind in ("told", "user"):
+        return kind, said.get("content", said.get("value"))
+    return {key: value for key, value in said.items() if value is not None}
 
 
 def _common_prompt(chosen: list[Any], rejected: list[Any]) -> list[Any]:
