@@ -119,9 +119,13 @@ def test_training_raises_the_margin_also_of_pairs_that_were_held_out(folder, tmp
 
 
 def test_a_step_cut_into_passes_is_the_same_step(folder, tmp_path):
+    rows = preferences(6)
+    for i, row in enumerate(rows):
+        row["chosen"][0]["content"] += " and more" * i
+    data = str(write_rows(tmp_path / "pairs.jsonl", rows))
     results = []
     for pass_tokens in (400, 4000):
-        settings = _settings(folder, tmp_path / "out", pass_tokens=pass_tokens, sft_weight=0.0)
+        settings = _settings(folder, tmp_path / "out", data=data, pass_tokens=pass_tokens, sft_weight=0.5)
         model, aim = _open(settings)
         trainer = Trainer(aim, fit.make_optimizer(settings, model), fit.make_schedule(settings, 9), highest_rate=0.0)
         passes = _passes(settings)
@@ -129,3 +133,5 @@ def test_a_step_cut_into_passes_is_the_same_step(folder, tmp_path):
     (many, cut), (one, whole) = results
     assert many > one == 1
     assert cut.gradient_norm == pytest.approx(whole.gradient_norm, rel=1e-5)
+    assert cut.loss == pytest.approx(whole.loss, rel=1e-5)
+    assert cut.shown["chosen_nll"] == pytest.approx(whole.shown["chosen_nll"], rel=1e-5)

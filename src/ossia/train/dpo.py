@@ -1,12 +1,13 @@
 """Direct preference optimisation: of two answers to one prompt, the better one becomes the likelier one.
 
     reward(answer) = beta * (log p(answer) - log p of the model that training began with)
-    loss           = - log sigmoid(reward(chosen) - reward(rejected))                         mean over the pairs
+    loss           = - log sigmoid(reward(chosen) - reward(rejected))
+                     - sft_weight * log p(chosen) / its trained tokens                        mean over the pairs
 
 The model that training began with is the same model with its pairs off, so that there is no second one in memory. In
 full training, where the weights themselves move, its log-probabilities are computed before the first step, and kept.
 
-Source: arXiv:2305.18290.
+Sources: arXiv:2305.18290; the likelihood of the better answer besides, arXiv:2404.19733.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ossia.train.data import TrainBatch
 from ossia.train.fit import reference_passes, watched_router, with_balance
 from ossia.train.lora import pairs_off
 from ossia.train.losses import dpo as dpo_terms
-from ossia.train.losses import nll_sum, sum_by_sequence
+from ossia.train.losses import sum_by_sequence
 from ossia.train.module import Model
 from ossia.train.parallel import Team
 from ossia.train.result import fit_and_try
@@ -102,8 +103,9 @@ class Preference:
         }
         loss_sum = found.loss_sum
         if self._sft_weight:
-            weights_R = torch.as_tensor(batch.weights_R) * (torch.as_tensor(batch.samples_R) % 2 == 0)
-            nll = nll_sum(logprobs_R, weights_R) / weights_R.sum() * self.weight(batch)
+            # A mean over each answer, so that how a step is cut into passes changes nothing.
+            weights_S = _answers(batch, torch.ones_like(logprobs_R))
+            nll = -(answers_S[0::2] / weights_S[0::2]).sum()
             loss_sum = loss_sum + self._sft_weight * nll
             shown["chosen_nll"] = nll.item()
         terms = Terms(loss_sum, shown)
@@ -129,7 +131,7 @@ class Preference:
 
 
 def _answers(batch: TrainBatch, logprobs_R: Tensor) -> Tensor:
-    """log p_S of each sample's trained tokens."""
+    """log p_S of each sample's trained tokens, by their weights."""
     weights_R, samples_R = torch.as_tensor(batch.weights_R), torch.as_tensor(batch.samples_R).long()
     return sum_by_sequence(logprobs_R * weights_R, samples_R, batch.num_samples)
 
