@@ -169,6 +169,54 @@ def test_a_run_that_is_resumed_at_its_end_changes_nothing(folder, whole):
     assert _curve(whole) == before
 
 
+def _last_state(out):
+    checkpoints = Checkpoints(out / "checkpoints", keep=9)
+    return checkpoints.state(checkpoints.steps()[-1])
+
+
+def test_a_last_evaluation_behind_the_last_checkpoint_is_kept_with_it(folder, tmp_path):
+    settings = _settings(folder, tmp_path / "out", steps=4, eval_every=3, save_every=4)
+    first = _train(settings)
+    before, state = _curve(tmp_path / "out"), _last_state(tmp_path / "out")
+    held_out = {line["step"]: line["loss"] for line in before if line["event"] == "evaluation"}
+    assert list(held_out) == [0, 3, 4] and held_out[4] < held_out[3]
+    assert first.best_step == 4 and state["best"] == [held_out[4], 4]
+    assert _train(settings, resume=True) == first
+    assert _curve(tmp_path / "out") == before and _last_state(tmp_path / "out") == state
+
+
+def test_a_run_that_was_killed_behind_its_last_evaluation_has_it_once(folder, tmp_path, monkeypatch):
+    settings = _settings(folder, tmp_path / "out", steps=4, eval_every=3, save_every=4)
+    with monkeypatch.context() as patch:
+        finish = run.Run._finish
+
+        def killed(self, *args):
+            patch.setattr(run.Run, "_save", _raise_interrupt)
+            return finish(self, *args)
+
+        patch.setattr(run.Run, "_finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            _train(settings)
+    assert _last_state(tmp_path / "out")["evaluated_step"] == 3
+    before = _curve(tmp_path / "out")
+    assert before[-1]["event"] == "evaluation" and before[-1]["step"] == 4
+    assert _train(settings, resume=True).best_step == 4
+    assert _curve(tmp_path / "out") == before
+
+
+def _raise_interrupt(*args):
+    raise KeyboardInterrupt
+
+
+def test_patience_that_ends_with_the_last_evaluation_keeps_the_best_step(folder, tmp_path, monkeypatch):
+    losses = iter([3.0, 2.0, 2.5])
+    monkeypatch.setattr(fit, "evaluate", lambda *args: {"loss": next(losses)})
+    settings = _settings(folder, tmp_path / "out", steps=3, eval_every=2, save_every=3, patience=1)
+    first = _train(settings)
+    assert (first.reason, first.step, first.best_step) == ("early", 3, 2)
+    assert _train(settings, resume=True) == first
+
+
 def test_a_folder_with_a_run_is_not_overwritten(folder, whole):
     with pytest.raises(InputError, match=r"has a run that got to step \d+\. Go on with it with --resume"):
         _train(_settings(folder, whole))

@@ -31,12 +31,17 @@ class Sink(Protocol):
 
 
 class Metrics:
-    """The log of a run: ``path`` always, ``sinks`` besides."""
+    """The log of a run: ``path`` always, ``sinks`` besides.
 
-    def __init__(self, path: Path, *, last_step: int = 0, sinks: tuple[Sink, ...] = ()) -> None:
+    Of what it holds, lines of steps behind ``last_step`` are taken back, and evaluations behind ``last_evaluation``.
+    """
+
+    def __init__(
+        self, path: Path, *, last_step: int = 0, last_evaluation: int | None = None, sinks: tuple[Sink, ...] = ()
+    ) -> None:
         self.path = path
         self._sinks = sinks
-        lines = _lines_up_to(path, last_step)
+        lines = _lines_up_to(path, last_step, last_step if last_evaluation is None else last_evaluation)
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text("".join(lines), encoding="utf-8")
         partial.replace(path)
@@ -179,10 +184,15 @@ class Progress:
         self._bar.update(self._task, description=what)
 
 
-def _lines_up_to(path: Path, last_step: int) -> list[str]:
-    if not path.exists():
+def _lines_up_to(path: Path, last_step: int, last_evaluation: int) -> list[str]:
+    if not path.exists() or not last_step:
         return []
-    return [json.dumps(line) + "\n" for line in read_metrics(path) if line.get("step", 0) <= last_step and last_step]
+    lines = []
+    for line in read_metrics(path):
+        last = min(last_step, last_evaluation) if line.get("event") == "evaluation" else last_step
+        if line.get("step", 0) <= last:
+            lines.append(json.dumps(line) + "\n")
+    return lines
 
 
 def _plain(value: Any) -> Any:

@@ -222,7 +222,12 @@ class Run(Generic[B]):
             return NoMetrics()
         path, settings = self.folder.path, self.settings
         sinks = open_sinks(path, path.name, tensorboard=settings.tensorboard, wandb=settings.wandb)
-        return Metrics(path / "metrics.jsonl", last_step=self.trainer.num_steps_done, sinks=sinks)
+        return Metrics(
+            path / "metrics.jsonl",
+            last_step=self.trainer.num_steps_done,
+            last_evaluation=self._evaluated_step,
+            sinks=sinks,
+        )
 
     def _loop(
         self, metrics: Metrics | NoMetrics, progress: Progress, interrupts: Interrupts
@@ -253,8 +258,7 @@ class Run(Generic[B]):
                 )
             if reason := self._after_step(metrics, progress, interrupts):
                 return reason
-        self._finish(metrics, progress)
-        return "done"
+        return self._finish(metrics, progress)
 
     def _after_step(
         self, metrics: Metrics | NoMetrics, progress: Progress, interrupts: Interrupts
@@ -272,18 +276,22 @@ class Run(Generic[B]):
         if is_interrupted:
             self.say(f"stopped after step {step} of {self.num_steps}; the same command with --resume goes on")
             return "interrupted"
-        if is_early:
-            than = f"than that of step {self.best[1]}" if self.best else "that is finite"
-            self.say(f"ended early at step {step}: no better held-out loss {than}")
-            return "early"
-        return None
+        return self._end_early() if is_early else None
 
-    def _finish(self, metrics: Metrics | NoMetrics, progress: Progress) -> None:
+    def _finish(self, metrics: Metrics | NoMetrics, progress: Progress) -> Literal["done", "early"]:
         step = self.trainer.num_steps_done
-        if self.evaluate is not None and self._evaluated_step != step:
+        is_unmeasured = self.evaluate is not None and self._evaluated_step != step
+        if is_unmeasured:
             self._evaluate(metrics, progress)
-        if self._saved_step != step:
+        # A checkpoint of this step, if there is one, does not know of the evaluation.
+        if is_unmeasured or self._saved_step != step:
             self._save(metrics, progress)
+        return self._end_early() if self._has_lost_patience else "done"
+
+    def _end_early(self) -> Literal["early"]:
+        than = f"than that of step {self.best[1]}" if self.best else "that is finite"
+        self.say(f"ended early at step {self.trainer.num_steps_done}: no better held-out loss {than}")
+        return "early"
 
     def _evaluate(self, metrics: Metrics | NoMetrics, progress: Progress) -> bool:
         """Whether the held-out loss is the lowest so far, of any step but the first state."""
