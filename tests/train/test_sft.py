@@ -229,3 +229,14 @@ def test_where_there_are_validation_files_all_rows_of_the_data_are_trained(model
         else:
             assert num_trained + num_held_out == 30 and said == [f"held out: {num_held_out} of 30 rows that were read"]
     assert not told["files"]
+
+
+def test_the_model_before_is_that_of_the_run_that_training_began_with(model_path, tmp_path):
+    usual = {"steps": 3, "trainable": "full", "schedule": "constant", "warmup": 0}
+    sft(_settings(model_path, tmp_path / "first", stations(4), learning_rate=1e-2, **usual), say=lambda text: None)
+    said = []
+    following = _settings(
+        model_path, tmp_path / "next", stations(4), learning_rate=0, begin_with=str(tmp_path / "first"), **usual
+    )
+    sft(following, say=said.append)
+    assert any("KL to the model before, on rows of the data: 0.0000 nats" in text for text in said)

@@ -33,7 +33,6 @@ from ossia.train.optimizers import Optimizer, WeightMean
 from ossia.train.parallel import Team, extents
 from ossia.train.run import Outcome, Run, RunFolder, Say, available_bytes, kept_weights, load_parameters
 from ossia.train.schedule import Schedule
-from ossia.train.shards import Extent
 from ossia.train.stream import PackStream
 from ossia.train.trainer import B, Objective, Terms, Trainer, memory_errors, to_device
 
@@ -175,16 +174,17 @@ def open_model(settings: TrainConfig, path: Path, team: Team) -> Model:
             exchange=team.exchange,
         )
     if settings.begin_with:
-        load_parameters(model.state(), _last_weights(Path(settings.begin_with), extents(model)))
+        begin_with(model, Path(settings.begin_with))
     return model
 
 
-def _last_weights(folder: Path, held: Mapping[str, Extent]) -> Mapping[str, Tensor]:
+def begin_with(model: Model, folder: Path) -> None:
+    """Put the last weights of the run in ``folder`` in place. Raises NotFoundError where it has no checkpoint."""
     checkpoints = Checkpoints(folder / "checkpoints", keep=1)
     steps = checkpoints.steps()
     if not steps:
         raise NotFoundError(f"{folder} has no checkpoint of a run to begin with")
-    return kept_weights(checkpoints.load(steps[-1], held))
+    load_parameters(model.state(), kept_weights(checkpoints.load(steps[-1], extents(model))))
 
 
 def lora_config(settings: TrainConfig) -> LoraConfig:

@@ -30,7 +30,7 @@ from ossia.ops import Batch
 from ossia.train.checkpoint import sync_tree
 from ossia.train.config import DataSettings, TrainConfig
 from ossia.train.data import TrainBatch
-from ossia.train.fit import Fitted, Kind, fit, lora_config, sample_passes, set_up_team
+from ossia.train.fit import Fitted, Kind, begin_with, fit, lora_config, sample_passes, set_up_team
 from ossia.train.lora import pairs_off, take_scaling, to_adapter
 from ossia.train.losses import kl_sum
 from ossia.train.module import Model
@@ -201,7 +201,16 @@ def _model_before(model: Model, settings: TrainConfig, team: Team) -> Iterator[M
             yield model
     else:
         device, dtype = model.ops.device, model.ops.dtype
-        yield Model.open(resolve_model(settings.model), device=device, dtype=dtype, exchange=team.exchange)
+        before = Model.open(
+            resolve_model(settings.model),
+            device=device,
+            dtype=dtype,
+            trainable="full" if settings.begin_with else "lora",
+            exchange=team.exchange,
+        )
+        if settings.begin_with:
+            begin_with(before, Path(settings.begin_with))
+        yield before
 
 
 def _few_rows(batch: Batch) -> Batch:
