@@ -170,6 +170,16 @@ def test_files_without_a_sample_are_an_error_and_no_endless_loop(tmp_path, token
         next(PackStream(path, DataConfig(), tokenizer, 512, epochs=0))
 
 
+def test_a_share_that_leaves_one_side_without_rows_is_named_with_what_would_do(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "a.jsonl", [row(i) for i in range(3)])
+    small = DataConfig(validation_share=0.01, split="validation")
+    with pytest.raises(InputError, match=r"a\.jsonl: validation_share is 0\.01, by which none of the 3 rows .* larger"):
+        next(PackStream(path, small, tokenizer, 4096))
+    large = DataConfig(validation_share=0.99, split="train")
+    with pytest.raises(InputError, match=r"validation_share is 0\.99, by which each of the 3 rows .* smaller"):
+        next(PackStream(path, large, tokenizer, 4096))
+
+
 def test_an_error_comes_with_the_block_that_has_the_row(tmp_path, tokenizer):
     path = write_rows(tmp_path / "a.jsonl", [*(row(i) for i in range(40)), {"messages": 3}])
     stream = PackStream(path, CONFIG, tokenizer, 512)

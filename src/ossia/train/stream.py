@@ -200,6 +200,10 @@ class PackStream(Iterator[Pack]):
 
     def _nothing(self, report: ReadReport) -> str:
         names = ", ".join(str(file) for file in self._files[:3])
+        if 0 < report.held_back == report.rows:
+            share = f"validation_share is {self._config.validation_share}"
+            which, remedy = ("none", "larger") if self._config.split == "validation" else ("each", "smaller")
+            return f"{names}: {share}, by which {which} of the {report.rows} rows is held out; expected a {remedy} one"
         problems = "; ".join(report.problems[:3])
         return f"{names}: no row gave a sample" + (f"; such as {problems}" if problems else "")
 
