@@ -40,6 +40,7 @@ def test_flags_stand_above_the_recipe_and_the_recipe_above_the_defaults(tmp_path
         ("targets = [1]", ["targets is [1]", "list of texts"]),
         ("targets = []", ["targets is empty"]),
         ("epochs = 0", ["steps and epochs are both 0"]),
+        ("patience = 2\neval_every = 0", ["patience is 2 and eval_every 0"]),
         ("rank = ", ["not valid TOML"]),
     ],
 )

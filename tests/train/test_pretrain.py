@@ -533,3 +533,5 @@ def test_settings_that_cannot_be_are_refused(settings):
         replace(settings, steps=0).check()
     with pytest.raises(ConfigError, match="must fit"):
         replace(settings, max_tokens=4096).check()
+    with pytest.raises(ConfigError, match="patience is 2 and held_out 0"):
+        replace(settings, patience=2, eval_every=1, held_out=0).check()

@@ -164,6 +164,8 @@ class TrainConfig:
             raise ConfigError(
                 "begin_with is for trainable = full; with LoRA export the earlier run and give it as model"
             )
+        if self.patience and not self.eval_every:
+            raise ConfigError(f"patience is {self.patience} and eval_every 0: expected evaluations for it to count")
         if self.trainable == "lora" and not self.targets:
             raise ConfigError("targets is empty; LoRA needs something to train, such as q,k,v,o,experts")
 

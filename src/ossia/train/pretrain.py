@@ -170,6 +170,8 @@ class PretrainConfig(TrainConfig):
                 f"facts is {self.facts}, and none of the tasks has parts to practise; expected one of "
                 f"{', '.join(_FACTS)} among the tasks, or facts = 0"
             )
+        if self.patience and not self.held_out:
+            raise ConfigError(f"patience is {self.patience} and held_out 0: expected held-out instances to judge by")
         if self.max_tokens > self.pass_tokens:
             raise ConfigError(f"max_tokens is {self.max_tokens} and pass_tokens {self.pass_tokens}: samples must fit")
         by_effort("efforts", self.efforts)
