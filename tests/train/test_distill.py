@@ -209,9 +209,11 @@ def test_a_damaged_shard_is_named(collected, tmp_path):
 
 
 def test_teachings_that_are_not_there_are_asked_for(student, tmp_path):
-    asked = settings(student, "", tmp_path / "run", teachings=str(tmp_path / "nothing"))
+    asked = settings(student, "", tmp_path / "run", teachings=str(tmp_path / "nothing"), step_tokens=5000)
+    said = []
     with pytest.raises(InputError, match="holds no teachings"):
-        distill(asked, resume=False, say=quiet)
+        distill(asked, resume=False, say=said.append)
+    assert said == ["step_tokens is 5000, and not read: prompts and group say how much a step sees"]
 
 
 # Teachers ------------------------------------------------------------------------------------------------------------
@@ -320,6 +322,7 @@ def test_samples_below_the_least_reward_are_not_learned_from(student, teacher, c
     [
         ({"teacher": ""}, "teacher is not set"),
         ({"task": ()}, "task is not set"),
+        ({"epochs": 2}, "epochs is 2; leave it out"),
         ({"method": "on_policy", "temperature": 0.5}, "temperature is 0.5"),
         ({"method": "on_policy", "dropout": 0.1}, "dropout is 0.1"),
         ({"method": "on_policy", "weight_mean": 1.0}, "weight_mean is 1.0"),

@@ -205,6 +205,8 @@ def test_what_limits_have_ended_may_be_left_out(tmp_path):
     [
         ({"group": 1}, "group is 1; expected at least 2"),
         ({"updates": 5}, "updates is 5 and prompts 4"),
+        ({"epochs": 7}, "epochs is 7; leave it out"),
+        ({"patience": 2, "eval_every": 0}, "patience is 2 and eval_every 0"),
         ({"length_cost": "lo=1"}, "length_cost holds 'lo=1'"),
         ({"efforts": "low"}, "efforts holds 'low'"),
         ({"dropout": 0.1}, "dropout is 0.1; expected 0"),
@@ -218,6 +220,12 @@ def test_what_limits_have_ended_may_be_left_out(tmp_path):
 def test_settings_that_cannot_be_are_named(model, tmp_path, fields, message):
     with pytest.raises(ConfigError, match=message):
         settings(model, tmp_path, **fields)
+
+
+def test_tokens_of_a_step_are_told_not_to_be_read(model, tmp_path):
+    said = []
+    rl(settings(model, tmp_path, steps=1, prompts=1, group=2, step_tokens=5000), resume=False, say=said.append)
+    assert said[0].startswith("step_tokens is 5000, and not read")
 
 
 # Resume --------------------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ from ossia.train.policy import (
     write_rollouts,
 )
 from ossia.train.result import write_result
-from ossia.train.rl import make_policy_trainer
+from ossia.train.rl import make_policy_trainer, tell_unread
 from ossia.train.rollout import Exercise, Rollout, Rollouts, rollout_seed
 from ossia.train.rollout_config import DistillConfig
 from ossia.train.run import Outcome, Run, RunFolder, Say
@@ -83,6 +83,7 @@ _EVALUATION = -1
 def distill(settings: DistillConfig, *, resume: bool, say: Say) -> Outcome:
     """Collect and train as the settings say. Raises the errors of the teacher, the tasks, the model and the run."""
     team = set_up_torch(settings)
+    tell_unread(settings, say)
     path = resolve_model(settings.model)
     if settings.method == "on_policy":
         mix = make_mix(settings.task, settings.options_of_task, settings.effort_weights)

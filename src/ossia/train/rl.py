@@ -50,6 +50,7 @@ _EVALUATION = -1
 def rl(settings: RlConfig, *, resume: bool, say: Say) -> Outcome:
     """Train as the settings say. Raises the errors of the tasks, the model and the run, each saying what to do."""
     team = set_up_torch(settings)
+    tell_unread(settings, say)
     mix = make_mix(settings.task, settings.options_of_task, settings.effort_weights)
     path = resolve_model(settings.model)
     with ExitStack() as stack:
@@ -102,6 +103,12 @@ def rl(settings: RlConfig, *, resume: bool, say: Say) -> Outcome:
         if not outcome.is_interrupted:
             write_result(model, settings, say)
     return outcome
+
+
+def tell_unread(settings: RolloutSettings, say: Say) -> None:
+    """Say that the size of a step is not told in tokens, where it is."""
+    if settings.step_tokens:
+        say(f"step_tokens is {settings.step_tokens}, and not read: prompts and group say how much a step sees")
 
 
 def make_policy_trainer(

@@ -75,6 +75,8 @@ class RolloutSettings(TrainConfig):
         _ = self.options_of_task
         if not self.steps:
             raise ConfigError("steps is 0; say how many steps to make: there is no data that could end")
+        if self.epochs != 1:
+            raise ConfigError(f"epochs is {self.epochs}; leave it out: there is no data to go through, steps counts")
 
     def check_sampled(self) -> None:
         """Raise ConfigError for what the policy that samples could not have."""
