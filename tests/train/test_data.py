@@ -350,6 +350,13 @@ def test_the_setting_says_which_messages_are_trained(read, tokenizer, train, tol
     assert [one for one in ("go", "R1", "T1", "P1", '{"x":1}', "T2", "A1") if one in text] == told
 
 
+def test_the_largest_weights_are_finite_together_and_one_that_is_none_in_float32_trains_nothing(read):
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 1e6}]}
+    (sample,) = read([row | {"weight": 1e6}], DataConfig(train="all=1e6"))
+    assert np.isfinite(sample.weights_L.sum()) and sample.weights_L.max() == np.float32(1e18)
+    assert read([row | {"weight": 1e-60}]) == []
+
+
 def test_a_weight_of_the_setting_and_of_the_message_multiply(read):
     row = {"messages": [TALK["messages"][0], {"role": "assistant", "reasoning": "T", "content": "A", "weight": 0.5}]}
     (sample,) = read([row], DataConfig(train="all,analysis=0.5"))
@@ -373,7 +380,9 @@ def test_a_message_that_is_marked_is_not_trained(read, tokenizer, mark):
     assert_equal([sample], read([{"conversations": shares}]))
 
 
-@pytest.mark.parametrize("train", ["", "finals", "final:x", "calls:", "final=-1", "final=x", "final=inf", "all=0"])
+@pytest.mark.parametrize(
+    "train", ["", "finals", "final:x", "calls:", "final=-1", "final=x", "final=inf", "final=1e39", "all=0"]
+)
 def test_a_setting_of_what_is_trained_that_is_none_is_refused(train):
     with pytest.raises(ConfigError, match="train"):
         DataConfig(train=train)
@@ -490,6 +499,7 @@ BAD = [
     ('{"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a b"}}]}]}', "calls 'a b'"),
     ('{"messages": [{"role": "assistant", "tool_calls": {"a": 1}}]}', "expected a list of calls"),
     ('{"messages": [{"role": "assistant", "content": "x", "weight": "much"}]}', "weight is 'much'"),
+    ('{"messages": [{"role": "assistant", "content": "x"}], "weight": 1e308}', "weight is 1e\\+308; .* to 1,000,000"),
     ('{"messages": [{"role": "assistant", "content": "x", "train": 0}]}', "train is 0; expected true or false"),
     ('{"messages": [{"role": "assistant", "content": "x", "content": "y"}]}', "'content' stands twice"),
     ('{"messages": [{"role": "assistant", "content": [{"type": "image_url"}]}]}', "reads text only"),

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from ossia.errors import ConfigError
 from ossia.harmony import Channel, DropAnalysis, Message, Role, Tokenizer, TokenSpan, render_message
 from ossia.harmony.render import has_function_tools, kept_indices, training_spans
-from ossia.train.formats import Dialogue
+from ossia.train.formats import MOST_WEIGHT, Dialogue
 
 TRAINABLE = ("analysis", "commentary", "final", "calls")
 
@@ -61,10 +61,14 @@ def _read_rule(text: str) -> Rule:
         value = float(weight) if has_weight else 1.0
     except ValueError:
         value = -1.0
-    if kind not in ("all", *TRAINABLE) or (has_pattern and (kind != "calls" or not pattern)) or not 0 <= value < np.inf:
+    if (
+        kind not in ("all", *TRAINABLE)
+        or (has_pattern and (kind != "calls" or not pattern))
+        or not 0 <= value <= MOST_WEIGHT
+    ):
         raise ConfigError(
-            f"train has {text!r}; expected all, {', '.join(TRAINABLE)} or calls:PATTERN, each perhaps with =WEIGHT, "
-            "comma between"
+            f"train has {text!r}; expected all, {', '.join(TRAINABLE)} or calls:PATTERN, each perhaps with =WEIGHT "
+            f"of at most {MOST_WEIGHT:,.0f}, comma between"
         )
     return Rule(kind, pattern, value)
 
@@ -105,7 +109,8 @@ def expand(
             else 0.0
             for i, message in ((i, dialogue.messages[i]) for i in stretch.indices)
         ]
-        if any(weights):
+        # As a float32 a very small weight is 0.
+        if np.array(weights, np.float32).any():
             yield rendered.sample(stretch, weights, max_tokens, cut)
 
 

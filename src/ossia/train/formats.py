@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -44,6 +43,9 @@ Json = dict[str, Any]
 Format = Literal["harmony", "openai", "sharegpt"]
 
 FORMATS: tuple[Format, ...] = ("harmony", "openai", "sharegpt")
+
+# Of a message, of a row and of a rule, which multiply: sums of them over a step are finite in float32.
+MOST_WEIGHT = 1e6
 
 _JSON_CALL = "<|constrain|>json"
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
@@ -656,8 +658,8 @@ def _weight(message: Json, where: str) -> float:
     if weight is None:
         return 1.0 if trains is not False else 0.0
     is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not is_number or not math.isfinite(weight) or weight < 0:
-        raise InputError(f"{where}.weight is {_shown(weight)}; expected a number, 0 or more")
+    if not is_number or not 0 <= weight <= MOST_WEIGHT:
+        raise InputError(f"{where}.weight is {_shown(weight)}; expected a number from 0 to {MOST_WEIGHT:,.0f}")
     return float(weight) if trains is not False else 0.0
 
 
