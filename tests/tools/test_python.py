@@ -563,6 +563,95 @@ def test_a_lost_sandbox_is_replaced_and_the_model_told(tier: str) -> None:
     _with_sessions(PythonSessions(tier, limits=SMALL, num_warm=0), tier, run)
 
 
+class _Starts:
+    """Counts the sandboxes that are taken, and keeps them."""
+
+    def __init__(self, sessions: PythonSessions, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.taken: list[Any] = []
+        self._take = sessions.take_sandbox
+        monkeypatch.setattr(sessions, "take_sandbox", self._taking)
+
+    async def _taking(self) -> Any:
+        self.taken.append(await self._take())
+        return self.taken[-1]
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_calls_that_meet_a_lost_sandbox_together_share_the_new_one(tier: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run(sessions: PythonSessions) -> None:
+        starts = _Starts(sessions, monkeypatch)
+        session = await sessions.session("a")
+        await session.execute("x = 1")
+        await starts.taken[0].close()
+        puts = [session.write_file(f"{i}.txt", b"x") for i in range(3)]
+        execution, note = (await asyncio.gather(*puts, session.execute("1")))[-1]
+        assert execution.status == "ok" and note.startswith("[WARN] The environment failed.")
+        assert len(starts.taken) == 2
+        assert [one.path for one in await session.list_files()] == ["0.txt", "1.txt", "2.txt"]
+        await sessions.end_session("a")
+        assert not any(one.is_alive for one in starts.taken)
+
+    _with_sessions(PythonSessions(tier, limits=SMALL, num_warm=0), tier, run)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_a_loss_is_told_although_the_one_before_was_told_late(tier: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run(sessions: PythonSessions) -> None:
+        starts = _Starts(sessions, monkeypatch)
+        session = await sessions.session("a")
+        call = asyncio.create_task(session.execute("import time\ntime.sleep(30)"))
+        while not starts.taken:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)
+        starts.taken[0]._end()
+        # Has a new one before the call knows that its own is gone.
+        assert await session.list_files() == []
+        assert (await call)[0].status == "gone"
+        starts.taken[1]._end()
+        assert (await session.execute("1"))[1].startswith("[WARN] The environment failed.")
+
+    _with_sessions(PythonSessions(tier, limits=SMALL, num_warm=0), tier, run)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_a_call_that_waits_while_its_session_ends_starts_nothing(tier: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run(sessions: PythonSessions) -> None:
+        starts = _Starts(sessions, monkeypatch)
+        session = await sessions.session("a")
+        running = asyncio.create_task(session.execute("import time\ntime.sleep(30)"))
+        while not starts.taken:
+            await asyncio.sleep(0.01)
+        waiting = asyncio.create_task(session.execute("1"))
+        await asyncio.sleep(0.1)
+        await sessions.end_session("a")
+        assert (await running)[0].status == "gone"
+        with pytest.raises(UnavailableError, match="this python session was ended"):
+            await waiting
+        with pytest.raises(UnavailableError, match="this python session was ended"):
+            await session.write_file("late", b"")
+        assert len(starts.taken) == 1
+        # The key itself is free for a new session.
+        assert (await sessions.tool("a").run("", "2")).text == "2"
+
+    _with_sessions(PythonSessions(tier, limits=SMALL, num_warm=0), tier, run)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_a_sandbox_that_starts_while_its_session_ends_is_closed(tier: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run(sessions: PythonSessions) -> None:
+        starts = _Starts(sessions, monkeypatch)
+        session = await sessions.session("a")
+        call = asyncio.create_task(session.execute("1"))
+        await asyncio.sleep(0)
+        assert not starts.taken
+        await sessions.end_session("a")
+        assert len(starts.taken) == 1 and not starts.taken[0].is_alive
+        with pytest.raises(UnavailableError, match="this python session was ended"):
+            await call
+
+    _with_sessions(PythonSessions(tier, limits=SMALL, num_warm=0), tier, run)
+
+
 @pytest.mark.parametrize("tier", TIERS)
 def test_a_warm_sandbox_is_used_and_replaced(tier: str) -> None:
     async def run(sessions: PythonSessions) -> None:

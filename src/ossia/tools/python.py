@@ -68,50 +68,65 @@ class PythonSession:
         self.num_users = 0
         self._sessions = sessions
         self._sandbox: Sandbox | None = None
+        # Calls run one after the other.
         self._lock = asyncio.Lock()
+        # Whoever finds no sandbox starts it, and the others wait for that one.
+        self._starting = asyncio.Lock()
+        self._is_closed = False
         # Said to the model with the next output.
         self._note = ""
-        self._is_told = False
+        # The sandbox whose loss the model knows of.
+        self._told: Sandbox | None = None
 
     @property
     def is_idle(self) -> bool:
         return self.num_users == 0
 
     async def execute(self, code: str, timeout_s: float | None = None) -> tuple[Execution, str]:
-        """Run a cell; what came of it, and what the model must be told of its environment first."""
+        """Run a cell; what came of it, and what the model must be told of its environment first.
+
+        Raises UnavailableError if no sandbox can be had, or the session was ended.
+        """
         async with self._use(), self._lock:
             timeout_s = timeout_s or self._sessions.limits.timeout_s
             try:
-                execution = await (await self._running()).execute(code, timeout_s)
+                sandbox = await self._running()
+                execution = await sandbox.execute(code, timeout_s)
             except UnavailableError:
                 # It went before the code ran; a new one is another's affair only if it cannot be had.
-                execution = await (await self._running()).execute(code, timeout_s)
+                sandbox = await self._running()
+                execution = await sandbox.execute(code, timeout_s)
             note, self._note = self._note, ""
             if execution.was_lost:
                 note += f"[WARN] {_LOST}\n"
             # What is lost now is told with this very call.
-            self._is_told = execution.status in ("gone", "files", "disk")
+            if execution.status in ("gone", "files", "disk"):
+                self._told = sandbox
             return execution, note
 
     async def list_files(self) -> list[SandboxFile]:
         """Ordinary files in /mnt/data, by path. Raises UnavailableError."""
         async with self._use():
-            return await (await self._started()).list_files()
+            return await (await self._running()).list_files()
 
     async def read_file(self, path: str) -> bytes:
         """A file of /mnt/data. Raises NotFoundError; InputError for a link, a FIFO or a path that leads elsewhere."""
         async with self._use():
-            return await (await self._started()).read_file(path)
+            return await (await self._running()).read_file(path)
 
     async def write_file(self, path: str, data: bytes) -> None:
         """Put a file into /mnt/data. Raises InputError for a path that leads elsewhere, or if there is no room."""
         async with self._use():
-            await (await self._started()).write_file(path, data)
+            await (await self._running()).write_file(path, data)
 
     async def close(self) -> None:
+        """End it for good: a call under way ends, and what waits or comes later raises UnavailableError."""
+        self._is_closed = True
         sandbox, self._sandbox = self._sandbox, None
         if sandbox is not None:
             await sandbox.close()
+        async with self._starting:
+            assert self._sandbox is None, "whoever was starting a sandbox has closed it"
 
     def tell(self, note: str) -> None:
         self._note += note
@@ -125,20 +140,25 @@ class PythonSession:
             self.num_users -= 1
             self.used_at = asyncio.get_running_loop().time()
 
-    async def _started(self) -> Sandbox:
-        async with self._lock if self._sandbox is None else contextlib.nullcontext():
-            return await self._running()
-
     async def _running(self) -> Sandbox:
-        if self._sandbox is not None and not self._sandbox.is_alive:
-            lost, self._sandbox = self._sandbox, None
-            self._sessions.forget(lost)
-            if not self._is_told:
-                self.tell(f"[WARN] The environment failed. {_GONE}\n")
-            self._is_told = False
-        if self._sandbox is None:
-            self._sandbox = await self._sessions.take_sandbox()
-        return self._sandbox
+        async with self._starting:
+            self._check_open()
+            if self._sandbox is not None and not self._sandbox.is_alive:
+                lost, self._sandbox = self._sandbox, None
+                self._sessions.forget(lost)
+                if lost is not self._told:
+                    self.tell(f"[WARN] The environment failed. {_GONE}\n")
+            if self._sandbox is None:
+                sandbox = await self._sessions.take_sandbox()
+                if self._is_closed:
+                    await sandbox.close()
+                self._check_open()
+                self._sandbox = sandbox
+            return self._sandbox
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise UnavailableError("this python session was ended")
 
 
 class PythonSessions:
