@@ -310,6 +310,64 @@ def test_cancelling_code_that_will_not_stop_ends_it(notebook: Notebook) -> None:
     assert text.startswith("[WARN] The kernel was restarted") and "NameError" in text
 
 
+def test_a_call_cancelled_while_it_waits_for_a_cancelled_one_loses_nothing(notebook: Notebook) -> None:
+    slow = (
+        "import time\nopen('/mnt/data/began', 'w').close()\nuntil = time.time() + 0.9\n"
+        "while time.time() < until:\n  try: time.sleep(0.1)\n  except KeyboardInterrupt: pass"
+    )
+
+    async def run() -> str:
+        session = await notebook.sessions.session("twice")
+        await session.execute("y = 5")
+        first = asyncio.create_task(session.execute(slow))
+        while not [one for one in await session.list_files() if one.path == "began"]:
+            await asyncio.sleep(0.01)
+        for task in (first, asyncio.create_task(session.execute("y = 6"))):
+            await asyncio.sleep(0.1)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        execution, note = await session.execute("y, __import__('os').listdir('/mnt/data')")
+        return note + describe(execution, SMALL)
+
+    assert notebook.runner.run(run()) == "(5, ['began'])"
+
+
+def test_a_loss_is_told_by_the_next_call_that_comes_to_its_end(notebook: Notebook) -> None:
+    stubborn = "import signal\nsignal.signal(2, signal.SIG_IGN)\nopen('/mnt/data/began', 'w').close()\nwhile 1: pass"
+
+    async def run() -> str:
+        session = await notebook.sessions.session("late")
+        first = asyncio.create_task(session.execute(stubborn))
+        while not [one for one in await session.list_files() if one.path == "began"]:
+            await asyncio.sleep(0.01)
+        second = "import time\nopen('/mnt/data/second', 'w').close()\ntime.sleep(30)"
+        first.cancel()
+        task = asyncio.create_task(session.execute(second))
+        while not [one for one in await session.list_files() if one.path == "second"]:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.wait([first, task])
+        execution, note = await session.execute("1")
+        return note + describe(execution, SMALL)
+
+    assert notebook.runner.run(run()).startswith("[WARN] The kernel was restarted")
+
+
+def test_a_call_beside_another_is_refused_and_harms_nothing(notebook: Notebook) -> None:
+    async def run() -> str:
+        session = await notebook.sessions.session("beside")
+        await session.execute("y = 5")
+        sandbox = session._sandbox
+        first = asyncio.create_task(sandbox.execute("import time\ntime.sleep(0.5)\ny", 30))
+        await asyncio.sleep(0.1)
+        with pytest.raises(UnavailableError, match="does not take the call: another one runs"):
+            await sandbox.execute("y = 6", 30)
+        return describe(await first, SMALL)
+
+    assert notebook.runner.run(run()) == "5"
+
+
 def test_the_event_loop_is_never_held(notebook: Notebook) -> None:
     async def run() -> int:
         task = asyncio.create_task(notebook.sessions.tool("busy").run("", "import time\ntime.sleep(0.5)"))

@@ -63,6 +63,8 @@ class ProcessSandbox:
         self._greetings: asyncio.Queue[Answer] = asyncio.Queue()
         # The call that was cancelled and has not ended yet.
         self._leftover: asyncio.Future[Answer] | None = None
+        # Variables were lost, and no call has told so yet.
+        self._was_lost = False
         self._pipes: _Pipes | None = None
         self._listener: asyncio.Task[None] | None = None
         self._ending: asyncio.Future[None] | None = None
@@ -89,7 +91,7 @@ class ProcessSandbox:
         return self._ending is None
 
     async def execute(self, code: str, timeout_s: float) -> Execution:
-        was_lost = await self._settle()
+        await self._settle()
         if not self.is_alive:
             raise UnavailableError("the python sandbox has ended")
         header = {"op": "run", "timeout_s": timeout_s}
@@ -107,10 +109,13 @@ class ProcessSandbox:
             raise
         except UnavailableError:
             return Execution("gone", is_restarted=True)
+        if "error" in got[0]:
+            raise UnavailableError(f"the python sandbox does not take the call: {str(got[0]['error'])[:300]}")
         execution = _execution(*got)
         execution = dataclasses.replace(
-            execution, was_lost=execution.was_lost or was_lost, wall_s=time.monotonic() - started
+            execution, was_lost=execution.was_lost or self._was_lost, wall_s=time.monotonic() - started
         )
+        self._was_lost = False
         if execution.status in ("files", "disk"):
             # The folders themselves are full, so that a new worker would not help.
             self._end()
@@ -198,18 +203,18 @@ class ProcessSandbox:
         self._pipes.write(wire.pack(header | {"id": number}, body))
         return number, answer
 
-    async def _settle(self) -> bool:
-        """Let the call that was cancelled come to its end, or end the sandbox; whether its state was lost."""
+    async def _settle(self) -> None:
+        """Let the call that was cancelled come to its end, or end the sandbox."""
+        if self._leftover is None:
+            return
+        done, _ = await asyncio.wait([self._leftover], timeout=_PATIENCE_S)
+        # Not before: who is cancelled while it waits leaves it to the next call.
         leftover, self._leftover = self._leftover, None
-        if leftover is None:
-            return False
-        done, _ = await asyncio.wait([leftover], timeout=_PATIENCE_S)
         if not done:
             await self.close()
-            return True
-        if leftover.cancelled() or leftover.exception() is not None:
-            return True
-        return bool(leftover.result()[0].get("restarted"))
+        elif leftover.exception() is None:
+            header, _ = leftover.result()
+            self._was_lost = self._was_lost or bool(header.get("restarted") or header.get("was_lost"))
 
     async def _file_operation(self, header: dict[str, Any], path: str, body: bytes = b"") -> Answer:
         _, answer = self._ask(header, body)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 import resource
@@ -199,7 +200,8 @@ class Supervisor:
             self._control.send({"id": number, "error": error.strerror or str(error), "errno": error.errno or 0})
 
     def _begin(self, number: int, timeout_s: float, source: bytes) -> None:
-        assert self._call is None, "one call at a time"
+        if self._call is not None:
+            raise OSError(errno.EBUSY, "another one runs")
         self._drain()
         self._call = Call(number, timeout_s, Recording(self._limits["output_bytes"], self._limits["display_bytes"]))
         self._next_look = time.monotonic() + _WATCH_S
