@@ -30,6 +30,8 @@ class Server:
     def __init__(self) -> None:
         self.asked: list[str] = []
         self.is_stubborn = False
+        # Seconds before a kernel is started, and before its channels open.
+        self.start_s = self.channels_s = 0.0
         self.app = FastAPI()
         self.names: dict[str, Any] = {}
         self.stop = asyncio.Event()
@@ -47,6 +49,7 @@ class Server:
 
         @self.app.post("/base/api/kernels")
         def start() -> dict[str, str]:
+            time.sleep(self.start_s)
             self.names = {"__name__": "__main__"}
             return {"id": "abc-123", "name": "python3"}
 
@@ -71,6 +74,8 @@ class Server:
             if ws.headers.get("authorization") != "token sesame":
                 await ws.close(1008)
                 return
+            self.asked.append("CHANNELS")
+            await asyncio.sleep(self.channels_s)
             await ws.accept()
             with contextlib.suppress(WebSocketDisconnect):
                 while True:
@@ -201,6 +206,24 @@ def test_a_lost_connection_is_told_and_replaced(server: tuple[Server, str]) -> N
             assert (await sessions.tool("a").run("", "print(1)")).text == "1"
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("place", ["start", "channels"])
+def test_a_kernel_whose_start_is_cancelled_is_given_back(server: tuple[Server, str], place: str) -> None:
+    made, url = server
+    setattr(made, f"{place}_s", 0.5)
+
+    async def run() -> None:
+        async with PythonSessions(f"jupyter:{url}?token=sesame", num_warm=0) as sessions:
+            call = asyncio.create_task(sessions.tool("a").run("", "print(1)"))
+            while (made.asked or [""])[-1] != {"start": "POST /base/api/kernels", "channels": "CHANNELS"}[place]:
+                await asyncio.sleep(0.01)
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+
+    asyncio.run(run())
+    assert made.asked[-1] == "DELETE /base/api/kernels/abc-123"
 
 
 def test_a_wrong_key_and_a_wrong_address_are_said(server: tuple[Server, str]) -> None:

@@ -12,6 +12,7 @@ import re
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +24,7 @@ from tests.tools.conftest import SMALL
 from ossia.errors import ConfigError, UnavailableError
 from ossia.tools.python import PythonSessions
 from ossia.tools.sandbox import launch as launching
+from ossia.tools.sandbox import process as process_module
 from ossia.tools.sandbox.cgroup import Cgroup
 from ossia.tools.sandbox.inside import seccomp, wire
 from ossia.tools.sandbox.inside.recording import Recording
@@ -465,6 +467,53 @@ def test_a_program_that_cannot_be_started_is_named(executor: ThreadPoolExecutor)
 
     with pytest.raises(UnavailableError, match="/nowhere/python cannot be started: No such file"):
         asyncio.run(ProcessSandbox.start(Missing(), SMALL, executor))
+
+
+class _Slow:
+    """A launcher that takes as long as a test wants."""
+
+    tier = "slow"
+
+    def __init__(self) -> None:
+        self.has_begun, self.may_go_on, self.is_clean = threading.Event(), threading.Event(), threading.Event()
+
+    def launch(self, limits: Limits) -> Launch:
+        self.has_begun.set()
+        self.may_go_on.wait(10)
+        code = "import sys; sys.stdin.read()"
+        return Launch((sys.executable, "-I", "-S", "-c", code), {}, clean_up=self.is_clean.set)
+
+
+@pytest.mark.parametrize("is_started", [False, True])
+def test_a_start_that_is_cancelled_leaves_no_process_and_no_folder(
+    executor: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch, is_started: bool
+) -> None:
+    launcher = _Slow()
+    started: list[subprocess.Popen[bytes]] = []
+    spawn = process_module._spawn
+
+    def spawning(*arguments: Any) -> Any:
+        launch, process = spawn(*arguments)
+        started.append(process)
+        return launch, process
+
+    monkeypatch.setattr(process_module, "_spawn", spawning)
+
+    async def run() -> None:
+        task = asyncio.create_task(ProcessSandbox.start(launcher, SMALL, executor))
+        await asyncio.to_thread(launcher.has_begun.wait, 10)
+        if is_started:
+            launcher.may_go_on.set()
+            # The loop is held until the thread is done: the process is there, and the task does not know it yet.
+            executor.submit(lambda: None).result()
+        task.cancel()
+        await asyncio.sleep(0)
+        launcher.may_go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(run())
+    assert launcher.is_clean.is_set() and [process.poll() for process in started] == [-9]
 
 
 # Control groups ------------------------------------------------------------------------------------------------------

@@ -156,23 +156,23 @@ class JupyterSandbox:
 
     @classmethod
     async def start(cls, server: JupyterServer, limits: Limits) -> JupyterSandbox:
-        """Start a kernel. Raises UnavailableError."""
+        """Start a kernel. Raises UnavailableError; being cancelled, it ends what the server has started."""
         # Part of the web server's own stack, and slow to import.
         from websockets.asyncio.client import connect
         from websockets.exceptions import WebSocketException
 
-        kernel = (await server.ask("POST", "/api/kernels", {})).get("id")
-        if not isinstance(kernel, str) or not re.fullmatch(r"[A-Za-z0-9-]{1,64}", kernel):
-            raise UnavailableError(f"the Jupyter server at {server.url} started no kernel")
-        address = f"ws{server.url.removeprefix('http')}/api/kernels/{kernel}/channels"
+        asking = asyncio.create_task(server.ask("POST", "/api/kernels", {}))
         try:
+            kernel = _kernel(server, await asyncio.shield(asking))
+            address = f"ws{server.url.removeprefix('http')}/api/kernels/{kernel}/channels"
             socket = await connect(
                 address, additional_headers=server.headers, max_size=64 << 20, open_timeout=_REST_S, proxy=None
             )
-        except (OSError, WebSocketException, TimeoutError) as error:
-            with contextlib.suppress(UnavailableError):
-                await server.ask("DELETE", f"/api/kernels/{kernel}")
-            raise UnavailableError(f"the kernel at {server.url} cannot be talked to: {error}") from None
+        except BaseException as error:
+            await asyncio.shield(_discard(server, asking))
+            if isinstance(error, OSError | WebSocketException | TimeoutError):
+                raise UnavailableError(f"the kernel at {server.url} cannot be talked to: {error}") from None
+            raise
         sandbox = cls(server, limits, kernel, socket)
         try:
             sandbox._root = await sandbox._helper(_PREPARE)
@@ -216,9 +216,11 @@ class JupyterSandbox:
             raise UnavailableError(f"the kernel did not take /mnt/data/{name}")
 
     async def close(self) -> None:
-        if not self._is_alive:
-            return
-        self._is_alive = False
+        if self._is_alive:
+            self._is_alive = False
+            await asyncio.shield(self._end())
+
+    async def _end(self) -> None:
         with contextlib.suppress(Exception):
             await self._socket.close()
         with contextlib.suppress(UnavailableError):
@@ -333,6 +335,20 @@ class JupyterSandbox:
         except UnavailableError:
             await self.close()
         return False
+
+
+def _kernel(server: JupyterServer, answer: dict[str, Any]) -> str:
+    """The id of the kernel that was started. Raises UnavailableError."""
+    kernel = answer.get("id")
+    if not isinstance(kernel, str) or not re.fullmatch(r"[A-Za-z0-9-]{1,64}", kernel):
+        raise UnavailableError(f"the Jupyter server at {server.url} started no kernel")
+    return kernel
+
+
+async def _discard(server: JupyterServer, asking: asyncio.Task[dict[str, Any]]) -> None:
+    """End the kernel that a server was asked for, if it started one."""
+    with contextlib.suppress(UnavailableError):
+        await server.ask("DELETE", f"/api/kernels/{_kernel(server, await asking)}")
 
 
 def _message(data: str | bytes) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import re
 import struct
 import subprocess
 import time
-from concurrent.futures import Executor
+from concurrent.futures import CancelledError, Executor, Future
 from typing import IO, Any, get_args
 
 from ossia.errors import InputError, NotFoundError, UnavailableError
@@ -57,7 +57,7 @@ class ProcessSandbox:
         self._limits = limits
         self._process = process
         self._executor = executor
-        self._cgroup: Cgroup | None = None
+        self._entering: Future[Cgroup | None] | None = None
         self._numbers = itertools.count(1)
         self._answers: dict[int, asyncio.Future[Answer]] = {}
         self._greetings: asyncio.Queue[Answer] = asyncio.Queue()
@@ -75,7 +75,13 @@ class ProcessSandbox:
         """Start a sandbox. ``executor`` is a thread that lives as long as the sandbox: bubblewrap dies with the thread
         that started it. Raises UnavailableError with what the launcher printed."""
         loop = asyncio.get_running_loop()
-        launch, process = await loop.run_in_executor(executor, _spawn, launcher, limits)
+        spawning = executor.submit(_spawn, launcher, limits)
+        try:
+            launch, process = await asyncio.wrap_future(spawning)
+        except asyncio.CancelledError:
+            # The thread goes on, and nobody else knows of what it starts.
+            await asyncio.shield(loop.run_in_executor(None, _discard, spawning))
+            raise
         sandbox = cls(launch, launcher.tier, limits, process, executor)
         try:
             await asyncio.wait_for(sandbox._greet(), _START_S)
@@ -153,22 +159,20 @@ class ProcessSandbox:
     # Start -----------------------------------------------------------------------------------------------------------
 
     async def _greet(self) -> None:
-        loop = asyncio.get_running_loop()
         reader = asyncio.StreamReader(limit=1 << 20)
         self._pipes = _Pipes(self._process, reader)
-        self._listener = loop.create_task(self._listen(reader))
+        self._listener = asyncio.get_running_loop().create_task(self._listen(reader))
         self._pipes.write(modules(self._launch.is_source))
         hello, _ = await self._next_greeting()
         if hello.get("op") != "hello":
             raise UnavailableError(f"{self.tier}: unexpected words at the start of the sandbox")
-        self._cgroup = await loop.run_in_executor(self._executor, self._enter_cgroup)
+        self._entering = self._executor.submit(self._enter_cgroup)
+        cgroup = await asyncio.wrap_future(self._entering)
         self._pipes.write(wire.pack(self._launch.settings))
         ready, _ = await self._next_greeting()
         if ready.get("op") != "ready":
             raise UnavailableError(f"{self.tier}: {str(ready.get('error', 'the sandbox did not start'))[:2000]}")
-        self.layers = {key: ready.get(key) for key in ("landlock", "seccomp", "uid")} | {
-            "cgroup": self._cgroup is not None
-        }
+        self.layers = {key: ready.get(key) for key in ("landlock", "seccomp", "uid")} | {"cgroup": cgroup is not None}
 
     async def _next_greeting(self) -> Answer:
         got = await self._greetings.get()
@@ -292,8 +296,11 @@ class ProcessSandbox:
         if self._last_words:
             _log.warning("sandbox=%s pid=%d ended with words=%r", self.tier, self._process.pid, self._last_words)
         self._launch.clean_up()
-        if self._cgroup is not None:
-            self._cgroup.remove()
+        # Also one that was entered for a start that was cancelled.
+        with contextlib.suppress(CancelledError):
+            group = self._entering.result() if self._entering is not None else None
+            if group is not None:
+                group.remove()
 
 
 class _Pipes:
@@ -407,6 +414,18 @@ def _spawn(launcher: Launcher, limits: Limits) -> tuple[Launch, subprocess.Popen
         for fd in readers:
             os.close(fd)
     return launch, process
+
+
+def _discard(spawning: Future[tuple[Launch, subprocess.Popen[bytes]]]) -> None:
+    """End what `_spawn` has started, or is about to, before it was told anything. Blocks."""
+    try:
+        launch, process = spawning.result()
+    except (CancelledError, UnavailableError):
+        return
+    process.kill()
+    _close(process.stdin, process.stdout, process.stderr)
+    process.wait()
+    launch.clean_up()
 
 
 def _pipe_with(data: bytes) -> int:
