@@ -348,7 +348,7 @@ def test_a_server_that_cannot_be_reached_is_shown_and_the_response_goes_on(with_
         gone = {"type": "mcp", "server_label": "gone", "server_url": "http://127.0.0.1:9/mcp"}
         response = await chain.turn(FINAL, tools=[gone])
         assert response["output"][0]["type"] == "mcp_list_tools"
-        assert "not a public address" in response["output"][0]["error"]
+        assert "not a public one" in response["output"][0]["error"]
         assert response["status"] == "completed"
 
     with_chain(work)

@@ -27,6 +27,7 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse, RedirectResponse, StreamingResponse
 from starlette.routing import Route
 from tests.tools.mcp_servers import Scripted, tool
+from tests.tools.web.addresses import NOT_PUBLIC, PUBLIC
 
 from ossia.config import McpServer
 from ossia.errors import InputError, NotFoundError, OssiaError, UnavailableError, UnsupportedError
@@ -537,12 +538,8 @@ def test_credentials_reach_the_server_and_come_back_nowhere(caplog):
 @pytest.mark.parametrize(
     "host",
     [
-        "127.0.0.1", "localhost", "localhost.", "127.1", "0x7f000001", "2130706433", "0177.0.0.1", "0.0.0.0",
-        "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "224.0.0.1", "240.0.0.1",
-        "255.255.255.255",
-        "192.0.2.1", "198.18.0.1", "203.0.113.1", "::1", "::", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::7f00:1",
-        "2002:7f00:1::", "2001:0:7f00:1::", "::127.0.0.1", "fe80::1", "fe80::1%lo", "fc00::1", "fd12::1", "ff02::1",
-        "2001:db8::1", "127。0。0。1", "１２７.0.0.1", "no-such-host.invalid", "", "a" * 300, "\x00", "[::1]",
+        *NOT_PUBLIC, "localhost", "localhost.", "127.1", "0x7f000001", "2130706433", "0177.0.0.1", "127。0。0。1",
+        "１２７.0.0.1", "no-such-host.invalid", "", "a" * 300, "\x00", "[::1]",
     ],
 )  # fmt: skip
 def test_an_address_that_is_not_public_is_refused(host):
@@ -550,11 +547,15 @@ def test_an_address_that_is_not_public_is_refused(host):
         asyncio.run(public_address(host, 443))
 
 
-@pytest.mark.parametrize(
-    ("host", "address"), [("1.1.1.1", "1.1.1.1"), ("2606:4700:4700::1111", "2606:4700:4700::1111")]
-)
-def test_a_public_address_is_allowed(host, address):
-    assert asyncio.run(public_address(host, 443)) == address
+@pytest.mark.parametrize("address", PUBLIC)
+def test_a_public_address_is_allowed(address):
+    assert asyncio.run(public_address(address, 443)) == address
+
+
+def test_this_machine_under_its_public_address_is_refused(monkeypatch):
+    monkeypatch.setattr("ossia.tools.web.guard.is_public", lambda address: True)
+    with pytest.raises(InputError, match=r"leads to the address 127\.0\.0\.1, which is this machine's"):
+        asyncio.run(public_address("127.0.0.1", 443))
 
 
 def test_one_private_address_of_several_is_enough_to_refuse(monkeypatch):
@@ -565,7 +566,7 @@ def test_one_private_address_of_several_is_enough_to_refuse(monkeypatch):
             return [(2, 1, 6, "", ("1.1.1.1", port)), (2, 1, 6, "", ("10.0.0.1", port))]
 
         monkeypatch.setattr(loop, "getaddrinfo", both)
-        with pytest.raises(InputError, match=r"at 10\.0\.0\.1, which is not a public address"):
+        with pytest.raises(InputError, match=r"leads to the address 10\.0\.0\.1, which is not a public one"):
             await public_address("two.example", 443)
 
     asyncio.run(main())
@@ -578,7 +579,7 @@ def test_an_address_of_a_request_is_checked_before_anything_is_sent():
             pool = McpPool()
             for url in (f"http://127.0.0.1:{port}/mcp", f"http://localhost:{port}/mcp", f"http://[::1]:{port}/mcp"):
                 declared = read_declaration({"server_label": "docs", "server_url": url}, {})
-                with pytest.raises(InputError, match="not a public address"):
+                with pytest.raises(InputError, match="not a public one"):
                     await McpTool.open(declared, pool, owner="me", approvals=Approvals())
             await pool.close()
         assert scripted.num_lists == 0

@@ -41,6 +41,7 @@ from ossia.errors import InputError, NotFoundError, UnavailableError, Unsupporte
 from ossia.harmony import ToolDescription, ToolNamespace
 from ossia.tools.base import RESERVED_NAMESPACES, ToolOutput
 from ossia.tools.text import shortened
+from ossia.tools.web.guard import why_not
 
 if TYPE_CHECKING:
     from ossia.tools.mcp_transport import Connection
@@ -67,7 +68,8 @@ class Guard(Protocol):
 async def public_address(host: str, port: int) -> str:
     """A `Guard` that allows what everybody on the internet can reach: each address that a name stands for must be.
 
-    Private networks, this machine, links, clouds' metadata and whatever a later standard reserves are not.
+    The verdict is the browser's, `why_not`: private networks, this machine, links, clouds' metadata and whatever a
+    later standard reserves are not.
     """
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host.rstrip("."), port, type=socket.SOCK_STREAM)
@@ -75,30 +77,11 @@ async def public_address(host: str, port: int) -> str:
         raise InputError(f"the host {host!r} has no address; expected one that can be looked up") from None
     addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
     for address in addresses:
-        if not _is_public(address):
-            raise InputError(f"the host {host!r} is at {address}, which is not a public address")
+        if fault := why_not(ipaddress.ip_address(address)):
+            raise InputError(f"the host {host!r} leads to {fault}")
     if not addresses:
         raise InputError(f"the host {host!r} has no address; expected one that can be looked up")
     return addresses[0]
-
-
-# IPv6 that leads to an IPv4 address inside it: translation (NAT64), 6to4, Teredo, compatible.
-_TUNNELS = tuple(
-    ipaddress.ip_network(net) for net in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32", "::/96")
-)
-
-
-def _is_public(text: str) -> bool:
-    try:
-        address = ipaddress.ip_address(text.partition("%")[0])
-    except ValueError:
-        return False
-    if isinstance(address, ipaddress.IPv6Address):
-        if address.ipv4_mapped is not None:
-            return _is_public(str(address.ipv4_mapped))
-        if any(address in net for net in _TUNNELS):
-            return False
-    return address.is_global and not address.is_multicast and not address.is_reserved
 
 
 # What a request declares -----------------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ def test_this_machine_under_its_public_address_is_refused(site, monkeypatch):
     monkeypatch.setattr("ossia.tools.web.guard.is_public", lambda address: True)
     guard = Names({"me.example.org": ["127.0.0.1"]})
     monkeypatch.setattr("ossia.tools.web.guard.PORTS", frozenset({site.port}))
-    with pytest.raises(RefusedError, match="leads to this machine"):
+    with pytest.raises(RefusedError, match="which is this machine's"):
         get(site, site.named("me.example.org") + "/", guard=guard)
     assert site.asked == []
 

@@ -143,10 +143,6 @@ class Fetcher:
                     raise
         assert reader is not None and writer is not None
         try:
-            here, there = writer.get_extra_info("sockname"), writer.get_extra_info("peername")
-            # This machine under its public address is not the public network.
-            if here[0] == there[0] and not self._guard.is_allowed(address, url.port):
-                raise RefusedError(f"{url.host!r} leads to this machine")
             headers = {
                 "Host": url.authority,
                 "User-Agent": _USER_AGENT,

@@ -165,12 +165,9 @@ class Guard:
         return list(dict.fromkeys(addresses))
 
     def check(self, address: Address, url: Url) -> None:
-        """Raises RefusedError for an address that is not public."""
-        if not is_public(address) and not self.is_allowed(address, url.port):
-            raise RefusedError(f"{url.host!r} leads to the address {address}, which is not a public one")
-
-    def is_allowed(self, address: Address, port: int) -> bool:
-        return (address, port) in self._allowed
+        """Raises RefusedError for an address that is not public, or is this machine's."""
+        if (address, url.port) not in self._allowed and (fault := why_not(address)):
+            raise RefusedError(f"{url.host!r} leads to {fault}")
 
 
 def check_literal(url: Url) -> None:
@@ -184,6 +181,26 @@ def check_literal(url: Url) -> None:
 
 def _networks(text: str) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
     return [ipaddress.ip_network(one) for one in text.split()]
+
+
+def why_not(address: Address) -> str:
+    """Why an address may not be connected to for a stranger, as words behind "leads to"; "" if it may."""
+    if not is_public(address):
+        return f"the address {address}, which is not a public one"
+    # Its public address is not the public network: what listens there may be meant for neighbours alone.
+    return f"the address {address}, which is this machine's" if _is_own(address) else ""
+
+
+def _is_own(address: Address) -> bool:
+    """Whether what is sent to an address would come from it. Nothing is sent: a datagram socket only takes a route."""
+    family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((str(address), 9))
+            return ipaddress.ip_address(probe.getsockname()[0]) == address
+    # Without a way there, a connection fails as well.
+    except OSError:
+        return False
 
 
 # Not left to `is_global` alone: its ranges have changed between releases of Python.
