@@ -167,6 +167,13 @@ async def chunked(writer: asyncio.StreamWriter) -> None:
     writer.write(b"0\r\n\r\n")
 
 
+async def crumbs(writer: asyncio.StreamWriter) -> None:
+    writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nTransfer-Encoding: chunked\r\n\r\n")
+    while True:
+        writer.write(b"1\r\na\r\n" * 10_000)
+        await writer.drain()
+
+
 async def no_http(writer: asyncio.StreamWriter) -> None:
     writer.write(b"SSH-2.0-OpenSSH_9.2\r\n")
 
@@ -204,12 +211,14 @@ def add_bad_pages(site: Site) -> None:
         "/endless-1xx": endless_informational,
         "/short": short_body,
         "/chunked": chunked,
+        "/crumbs": crumbs,
         "/no-http": no_http,
         "/gzip": page(gzip.compress(html.encode()), Content_Encoding="gzip"),
         "/two-gzips": page(gzip.compress(b"<p>one") + gzip.compress(b" two"), Content_Encoding="gzip"),
         "/deflate": page(zlib.compress(html.encode()), Content_Encoding="deflate"),
         "/raw-deflate": page(zlib.compress(html.encode())[2:-4], Content_Encoding="deflate"),
         "/bad-gzip": page(b"\x1f\x8b\x08nonsense here", Content_Encoding="gzip"),
+        "/many-gzips": page(gzip.compress(b"") * 100_000, Content_Encoding="gzip"),
         "/brotli": page(b"\x0b\x02\x80", Content_Encoding="br"),
         "/bomb": page(gzip_bomb(256 << 20), Content_Encoding="gzip"),
         "/image": page(b"\x89PNG\r\n", "image/png"),

@@ -49,6 +49,7 @@ def test_a_page_is_fetched_with_where_it_came_from(bad_site):
         ("/short", FetchError, "not proper HTTP"),
         ("/no-http", FetchError, "not proper HTTP"),
         ("/bad-gzip", FetchError, "cannot be undone"),
+        ("/many-gzips", FetchError, "packed in more than 1000 pieces"),
         ("/brotli", FetchError, "which was not asked for"),
     ],
 )
@@ -87,6 +88,21 @@ def test_a_huge_body_is_cut_at_the_bound_without_being_held(bad_site, path):
     assert fetched.is_cut and len(fetched.body) == 1 << 20
     # The bomb is 256 MiB unpacked.
     assert peak < 24 << 20
+
+
+def test_a_body_of_countless_pieces_is_cut_and_does_not_hold_the_event_loop(bad_site):
+    async def run():
+        fetcher = Fetcher(Guard(allowed=[bad_site.address]))
+        task = asyncio.create_task(fetcher.get(bad_site.url + "/crumbs", Domains()))
+        num_turns = 0
+        while not task.done():
+            await asyncio.sleep(0)
+            num_turns += 1
+        return await task, num_turns
+
+    fetched, num_turns = asyncio.run(run())
+    assert fetched.is_cut and 10_000 < len(fetched.body) < 20_000 and set(fetched.body) == {ord("a")}
+    assert num_turns > 20_000 // 256
 
 
 def test_endless_headers_before_the_answer_end_with_the_bound(bad_site):

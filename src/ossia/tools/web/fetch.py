@@ -34,6 +34,11 @@ _USER_AGENT = "Mozilla/5.0 (compatible; ossia/0.1)"
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MAX_HEADER_BYTES = 64 << 10
 _READ_BYTES = 64 << 10
+# Each piece of an answer takes the processor's time, however small it is: so many are read of one, the event loop has
+# its turn after so many, and so many members may stand in a gzip file.
+_MAX_PIECES = 20_000
+_PIECES_AT_ONCE = 256
+_MAX_MEMBERS = 1_000
 _CONNECT_S = 5.0
 
 
@@ -199,7 +204,9 @@ class JsonClient:
         if answer.status != 200:
             raise FetchError(f"{self._name} answered with status {answer.status}: {self._said(text)}")
         if answer.is_cut:
-            raise FetchError(f"{self._name} answered with more than {self._max_bytes} bytes")
+            raise FetchError(
+                f"{self._name} answered with more than {self._max_bytes} bytes, or in more than {_MAX_PIECES} pieces"
+            )
         try:
             return json.loads(text)
         except (ValueError, RecursionError):
@@ -295,14 +302,17 @@ async def _receive(connection: h11.Connection, reader: asyncio.StreamReader, max
     headers: dict[str, str] = {}
     unpacker = None
     body = bytearray()
-    num_read = 0
+    num_read = num_pieces = 0
     while True:
         event = connection.next_event()
+        num_pieces += 1
+        if num_pieces % _PIECES_AT_ONCE == 0:
+            await asyncio.sleep(0)
+        if num_pieces > _MAX_PIECES or num_read > max_bytes + (1 << 20):
+            return _Answer(status, headers, bytes(body), True)
         if event is h11.NEED_DATA:
             data = await reader.read(_READ_BYTES)
             num_read += len(data)
-            if num_read > max_bytes + (1 << 20):
-                return _Answer(status, headers, bytes(body), True)
             connection.receive_data(data)
         elif isinstance(event, h11.Response):
             status = event.status_code
@@ -339,6 +349,7 @@ class _Unpacker:
             raise FetchError(f"the answer is packed as {encoding[:40]!r}, which was not asked for")
         self._kind = "" if encoding == "identity" else encoding.removeprefix("x-")
         self._inflater: Any = None
+        self._num_members = 0
 
     def feed(self, data: bytes, room: int) -> bytes:
         if not self._kind:
@@ -347,6 +358,9 @@ class _Unpacker:
         try:
             while data and len(out) < room:
                 if self._inflater is None or self._inflater.eof:
+                    self._num_members += 1
+                    if self._num_members > _MAX_MEMBERS:
+                        raise FetchError(f"the answer is packed in more than {_MAX_MEMBERS} pieces")
                     # A gzip file may have several members; deflate comes with and without zlib's header.
                     has_header = self._kind == "gzip" or data[0] & 0x0F == 8
                     self._inflater = zlib.decompressobj(31 if self._kind == "gzip" else 15 if has_header else -15)
