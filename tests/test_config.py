@@ -43,6 +43,8 @@ def test_what_is_no_size_is_refused(text):
         ("threads = 1.5", {}, {}, "threads is 1.5"),
         ("threads = true", {}, {}, "threads is True"),
         ("threads = -1", {}, {}, "threads is -1"),
+        ("port = 70000", {}, {}, "port is 70000; expected a port, 0 to 65535"),
+        ("", {"OSSIA_PORT": "http"}, {}, "OSSIA_PORT is 'http'; expected a port, 0 to 65535"),
         ("model = 3", {}, {}, "model is 3; expected text"),
         ("", {"OSSIA_DENSE": "q3"}, {}, "OSSIA_DENSE is 'q3'; expected one of: q8, bf16"),
         ("", {}, {"kv_memory": "lots"}, "--kv-memory is 'lots'; expected a size such as 2GiB"),

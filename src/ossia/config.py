@@ -40,6 +40,10 @@ class Size(int):
     """A number of bytes, written as a whole number or with a unit: 512MiB, 2GiB, 1.5GB."""
 
 
+class Port(int):
+    """A number of a port, 0 to 65535."""
+
+
 @dataclass(frozen=True, slots=True)
 class McpServer:
     """A server of the Model Context Protocol: the table `[mcp.NAME]`, with either a command or a url."""
@@ -69,6 +73,7 @@ _GIB = Size(1 << 30)
 _2_GIB = Size(2 << 30)
 _4_GIB = Size(4 << 30)
 _32_MIB = Size(32 << 20)
+_PORT = Port(8000)
 
 
 EMBEDDED = "nano"
@@ -105,7 +110,7 @@ class Config:
     """Most memory that all adapters may take together; one that does not fit is refused."""
     host: str = "127.0.0.1"
     """Address that the server listens on; one that others reach needs key_file, or open_to_all."""
-    port: int = 8000
+    port: Port = _PORT
     """Port that the server listens on; 0 takes a free one."""
     store: str = ""
     """Where responses are kept: an SQLAlchemy URL of SQLite or PostgreSQL; empty is a file in the data folder."""
@@ -176,6 +181,7 @@ _UNITS = {"": 1, "B": 1} | {
 }
 
 
+_MAX_PORT = 65_535
 # Far beyond every memory, and within what a float holds.
 _MAX_SIZE_DIGITS = 30
 
@@ -300,15 +306,20 @@ def _convert(source: str, value: Any, hint: Any) -> Any:
     try:
         if hint is Size:
             return parse_size(value)
-        if hint is int and not isinstance(value, bool | float):
+        if hint in (int, Port) and not isinstance(value, bool | float):
             number = int(value)
-            if number >= 0:
-                return number
+            if number >= 0 and (hint is int or number <= _MAX_PORT):
+                return hint(number)
         elif hint is str and isinstance(value, str):
             return value
     except (TypeError, ValueError):
         pass
-    expected = {Size: "a size such as 2GiB", int: "a whole number, 0 or more", str: "text"}[hint]
+    expected = {
+        Size: "a size such as 2GiB",
+        Port: f"a port, 0 to {_MAX_PORT}",
+        int: "a whole number, 0 or more",
+        str: "text",
+    }[hint]
     raise ConfigError(f"{source} is {value!r}; expected {expected}")
 
 

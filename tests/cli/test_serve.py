@@ -14,6 +14,9 @@ import httpx
 import openai
 import pytest
 
+from ossia.cli.listening import listen, take_address
+from ossia.config import Config
+from ossia.errors import UnavailableError
 from ossia.model.adapter import write_adapter
 from ossia.model.random_checkpoint import random_adapter, write_random_checkpoint
 from ossia.model.weights import Checkpoint
@@ -100,6 +103,29 @@ def test_a_free_port_is_told_and_one_that_is_taken_is_refused_before_a_model_is_
         server.communicate(timeout=30)
     assert refused.returncode == 1 and "Traceback" not in refused.stderr
     assert "cannot be listened on: Address already in use" in refused.stderr and "--port" in refused.stderr
+
+
+def test_an_address_is_one_servers_before_it_listens_and_free_as_soon_as_it_has_ended():
+    taken, _ = take_address(Config(port=0))
+    port = taken.getsockname()[1]
+    with pytest.raises(UnavailableError, match="cannot be listened on"):
+        take_address(Config(port=port))
+    listen(taken)
+    # The end that closes first keeps the address for a minute.
+    with socket.create_connection(("127.0.0.1", port)) as client, taken.accept()[0] as answering:
+        answering.close()
+        assert client.recv(1) == b""
+    taken.close()
+    again, _ = take_address(Config(port=port))
+    again.close()
+
+
+@pytest.mark.parametrize("command", ["serve", "mcp"])
+def test_a_port_that_is_none_is_refused_in_words(environ, command):
+    refused = subprocess.run(
+        [sys.executable, "-m", "ossia", command, "--port", "70000"], capture_output=True, text=True, env=environ
+    )
+    assert refused.returncode == 2 and "than or equal to 65535" in refused.stderr and "Traceback" not in refused.stderr
 
 
 def test_an_adapter_that_cannot_be_served_ends_the_start(tmp_path, environ):

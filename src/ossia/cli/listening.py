@@ -15,13 +15,15 @@ def take_address(settings: Config) -> tuple[socket.socket, str]:
     """A socket that has the settings' address, and the URL of what will answer there, with the port that 0 stood for.
 
     To be called before anything slow: nobody waits for a model to learn then that the port is not free. It does not
-    listen yet, so that clients are refused until there is somebody to answer. Raises UnavailableError.
+    listen before `listen`, so that clients are refused until there is somebody to answer. Raises UnavailableError.
     """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     taken = socket.socket(family)
     try:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind((settings.host, settings.port))
+        # With it, a second server could take the same address until the first one listens.
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     except OSError as error:
         taken.close()
         raise UnavailableError(
@@ -30,3 +32,10 @@ def take_address(settings: Config) -> tuple[socket.socket, str]:
         ) from None
     host = f"[{settings.host}]" if family == socket.AF_INET6 else settings.host
     return taken, f"http://{host}:{taken.getsockname()[1]}"
+
+
+def listen(taken: socket.socket) -> None:
+    """Let clients in."""
+    taken.listen()
+    # Each connection inherits it: one that has just ended must not keep the next server from the address.
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -28,7 +28,7 @@ def mcp(
     ] = False,
     host: Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]")] = None,
     port: Annotated[
-        int | None, typer.Option(min=0, help="Port to listen on; 0 for a free one. [default: 8000]")
+        int | None, typer.Option(min=0, max=65535, help="Port to listen on; 0 for a free one. [default: 8000]")
     ] = None,
     key_file: Annotated[
         str | None, typer.Option(help="Ask for one of the API keys whose hashes are in here; see `ossia serve`.")
@@ -102,7 +102,7 @@ async def _offer(names: list[str], settings: Config, *, unsafe_python: bool, is_
 async def _serve(server: ToolServer, settings: Config) -> None:
     import uvicorn
 
-    from ossia.cli.listening import take_address
+    from ossia.cli.listening import listen, take_address
     from ossia.errors import AuthError
     from ossia.server.limits import Keys, check_bind
     from ossia.tools.mcp_server import PATH
@@ -119,7 +119,7 @@ async def _serve(server: ToolServer, settings: Config) -> None:
     app = server.http_app(host=settings.host, name_of_key=name_of_key if keys else None)
     taken, url = take_address(settings)
     with taken:
-        taken.listen()
+        listen(taken)
         print(f"ossia: serving tools on {url}{PATH}", file=sys.stderr, flush=True)
         uvicorn_server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
         await uvicorn_server.serve(sockets=[taken])

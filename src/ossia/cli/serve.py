@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ossia.cli import options
-from ossia.cli.listening import take_address
+from ossia.cli.listening import listen, take_address
 from ossia.cli.team import follows
 
 if TYPE_CHECKING:
@@ -29,7 +29,9 @@ _GRACE_S = 30
 
 
 Host = Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]")]
-Port = Annotated[int | None, typer.Option(min=0, help="Port to listen on; 0 for a free one. [default: 8000]")]
+Port = Annotated[
+    int | None, typer.Option(min=0, max=65535, help="Port to listen on; 0 for a free one. [default: 8000]")
+]
 Name = Annotated[str, typer.Option(help="What clients call the model; the checkpoint's name by default.")]
 Adapters = Annotated[
     list[str] | None,
@@ -310,4 +312,5 @@ async def _serve(service: Service, taken: socket.socket, url: str, required: lis
         timeout_graceful_shutdown=_GRACE_S,
     )
     with listed(url, service.model.name):
+        listen(taken)
         await uvicorn.Server(config).serve(sockets=[taken])
