@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
+import time
 
 import pytest
 from tests.tools.web.test_page_text import _pdf
@@ -12,6 +13,7 @@ from ossia.tools.browser import Browser
 from ossia.tools.web.backend import Scope, backend_state, open_backend
 from ossia.tools.web.guard import Domains, RefusedError
 from ossia.tools.web.local_index import LocalIndex
+from ossia.tools.web.parse_child import SlowError
 
 
 @pytest.fixture
@@ -130,6 +132,59 @@ def test_an_update_that_was_broken_off_goes_on_where_it_was(folder, tmp_path, pa
     assert index.num_documents == 3
     assert index.update().num_added == 2
     index.close()
+
+
+class _Busy:
+    """A parser that has no time until it is said to be ready, and counts."""
+
+    def __init__(self, parser):
+        self._parser, self.is_ready, self.num_jobs = parser, False, 0
+
+    def render(self, *arguments):
+        self.num_jobs += 1
+        if not self.is_ready:
+            raise SlowError("the document takes too long to be read")
+        return self._parser.render(*arguments)
+
+
+def test_a_document_that_took_too_long_is_tried_again_after_an_hour_and_at_the_next_start(
+    folder, tmp_path, parser, monkeypatch
+):
+    busy = _Busy(parser)
+    index = LocalIndex(folder, busy, path=tmp_path / "index.db")
+    assert index.update().num_added == 5 and index.num_failed == 5
+    assert index.update().num_unchanged == 5 and busy.num_jobs == 5
+    now = time.monotonic()
+    monkeypatch.setattr("ossia.tools.web.local_index.time.monotonic", lambda: now + 3700)
+    assert index.update().num_unchanged == 5 and busy.num_jobs == 10
+    index.close()
+    busy.is_ready = True
+    index = LocalIndex(folder, busy, path=tmp_path / "index.db")
+    update = index.update()
+    assert update.num_changed == 5 and update.failed == () and paths(index, "lighthouse") == ["paper.pdf"]
+    assert index.update().num_unchanged == 5 and busy.num_jobs == 15
+    index.close()
+
+
+def test_a_file_that_could_not_be_read_for_a_moment_is_read_with_the_next_update(folder, tmp_path, parser, monkeypatch):
+    index = LocalIndex(folder, parser, path=tmp_path / "index.db")
+    with monkeypatch.context() as moment:
+        moment.setattr("ossia.tools.web.local_index._read", lambda path, root: None)
+        assert {why for _, why in index.update().failed} == {"it cannot be read"}
+    assert index.update().num_changed == 5 and index.num_failed == 0 and paths(index, "lighthouse") == ["paper.pdf"]
+    index.close()
+
+
+def test_a_damaged_document_is_tried_once_in_each_process(folder, tmp_path, parser):
+    (folder / "bad.pdf").write_bytes(b"%PDF-1.4 broken")
+    ready = _Busy(parser)
+    ready.is_ready = True
+    for num_jobs in (6, 7):
+        index = LocalIndex(folder, ready, path=tmp_path / "index.db")
+        for _ in range(2):
+            assert index.update().failed == (("bad.pdf", "the PDF is damaged: PdfStreamError"),)
+        assert ready.num_jobs == num_jobs
+        index.close()
 
 
 def test_a_document_that_cannot_be_read_is_named_and_not_tried_again(index, folder):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 import os
 import re
 import sqlite3
@@ -33,7 +34,7 @@ from ossia.tools.web.backend import Scope, make_page
 from ossia.tools.web.fetch import FetchError
 from ossia.tools.web.guard import RefusedError
 from ossia.tools.web.page import Hit, Page, clean, merge_space, strip_links
-from ossia.tools.web.parse_child import ParseError, Parser
+from ossia.tools.web.parse_child import ParseError, Parser, SlowError
 
 T = TypeVar("T")
 
@@ -43,6 +44,7 @@ KINDS = {
 }  # fmt: skip
 _MAX_FILE_BYTES = 32 << 20
 _REFRESH_S = 60.0
+_RETRY_S = 3600.0
 _VERSION = "1"
 _COMMIT_EVERY = 100
 
@@ -83,6 +85,8 @@ class LocalIndex:
         self.path = path
         self._parser = parser
         self._lock = threading.Lock()
+        # When a file that failed is tried again, by its path, of the monotonic clock; at once what is not in here.
+        self._again_at: dict[str, float] = {}
         # The index holds the documents' words.
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._database = self._open()
@@ -177,8 +181,10 @@ class LocalIndex:
     def _update(self, progress: Callable[[Progress], None] | None) -> Update:
         database = self._database
         files = dict(_files(self.root))
+        now = time.monotonic()
         known = {
-            path: (size, mtime_ns) for path, size, mtime_ns in database.execute("SELECT path, size, mtime_ns FROM docs")
+            path: (size, mtime_ns) if not error or now < self._again_at.get(path, 0.0) else None
+            for path, size, mtime_ns, error in database.execute("SELECT path, size, mtime_ns, error FROM docs")
         }
         gone = known.keys() - files.keys()
         stale = [path for path, state in files.items() if known.get(path) != state]
@@ -204,23 +210,25 @@ class LocalIndex:
         return Update(counts["added"], counts["changed"], len(gone), counts["unchanged"], tuple(failed))
 
     def _take(self, path: str, size: int, mtime_ns: int) -> str:
-        """Read a file that is new or seems changed."""
-        before = self._database.execute("SELECT hash FROM docs WHERE path = ?", (path,)).fetchone()
+        """Read a file that is new, seems changed or is tried again."""
+        before = self._database.execute("SELECT hash, error FROM docs WHERE path = ?", (path,)).fetchone()
         body = _read(self.root / path, self.root)
         digest = hashlib.sha256(body or b"").digest()
-        if before is not None and before[0] == digest and body is not None:
-            self._database.execute("UPDATE docs SET size = ?, mtime_ns = ? WHERE path = ?", (size, mtime_ns, path))
-            return "unchanged"
         title, text, error = Path(path).stem, "", ""
         links: tuple[str, ...] = ()
+        self._again_at.pop(path, None)
         if body is None:
             error = "it cannot be read"
-        else:
+        elif before != (digest, ""):
             try:
                 rendered = self._parser.render(KINDS[Path(path).suffix.lower()], body, self.url(path))
                 title, text, links = rendered.title or title, rendered.text, rendered.links
             except ParseError as fault:
                 error = fault.message
+                self._again_at[path] = time.monotonic() + _RETRY_S if isinstance(fault, SlowError) else math.inf
+        if before == (digest, error):
+            self._database.execute("UPDATE docs SET size = ?, mtime_ns = ? WHERE path = ?", (size, mtime_ns, path))
+            return "unchanged"
         self._remove(path)
         cursor = self._database.execute(
             "INSERT INTO docs (path, size, mtime_ns, hash, title, text, links, error) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",

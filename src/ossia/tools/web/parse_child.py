@@ -44,6 +44,10 @@ class ParseError(OssiaError):
     """A document could not be read: damaged, too large, or made to be slow."""
 
 
+class SlowError(ParseError):
+    """A document was not read in the time that it had: the fault may be the machine's, which was busy."""
+
+
 class _BrokenError(ParseError):
     """The child has ended without an answer."""
 
@@ -228,7 +232,7 @@ class _Child:
         poll.register(fd, event)
         left = until - time.monotonic()
         if left <= 0 or not poll.poll(left * 1000):
-            raise ParseError("the document takes too long to be read")
+            raise SlowError("the document takes too long to be read")
 
     def _broken(self) -> _BrokenError:
         return _BrokenError("the document is too large or too deeply nested to be read")
