@@ -19,7 +19,7 @@ from tests.tools.web.site import Names, add_bad_pages, page, redirect, serving
 from ossia import config
 from ossia.errors import InputError
 from ossia.harmony import Message, Role, Tokenizer, render_message
-from ossia.tools.browser import Browser, BrowserRules
+from ossia.tools.browser import Browser, BrowserRules, _as_linked
 from ossia.tools.web.backend import Scope, Web, backend_of, open_backend
 from ossia.tools.web.fetch import Fetcher, FetchError, FetchLimits
 from ossia.tools.web.guard import Domains, Guard
@@ -614,6 +614,29 @@ def test_only_so_much_text_is_held_and_the_rest_is_fetched_again(monkeypatch):
         "[10] P0 (https://example.com/0)\n**viewing lines [400 - "
     )
     assert len(browser._backend.asked) == 11
+
+
+@pytest.mark.parametrize(
+    "title", ["文" * 55, "文" * 61, "文" * 62, "文" * 80, "w " * 99, "", "x" * 300], ids=range(7)
+)
+def test_each_line_of_a_search_page_cites_the_result_it_belongs_to_with_its_whole_title(title):
+    long_url = "https://docs.example.com/library/reference/functions/index_of_all"
+    hits = [
+        Hit("https://first.example.org/a", "First", "snippet " * 20),
+        Hit(long_url, title, "the vaccine is free " * 10),
+        Hit("https://third.example.org/", "Third"),
+    ]
+    browser = Browser(Scripted([], hits))
+    lines = re.findall(r"L(\d+): (.*)", said(browser, "search", query="q"))
+    reduced = restored(browser, browser._backend)
+    reduced._pages = [_as_linked(reduced._pages[0], reduced._views)]
+    for one in (browser, restored(browser, browser._backend), reduced):
+        number, cited = -1, []
+        for at, line in lines[4:]:
+            number += "  * " in line
+            cited.append(one.cite(0, (int(at), int(at))))
+            assert (cited[-1].url, cited[-1].title) == (hits[number].url, (hits[number].title or long_url).strip())
+        assert number == 2 and one.cite(0, (3, 3)) is None and one.cite(0, None) is None
 
 
 def test_a_search_that_is_not_kept_says_so():

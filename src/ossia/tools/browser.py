@@ -21,6 +21,7 @@ import json
 import logging
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -187,12 +188,10 @@ class Browser:
             title = self._pages[page.of].title if page.kind == "find" and page.of >= 0 else page.title
             return Citation(url, title, lines, quote) if url else None
         # A search has no URL of its own; the line's result has.
-        at = lines[0] if lines is not None else -1
-        shown = [page.kept_lines.get(n, "") if page.kept_lines is not None else page.lines[n] for n in range(at + 1)]
-        heads = [match for line in shown if (match := re.match(r"  \* 【(\d+)†([^†】]*)", line))]
-        if not heads or int(heads[-1][1]) >= len(page.links):
+        hit = bisect_right(page.targets, lines[0]) - 1 if lines is not None else -1
+        if not 0 <= hit < min(len(page.links), len(page.titles)):
             return None
-        return Citation(page.links[int(heads[-1][1])], heads[-1][2].strip(), lines, quote)
+        return Citation(page.links[hit], page.titles[hit], lines, quote)
 
     # The three functions ---------------------------------------------------------------------------------------------
 
@@ -463,7 +462,9 @@ def _as_shown(page: Page, views: list[_View]) -> Page:
 
 
 def _as_linked(page: Page, views: list[_View]) -> Page:
-    return replace(_as_shown(page, views), links=page.links, passages=page.passages, targets=page.targets)
+    return replace(
+        _as_shown(page, views), links=page.links, passages=page.passages, targets=page.targets, titles=page.titles
+    )
 
 
 def _as_whole(page: Page, views: list[_View]) -> Page | None:

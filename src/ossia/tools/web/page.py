@@ -57,13 +57,16 @@ class Page:
     links: tuple[str, ...] = ()
     # Of a search: the passage that each link leads to.
     passages: tuple[str, ...] = ()
-    # Of what was found: the line of each link, and the page's place among the conversation's pages.
+    # The line of each link: of a search, where its result begins here; of what was found, where it stands on the page
+    # that was looked through, whose place among the conversation's pages is `of`.
     targets: tuple[int, ...] = ()
     of: int = -1
     # What stands in the head of the view, where it is not the URL.
     shown_url: str = ""
     # Lines that were shown, by number, once the text itself is no longer kept.
     kept_lines: Mapping[int, str] | None = None
+    # Of a search: the title of each result.
+    titles: tuple[str, ...] = ()
 
     @cached_property
     def lines(self) -> Lines:
@@ -89,7 +92,7 @@ class Page:
             fields["text"] = self.text
         else:
             fields["kept_lines"] = {str(n): line for n, line in self.kept_lines.items()}
-        for name in ("links", "passages", "targets"):
+        for name in ("links", "passages", "targets", "titles"):
             if getattr(self, name):
                 fields[name] = list(getattr(self, name))
         if self.of >= 0:
@@ -115,6 +118,7 @@ class Page:
             int(fields.get("of", -1)),
             str(fields.get("shown_url", "")),
             None if kept is None else {int(n): str(line) for n, line in kept.items()},
+            tuple(map(str, fields.get("titles", ()))),
         )
 
 
@@ -263,9 +267,20 @@ def search_page(query: str, hits: Sequence[Hit]) -> Page:
         f"  * {link(i, hit.title or hit.url, domain_of(hit.url))} {merge_space(hit.snippet)}".rstrip()
         for i, hit in enumerate(hits)
     ]
-    text = "\nURL: \n# Search Results\n\n" + ("\n".join(items) or "No results found.")
-    passages = tuple(hit.passage or hit.snippet for hit in hits)
-    return Page("search", "", merge_space(query), text, tuple(hit.url for hit in hits), passages)
+    head = "\nURL: \n# Search Results\n\n"
+    text = head + ("\n".join(items) or "No results found.")
+    lines = Lines(text)
+    starts = list(accumulate((len(item) + 1 for item in items), initial=len(head)))[:-1]
+    return Page(
+        "search",
+        "",
+        merge_space(query),
+        text,
+        tuple(hit.url for hit in hits),
+        tuple(hit.passage or hit.snippet for hit in hits),
+        tuple(map(lines.line_of, starts)),
+        titles=tuple(shorten(merge_space(hit.title or hit.url), 300) for hit in hits),
+    )
 
 
 def find_page(page: Page, of: int, pattern: str, max_matches: int = 50, num_shown: int = 4) -> Page:
