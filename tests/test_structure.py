@@ -102,6 +102,17 @@ def test_torch_triton_and_vllm_are_imported_only_where_the_design_says():
     assert not faults
 
 
+def test_a_home_that_is_not_there_is_no_error_anywhere():
+    """`Path.expanduser` raises for `~nobody` and for a user without a home; `os.path.expanduser` keeps such a path."""
+    calls = (
+        (relative, node.func)
+        for relative, tree in _modules()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "expanduser"
+    )
+    assert not [relative for relative, called in calls if ast.unparse(called) != "os.path.expanduser"]
+
+
 def test_a_model_generates_on_the_cpu_without_torch(tmp_path):
     program = f"""
 import sys

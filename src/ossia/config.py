@@ -171,7 +171,7 @@ class Config:
 def data_folder(environ: Mapping[str, str] | None = None) -> Path:
     """Where ossia keeps what it must not lose: `$XDG_DATA_HOME/ossia`, else `~/.local/share/ossia`."""
     home = (os.environ if environ is None else environ).get("XDG_DATA_HOME") or "~/.local/share"
-    return Path(home).expanduser() / "ossia"
+    return Path(os.path.expanduser(home)) / "ossia"
 
 
 _UNITS = {"": 1, "B": 1} | {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -94,7 +95,7 @@ class LocalModel:
 
         Raises NotFoundError and CheckpointError, saying what is wrong with it.
         """
-        adapter = read_adapter(Path(path).expanduser(), self.checkpoint.config, name)
+        adapter = read_adapter(Path(os.path.expanduser(path)), self.checkpoint.config, name)
         check_base_copies(adapter, self.checkpoint)
         return adapter
 

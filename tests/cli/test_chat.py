@@ -229,6 +229,13 @@ def test_save_load_and_clear(tmp_path):
     assert json.loads(file.read_text())["turns"][0]["question"] == "hi"
 
 
+def test_a_file_below_a_home_that_is_not_there_is_one_named_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    chat = Chat(Scripted(FINAL), "hi", "/load ~nobody-at-all", "/save ~nobody-at-all.json", "ho").run()
+    assert "~nobody-at-all: no such file" in chat.notes and "saved: ~nobody-at-all.json" in chat.notes
+    assert (tmp_path / "~nobody-at-all.json").exists() and len(chat.session.turns) == 2
+
+
 def test_save_asks_before_it_replaces_another_file(tmp_path):
     (tmp_path / "a.md").write_text("mine")
     chat = Chat(Scripted(FINAL), "hi", f"/save {tmp_path / 'a.md'}", answers="n").run()

@@ -353,6 +353,8 @@ def test_an_adapter_answers_by_its_folder_or_its_name_in_the_settings(tiny, adap
     assert texts[0] != texts[1] == texts[2]
     chat = ("chat", "--model", tiny, "--adapter", adapter, "--max-tokens", 8, "--show-reasoning", "--seed", 1)
     assert ossia(*chat, stdin="Hi").returncode == 0
+    nobody = ossia(*asked, "--adapter", "~nobody-at-all/polite")
+    assert nobody.returncode == 1 and "there is no folder ~nobody-at-all/polite" in nobody.stderr
     wrong = ossia(*asked, "--adapter", tiny)
     assert wrong.returncode == 1 and "holds no adapter_config.json" in wrong.stderr and "Traceback" not in wrong.stderr
 

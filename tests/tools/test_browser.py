@@ -616,9 +616,7 @@ def test_only_so_much_text_is_held_and_the_rest_is_fetched_again(monkeypatch):
     assert len(browser._backend.asked) == 11
 
 
-@pytest.mark.parametrize(
-    "title", ["文" * 55, "文" * 61, "文" * 62, "文" * 80, "w " * 99, "", "x" * 300], ids=range(7)
-)
+@pytest.mark.parametrize("title", ["文" * 55, "文" * 61, "文" * 62, "文" * 80, "w " * 99, "", "x" * 300], ids=range(7))
 def test_each_line_of_a_search_page_cites_the_result_it_belongs_to_with_its_whole_title(title):
     long_url = "https://docs.example.com/library/reference/functions/index_of_all"
     hits = [

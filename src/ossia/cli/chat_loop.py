@@ -10,6 +10,7 @@ import asyncio
 import difflib
 import inspect
 import json
+import os
 import re
 import shlex
 from collections.abc import Callable, Sequence
@@ -453,7 +454,7 @@ def _path(given: str) -> Path | None:
         parts = [given]
     if len(parts) != 1:
         parts = [given]
-    return Path(parts[0]).expanduser()
+    return Path(os.path.expanduser(parts[0]))
 
 
 def _first_line(text: str) -> str:

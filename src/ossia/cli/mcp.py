@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -78,7 +79,7 @@ async def _offer(names: list[str], settings: Config, *, unsafe_python: bool, is_
         for tool in tools:
             await tool.close()
         if settings.audit_log:
-            path = Path(settings.audit_log).expanduser()
+            path = Path(os.path.expanduser(settings.audit_log))
             audit = AuditLog(path, with_contents=settings.audit_contents == "yes")
         server = ToolServer(
             lambda: [workshop.make(name) for name in names],
@@ -107,7 +108,7 @@ async def _serve(server: ToolServer, settings: Config) -> None:
     from ossia.server.limits import Keys, check_bind
     from ossia.tools.mcp_server import PATH
 
-    keys = Keys.read(Path(settings.key_file).expanduser()) if settings.key_file else Keys()
+    keys = Keys.read(Path(os.path.expanduser(settings.key_file))) if settings.key_file else Keys()
     check_bind(settings.host, keys, is_open_allowed=settings.open_to_all == "yes")
 
     def name_of_key(key: str | None) -> str | None:

@@ -6,6 +6,7 @@ An option that is not given is None or False, so that the settings file and OSSI
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -110,5 +111,5 @@ def with_adapter(settings: Config, adapter: str | None) -> tuple[Config, str | N
         return dataclasses.replace(settings, adapters={}), None
     if adapter in settings.adapters:
         return dataclasses.replace(settings, adapters={adapter: settings.adapters[adapter]}), adapter
-    name = Path(adapter).expanduser().resolve().name or "adapter"
+    name = Path(os.path.expanduser(adapter)).resolve().name or "adapter"
     return dataclasses.replace(settings, adapters={name: adapter}), name

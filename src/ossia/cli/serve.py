@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import socket
 import sys
 from pathlib import Path
@@ -117,11 +118,11 @@ def serve(
     if new_key:
         if not settings.key_file:
             raise ConfigError("--new-key needs --key-file: the file that keeps the key's hash")
-        print(Keys.make(Path(settings.key_file).expanduser(), new_key))
+        print(Keys.make(Path(os.path.expanduser(settings.key_file)), new_key))
         return
     if follows(settings):
         return
-    keys = Keys.read(Path(settings.key_file).expanduser()) if settings.key_file else Keys()
+    keys = Keys.read(Path(os.path.expanduser(settings.key_file))) if settings.key_file else Keys()
     check_bind(settings.host, keys, is_open_allowed=settings.open_to_all == "yes")
     wanted = _wanted(settings)
     offered = open_tools(settings, wanted, unsafe_python)
@@ -175,7 +176,8 @@ def open_tools(settings: Config, wanted: list[str], unsafe_python: bool) -> Tool
     if unsafe_python:
         print("ossia: --unsafe-python: code of the model runs as you, with all that you may do", file=sys.stderr)
     contents = settings.audit_contents == "yes"
-    audit = AuditLog(Path(settings.audit_log).expanduser(), with_contents=contents) if settings.audit_log else None
+    audit_log = Path(os.path.expanduser(settings.audit_log))
+    audit = AuditLog(audit_log, with_contents=contents) if settings.audit_log else None
     python = PythonSessions(settings.python_sandbox, unsafe_python=unsafe_python) if "python" in wanted else None
     return Toolboxes(
         python=python,
@@ -214,7 +216,7 @@ def _open(settings: Config, keys: Keys, name: str, tools: Toolboxes) -> tuple[Se
         max_bytes=settings.store_size,
         server=f"{socket.gethostname()}:{settings.port}",
     )
-    adapter_dir = Path(settings.adapter_dir).expanduser() if settings.adapter_dir else None
+    adapter_dir = Path(os.path.expanduser(settings.adapter_dir)) if settings.adapter_dir else None
     if adapter_dir is not None and not adapter_dir.is_dir():
         raise ConfigError(f"adapter_dir is {settings.adapter_dir!r}, which is no folder", param="adapter_dir")
     local = LocalModel.open(dataclasses.replace(settings, adapters={}))

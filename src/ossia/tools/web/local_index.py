@@ -76,7 +76,7 @@ class LocalIndex:
 
         Raises ConfigError if ``root`` is no folder, UnavailableError without FTS5.
         """
-        self.root = Path(os.path.abspath(root.expanduser()))
+        self.root = Path(os.path.abspath(os.path.expanduser(root)))
         if not self.root.is_dir():
             raise ConfigError(f"{root} is not a folder; browser 'local:' expects one with HTML, Markdown, text or PDF")
         if path is None:
@@ -289,7 +289,7 @@ class LocalBackend:
         self._parser = parser
         path = None
         if index_folder is not None:
-            mark = hashlib.sha256(os.fsencode(os.path.abspath(root.expanduser()))).hexdigest()[:16]
+            mark = hashlib.sha256(os.fsencode(os.path.abspath(os.path.expanduser(root)))).hexdigest()[:16]
             path = index_folder / f"{mark}.db"
         self.index = LocalIndex(root, parser, path=path)
         self._progress = progress
