@@ -271,6 +271,17 @@ def test_drop_and_compact_make_room():
     assert "They said hi." in prompts(chat.engine)[-1] and len(chat.session.turns) == 2
 
 
+def test_a_summary_that_was_saved_and_loaded_is_no_question_to_ask_again(tmp_path):
+    file = tmp_path / "a.json"
+    summary = "<|channel|>final<|message|>They said hi.<|return|>"
+    chat = Chat(
+        Scripted(FINAL, summary, FINAL), "hi", "/compact", f"/save {file}", f"/load {file}", "/retry", "ho", "/retry"
+    ).run()
+    assert "loaded: 1 turns" in chat.notes and "last asked" not in chat.notes and "nothing was asked yet" in chat.notes
+    assert all("They said hi." in prompt and "summed up" not in prompt for prompt in prompts(chat.engine)[2:])
+    assert len(chat.engine.prompts) == 4 and len(chat.session.turns) == 2
+
+
 def test_quit_leaves_and_an_unknown_command_is_named():
     chat = Chat(Scripted(FINAL), "/retri", "/xyzzy", "//slash", "/quit", "never").run()
     assert "did you mean /retry?" in chat.notes and "/help tells" in chat.notes

@@ -371,8 +371,8 @@ class ChatLoop:
         self._file = path
         self._num_tokens = None
         self._screen.note(f"loaded: {len(self._session.turns)} turns, {self._context()}")
-        if self._session.last is not None:
-            self._screen.note(f"last asked: {_first_line(self._session.last.question)}")
+        if self._session.question is not None:
+            self._screen.note(f"last asked: {_first_line(self._session.question)}")
 
     def retry(self, _: str) -> Any:
         return self._answer(self._session.take_back())

@@ -105,6 +105,11 @@ class Turn:
         return "".join(part["text"] for item in said if item.get("phase") != "commentary" for part in item["content"])
 
     @property
+    def is_summary(self) -> bool:
+        """Whether it stands for the turns before: its question is a label that nobody asked."""
+        return any(entry.item.get("type") == "compaction" for entry in self.entries)
+
+    @property
     def reasoning(self) -> str:
         thoughts = [entry.item for entry in self.entries if entry.item.get("type") == "reasoning"]
         return "\n\n".join("".join(part["text"] for part in item.get("content") or ()) for item in thoughts)
@@ -396,7 +401,7 @@ class ChatSession:
         self.effort, self.instructions, self._date, self.turns = effort, instructions, date, turns
         # Pages and variables are not saved: they begin anew.
         self._tool_state = None
-        self.question = turns[-1].question if turns else None
+        self.question = turns[-1].question if turns and not turns[-1].is_summary else None
 
     def _to_dict(self) -> Json:
         turns = [
