@@ -441,16 +441,23 @@ def test_a_plain_function_does_not_hold_up_the_loop():
     assert asyncio.run(both()).text == "tool-f"
 
 
-RAISED = [ValueError("no such city"), KeyError(), TimeoutError(), asyncio.CancelledError()]
-# These end a loop by Python's own rules, where a coroutine raises them.
-RAISED_IN_THREADS = [StopIteration(3), SystemExit(1)]
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError
 
 
-@pytest.mark.parametrize(
-    ("is_async", "raised"),
-    [(True, one) for one in RAISED] + [(False, one) for one in RAISED + RAISED_IN_THREADS],
-    ids=repr,
-)
+class Ending(BaseException):
+    """As the end of a test or of a program of one's own."""
+
+
+RAISED = [
+    ValueError("no such city"), KeyError(), TimeoutError(), asyncio.CancelledError(), StopIteration(3), SystemExit(1),
+    Ending(), Mute(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("raised", RAISED, ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize("is_async", [False, True])
 def test_what_a_function_raises_is_an_answer(is_async, raised):
     async def later():
         raise raised
@@ -461,6 +468,21 @@ def test_what_a_function_raises_is_an_answer(is_async, raised):
     output = run(ossia.tool(later if is_async else now))
     assert output.is_error
     assert type(raised).__name__ in output.text or "was cancelled" in output.text
+
+
+def test_a_result_that_can_say_nothing_of_itself_is_an_answer():
+    class Silent:
+        def __str__(self) -> str:
+            raise RuntimeError
+
+    for result in (Silent(), [Silent()], {"a": Silent()}):
+
+        @ossia.tool
+        def give() -> object:
+            return result  # noqa: B023
+
+        output = run(give)
+        assert "<Silent, whose text fails with RuntimeError>" in output.text and not output.is_error
 
 
 @pytest.mark.parametrize("is_async", [False, True])

@@ -399,22 +399,25 @@ def command(*arguments, **environ):
 def test_the_command_serves_standard_input(tmp_path):
     (tmp_path / "work").mkdir()
     (tmp_path / "my_tools.py").write_text(
-        'import ossia\n\n@ossia.tool\ndef shout(text: str) -> str:\n    """Louder."""\n    return text.upper()\n'
+        'import ossia, sys\n\n@ossia.tool\ndef shout(text: str) -> str:\n    """Louder."""\n    return text.upper()\n\n'
+        "@ossia.tool\nasync def leave() -> str:\n    sys.exit(3)\n"
     )
     path = os.pathsep.join([str(tmp_path), ENVIRON["PYTHONPATH"]])
 
     async def main():
         options = ["--patch-folder", tmp_path / "work", "--audit-log", tmp_path / "audit.jsonl"]
-        server = command("--tools", "apply_patch,my_tools:shout", *options, PYTHONPATH=path)
-        async with Client(server) as client:
-            assert [tool.name for tool in (await client.list_tools()).tools] == ["apply_patch", "shout"]
+        server = command("--tools", "apply_patch,my_tools:shout,my_tools:leave", *options, PYTHONPATH=path)
+        # A client waits for ever for a server that has ended.
+        async with asyncio.timeout(60), Client(server) as client:
+            assert [tool.name for tool in (await client.list_tools()).tools] == ["apply_patch", "shout", "leave"]
+            assert await call(client, "leave") == ("Error: SystemExit: 3", True)
             assert await call(client, "shout", text="hey") == ("HEY", False)
             patch = "*** Begin Patch\n*** Add File: a.txt\n+hello\n*** End Patch"
             assert not (await call(client, "apply_patch", input=patch))[1]
 
     asyncio.run(main())
     assert (tmp_path / "work" / "a.txt").read_text() == "hello\n"
-    assert len((tmp_path / "audit.jsonl").read_text().splitlines()) == 2
+    assert len((tmp_path / "audit.jsonl").read_text().splitlines()) == 3
 
 
 def test_the_command_serves_http_and_ends_when_it_is_told(tmp_path):

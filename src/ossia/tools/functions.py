@@ -105,11 +105,13 @@ class FunctionTool(Generic[P, R]):
                 f"Error: {self.name} is still busy with {self._num_left_behind} earlier calls; try again later",
                 is_error=True,
             )
-        # Whatever a user's function raises is an answer to the model, SystemExit in a thread included.
-        except Exception as error:
+        except (KeyboardInterrupt, GeneratorExit):
+            raise
+        # Whatever a user's function raises is an answer to the model, SystemExit included, which would end the loop.
+        except BaseException as error:
             if limit.expired():
                 return ToolOutput(f"Error: {self.name} gave no answer within {self.timeout_s:g} seconds", is_error=True)
-            said = shortened(str(error), 2_000)
+            said = shortened(_words(error), 2_000)
             return ToolOutput(
                 f"Error: {type(error).__name__}: {said}" if said else f"Error: {type(error).__name__}", is_error=True
             )
@@ -176,9 +178,9 @@ class FunctionTool(Generic[P, R]):
                 error = raised
             # A future cannot hold StopIteration, and SystemExit would end the loop.
             except BaseException as raised:
-                error = RuntimeError(f"{type(raised).__name__}: {raised}")
+                error = RuntimeError(f"{type(raised).__name__}: {_words(raised)}")
             if isinstance(error, StopIteration):
-                error = RuntimeError(f"StopIteration: {error}")
+                error = RuntimeError(f"StopIteration: {_words(error)}")
             try:
                 loop.call_soon_threadsafe(finish, result, error)
             except RuntimeError:
@@ -441,13 +443,22 @@ def _as_text(result: Any) -> str:
     try:
         return to_json(result, fallback=_fallback, bytes_mode="base64", inf_nan_mode="strings").decode()
     except (PydanticSerializationError, ValueError, RecursionError):
-        return str(result)
+        return _words(result)
 
 
 def _fallback(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return vars(value)
-    return str(value)
+    return _words(value)
+
+
+def _words(value: Any) -> str:
+    """A value as text, also where it can say nothing of itself."""
+    try:
+        return str(value)
+    # Whatever a user's `__str__` raises.
+    except Exception as error:
+        return f"<{type(value).__name__}, whose text fails with {type(error).__name__}>"
 
 
 def _place(location: Sequence[str | int]) -> str:
