@@ -136,6 +136,15 @@ def test_input_that_is_no_text_is_refused():
     assert closed.returncode == 1 and closed.stderr.startswith("ossia: standard input is closed")
 
 
+def test_an_output_that_is_closed_is_no_error():
+    said = "'<|channel|>final<|message|>Hi<|return|>'"
+    for closed in (">&-", "2>&-", ">&- 2>&-"):
+        command = f"{sys.executable} -m ossia parse {said} {closed}"
+        result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+        assert result.returncode == 0 and not result.stderr
+        assert result.stdout == ("" if closed.startswith(">") else "assistant channel=final\n    Hi\n\n")
+
+
 def test_characters_that_the_terminal_lacks_are_no_error():
     result = ossia("parse", "<|channel|>final<|message|>é<|return|>", environ={"PYTHONIOENCODING": "ascii"})
     assert result.returncode == 0 and "    ?" in result.stdout
@@ -427,6 +436,9 @@ def test_the_machine_and_the_model_are_measured(tiny):
     table = ossia(*arguments)
     assert table.returncode == 0 and "of memory's limit" in table.stdout
     assert ossia("bench", "--model", tiny, "--depth", "deep").returncode == 2
+    for option in ("--prefill", "--batch"):
+        refused = ossia("bench", "--model", tiny, option, "0")
+        assert refused.returncode == 2 and "expected whole numbers, 1 or more" in refused.stderr
 
 
 def test_a_gpu_is_measured_where_there_is_one(tiny):

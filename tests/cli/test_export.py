@@ -49,6 +49,19 @@ def test_programs_get_json(folder):
     assert report["path"] == str(folder / "json")
 
 
+def test_what_cannot_be_meant_is_refused_in_words(folder):
+    (folder / "binary").write_bytes(b"\xff\xfe")
+    for arguments, code, said in (
+        (["--prompts", folder / "binary"], 1, "cannot be read as UTF-8 text"),
+        (["--prompts", folder / "nowhere"], 1, "no such file"),
+        (["--shard-gb", "inf"], 2, "or equal to"),
+        (["--shard-gb", "nan"], 2, "or equal to"),
+    ):
+        refused = ossia("export", folder / "never", "--base", folder / "base", *arguments)
+        assert refused.returncode == code and said in refused.stderr and "Traceback" not in refused.stderr
+    assert not (folder / "never").exists()
+
+
 def test_export_explains_itself():
     result = ossia("export", "--help")
     assert result.returncode == 0 and "Usage: ossia export" in result.stdout

@@ -55,6 +55,16 @@ def test_sequences_that_the_cache_cannot_hold_are_refused(runner, counting):
         measure_decode(runner, counting, 4, 100_000, num_steps=1)
 
 
+def test_a_prompt_that_the_cache_cannot_hold_is_refused_before_anything_is_computed(runner, counting, monkeypatch):
+    def run(batch):
+        raise AssertionError("a pass was computed")
+
+    monkeypatch.setattr(runner, "run", run)
+    for length in (100_000, 10**15):
+        with pytest.raises(InputError, match=f"1 sequences of {length} tokens need .* --kv-memory"):
+            measure_prefill(runner, counting, length)
+
+
 def test_the_bytes_of_a_token_of_gpt_oss_20b_are_those_of_its_published_shape():
     config, cpu = ModelConfig(), load("cpu", threads=1)
     # 24 layers, 4 experts of 3 x 2880 x 2880 numbers in 17 / 32 bytes; 26.5 M attention numbers in 34 / 32 bytes.

@@ -9,18 +9,20 @@ from __future__ import annotations
 import io
 import os
 import sys
+from typing import TextIO
 
 from ossia.errors import OssiaError
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code. ``argv`` None takes the process's own arguments."""
+    # Where whoever started the command has closed a stream, Python has None in its place.
+    sys.stdout = sys.stdout or _nowhere()
+    sys.stderr = sys.stderr or _nowhere()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A character that the terminal's encoding lacks becomes a question mark, and no traceback.
         sys.stdout.reconfigure(errors="replace")
     code = _run(argv)
-    if sys.stdout is None:
-        return code
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -28,6 +30,10 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1 if isinstance(error, BrokenPipeError) else _fail(_reason(error))
     return code
+
+
+def _nowhere() -> TextIO:
+    return open(os.devnull, "w", encoding="utf-8")
 
 
 def _run(argv: list[str] | None) -> int:

@@ -71,11 +71,13 @@ def bench(
     from ossia.model.weights import Checkpoint
 
     is_gpu = backend == "gpu"
+    if batch is None:
+        batch = "2,4,8,16,32,64,128,256" if is_gpu else "2,4,8,16"
     settings = replace(settings, backend="gpu" if is_gpu else "cpu")
     asked = _Asked(
-        _numbers("--prefill", prefill),
-        _numbers("--depth", depth),
-        _numbers("--batch", batch if batch is not None else "2,4,8,16,32,64,128,256" if is_gpu else "2,4,8,16"),
+        _numbers("--prefill", prefill, at_least=1),
+        _numbers("--depth", depth, at_least=0),
+        _numbers("--batch", batch, at_least=1),
         steps,
         repeats,
     )
@@ -192,15 +194,14 @@ def _processor() -> str:
     return next(named, platform.machine())
 
 
-def _numbers(flag: str, text: str) -> list[int]:
+def _numbers(flag: str, text: str, *, at_least: int) -> list[int]:
     try:
         numbers = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
         numbers = [-1]
-    if any(number < 0 for number in numbers):
-        raise typer.BadParameter(
-            f"{text!r}; expected whole numbers with commas between, such as 32,512", param_hint=flag
-        )
+    if any(number < at_least for number in numbers):
+        expected = f"expected whole numbers, {at_least} or more, with commas between, such as 32,512"
+        raise typer.BadParameter(f"{text!r}; {expected}", param_hint=flag)
     return numbers
 
 

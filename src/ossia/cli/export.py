@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ossia.cli.progress import bytes_progress
+from ossia.cli.prompts import read_text
 
 if TYPE_CHECKING:
     from ossia.train.export import Exported
@@ -32,7 +33,7 @@ def export(
     dense: Annotated[
         Literal["q8_0", "bf16"], typer.Option(help="gguf: how attention, embedding and unembedding are written.")
     ] = "q8_0",
-    shard_gb: Annotated[float, typer.Option(min=0.001, help="Largest weight file, in 10^9 bytes.")] = 5.0,
+    shard_gb: Annotated[float, typer.Option(min=0.001, max=1e6, help="Largest weight file, in 10^9 bytes.")] = 5.0,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there already.")] = False,
     kl: Annotated[
         bool, typer.Option("--kl/--no-kl", help="Measure what rounding did to the answers; minutes for a true 20b.")
@@ -51,7 +52,7 @@ def export(
     from ossia.train.divergence import PROMPTS
     from ossia.train.export import export as write
 
-    lines = PROMPTS if prompts is None else tuple(filter(None, prompts.read_text(encoding="utf-8").splitlines()))
+    lines = PROMPTS if prompts is None else tuple(filter(None, read_text(prompts).splitlines()))
     with bytes_progress("writing") as progress:
         done = write(
             resolve_model(base),

@@ -59,7 +59,7 @@ def render(
     from ossia import harmony
 
     tokenizer = load_tokenizer(model)
-    conversation = harmony.Conversation.from_json(_read(file))
+    conversation = harmony.Conversation.from_json(read_text(file))
     to_ids = harmony.render_for_completion if completion else harmony.render
     token_ids = to_ids(conversation, tokenizer)
     if as_json:
@@ -172,7 +172,8 @@ def _read_stdin() -> str:
         raise InputError(f"standard input is not UTF-8 text: {error}") from None
 
 
-def _read(file: Path) -> str:
+def read_text(file: Path) -> str:
+    """A file's text, or for `-` that of standard input. Raises NotFoundError, InputError."""
     if str(file) == "-":
         return _read_stdin()
     try:

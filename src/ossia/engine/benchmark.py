@@ -75,7 +75,9 @@ def measure_prefill(runner: Runner, ops: CountingOps, length: int, *, repeats: i
     """Compute a prompt of ``length`` tokens in chunks of ``max_batch_tokens``; the median of ``repeats``.
 
     A first chunk is not timed: it maps the checkpoint's pages and takes the memory that later passes have already.
+    Raises InputError, before anything is computed, if the cache is too small for it.
     """
+    _check_room(runner, [length - 1], [length])
     chunk = runner.options.max_batch_tokens
     rng = np.random.default_rng(seed)
     first_pass(runner, min(chunk, length), seed=seed + 1)
@@ -174,10 +176,14 @@ def _dense_bytes_per_weight(ops: Any) -> float:
 
 
 def made_up_batch(runner: Runner, starts: Sequence[int], token_ids: Sequence[Any], *, is_last: bool) -> Batch:
-    """A pass over sequences that already hold ``starts`` tokens each; blocks are dealt out anew for every pass."""
+    """A pass over sequences that already hold ``starts`` tokens each; blocks are dealt out anew for every pass.
+
+    Raises InputError if the cache is too small for them.
+    """
     size = runner.options.block_size
     lengths = [len(own) for own in token_ids]
     ends = [start + length for start, length in zip(starts, lengths, strict=True)]
+    _check_room(runner, starts, ends)
     num_columns = -(-max(ends) // size)
     window = runner.config.sliding_window
     full_table = np.full((len(starts), num_columns), -1, np.int32)
@@ -190,11 +196,6 @@ def made_up_batch(runner: Runner, starts: Sequence[int], token_ids: Sequence[Any
         seen = columns[max(0, start - window + 1) // size :]
         window_table[n, seen] = next_window + np.arange(len(seen))
         next_window += len(seen)
-    if next_full > runner.num_blocks.full or next_window > runner.num_blocks.window:
-        raise InputError(
-            f"{len(starts)} sequences of {max(ends)} tokens need {next_full} blocks of {size} tokens; the cache has "
-            f"{runner.num_blocks.full}. Give more with --kv-memory."
-        )
     query_starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     positions = np.concatenate([np.arange(start, end) for start, end in zip(starts, ends, strict=True)])
     return Batch(
@@ -206,3 +207,15 @@ def made_up_batch(runner: Runner, starts: Sequence[int], token_ids: Sequence[Any
         window_table_NB=window_table,
         logit_rows_R=query_starts[1:] - 1 if is_last else np.empty(0, np.int32),
     )
+
+
+def _check_room(runner: Runner, starts: Sequence[int], ends: Sequence[int]) -> None:
+    """Raises InputError if the cache is too small for sequences that go on from ``starts`` to ``ends``."""
+    size, window = runner.options.block_size, runner.config.sliding_window
+    num_full = sum(-(-end // size) for end in ends)
+    num_window = num_full - sum(max(0, start - window + 1) // size for start in starts)
+    if num_full > runner.num_blocks.full or num_window > runner.num_blocks.window:
+        raise InputError(
+            f"{len(starts)} sequences of {max(ends)} tokens need {num_full} blocks of {size} tokens; the cache has "
+            f"{runner.num_blocks.full}. Give more with --kv-memory."
+        )
