@@ -786,6 +786,35 @@ def test_idle_connections_are_closed(tmp_path):
     asyncio.run(main())
 
 
+def test_a_connection_that_is_taken_while_another_idle_one_is_closed_stays_open(monkeypatch):
+    class Slow:
+        is_open, num_closing = True, 0
+
+        async def open(self):
+            """At once."""
+
+        async def close(self):
+            Slow.num_closing += 1
+            await asyncio.sleep(0.3)
+            self.is_open = False
+
+    async def main():
+        monkeypatch.setattr("ossia.tools.mcp._connection", lambda *_arguments: Slow())
+        pool = McpPool(idle_s=0.2)
+        first, second = (configured(name, McpServer(command=name)) for name in ("first", "second"))
+        taken = [await pool.take(one, "me") for one in (first, second)]
+        for one in taken:
+            pool.give_back(one)
+        await _until(lambda: Slow.num_closing == 1)
+        assert await pool.take(second, "me") is taken[1]
+        await _until(lambda: not taken[0].is_open)
+        await asyncio.sleep(0.1)
+        assert taken[1].is_open and Slow.num_closing == 1
+        await pool.close()
+
+    asyncio.run(main())
+
+
 def test_a_full_pool_gives_up_the_longest_idle_connection_or_refuses():
     async def main():
         pool = McpPool(max_connections=2, guard=loopback)

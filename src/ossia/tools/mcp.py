@@ -403,8 +403,10 @@ class McpPool:
         while True:
             await asyncio.sleep(min(self._idle_s, 10.0))
             longest = time.monotonic() - self._idle_s
-            for connection, since in list(self._idle_since.items()):
-                if since <= longest or not connection.is_open:
+            for connection in list(self._idle_since):
+                # While another was closed, this one may have been taken.
+                since = self._idle_since.get(connection)
+                if since is not None and (since <= longest or not connection.is_open):
                     await self._remove(connection)
 
     async def _remove(self, connection: Connection) -> None:
