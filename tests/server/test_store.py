@@ -19,6 +19,7 @@ from typing import Any
 
 import httpx
 import pytest
+import sqlalchemy as sa
 
 from ossia.errors import ConfigError, InputError, NotFoundError
 from ossia.harmony import Message
@@ -241,6 +242,53 @@ def test_chat_completions_are_within_the_bounds_too(url):
     for one in left:
         store.delete_chat(one)
     store.close()
+
+
+def test_what_is_stored_is_its_owners(store):
+    one, kept = response(1), entry("in")
+    store.save(Stored(one, [kept], owner="alice"))
+    conversation = store.create_conversation({}, [kept], "alice")["id"]
+    store.save_chat(made := chat(1), [], "alice")
+    file = store.save_file("a", "user_data", b"x", owner="alice")["id"]
+    for owner in ("bob", ""):
+        for method, named in (
+            (store.response, one["id"]), (store.events, one["id"]), (store.history, one["id"]),
+            (store.input_entries, one["id"]), (store.delete_response, one["id"]), (store.conversation, conversation),
+            (store.delete_conversation, conversation), (store.chat, made["id"]), (store.chat_messages, made["id"]),
+            (store.delete_chat, made["id"]), (store.file, file), (store.file_content, file), (store.delete_file, file),
+        ):  # fmt: skip
+            with pytest.raises(NotFoundError):
+                method(named, owner)
+        assert not any(e["id"] == made["id"] for e in store.chats(99, None, "asc", None, {}, owner))
+        assert not any(e["id"] == file for e in store.files(owner=owner))
+        assert store.references([kept.item["id"]], owner) == {}
+    assert store.references([kept.item["id"]], "alice")[kept.item["id"]] == kept
+    assert store.history(one["id"], "alice").entries == [kept]
+    assert [e["id"] for e in store.chats(99, None, "asc", None, {}, "alice")] == [made["id"]]
+    assert [e["id"] for e in store.files(owner="alice")] == [file]
+    # A second state of a response has the owner of the first.
+    store.save(Stored(one, [kept], owner="alice"))
+    for delete, named in (
+        (store.delete_response, one["id"]), (store.delete_conversation, conversation), (store.delete_chat, made["id"]),
+        (store.delete_file, file),
+    ):  # fmt: skip
+        delete(named, "alice")
+    assert store.files(owner="alice") == store.chats(9, None, "asc", None, {}, "alice") == []
+
+
+def test_what_was_stored_without_a_key_is_open_to_whoever_has_its_id_and_listed_without_one(store):
+    one, kept = response(1), entry("in")
+    store.save(Stored(one, [kept]))
+    store.save_chat(made := chat(1), [])
+    for _ in range(2):
+        assert store.history(one["id"], "alice").entries == [kept]
+        assert store.chat(made["id"], "alice")["id"] == made["id"]
+        assert store.references([kept.item["id"]], "alice") == {}
+        assert store.references([kept.item["id"]])[kept.item["id"]] == kept
+        assert any(e["id"] == made["id"] for e in store.chats(999, None, "asc", None, {}))
+        # As a store is that was written before all that is stored had owners.
+        with store._db.begin() as db:
+            db.execute(sa.text("DELETE FROM conversation_owners"))
 
 
 @pytest.mark.parametrize("wrong", ["nonsense", "sqlite:////proc/none/x.db", "mysql+none://x"])

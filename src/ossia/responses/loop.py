@@ -179,8 +179,9 @@ class Run:
         references: Mapping[str, Entry] | None = None,
         extras: Extras | None = None,
         toolbox: Toolbox | None = None,
+        owner: str = "",
     ) -> None:
-        """``toolbox`` stands in for the model's own.
+        """``toolbox`` stands in for the model's own; ``owner`` is whose response it is, for those who keep it.
 
         Raises InputError, or NotFoundError for an item that is not there, naming what is wrong.
         """
@@ -189,6 +190,7 @@ class Run:
         self.input: list[Entry] = []
         self.output: list[Entry] = []
         self.error: OssiaError | None = None
+        self.owner = owner
         self.phases: list[Phase] = []
         self._model = model
         self.toolbox = toolbox if toolbox is not None else model.toolbox()

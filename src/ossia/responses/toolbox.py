@@ -54,8 +54,8 @@ _ACTIONS: Mapping[str, Json] = {
 _NOT_APPROVED = "Error: this call needs the approval of a person, who cannot be asked here. Go on without it."
 
 
-# The name and the bytes of a file by its id. Raises NotFoundError.
-FileSource = Callable[[str], Awaitable[tuple[str, bytes]]]
+# The name and the bytes of a file by its id and owner. Raises NotFoundError.
+FileSource = Callable[[str, str], Awaitable[tuple[str, bytes]]]
 
 
 class Toolboxes:
@@ -119,14 +119,21 @@ class Toolboxes:
         return on, self.off
 
     async def open(
-        self, request: PromptRequest, items: Sequence[Json], state: Json | None = None, *, can_ask: bool = True
+        self,
+        request: PromptRequest,
+        items: Sequence[Json],
+        state: Json | None = None,
+        *,
+        owner: str = "",
+        can_ask: bool = True,
     ) -> ChainToolbox | None:
         """The tools that a request declares. ``items`` are those of its history and input, ``state`` is what the
-        response before has left; without ``can_ask`` nobody can be asked for an approval, and nobody comes back.
+        response before has left, ``owner`` whose containers and files it may use; without ``can_ask`` nobody can be
+        asked for an approval, and nobody comes back.
 
         Raises InputError naming a declaration that cannot be used, NotFoundError for a container that is not there.
         """
-        box = ChainToolbox(self, request, items, state or {}, can_ask=can_ask)
+        box = ChainToolbox(self, request, items, state or {}, owner, can_ask=can_ask)
         await box.open(request.tools or (), items)
         return box if box.is_needed else None
 
@@ -146,10 +153,11 @@ class ChainToolbox(Toolbox):
     """The tools of one response, with what the chain has left them."""
 
     def __init__(
-        self, boxes: Toolboxes, request: PromptRequest, items: Sequence[Json], state: Json, *, can_ask: bool
+        self, boxes: Toolboxes, request: PromptRequest, items: Sequence[Json], state: Json, owner: str, *, can_ask: bool
     ) -> None:
         self._boxes = boxes
         self._state = state
+        self._owner = owner
         self._can_ask = can_ask
         self._response_id = ""
         self._call_id = ""
@@ -250,7 +258,7 @@ class ChainToolbox(Toolbox):
                 await self._put_files(self._boxes.containers)
             except OssiaError as error:
                 return ToolResult(f"[ERROR] The user's files cannot be put into /mnt/data: {error.message}", {}, True)
-            self._boxes.containers.use(self._container_id)
+            self._boxes.containers.use(self._container_id, owner=self._owner)
             self._is_container_used = True
         output = await run_logged(
             self._boxes.audit, tool, name, arguments, tool_name=recipient, response=self._response_id
@@ -355,7 +363,7 @@ class ChainToolbox(Toolbox):
         given = tool.get("container") or {"type": "auto"}
         param = f"{where}.container"
         if isinstance(given, str):
-            if not containers.has(given):
+            if not containers.has(given, self._owner):
                 raise NotFoundError(
                     f"{param} {given[:80]!r} is not there; it was never made, was deleted, or was not used for "
                     f"{containers.idle_s / 60:g} minutes",
@@ -372,7 +380,7 @@ class ChainToolbox(Toolbox):
             return str(known)
         # A client that keeps the history itself.
         for item in reversed(items):
-            if item.get("type") == "code_interpreter_call" and containers.has(item.get("container_id")):
+            if item.get("type") == "code_interpreter_call" and containers.has(item.get("container_id"), self._owner):
                 return str(item["container_id"])
         return containers.new_id()
 
@@ -388,7 +396,7 @@ class ChainToolbox(Toolbox):
             raise UnsupportedError(f"{param}: no files are kept here", param=param)
         for one in ids:
             if files is not None and containers is not None and not containers.has_copy(self._container_id, one):
-                await files(one)
+                await files(one, self._owner)
         return list(dict.fromkeys(ids))
 
     async def _put_files(self, containers: Containers) -> None:
@@ -396,8 +404,8 @@ class ChainToolbox(Toolbox):
         files = self._boxes.files
         for one in self._file_ids:
             if files is not None and not containers.has_copy(self._container_id, one):
-                name, data = await files(one)
-                containers.use(self._container_id)
+                name, data = await files(one, self._owner)
+                containers.use(self._container_id, owner=self._owner)
                 await containers.copy(self._container_id, one, name, data)
 
     async def _list_files(self) -> None:

@@ -35,7 +35,7 @@ from ossia.server.effort import budget_of, effort_of
 from ossia.server.lists import After, Limit, envelope, page
 from ossia.server.sampled import Sampled
 from ossia.server.service import Service
-from ossia.server.stream import EventStream, JSONResponse, merged, opened, together, while_there
+from ossia.server.stream import EventStream, JSONResponse, caller_of, merged, opened, together, while_there
 
 
 class ChatRequest(Sampled):
@@ -126,7 +126,9 @@ def router(service: Service) -> APIRouter:
     async def chat(body: ChatRequest, request: Request) -> HttpResponse:
         asked = to_response_request(body)
         num = body.n or 1
-        runs = [await service.begin(asked, Extras(body.sampling(i), body.stops), can_ask=False) for i in range(num)]
+        owner = caller_of(request)
+        extras = [Extras(body.sampling(i), body.stops) for i in range(num)]
+        runs = [await service.begin(asked, one, owner=owner, can_ask=False) for one in extras]
         frame = _Frame(runs[0].response["model"], body)
         headers = service.ignored(body, runs[0].tools.ignored, _HINTS)
 
@@ -134,7 +136,7 @@ def router(service: Service) -> APIRouter:
             if body.store:
                 responses = [run.response for run in runs]
                 kept = stored_completion(frame.whole(responses), body)
-                await service.store.run(service.store.save_chat, kept, body.messages)
+                await service.store.run(service.store.save_chat, kept, body.messages, owner)
 
         async def whole() -> Json:
             await together([service.finish(run) for run in runs])
@@ -151,24 +153,25 @@ def router(service: Service) -> APIRouter:
         request: Request, limit: Limit = 20, after: After = None, order: Ascending = "asc", model: str | None = None
     ) -> HttpResponse:
         wanted = {name[9:-1]: value for name, value in request.query_params.items() if _METADATA.fullmatch(name)}
-        found = await store.run(store.chats, limit + 1, after, order, model, wanted)
+        found = await store.run(store.chats, limit + 1, after, order, model, wanted, caller_of(request))
         return JSONResponse(envelope(found[:limit], has_more=len(found) > limit))
 
     @routes.get("/chat/completions/{completion_id}", responses=_COMPLETION, summary="Retrieve a stored completion")
-    async def retrieve(completion_id: str) -> HttpResponse:
-        return JSONResponse(await store.run(store.chat, completion_id))
+    async def retrieve(request: Request, completion_id: str) -> HttpResponse:
+        return JSONResponse(await store.run(store.chat, completion_id, caller_of(request)))
 
     @routes.post("/chat/completions/{completion_id}", responses=_COMPLETION, summary="Update its metadata")
-    async def update(completion_id: str, body: NewMetadata) -> HttpResponse:
-        return JSONResponse(await store.run(store.update_chat, completion_id, body.metadata or {}))
+    async def update(request: Request, completion_id: str, body: NewMetadata) -> HttpResponse:
+        metadata = body.metadata or {}
+        return JSONResponse(await store.run(store.update_chat, completion_id, metadata, caller_of(request)))
 
     @routes.delete(
         "/chat/completions/{completion_id}",
         responses={200: {"model": ChatCompletionDeleted}},
         summary="Delete a stored completion",
     )
-    async def delete(completion_id: str) -> HttpResponse:
-        await store.run(store.delete_chat, completion_id)
+    async def delete(request: Request, completion_id: str) -> HttpResponse:
+        await store.run(store.delete_chat, completion_id, caller_of(request))
         return JSONResponse({"id": completion_id, "object": "chat.completion.deleted", "deleted": True})
 
     @routes.get(
@@ -177,9 +180,9 @@ def router(service: Service) -> APIRouter:
         summary="List the messages that a stored completion answered",
     )
     async def messages(
-        completion_id: str, limit: Limit = 20, after: After = None, order: Ascending = "asc"
+        request: Request, completion_id: str, limit: Limit = 20, after: After = None, order: Ascending = "asc"
     ) -> HttpResponse:
-        given = await store.run(store.chat_messages, completion_id)
+        given = await store.run(store.chat_messages, completion_id, caller_of(request))
         shown = [_stored_message(f"{completion_id}-{i}", message) for i, message in enumerate(given)]
         return JSONResponse(page(shown, limit, after, order))
 

@@ -18,7 +18,7 @@ from ossia.responses.schema import Json
 from ossia.server.document import says
 from ossia.server.lists import After, Limit, page
 from ossia.server.service import Service
-from ossia.server.stream import JSONResponse
+from ossia.server.stream import JSONResponse, caller_of
 from ossia.tools.containers import Container, ContainerFile, Containers
 
 Order = Annotated[Literal["asc", "desc"], Query()]
@@ -47,21 +47,24 @@ class NewContainer(BaseModel):
 def router(service: Service) -> APIRouter:
     routes = APIRouter(prefix="/v1/containers", tags=["Containers"], default_response_class=JSONResponse)
 
-    def known() -> Containers:
+    def known(request: Request, container_id: str | None = None) -> Containers:
+        """The containers, if the caller may use the one that is named. Raises NotFoundError."""
         containers = service.tools.containers
         if containers is None:
             reason = service.tools.off.get("python", "the server was started without it")
             raise NotFoundError(f"there are no containers, since the python tool is off: {reason}")
+        if container_id is not None:
+            containers.get(container_id, caller_of(request))
         return containers
 
     @routes.post("", responses=says(ContainerCreateResponse), summary="Create a container")
-    async def create(body: NewContainer) -> HttpResponse:
+    async def create(body: NewContainer, request: Request) -> HttpResponse:
         if body.network_policy and body.network_policy.get("type") != "disabled":
             raise UnsupportedError("network_policy: code has no network here", param="network_policy")
-        containers = known()
+        containers, owner = known(request), caller_of(request)
         ids = list(dict.fromkeys(body.file_ids or ()))
-        given = [await service.store.run(service.store.file_content, one) for one in ids]
-        made = containers.create(body.name)
+        given = [await service.store.run(service.store.file_content, one, owner) for one in ids]
+        made = containers.create(body.name, owner)
         try:
             for one, (name, data) in zip(ids, given, strict=True):
                 await containers.copy(made.id, one, name, data)
@@ -70,19 +73,20 @@ def router(service: Service) -> APIRouter:
             raise
         return JSONResponse(_container(containers, made))
 
-    @routes.get("", summary="List the containers")
-    async def list_all(limit: Limit = 20, after: After = None, order: Order = "desc") -> HttpResponse:
-        containers = known()
-        return JSONResponse(page([_container(containers, one) for one in containers.all()], limit, after, order))
+    @routes.get("", summary="List your containers")
+    async def list_all(request: Request, limit: Limit = 20, after: After = None, order: Order = "desc") -> HttpResponse:
+        containers = known(request)
+        own = [_container(containers, one) for one in containers.all(caller_of(request))]
+        return JSONResponse(page(own, limit, after, order))
 
     @routes.get("/{container_id}", responses=says(ContainerCreateResponse), summary="Retrieve a container")
-    async def retrieve(container_id: str) -> HttpResponse:
-        containers = known()
+    async def retrieve(request: Request, container_id: str) -> HttpResponse:
+        containers = known(request, container_id)
         return JSONResponse(_container(containers, containers.get(container_id)))
 
     @routes.delete("/{container_id}", summary="Delete a container")
-    async def delete(container_id: str) -> HttpResponse:
-        await known().delete(container_id)
+    async def delete(request: Request, container_id: str) -> HttpResponse:
+        await known(request, container_id).delete(container_id)
         return JSONResponse({"id": container_id, "object": "container.deleted", "deleted": True})
 
     @routes.post(
@@ -92,37 +96,39 @@ def router(service: Service) -> APIRouter:
         openapi_extra={"requestBody": {"required": True, "content": _UPLOADS}},
     )
     async def upload(container_id: str, request: Request) -> HttpResponse:
-        containers = known()
-        containers.get(container_id)
+        containers = known(request, container_id)
         async with request.form(max_files=1, max_fields=8) as form:
             file, file_id = form.get("file"), form.get("file_id") or await _file_id_of(request)
             if isinstance(file, UploadFile):
                 made = await containers.write(container_id, file.filename or "", await file.read())
             elif isinstance(file_id, str):
-                name, data = await service.store.run(service.store.file_content, file_id)
+                name, data = await service.store.run(service.store.file_content, file_id, caller_of(request))
                 made = await containers.copy(container_id, file_id, name, data)
             else:
                 raise InputError("the body has no file; expected a form with a part 'file', or a file_id", param="file")
         return JSONResponse(_file(container_id, made))
 
     @routes.get("/{container_id}/files", summary="List its files")
-    async def files(container_id: str, limit: Limit = 20, after: After = None, order: Order = "desc") -> HttpResponse:
-        found = await known().files(container_id)
+    async def files(
+        request: Request, container_id: str, limit: Limit = 20, after: After = None, order: Order = "desc"
+    ) -> HttpResponse:
+        found = await known(request, container_id).files(container_id)
         found.sort(key=lambda file: (file.created_at, file.path))
         return JSONResponse(page([_file(container_id, file) for file in found], limit, after, order))
 
     @routes.get("/{container_id}/files/{file_id}", responses=says(FileCreateResponse), summary="Retrieve a file")
-    async def file(container_id: str, file_id: str) -> HttpResponse:
-        return JSONResponse(_file(container_id, await known().file(container_id, file_id)))
+    async def file(request: Request, container_id: str, file_id: str) -> HttpResponse:
+        found = await known(request, container_id).file(container_id, file_id)
+        return JSONResponse(_file(container_id, found))
 
     @routes.get("/{container_id}/files/{file_id}/content", summary="Fetch a file", response_class=HttpResponse)
-    async def content(container_id: str, file_id: str) -> HttpResponse:
-        found, data = await known().read(container_id, file_id)
+    async def content(request: Request, container_id: str, file_id: str) -> HttpResponse:
+        found, data = await known(request, container_id).read(container_id, file_id)
         return attachment(found.path.rpartition("/")[2], data)
 
     @routes.delete("/{container_id}/files/{file_id}", summary="Delete a file")
-    async def delete_file(container_id: str, file_id: str) -> HttpResponse:
-        await known().remove(container_id, file_id)
+    async def delete_file(request: Request, container_id: str, file_id: str) -> HttpResponse:
+        await known(request, container_id).remove(container_id, file_id)
         return JSONResponse({"id": file_id, "object": "container.file.deleted", "deleted": True})
 
     return routes

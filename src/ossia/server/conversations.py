@@ -94,37 +94,45 @@ def router(service: Service) -> APIRouter:
         return JSONResponse(await store.run(store.fork_conversation, conversation_id, body.item_id, metadata, owner))
 
     @routes.get("/conversations/{conversation_id}", responses=says(Conversation), summary="Retrieve a conversation")
-    async def conversation(conversation_id: str) -> HttpResponse:
-        return JSONResponse(await store.run(store.conversation, conversation_id))
+    async def conversation(request: Request, conversation_id: str) -> HttpResponse:
+        return JSONResponse(await store.run(store.conversation, conversation_id, caller_of(request)))
 
     @routes.post("/conversations/{conversation_id}", responses=says(Conversation), summary="Update its metadata")
-    async def update_conversation(conversation_id: str, body: NewMetadata) -> HttpResponse:
-        return JSONResponse(await store.run(store.update_conversation, conversation_id, body.metadata or {}))
+    async def update_conversation(request: Request, conversation_id: str, body: NewMetadata) -> HttpResponse:
+        metadata = body.metadata or {}
+        owner = caller_of(request)
+        return JSONResponse(await store.run(store.update_conversation, conversation_id, metadata, owner))
 
     @routes.delete(
         "/conversations/{conversation_id}",
         responses=says(ConversationDeletedResource),
         summary="Delete a conversation",
     )
-    async def delete_conversation(conversation_id: str) -> HttpResponse:
-        await store.run(store.delete_conversation, conversation_id)
+    async def delete_conversation(request: Request, conversation_id: str) -> HttpResponse:
+        await store.run(store.delete_conversation, conversation_id, caller_of(request))
         return JSONResponse({"id": conversation_id, "object": "conversation.deleted", "deleted": True})
 
     @routes.post(
         "/conversations/{conversation_id}/items", responses=says(ConversationItemList), summary="Add items to it"
     )
     async def add_items(
-        conversation_id: str, body: NewItems, include: Include = None, plain_include: PlainInclude = None
+        request: Request,
+        conversation_id: str,
+        body: NewItems,
+        include: Include = None,
+        plain_include: PlainInclude = None,
     ) -> HttpResponse:
-        history = await store.run(store.conversation_history, conversation_id)
+        owner = caller_of(request)
+        history = await store.run(store.conversation_history, conversation_id, owner)
         entries = _read(service, body.items, history)
-        await store.run(store.append_items, conversation_id, entries)
+        await store.run(store.append_items, conversation_id, entries, owner)
         return JSONResponse(page(shown_of(service, entries, include, plain_include), 100, None, "asc"))
 
     @routes.get(
         "/conversations/{conversation_id}/items", responses=says(ConversationItemList), summary="List its items"
     )
     async def list_items(
+        request: Request,
         conversation_id: str,
         limit: Limit = 20,
         after: After = None,
@@ -132,7 +140,7 @@ def router(service: Service) -> APIRouter:
         include: Include = None,
         plain_include: PlainInclude = None,
     ) -> HttpResponse:
-        entries = await store.run(store.conversation_entries, conversation_id)
+        entries = await store.run(store.conversation_entries, conversation_id, caller_of(request))
         return JSONResponse(page(shown_of(service, entries, include, plain_include), limit, after, order))
 
     @routes.get(
@@ -141,9 +149,13 @@ def router(service: Service) -> APIRouter:
         summary="Retrieve an item",
     )
     async def retrieve_item(
-        conversation_id: str, item_id: str, include: Include = None, plain_include: PlainInclude = None
+        request: Request,
+        conversation_id: str,
+        item_id: str,
+        include: Include = None,
+        plain_include: PlainInclude = None,
     ) -> HttpResponse:
-        entries = await store.run(store.conversation_entries, conversation_id)
+        entries = await store.run(store.conversation_entries, conversation_id, caller_of(request))
         for item in shown_of(service, entries, include, plain_include):
             if item["id"] == item_id:
                 return JSONResponse(item)
@@ -152,8 +164,8 @@ def router(service: Service) -> APIRouter:
     @routes.delete(
         "/conversations/{conversation_id}/items/{item_id}", responses=says(Conversation), summary="Delete an item"
     )
-    async def delete_item(conversation_id: str, item_id: str) -> HttpResponse:
-        return JSONResponse(await store.run(store.delete_item, conversation_id, item_id))
+    async def delete_item(request: Request, conversation_id: str, item_id: str) -> HttpResponse:
+        return JSONResponse(await store.run(store.delete_item, conversation_id, item_id, caller_of(request)))
 
     return routes
 

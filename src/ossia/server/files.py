@@ -16,7 +16,7 @@ from ossia.server.containers import attachment
 from ossia.server.document import says
 from ossia.server.lists import After, page
 from ossia.server.service import Service
-from ossia.server.stream import JSONResponse
+from ossia.server.stream import JSONResponse, caller_of
 
 Purpose = Literal["assistants", "batch", "fine-tune", "vision", "user_data"]
 _MAX_NAME_CHARS = 255
@@ -51,29 +51,31 @@ def router(service: Service) -> APIRouter:
                 raise InputError(f"purpose is {str(purpose)[:80]!r}; expected one of {known}", param="purpose")
             name = _plain_name(file.filename or "")
             lifetime_s = _read_lifetime(form.get("expires_after[seconds]"))
-            made = await store.run(store.save_file, name, purpose, await file.read(), lifetime_s)
+            data = await file.read()
+            made = await store.run(store.save_file, name, purpose, data, lifetime_s, caller_of(request))
         return JSONResponse(made)
 
-    @routes.get("", summary="List the files")
+    @routes.get("", summary="List your files")
     async def list_all(
+        request: Request,
         limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
         after: After = None,
         order: Annotated[Literal["asc", "desc"], Query()] = "desc",
         purpose: Annotated[str | None, Query()] = None,
     ) -> HttpResponse:
-        return JSONResponse(page(await store.run(store.files, purpose), limit, after, order))
+        return JSONResponse(page(await store.run(store.files, purpose, caller_of(request)), limit, after, order))
 
     @routes.get("/{file_id}", responses=says(FileObject), summary="Retrieve a file")
-    async def retrieve(file_id: str) -> HttpResponse:
-        return JSONResponse(await store.run(store.file, file_id))
+    async def retrieve(request: Request, file_id: str) -> HttpResponse:
+        return JSONResponse(await store.run(store.file, file_id, caller_of(request)))
 
     @routes.get("/{file_id}/content", summary="Fetch a file", response_class=HttpResponse)
-    async def content(file_id: str) -> HttpResponse:
-        return attachment(*await store.run(store.file_content, file_id))
+    async def content(request: Request, file_id: str) -> HttpResponse:
+        return attachment(*await store.run(store.file_content, file_id, caller_of(request)))
 
     @routes.delete("/{file_id}", responses=says(FileDeleted), summary="Delete a file")
-    async def delete(file_id: str) -> HttpResponse:
-        await store.run(store.delete_file, file_id)
+    async def delete(request: Request, file_id: str) -> HttpResponse:
+        await store.run(store.delete_file, file_id, caller_of(request))
         return JSONResponse({"id": file_id, "object": "file", "deleted": True})
 
     return routes

@@ -22,7 +22,7 @@ from ossia.responses.schema import Json, Number, ResponseRequest, dumps, new_id
 from ossia.server.chat import valid
 from ossia.server.effort import budget_of, effort_of
 from ossia.server.service import Service
-from ossia.server.stream import EventStream, JSONResponse, opened, while_there
+from ossia.server.stream import EventStream, JSONResponse, caller_of, opened, while_there
 
 _HINTS = frozenset({"metadata", "output_config", "service_tier"})
 _ERROR_TYPES = {
@@ -81,7 +81,8 @@ def router(service: Service) -> APIRouter:
     async def create(body: MessagesRequest, request: Request) -> HttpResponse:
         sampling = {"top_k": body.top_k} if body.top_k else {}
         stops = tuple(text for text in body.stop_sequences or () if text)
-        run = await service.begin(_to_response_request(body, service), Extras(sampling, stops), can_ask=False)
+        asked = _to_response_request(body, service)
+        run = await service.begin(asked, Extras(sampling, stops), owner=caller_of(request), can_ask=False)
         headers = service.ignored(body, run.tools.ignored, _HINTS)
         if body.stream:
             return EventStream(await opened(request, _stream(service, run, body.model)), headers)
@@ -89,9 +90,8 @@ def router(service: Service) -> APIRouter:
         return JSONResponse(_whole(run, response, body.model or service.model.name), headers=headers)
 
     @routes.post("/messages/count_tokens", responses={200: {"model": Counted}}, summary="Count the tokens of a message")
-    async def count(body: CountRequest) -> HttpResponse:
-        asked = _to_response_request(body, service)
-        _, read = await service.prepared(asked)
+    async def count(body: CountRequest, request: Request) -> HttpResponse:
+        _, read = await service.prepared(_to_response_request(body, service), caller_of(request))
         return JSONResponse({"input_tokens": len(read.prompt.token_ids)})
 
     return routes

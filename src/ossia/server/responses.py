@@ -29,7 +29,7 @@ from ossia.responses.schema import (
 from ossia.server.document import says
 from ossia.server.lists import After, Include, Limit, Order, PlainInclude, page, shown, shown_of, wanted_of
 from ossia.server.service import Service, split
-from ossia.server.stream import EventStream, JSONResponse, opened, while_there
+from ossia.server.stream import EventStream, JSONResponse, caller_of, opened, while_there
 
 
 class Compacted(BaseModel):
@@ -56,7 +56,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/responses", responses=says(Response), summary="Create a response")
     async def create(body: ResponseRequest, request: Request) -> HttpResponse:
-        run = await service.begin(body)
+        run = await service.begin(body, owner=caller_of(request))
         headers = service.ignored(body, run.tools.ignored, HINTS)
         if body.background:
             live = await service.start(run)
@@ -68,16 +68,17 @@ def router(service: Service) -> APIRouter:
         return JSONResponse(await while_there(request, service.finish(run)), headers=headers)
 
     @routes.post("/responses/input_tokens", responses=says(InputTokenCountResponse), summary="Count input tokens")
-    async def count(body: PromptRequest) -> HttpResponse:
-        _, read = await service.prepared(body)
+    async def count(body: PromptRequest, request: Request) -> HttpResponse:
+        _, read = await service.prepared(body, caller_of(request))
         return JSONResponse({"object": "response.input_tokens", "input_tokens": len(read.prompt.token_ids)})
 
     @routes.post("/responses/compact", responses=says(Compacted), summary="Compact a conversation")
     async def compact(body: PromptRequest, request: Request) -> HttpResponse:
-        return JSONResponse(await while_there(request, _compacted(service, body)))
+        return JSONResponse(await while_there(request, _compacted(service, body, caller_of(request))))
 
     @routes.get("/responses/{response_id}", responses=says(Response), summary="Retrieve a response, or its stream")
     async def retrieve(
+        request: Request,
         response_id: str,
         stream: bool = False,
         starting_after: Annotated[int | None, Query(ge=0)] = None,
@@ -88,39 +89,42 @@ def router(service: Service) -> APIRouter:
         ] = None,
     ) -> HttpResponse:
         wanted = wanted_of(include, plain_include)
-        live = service.live.get(response_id)
+        owner = caller_of(request)
+        live = service.live_of(response_id, owner)
         begin = 0 if starting_after is None else starting_after + 1
         if live is not None:
             return EventStream(live.follow(begin)) if stream else JSONResponse(live.run.response)
-        response = await store.run(store.response, response_id)
+        response = await store.run(store.response, response_id, owner)
         if not stream:
-            entries = await store.run(store.output_entries, response_id) if wanted else []
+            entries = await store.run(store.output_entries, response_id, owner) if wanted else []
             return JSONResponse(response | {"output": shown(service, response["output"], entries, wanted)})
         if response["status"] in ("queued", "in_progress"):
             raise InputError("the response is made by another server; ask that one for its stream", param="stream")
-        sent = await store.run(store.events, response_id)
+        sent = await store.run(store.events, response_id, owner)
         events = split(sent) if sent is not None else [sse(event) for event in replayed(response)]
         return EventStream(_each([*events[begin:], DONE]))
 
     @routes.delete("/responses/{response_id}", responses=says(Deleted), summary="Delete a response")
-    async def delete(response_id: str) -> HttpResponse:
-        if response_id in service.live:
-            await service.cancel(service.live[response_id])
-        await store.run(store.delete_response, response_id)
+    async def delete(request: Request, response_id: str) -> HttpResponse:
+        owner = caller_of(request)
+        if (live := service.live_of(response_id, owner)) is not None:
+            await service.cancel(live)
+        await store.run(store.delete_response, response_id, owner)
         return JSONResponse({"id": response_id, "object": "response", "deleted": True})
 
     @routes.post("/responses/{response_id}/cancel", responses=says(Response), summary="Cancel a background response")
-    async def cancel(response_id: str) -> HttpResponse:
-        live = service.live.get(response_id)
-        if live is not None:
+    async def cancel(request: Request, response_id: str) -> HttpResponse:
+        owner = caller_of(request)
+        if (live := service.live_of(response_id, owner)) is not None:
             await service.cancel(live)
-        response = await store.run(store.response, response_id)
+        response = await store.run(store.response, response_id, owner)
         if not response["background"]:
             raise InputError("only a background response can be cancelled; leave the stream of any other")
         return JSONResponse(response)
 
     @routes.get("/responses/{response_id}/input_items", responses=says(ResponseItemList), summary="List input items")
     async def input_items(
+        request: Request,
         response_id: str,
         limit: Limit = 20,
         after: After = None,
@@ -128,15 +132,15 @@ def router(service: Service) -> APIRouter:
         include: Include = None,
         plain_include: PlainInclude = None,
     ) -> HttpResponse:
-        entries = await store.run(store.input_entries, response_id)
+        entries = await store.run(store.input_entries, response_id, caller_of(request))
         return JSONResponse(page(shown_of(service, entries, include, plain_include), limit, after, order))
 
     return routes
 
 
-async def _compacted(service: Service, body: PromptRequest) -> Json:
+async def _compacted(service: Service, body: PromptRequest, owner: str) -> Json:
     """A summary by the model itself, sealed; the user's own messages stay as they are."""
-    history, read = await service.prepared(body)
+    history, read = await service.prepared(body, owner)
     entries = [*history.entries, *read.entries]
     text, used = await service.within_limits(summarize(service.model_of(body.model), entries))
     kept = [e.item for e in entries if e.item.get("type") == "message" and e.item.get("role") == "user"]

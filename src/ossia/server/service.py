@@ -162,60 +162,69 @@ class Service:
                     _log.info("%s of clients that change nothing here: %s", what, ", ".join(new)[:500])
         return headers
 
-    async def begin(self, request: ResponseRequest, extras: Extras | None = None, *, can_ask: bool = True) -> Run:
-        """Look up what the request refers to, and read it. Raises what is wrong with it.
+    async def begin(
+        self, request: ResponseRequest, extras: Extras | None = None, *, owner: str, can_ask: bool = True
+    ) -> Run:
+        """Look up what the request of ``owner`` refers to, and read it. Raises what is wrong with it.
 
         Without ``can_ask`` the form of the API has no way to ask a person for an approval, or to come back.
         """
         model = self.model_of(request.model)
         check_request(request)
-        history, references = await self.history(request), await self.references(request)
-        toolbox = await self.toolbox(request, history, can_ask=can_ask)
+        history, references = await self.history(request, owner), await self.references(request, owner)
+        toolbox = await self.toolbox(request, history, owner, can_ask=can_ask)
         return await self.beside_if_long(
             request,
-            lambda: Run(request, model, history, references=references, extras=extras, toolbox=toolbox),
+            lambda: Run(request, model, history, references=references, extras=extras, toolbox=toolbox, owner=owner),
         )
 
-    async def toolbox(self, request: PromptRequest, history: History, *, can_ask: bool = True) -> Toolbox | None:
+    async def toolbox(
+        self, request: PromptRequest, history: History, owner: str, *, can_ask: bool = True
+    ) -> Toolbox | None:
         """The tools of ours that the request declares, as the chain has left them."""
-        owner = request.previous_response_id or request.conversation_id
-        if not (request.tools or owner):
+        before = request.previous_response_id or request.conversation_id
+        if not (request.tools or before):
             return None
-        state = await self.store.run(self.store.tool_state, owner) if owner else None
+        state = await self.store.run(self.store.tool_state, before) if before else None
         items = [entry.item for entry in history.entries]
         items += [item for item in request.input_items if isinstance(item, dict)]
-        return await self.tools.open(request, items, state, can_ask=can_ask)
+        return await self.tools.open(request, items, state, owner=owner, can_ask=can_ask)
 
-    async def prepared(self, request: PromptRequest) -> tuple[History, Prepared]:
+    async def prepared(self, request: PromptRequest, owner: str) -> tuple[History, Prepared]:
         """The same for a request that makes no response: its history, and what it says after it."""
         model = self.model_of(request.model)
         check_request(request)
-        history, references = await self.history(request), await self.references(request)
-        toolbox = await self.toolbox(request, history) or model.toolbox()
+        history, references = await self.history(request, owner), await self.references(request, owner)
+        toolbox = await self.toolbox(request, history, owner) or model.toolbox()
         read = lambda: prepare(request, model, history, references, toolbox)  # noqa: E731
         return history, await self.beside_if_long(request, read)
 
-    async def _file(self, file_id: str) -> tuple[str, bytes]:
-        return await self.store.run(self.store.file_content, file_id)
+    async def _file(self, file_id: str, owner: str) -> tuple[str, bytes]:
+        return await self.store.run(self.store.file_content, file_id, owner)
 
-    async def references(self, request: PromptRequest) -> Mapping[str, Entry]:
+    async def references(self, request: PromptRequest, owner: str) -> Mapping[str, Entry]:
         """The stored items that a request refers to."""
         ids = [
             item["id"]
             for item in request.input_items
             if isinstance(item, dict) and item.get("type") == "item_reference" and isinstance(item.get("id"), str)
         ]
-        return await self.store.run(self.store.references, ids) if ids else {}
+        return await self.store.run(self.store.references, ids, owner) if ids else {}
 
-    async def history(self, request: PromptRequest) -> History:
+    def live_of(self, response_id: str, owner: str) -> Live | None:
+        """The background response under way that has this id, if the owner may know of it."""
+        live = self.live.get(response_id)
+        return live if live is not None and live.run.owner in ("", owner) else None
+
+    async def history(self, request: PromptRequest, owner: str) -> History:
         if request.previous_response_id is not None and request.conversation is not None:
             return History()  # Refused when the request is read.
         if request.previous_response_id is not None:
-            if request.previous_response_id in self.live:
+            if self.live_of(request.previous_response_id, owner) is not None:
                 raise InputError("the previous response is not done yet", param="previous_response_id")
-            return await self.store.run(self.store.history, request.previous_response_id)
+            return await self.store.run(self.store.history, request.previous_response_id, owner)
         if request.conversation is not None:
-            return await self.store.run(self.store.conversation_history, request.conversation_id)
+            return await self.store.run(self.store.conversation_history, request.conversation_id, owner)
         return History()
 
     async def beside_if_long(self, request: PromptRequest, work: Callable[[], T]) -> T:
@@ -289,7 +298,7 @@ class Service:
     async def start(self, run: Run) -> Live:
         """Make a response in the background. It is in the store when this returns."""
         self.admission.check()
-        await self.store.run(self.store.save, Stored(run.response, run.input))
+        await self.store.run(self.store.save, Stored(run.response, run.input, owner=run.owner))
         live = self.live[run.response["id"]] = Live(run)
         live.task = asyncio.create_task(self._make(live))
         return live
@@ -339,10 +348,11 @@ class Service:
                 None if sent is None else b"".join(sent),
                 conversation_id,
                 state,
+                run.owner,
             )
             await self.store.run(self.store.save, stored)
         elif conversation_id is not None:
-            await self.store.run(self.store.append_items, conversation_id, [*run.input, *run.output])
+            await self.store.run(self.store.append_items, conversation_id, [*run.input, *run.output], run.owner)
             if state is not None:
                 await self.store.run(self.store.keep_tool_state, conversation_id, state)
 

@@ -5,6 +5,9 @@ ahead log, synchronous FULL). JSON and events are kept as bytes, so that what go
 and NULs included. Everything expires: a response after the time to live, counted from the last response that continues
 it, and the oldest first when all together are larger than the bound.
 
+What was stored with an API key is that key's, its ``owner``: for others it is not there, to list, read, change,
+continue or refer to. What was stored without has the owner "", and is open to whoever has its id, which none can guess.
+
 Schema   responses 1-n items (kind input, output), conversations 1-n items (kind conversation), chat_completions, files
 """
 
@@ -64,11 +67,12 @@ _ITEMS = sa.Table(
     # The messages that the item stands for, with their tokens: JSON, zlib.
     sa.Column("spoken", sa.LargeBinary, nullable=False),
 )
-# Whose conversation it is: the name of the API key that created it, "" without keys. For lists, which are of one owner.
+# Whose a response, conversation, chat completion or file is: the name of the API key that it was stored with, "" for
+# none. The table is called as it was when conversations alone had owners, so that they keep them.
 _OWNERS = sa.Table(
     "conversation_owners",
     _META,
-    sa.Column("conversation_id", sa.String(128), primary_key=True),
+    sa.Column("conversation_id", sa.String(128), key="stored_id", primary_key=True),
     sa.Column("owner", sa.String(256), nullable=False, index=True),
 )
 # What the tools of a response, or of a conversation, have left for the next one: pages, the container. JSON, zlib.
@@ -125,6 +129,7 @@ class Stored:
     conversation_id: str | None = None
     # What the tools have left for the next response.
     tool_state: Json | None = None
+    owner: str = ""
 
 
 class Store:
@@ -173,6 +178,7 @@ class Store:
         with self._db.begin() as db:
             db.execute(sa.delete(_ITEMS).where(_ITEMS.c.owner_id == response["id"]))
             db.execute(sa.delete(_RESPONSES).where(_RESPONSES.c.id == response["id"]))
+            _keep_owner(db, response["id"], stored.owner)
             db.execute(
                 sa.insert(_RESPONSES).values(
                     id=response["id"],
@@ -189,33 +195,26 @@ class Store:
             )
             if rows:
                 db.execute(sa.insert(_ITEMS), rows)
-            for owner in (response["id"], stored.conversation_id):
-                _keep_tool_state(db, owner, left)
+            for kept_by in (response["id"], stored.conversation_id):
+                _keep_tool_state(db, kept_by, left)
             if stored.conversation_id is not None:
                 self._append(db, stored.conversation_id, [*stored.input, *stored.output], stored.current_date)
         self._count_saved()
 
-    def response(self, response_id: str) -> Json:
+    def response(self, response_id: str, owner: str = "") -> Json:
         """Raises NotFoundError."""
-        row = self._one(sa.select(_RESPONSES.c.body).where(_RESPONSES.c.id == _known(response_id, "response")))
-        if row is None:
-            raise _not_found("response", response_id)
-        return _json(row.body)
+        return _json(self._response_row(response_id, owner, _RESPONSES.c.body).body)
 
-    def events(self, response_id: str) -> bytes | None:
+    def events(self, response_id: str, owner: str = "") -> bytes | None:
         """The stream of a response, as it went out; None if it was not kept."""
-        row = self._one(sa.select(_RESPONSES.c.events).where(_RESPONSES.c.id == _known(response_id, "response")))
-        if row is None:
-            raise _not_found("response", response_id)
+        row = self._response_row(response_id, owner, _RESPONSES.c.events)
         return None if row.events is None else zlib.decompress(row.events)
 
-    def delete_response(self, response_id: str) -> None:
+    def delete_response(self, response_id: str, owner: str = "") -> None:
+        self._response_row(response_id, owner, _RESPONSES.c.id)
         with self._db.begin() as db:
-            found = db.execute(sa.delete(_RESPONSES).where(_RESPONSES.c.id == _known(response_id, "response")))
-            if not found.rowcount:
-                raise _not_found("response", response_id)
-            db.execute(sa.delete(_ITEMS).where(_ITEMS.c.owner_id == response_id))
-            db.execute(sa.delete(_TOOL_STATES).where(_TOOL_STATES.c.owner_id == response_id))
+            for column in (_RESPONSES.c.id, _OWNERS.c.stored_id, _ITEMS.c.owner_id, _TOOL_STATES.c.owner_id):
+                db.execute(sa.delete(column.table).where(column == response_id))
 
     def tool_state(self, owner_id: str) -> Json | None:
         """What the tools of a response or a conversation have left; None for nothing."""
@@ -226,15 +225,16 @@ class Store:
         with self._db.begin() as db:
             _keep_tool_state(db, owner_id, zlib.compress(dumps(state), 1))
 
-    def input_entries(self, response_id: str) -> list[Entry]:
+    def input_entries(self, response_id: str, owner: str = "") -> list[Entry]:
         """What the response answered: the items of its own request."""
-        self.response(response_id)
+        self._response_row(response_id, owner, _RESPONSES.c.id)
         return self._kept(response_id, "input")
 
-    def output_entries(self, response_id: str) -> list[Entry]:
+    def output_entries(self, response_id: str, owner: str = "") -> list[Entry]:
+        self._response_row(response_id, owner, _RESPONSES.c.id)
         return self._kept(response_id, "output")
 
-    def history(self, response_id: str) -> History:
+    def history(self, response_id: str, owner: str = "") -> History:
         """All that was said up to the end of a response, for the next one. Raises NotFoundError, InputError."""
         chain: list[str] = []
         current: str | None = _known(response_id, "response")
@@ -243,7 +243,8 @@ class Store:
         with self._db.begin() as db:
             while current is not None and len(chain) < _MAX_CHAIN:
                 columns = (_RESPONSES.c.previous_id, _RESPONSES.c.current_date, _RESPONSES.c.is_running)
-                row = db.execute(sa.select(*columns).where(_RESPONSES.c.id == current)).first()
+                named = sa.select(*columns).where(_RESPONSES.c.id == current, _is_open_to(owner, _RESPONSES.c.id))
+                row = db.execute(named).first()
                 if row is None:
                     raise NotFoundError(
                         f"previous response {current!r} not found; it was not stored, was deleted, or has expired",
@@ -258,13 +259,13 @@ class Store:
             entries = [entry for one in reversed(chain) for entry in _entries(db, one)]
         return History(entries, pending_date)
 
-    def references(self, ids: Iterable[str]) -> Mapping[str, Entry]:
-        """Entries of stored items, by id."""
+    def references(self, ids: Iterable[str], owner: str = "") -> Mapping[str, Entry]:
+        """Entries of an owner's stored items, by id. Clients may name items themselves, so no other's is found."""
         wanted = [one for one in ids if _is_plain(one)]
         if not wanted:
             return {}
         with self._db.connect() as db:
-            rows = db.execute(sa.select(_ITEMS).where(_ITEMS.c.id.in_(wanted)))
+            rows = db.execute(sa.select(_ITEMS).where(_ITEMS.c.id.in_(wanted), _is_of(owner, _ITEMS.c.owner_id)))
             return {row.id: _entry(row) for row in rows}
 
     def fail_orphans(self) -> int:
@@ -291,7 +292,7 @@ class Store:
 
         Tokens stay as they were sampled. Raises NotFoundError for an item that is not in it.
         """
-        row = self._conversation_row(conversation_id)
+        row = self._conversation_row(conversation_id, owner)
         with self._db.begin() as db:
             entries = _entries(db, conversation_id)
             if item_id is not None:
@@ -313,12 +314,11 @@ class Store:
         columns = (_CONVERSATIONS.c.expires_at, _CONVERSATIONS.c.id)
         asked = (
             sa.select(_CONVERSATIONS)
-            .join(_OWNERS, _OWNERS.c.conversation_id == _CONVERSATIONS.c.id)
-            .where(_OWNERS.c.owner == owner)
+            .where(_is_of(owner, _CONVERSATIONS.c.id))
             .order_by(*(column.desc() for column in columns))
         )
         if after is not None:
-            row = self._conversation_row(after)
+            row = self._conversation_row(after, owner)
             asked = asked.where(sa.tuple_(*columns) < sa.tuple_(sa.literal(row.expires_at), sa.literal(row.id)))
         found: list[Json] = []
         with self._db.connect() as db:
@@ -330,44 +330,42 @@ class Store:
                         break
         return found
 
-    def conversation(self, conversation_id: str) -> Json:
-        row = self._conversation_row(conversation_id)
+    def conversation(self, conversation_id: str, owner: str = "") -> Json:
+        row = self._conversation_row(conversation_id, owner)
         return _conversation(row.id, row.created_at, _json(row.metadata))
 
-    def update_conversation(self, conversation_id: str, metadata: Json) -> Json:
-        row = self._conversation_row(conversation_id)
+    def update_conversation(self, conversation_id: str, metadata: Json, owner: str = "") -> Json:
+        row = self._conversation_row(conversation_id, owner)
         with self._db.begin() as db:
             query = sa.update(_CONVERSATIONS).where(_CONVERSATIONS.c.id == conversation_id)
             db.execute(query.values(metadata=dumps(metadata)))
         return _conversation(row.id, row.created_at, metadata)
 
-    def delete_conversation(self, conversation_id: str) -> None:
-        self._conversation_row(conversation_id)
+    def delete_conversation(self, conversation_id: str, owner: str = "") -> None:
+        self._conversation_row(conversation_id, owner)
         with self._db.begin() as db:
-            db.execute(sa.delete(_CONVERSATIONS).where(_CONVERSATIONS.c.id == conversation_id))
-            db.execute(sa.delete(_OWNERS).where(_OWNERS.c.conversation_id == conversation_id))
-            db.execute(sa.delete(_ITEMS).where(_ITEMS.c.owner_id == conversation_id))
-            db.execute(sa.delete(_TOOL_STATES).where(_TOOL_STATES.c.owner_id == conversation_id))
+            for column in (_CONVERSATIONS.c.id, _OWNERS.c.stored_id, _ITEMS.c.owner_id, _TOOL_STATES.c.owner_id):
+                db.execute(sa.delete(column.table).where(column == conversation_id))
 
-    def conversation_history(self, conversation_id: str) -> History:
-        row = self._conversation_row(conversation_id)
+    def conversation_history(self, conversation_id: str, owner: str = "") -> History:
+        row = self._conversation_row(conversation_id, owner)
         with self._db.begin() as db:
             query = sa.update(_CONVERSATIONS).where(_CONVERSATIONS.c.id == conversation_id)
             db.execute(query.values(expires_at=self._expiry(time.time())))
             return History(_entries(db, conversation_id), row.current_date)
 
-    def append_items(self, conversation_id: str, entries: Sequence[Entry]) -> None:
-        self._conversation_row(conversation_id)
+    def append_items(self, conversation_id: str, entries: Sequence[Entry], owner: str = "") -> None:
+        self._conversation_row(conversation_id, owner)
         with self._db.begin() as db:
             self._append(db, conversation_id, entries, None)
 
-    def conversation_entries(self, conversation_id: str) -> list[Entry]:
-        self._conversation_row(conversation_id)
+    def conversation_entries(self, conversation_id: str, owner: str = "") -> list[Entry]:
+        self._conversation_row(conversation_id, owner)
         return self._kept(conversation_id, "conversation")
 
-    def delete_item(self, conversation_id: str, item_id: str) -> Json:
+    def delete_item(self, conversation_id: str, item_id: str, owner: str = "") -> Json:
         """The conversation without the item."""
-        conversation = self.conversation(conversation_id)
+        conversation = self.conversation(conversation_id, owner)
         with self._db.begin() as db:
             query = sa.delete(_ITEMS).where(
                 _ITEMS.c.owner_id == conversation_id, _ITEMS.c.id == _known(item_id, "item")
@@ -378,7 +376,7 @@ class Store:
 
     # Chat completions ------------------------------------------------------------------------------------------------
 
-    def save_chat(self, completion: Json, messages: Sequence[Json]) -> None:
+    def save_chat(self, completion: Json, messages: Sequence[Json], owner: str = "") -> None:
         """Keep a chat completion and the messages that it answered; durable on return."""
         now = time.time()
         body, sent = dumps(completion), zlib.compress(dumps(messages), 1)
@@ -387,36 +385,44 @@ class Store:
                "size_bytes": len(body) + len(sent)}  # fmt: skip
         with self._db.begin() as db:
             db.execute(sa.insert(_CHATS).values(**row))
+            _keep_owner(db, completion["id"], owner)
         self._count_saved()
 
-    def chat(self, completion_id: str) -> Json:
-        row = self._chat_row(completion_id)
+    def chat(self, completion_id: str, owner: str = "") -> Json:
+        row = self._chat_row(completion_id, owner)
         return _json(row.body) | {"metadata": _json(row.metadata)}
 
-    def chat_messages(self, completion_id: str) -> list[Json]:
-        messages: list[Json] = json.loads(zlib.decompress(self._chat_row(completion_id).messages))
+    def chat_messages(self, completion_id: str, owner: str = "") -> list[Json]:
+        messages: list[Json] = json.loads(zlib.decompress(self._chat_row(completion_id, owner).messages))
         return messages
 
-    def update_chat(self, completion_id: str, metadata: Json) -> Json:
-        row = self._chat_row(completion_id)
+    def update_chat(self, completion_id: str, metadata: Json, owner: str = "") -> Json:
+        row = self._chat_row(completion_id, owner)
         with self._db.begin() as db:
             db.execute(sa.update(_CHATS).where(_CHATS.c.id == row.id).values(metadata=dumps(metadata)))
         return _json(row.body) | {"metadata": metadata}
 
-    def delete_chat(self, completion_id: str) -> None:
-        row = self._chat_row(completion_id)
+    def delete_chat(self, completion_id: str, owner: str = "") -> None:
+        row = self._chat_row(completion_id, owner)
         with self._db.begin() as db:
             db.execute(sa.delete(_CHATS).where(_CHATS.c.id == row.id))
+            db.execute(sa.delete(_OWNERS).where(_OWNERS.c.stored_id == row.id))
 
     def chats(
-        self, limit: int, after: str | None, order: str, model: str | None, metadata: Mapping[str, str]
+        self,
+        limit: int,
+        after: str | None,
+        order: str,
+        model: str | None,
+        metadata: Mapping[str, str],
+        owner: str = "",
     ) -> list[Json]:
-        """The first ``limit`` completions behind ``after``, of a model and with these metadata if asked for."""
+        """The first ``limit`` completions of an owner behind ``after``, of a model and with these metadata if asked."""
         is_rising = order == "asc"
         place = sa.tuple_(_CHATS.c.created_at, _CHATS.c.id)
-        query = sa.select(_CHATS.c.body, _CHATS.c.metadata)
+        query = sa.select(_CHATS.c.body, _CHATS.c.metadata).where(_is_of(owner, _CHATS.c.id))
         if after is not None:
-            row = self._chat_row(after)
+            row = self._chat_row(after, owner)
             begin = sa.tuple_(sa.literal(row.created_at), sa.literal(row.id))
             query = query.where(place > begin if is_rising else place < begin)
         if model is not None:
@@ -436,7 +442,9 @@ class Store:
 
     # Files -----------------------------------------------------------------------------------------------------------
 
-    def save_file(self, filename: str, purpose: str, data: bytes, lifetime_s: float | None = None) -> Json:
+    def save_file(
+        self, filename: str, purpose: str, data: bytes, lifetime_s: float | None = None, owner: str = ""
+    ) -> Json:
         """Keep a file, no longer than anything else; durable on return."""
         now = time.time()
         expires_at = self._expiry(now) if lifetime_s is None else min(self._expiry(now), now + lifetime_s)
@@ -445,36 +453,32 @@ class Store:
                "purpose": purpose, "body": data, "size_bytes": len(data)}  # fmt: skip
         with self._db.begin() as db:
             db.execute(sa.insert(_FILES).values(**row))
+            _keep_owner(db, file_id, owner)
         self._count_saved()
-        return self.file(file_id)
+        return self.file(file_id, owner)
 
-    def file(self, file_id: str) -> Json:
+    def file(self, file_id: str, owner: str = "") -> Json:
         """Raises NotFoundError."""
-        row = self._one(sa.select(*_OF_FILE).where(_FILES.c.id == _known(file_id, "file")))
-        if row is None:
-            raise _not_found("file", file_id)
-        return _file(row)
+        return _file(self._file_row(file_id, owner, *_OF_FILE))
 
-    def file_content(self, file_id: str) -> tuple[str, bytes]:
+    def file_content(self, file_id: str, owner: str = "") -> tuple[str, bytes]:
         """The name and the bytes of a file. Raises NotFoundError."""
-        query = sa.select(_FILES.c.filename, _FILES.c.body).where(_FILES.c.id == _known(file_id, "file"))
-        row = self._one(query)
-        if row is None:
-            raise _not_found("file", file_id)
+        row = self._file_row(file_id, owner, _FILES.c.filename, _FILES.c.body)
         return row.filename, row.body
 
-    def files(self, purpose: str | None = None) -> list[Json]:
-        """All files without their bytes, oldest first."""
-        query = sa.select(*_OF_FILE).order_by(_FILES.c.created_at, _FILES.c.id)
+    def files(self, purpose: str | None = None, owner: str = "") -> list[Json]:
+        """All files of an owner without their bytes, oldest first."""
+        query = sa.select(*_OF_FILE).where(_is_of(owner, _FILES.c.id)).order_by(_FILES.c.created_at, _FILES.c.id)
         if purpose is not None:
             query = query.where(_FILES.c.purpose == (purpose if _is_plain(purpose) else ""))
         with self._db.connect() as db:
             return [_file(row) for row in db.execute(query)]
 
-    def delete_file(self, file_id: str) -> None:
+    def delete_file(self, file_id: str, owner: str = "") -> None:
+        self._file_row(file_id, owner, _FILES.c.id)
         with self._db.begin() as db:
-            if not db.execute(sa.delete(_FILES).where(_FILES.c.id == _known(file_id, "file"))).rowcount:
-                raise _not_found("file", file_id)
+            db.execute(sa.delete(_FILES).where(_FILES.c.id == file_id))
+            db.execute(sa.delete(_OWNERS).where(_OWNERS.c.stored_id == file_id))
 
     # Bounds ----------------------------------------------------------------------------------------------------------
 
@@ -510,7 +514,7 @@ class Store:
                 db.execute(sa.delete(_TOOL_STATES).where(_TOOL_STATES.c.owner_id.in_(some)))
                 db.execute(sa.delete(_RESPONSES).where(_RESPONSES.c.id.in_(some)))
                 db.execute(sa.delete(_CONVERSATIONS).where(_CONVERSATIONS.c.id.in_(some)))
-                db.execute(sa.delete(_OWNERS).where(_OWNERS.c.conversation_id.in_(some)))
+                db.execute(sa.delete(_OWNERS).where(_OWNERS.c.stored_id.in_(some)))
                 db.execute(sa.delete(_CHATS).where(_CHATS.c.id.in_(some)))
                 db.execute(sa.delete(_FILES).where(_FILES.c.id.in_(some)))
 
@@ -524,10 +528,25 @@ class Store:
         if self._num_saved % 100 == 0:
             self.sweep()
 
-    def _chat_row(self, completion_id: str) -> Any:
-        row = self._one(sa.select(_CHATS).where(_CHATS.c.id == _known(completion_id, "chat completion")))
+    def _response_row(self, response_id: str, owner: str, *columns: sa.Column[Any]) -> Any:
+        return self._row("response", _RESPONSES.c.id, response_id, owner, *columns)
+
+    def _conversation_row(self, conversation_id: str, owner: str) -> Any:
+        return self._row("conversation", _CONVERSATIONS.c.id, conversation_id, owner, *_CONVERSATIONS.c)
+
+    def _chat_row(self, completion_id: str, owner: str) -> Any:
+        return self._row("chat completion", _CHATS.c.id, completion_id, owner, *_CHATS.c)
+
+    def _file_row(self, file_id: str, owner: str, *columns: sa.Column[Any]) -> Any:
+        return self._row("file", _FILES.c.id, file_id, owner, *columns)
+
+    def _row(self, what: str, id_column: sa.Column[Any], one: str, owner: str, *columns: sa.Column[Any]) -> Any:
+        """What is stored under an id, if it is open to the owner. Raises NotFoundError."""
+        # No other id was ever given out, and no other can a database be asked for.
+        query = sa.select(*columns).where(id_column == one, _is_open_to(owner, id_column))
+        row = self._one(query) if _is_plain(one) else None
         if row is None:
-            raise _not_found("chat completion", completion_id)
+            raise _not_found(what, one)
         return row
 
     def _one(self, query: sa.Select[Any]) -> Any:
@@ -545,7 +564,7 @@ class Store:
         conversation_id, now = new_id("conv"), time.time()
         row = {"id": conversation_id, "created_at": now, "metadata": dumps(metadata)}
         db.execute(sa.insert(_CONVERSATIONS).values(**row, expires_at=self._expiry(now)))
-        db.execute(sa.insert(_OWNERS).values(conversation_id=conversation_id, owner=owner))
+        _keep_owner(db, conversation_id, owner)
         self._append(db, conversation_id, entries, current_date)
         return _conversation(conversation_id, now, metadata)
 
@@ -557,13 +576,6 @@ class Store:
             text = "\n".join(_said(_json(body)) for body in bodies).casefold()
             missing = [word for word in missing if word not in text]
         return not missing
-
-    def _conversation_row(self, conversation_id: str) -> Any:
-        known = _known(conversation_id, "conversation")
-        row = self._one(sa.select(_CONVERSATIONS).where(_CONVERSATIONS.c.id == known))
-        if row is None:
-            raise _not_found("conversation", conversation_id)
-        return row
 
     def _append(self, db: Connection, owner_id: str, entries: Sequence[Entry], current_date: str | None) -> None:
         # The row is locked first: two responses may end at the same time.
@@ -612,6 +624,23 @@ def _rows(owner_id: str, kind: str, entries: Sequence[Entry], first: int = 0) ->
         }
         for i, entry in enumerate(entries)
     ]
+
+
+def _keep_owner(db: Connection, stored_id: str, owner: str) -> None:
+    db.execute(sa.delete(_OWNERS).where(_OWNERS.c.stored_id == stored_id))
+    db.execute(sa.insert(_OWNERS).values(stored_id=stored_id, owner=owner))
+
+
+def _is_of(owner: str, stored_id: sa.Column[Any]) -> sa.ColumnElement[bool]:
+    """Whether it was stored by this owner; what no owner is known of belongs to ""."""
+    known = sa.select(_OWNERS.c.owner).where(_OWNERS.c.stored_id == stored_id).scalar_subquery()
+    return sa.func.coalesce(known, "") == owner
+
+
+def _is_open_to(owner: str, stored_id: sa.Column[Any]) -> sa.ColumnElement[bool]:
+    """Whether this owner may use what it has the id of: its own, and what was stored without a key."""
+    of_others = sa.select(_OWNERS.c.owner).where(_OWNERS.c.stored_id == stored_id, _OWNERS.c.owner.not_in(("", owner)))
+    return ~of_others.exists()
 
 
 def _keep_tool_state(db: Connection, owner_id: str | None, body: bytes | None) -> None:

@@ -22,7 +22,7 @@ from starlette.responses import Response
 from ossia.errors import NotFoundError
 from ossia.responses.schema import Json, PromptRequest
 from ossia.server.service import Service
-from ossia.server.stream import JSONResponse
+from ossia.server.stream import JSONResponse, caller_of
 
 # What a browser may load for the page itself, before it has a key.
 ASSETS_PATH = "/web/"
@@ -113,8 +113,8 @@ def router(service: Service) -> APIRouter:
         summary="The prompt of a request, token by token",
         description="With `reasoning.context` all_turns, earlier thoughts too. An addition to OpenAI's API.",
     )
-    async def tokens(body: PromptRequest) -> Response:
-        _, read = await service.prepared(body)
+    async def tokens(body: PromptRequest, request: Request) -> Response:
+        _, read = await service.prepared(body, caller_of(request))
         tokenizer = service.model.tokenizer
         data: list[Json] = [
             {"id": one, "text": tokenizer.decode([one]), "is_special": one in tokenizer.special_ids}

@@ -1,7 +1,8 @@
 """Python sessions as the API's containers: an id, a name, and the files in /mnt/data by ids of their own.
 
-A container lives as long as its session; one that was made and not used yet, as long as a session may be idle. An id
-cannot be guessed, and whoever has it may use it. The id of a file is a hash of the container's and of its path.
+A container lives as long as its session; one that was made and not used yet, as long as a session may be idle. One that
+was made with an API key is that key's, its ``owner``, and not there for others; one that was made without is open to
+whoever has its id, which cannot be guessed. The id of a file is a hash of the container's and of its path.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ class Container:
     name: str
     created_at: float
     used_at: float
+    # The name of the API key that it was made with, "" without keys.
+    owner: str = ""
     # Paths that were put there by way of the API.
     uploaded: set[str] = field(default_factory=set)
     # Ids of uploaded files of which it has had a copy.
@@ -67,38 +70,41 @@ class Containers:
         """The python tool of a container; it begins with the first call."""
         return self._sessions.tool(container_id)
 
-    def use(self, container_id: str, name: str = "auto") -> Container:
+    def use(self, container_id: str, name: str = "auto", owner: str = "") -> Container:
         """Note that a container is used; it is made if it is not there."""
         now = time.time()
         if container_id not in self._known:
             self._forget_ended()
-            self._known[container_id] = Container(container_id, name, now, now)
+            self._known[container_id] = Container(container_id, name, now, now, owner)
         container = self._known[container_id]
         container.used_at = now
         return container
 
-    def create(self, name: str) -> Container:
-        return self.use(self.new_id(), name)
+    def create(self, name: str, owner: str = "") -> Container:
+        return self.use(self.new_id(), name, owner)
 
-    def has(self, container_id: object) -> bool:
-        """Whether an id is that of a container that lives."""
+    def has(self, container_id: object, owner: str | None = None) -> bool:
+        """Whether an id is that of a container that lives, and that ``owner`` may use; None may use all."""
         if not isinstance(container_id, str) or not _ID.fullmatch(container_id):
             return False
         container = self._known.get(container_id)
-        return container is not None and self._lives(container)
+        if container is None or not self._lives(container):
+            return False
+        return owner is None or container.owner in ("", owner)
 
-    def get(self, container_id: str) -> Container:
+    def get(self, container_id: str, owner: str | None = None) -> Container:
         """Raises NotFoundError."""
-        if not self.has(container_id):
+        if not self.has(container_id, owner):
             raise NotFoundError(
                 f"container {container_id[:80]!r} is not there; it was never made, was deleted, or was not used for "
                 f"{self._idle_s / 60:g} minutes"
             )
         return self._known[container_id]
 
-    def all(self) -> list[Container]:
-        """Those that live, oldest first."""
-        return [container for container in self._known.values() if self._lives(container)]
+    def all(self, owner: str | None = None) -> list[Container]:
+        """Those of an owner that live, oldest first; None owns all."""
+        owned = [one for one in self._known.values() if owner is None or one.owner == owner]
+        return [container for container in owned if self._lives(container)]
 
     async def delete(self, container_id: str) -> None:
         """Raises NotFoundError."""
