@@ -8,16 +8,19 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import httpx
 import openai
 import pytest
+from starlette.types import Message
 from tests.responses.scripts import FINAL, REASONED, Scripted
 
 from ossia.errors import AuthError, ConfigError, LimitError
 from ossia.server.limits import Admission, Keys, Rates, check_bind
+from ossia.server.stream import EventStream
 
 
 def test_a_key_is_known_by_its_hash_alone(tmp_path):
@@ -151,6 +154,81 @@ def test_more_than_may_wait_are_told_when_to_come_back(serve):
     refused = next(answer for answer in answers if answer.status_code == 429)
     assert int(refused.headers["retry-after"]) >= 1
     assert refused.json()["error"]["type"] == "rate_limit_error"
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_choices_of_a_request_share_its_turn_however_many_they_are(serve, streams):
+    served = serve(admission=Admission(1, 1))
+    asked = {"n": 8, "stream": streams}
+    made = served.http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "?"}], **asked})
+    assert made.status_code == 200
+    raw = served.http.post("/v1/completions", json={"prompt": ["a", "b", "c"], "max_tokens": 3, **asked})
+    assert raw.status_code == 200
+    if streams:
+        for answer, num in ((made, 8), (raw, 24)):
+            assert answer.text.endswith("data: [DONE]\n\n") and answer.text.count('"finish_reason":"') == num
+    else:
+        assert (len(made.json()["choices"]), len(raw.json()["choices"])) == (8, 24)
+    served.until_idle()
+
+
+@pytest.mark.parametrize("is_background", [False, True])
+def test_a_response_that_cannot_be_stored_has_failed(serve, monkeypatch, is_background):
+    served = serve(REASONED + FINAL)
+    store = served.service.store
+    save = store.save
+
+    def full(stored: Any) -> None:
+        if stored.response["status"] == "completed":
+            raise OSError("the disk is full")
+        save(stored)
+
+    monkeypatch.setattr(store, "save", full)
+    body = {"input": "?", "stream": True, "background": is_background}
+    events = [
+        json.loads(line[6:])
+        for line in served.http.post("/v1/responses", json=body).text.splitlines()
+        if line.startswith("data: {")
+    ]
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    failed = events[-1]["response"]
+    assert (events[-1]["type"], failed["status"], failed["completed_at"]) == ("response.failed", "failed", None)
+    assert "could not be stored" in failed["error"]["message"]
+    assert served.http.get(f"/v1/responses/{failed['id']}").json() == failed
+    assert served.http.post("/v1/responses", json={"input": "?"}).status_code == 500
+
+
+def test_a_chat_completion_that_cannot_be_stored_ends_with_an_error(serve, monkeypatch):
+    served = serve()
+    monkeypatch.setattr(served.service.store, "save_chat", lambda *_: 1 / 0)
+    body = {"messages": [{"role": "user", "content": "?"}], "store": True}
+    told = served.http.post("/v1/chat/completions", json={**body, "stream": True}).text
+    assert "could not be stored" in told and '"finish_reason":"stop"' not in told
+    assert served.http.post("/v1/chat/completions", json=body).status_code == 500
+
+
+def test_a_stream_that_breaks_does_not_end_as_if_it_were_complete():
+    async def chunks() -> AsyncGenerator[bytes, None]:
+        yield b"data: 1\n\n"
+        raise ZeroDivisionError
+
+    async def go() -> list[Message]:
+        sent: list[Message] = []
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        async def receive() -> Message:
+            await asyncio.sleep(9)
+            return {"type": "http.disconnect"}
+
+        with pytest.raises(ZeroDivisionError):
+            await EventStream(chunks())({"type": "http"}, receive, send)
+        return sent
+
+    sent = asyncio.run(go())
+    assert sent[1]["body"] == b"data: 1\n\n"
+    assert all(message.get("more_body", True) for message in sent)
 
 
 def test_requests_of_one_address_are_limited(serve):

@@ -129,6 +129,13 @@ class Builder:
             self.response["error"] = error_object(error)
         return [*events, self._lifecycle(TERMINAL[status])]
 
+    def fail(self, error: OssiaError) -> Event:
+        """The response has failed after all: the event in place of the one that ended it, which nobody was told."""
+        self._num_events -= 1
+        failed = {"status": "failed", "error": error_object(error), "completed_at": None, "incomplete_details": None}
+        self.response.update(failed)
+        return self._lifecycle(TERMINAL["failed"])
+
     # Items -----------------------------------------------------------------------------------------------------------
 
     @property

@@ -294,6 +294,11 @@ class Run:
         """The events that end a response whose iterator was left."""
         return self._builder.end("cancelled", self._usage)
 
+    def fail(self, error: OssiaError) -> Event:
+        """The event in place of the last one, for a response that has ended and could not be kept."""
+        self.error = error
+        return self._builder.fail(error)
+
     # The loop --------------------------------------------------------------------------------------------------------
 
     async def _generations(self) -> AsyncGenerator[Event, None]:

@@ -10,6 +10,7 @@ the Responses API: the client sees the answer, with its citations as `annotation
 from __future__ import annotations
 
 import json
+import logging
 import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
@@ -23,11 +24,11 @@ from pydantic import BaseModel, Field, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response as HttpResponse
 
-from ossia.errors import InputError, NotFoundError, UnsupportedError
+from ossia.errors import InputError, NotFoundError, OssiaError, UnsupportedError
 from ossia.responses.client_tools import CLIENT_TOOLS
 from ossia.responses.events import DONE, Event, padding
 from ossia.responses.loop import Extras, Run
-from ossia.responses.schema import Json, Metadata, ResponseRequest, dumps, error_object, new_id, quoted
+from ossia.responses.schema import Json, Metadata, ResponseRequest, dumps, new_id, quoted
 from ossia.responses.tools import without_secrets
 from ossia.server.adapters import card
 from ossia.server.conversations import NewMetadata
@@ -35,7 +36,9 @@ from ossia.server.effort import budget_of, effort_of
 from ossia.server.lists import After, Limit, envelope, page
 from ossia.server.sampled import Sampled
 from ossia.server.service import Service
-from ossia.server.stream import EventStream, JSONResponse, caller_of, merged, opened, together, while_there
+from ossia.server.stream import EventStream, JSONResponse, caller_of, error_chunk, opened, while_there
+
+_log = logging.getLogger(__name__)
 
 
 class ChatRequest(Sampled):
@@ -132,15 +135,22 @@ def router(service: Service) -> APIRouter:
         frame = _Frame(runs[0].response["model"], body)
         headers = service.ignored(body, runs[0].tools.ignored, _HINTS)
 
-        async def keep() -> None:
-            if body.store:
-                responses = [run.response for run in runs]
-                kept = stored_completion(frame.whole(responses), body)
+        async def keep() -> OssiaError | None:
+            """Store the completion if it is to be; why that could not be done."""
+            if not body.store:
+                return None
+            kept = stored_completion(frame.whole([run.response for run in runs]), body)
+            try:
                 await service.store.run(service.store.save_chat, kept, body.messages, owner)
+            except Exception:
+                _log.exception("completion=%s could not be kept", kept["id"])
+                return OssiaError("the completion could not be stored; the server's log tells more")
+            return None
 
         async def whole() -> Json:
-            await together([service.finish(run) for run in runs])
-            await keep()
+            await service.finish(runs)
+            if (error := await keep()) is not None:
+                raise error
             return frame.whole([run.response for run in runs])
 
         if body.stream:
@@ -542,27 +552,25 @@ def _usage(usages: list[Json | None]) -> Json:
 
 
 async def _chunks(
-    service: Service, runs: list[Run], frame: _Frame, keep: Callable[[], Awaitable[None]]
+    service: Service, runs: list[Run], frame: _Frame, keep: Callable[[], Awaitable[OssiaError | None]]
 ) -> AsyncGenerator[bytes, None]:
-    sources = [service.events(run) for run in runs]
-    events = _numbered(sources[0]) if len(runs) == 1 else merged(sources)
     deltas = [frame.deltas(index) for index in range(len(runs))]
     num_open = len(runs)
-    async with aclosing(events):
+    async with aclosing(service.choices(runs)) as events:
         async for index, event in events:
             if event.type == "response.created":
                 begin = {"role": "assistant", "content": "", "refusal": None}
                 choice: Json | None = {"index": index, "delta": begin, "logprobs": None, "finish_reason": None}
             elif event.is_terminal:
                 error = runs[index].error
+                num_open -= 1
+                if error is None and not num_open:
+                    # Before the last word: what a client has seen the end of is stored.
+                    error = await keep()
                 if error is not None:
-                    yield b"data: %b\n\n" % dumps({"error": {**error_object(error), "type": error.type, "param": None}})
+                    yield error_chunk(error)
                     yield DONE
                     return
-                num_open -= 1
-                if not num_open:
-                    # Before the last word: what a client has seen the end of is stored.
-                    await keep()
                 ended = _finish_reason(event.fields["response"])
                 choice = {"index": index, "delta": {}, "logprobs": None, "finish_reason": ended}
             else:
@@ -572,12 +580,6 @@ async def _chunks(
     if frame.counts:
         yield frame.chunk([], _usage([run.response["usage"] for run in runs]))
     yield DONE
-
-
-async def _numbered(events: AsyncGenerator[Event, None]) -> AsyncGenerator[tuple[int, Event], None]:
-    async with aclosing(events):
-        async for event in events:
-            yield 0, event
 
 
 # Stored completions ----------------------------------------------------------------------------------------------

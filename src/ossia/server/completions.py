@@ -18,10 +18,10 @@ from ossia.engine.request import NO_TOKEN, SamplingParams, Scored, TokenOutput
 from ossia.errors import InputError, OssiaError, UnsupportedError
 from ossia.responses.events import DONE
 from ossia.responses.loop import Model, Phase, engine_phases
-from ossia.responses.schema import Json, dumps, error_object, new_id
+from ossia.responses.schema import Json, dumps, new_id
 from ossia.server.sampled import Sampled
 from ossia.server.service import Service
-from ossia.server.stream import EventStream, JSONResponse, merged, opened, together, while_there
+from ossia.server.stream import EventStream, JSONResponse, error_chunk, merged, opened, together, while_there
 
 
 class CompletionRequest(Sampled):
@@ -53,10 +53,11 @@ def router(service: Service) -> APIRouter:
         frame: Json = {"id": name, "created": int(time.time()), "model": model.name}
         frame["object"] = "text_completion"
         if body.stream:
-            return EventStream(await opened(request, _raw_chunks(made, frame, body)))
+            return EventStream(await opened(request, _raw_chunks(service, made, frame, body)))
 
         async def whole() -> None:
-            await together([one.finish() for one in made])
+            async with service.turn([one.phases for one in made]):
+                await together([one.finish() for one in made])
 
         await while_there(request, whole())
         choices = [one.choice(i) for i, one in enumerate(made)]
@@ -99,6 +100,7 @@ class _Raw:
             completion_id,
         )
         self.num_output, self.num_cached = 0, 0
+        self.phases: list[Phase] = []
         self.finish_reason: str | None = None
         self.text = ""
         self.token_ids: list[int] = []
@@ -166,18 +168,16 @@ class _Raw:
                     yield piece
 
     async def _outputs(self) -> AsyncGenerator[TokenOutput, None]:
-        """What the engine says, in its turn."""
-        queued_ns = time.time_ns()
-        async with self._service.admission.slot():
-            begin_ns, first_ns = time.time_ns(), 0
-            try:
-                async with aclosing(self._model.engine.generate(self.prompt, self._params)) as outputs:
-                    async for output in outputs:
-                        first_ns = first_ns or time.time_ns()
-                        yield output
-            finally:
-                spent = engine_phases(begin_ns, first_ns, len(self.prompt), self.num_cached, self.num_output)
-                self._service.note([Phase("queue", queued_ns, begin_ns), *spent], self._completion_id)
+        """What the engine says."""
+        begin_ns, first_ns = time.time_ns(), 0
+        try:
+            async with aclosing(self._model.engine.generate(self.prompt, self._params)) as outputs:
+                async for output in outputs:
+                    first_ns = first_ns or time.time_ns()
+                    yield output
+        finally:
+            spent = engine_phases(begin_ns, first_ns, len(self.prompt), self.num_cached, self.num_output)
+            self._service.note([*self.phases, *spent], self._completion_id)
 
     async def finish(self) -> None:
         async with aclosing(self.pieces()) as pieces:
@@ -233,20 +233,23 @@ def _raw_usage(made: list[_Raw]) -> Json:
             "prompt_tokens_details": details}  # fmt: skip
 
 
-async def _raw_chunks(made: list[_Raw], frame: Json, body: CompletionRequest) -> AsyncGenerator[bytes, None]:
+async def _raw_chunks(
+    service: Service, made: list[_Raw], frame: Json, body: CompletionRequest
+) -> AsyncGenerator[bytes, None]:
     def chunk(choices: list[Json], **fields: Any) -> bytes:
         return b"data: %b\n\n" % dumps({**frame, "choices": choices, **fields})
 
     has_begun = False
     try:
-        async with aclosing(merged([one.pieces() for one in made])) as pieces:
+        sources = [one.pieces() for one in made]
+        async with service.turn([one.phases for one in made]), aclosing(merged(sources)) as pieces:
             async for index, piece in pieces:
                 yield chunk([{"index": index, "text": piece, "logprobs": None, "finish_reason": None}])
                 has_begun = True
     except OssiaError as error:
         if not has_begun:
             raise
-        yield b"data: %b\n\n" % dumps({"error": {**error_object(error), "type": error.type, "param": None}})
+        yield error_chunk(error)
         yield DONE
         return
     for index, one in enumerate(made):

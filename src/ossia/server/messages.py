@@ -86,8 +86,8 @@ def router(service: Service) -> APIRouter:
         headers = service.ignored(body, run.tools.ignored, _HINTS)
         if body.stream:
             return EventStream(await opened(request, _stream(service, run, body.model)), headers)
-        response = await while_there(request, service.finish(run))
-        return JSONResponse(_whole(run, response, body.model or service.model.name), headers=headers)
+        await while_there(request, service.finish([run]))
+        return JSONResponse(_whole(run, run.response, body.model or service.model.name), headers=headers)
 
     @routes.post("/messages/count_tokens", responses={200: {"model": Counted}}, summary="Count the tokens of a message")
     async def count(body: CountRequest, request: Request) -> HttpResponse:
@@ -262,8 +262,8 @@ _DELTAS = {
 
 async def _stream(service: Service, run: Run, model: str | None) -> AsyncGenerator[bytes, None]:
     index = -1
-    async with aclosing(service.events(run)) as events:
-        async for event in events:
+    async with aclosing(service.choices([run])) as events:
+        async for _, event in events:
             if event.type == "response.created":
                 usage = {"input_tokens": run.num_prompt_tokens, "output_tokens": 0}
                 begun: Json = {"content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}

@@ -65,7 +65,8 @@ def router(service: Service) -> APIRouter:
             return JSONResponse(run.response, headers=headers)
         if body.stream:
             return EventStream(await opened(request, service.encoded(run)), headers)
-        return JSONResponse(await while_there(request, service.finish(run)), headers=headers)
+        await while_there(request, service.finish([run]))
+        return JSONResponse(run.response, headers=headers)
 
     @routes.post("/responses/input_tokens", responses=says(InputTokenCountResponse), summary="Count input tokens")
     async def count(body: PromptRequest, request: Request) -> HttpResponse:

@@ -1,7 +1,7 @@
 """What all endpoints share: the model, the store, the limits, and the responses that are under way.
 
 begin    request -> Run                     history looked up, model checked
-events   Run -> events                      a turn taken; stored before the last event is told
+choices  Runs -> events                     a turn taken for all; stored before the last event is told
 start    Run -> Live                        in the background: events kept for whoever follows
 """
 
@@ -10,24 +10,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Container, Coroutine, Iterable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Container, Coroutine, Iterable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
 from ossia.engine import EngineStats
-from ossia.errors import InputError, NotFoundError
+from ossia.errors import InputError, NotFoundError, OssiaError
 from ossia.responses.convert import Entry, History
 from ossia.responses.events import DONE, Event, sse
 from ossia.responses.loop import Extras, Model, Phase, Prepared, Run, prepare
-from ossia.responses.schema import Json, PromptRequest, ResponseRequest, check_request
+from ossia.responses.schema import PromptRequest, ResponseRequest, check_request
 from ossia.responses.toolbox import Toolboxes
 from ossia.responses.tools import Toolbox
 from ossia.server.adapters import Adapters
 from ossia.server.limits import Admission, Keys, Rates
 from ossia.server.metrics import Metrics, Watch
 from ossia.server.store import Store, Stored
+from ossia.server.stream import merged
 from ossia.server.tracing import Tracing, current_trace
 
 _log = logging.getLogger(__name__)
@@ -233,15 +234,29 @@ class Service:
         is_long = len(text) > _LONG_INPUT_CHARS or len(request.input_items) > 8 or bool(request.tools or request.text)
         return await asyncio.to_thread(work) if is_long else work()
 
-    async def events(self, run: Run) -> AsyncGenerator[Event, None]:
-        """The events of a response that somebody waits for. Raises LimitError before the first."""
-        async with aclosing(self._made(run, None)) as events:
-            async for event, _ in events:
-                yield event
+    @asynccontextmanager
+    async def turn(self, phases: Sequence[list[Phase]]) -> AsyncIterator[None]:
+        """The turn of a request, for all of its choices; the wait for it goes to the phases of each.
+
+        Raises LimitError.
+        """
+        queued_ns = time.time_ns()
+        async with self.admission.slot():
+            waited = Phase("queue", queued_ns, time.time_ns())
+            for of_choice in phases:
+                of_choice.append(waited)
+            yield
+
+    async def choices(self, runs: Sequence[Run]) -> AsyncGenerator[tuple[int, Event], None]:
+        """The events of responses that are the choices of one request. Raises LimitError before the first."""
+        sources = [self._made(run, None) for run in runs]
+        async with self.turn([run.phases for run in runs]), aclosing(merged(sources)) as events:
+            async for index, (event, _) in events:
+                yield index, event
 
     async def encoded(self, run: Run) -> AsyncGenerator[bytes, None]:
-        """The same as they go over the wire, to the end of the stream; kept as they were if the response is stored."""
-        async with aclosing(self._made(run, [])) as events:
+        """Events as they go over the wire, to the end of the stream; kept as they were if the response is stored."""
+        async with self.turn([run.phases]), aclosing(self._made(run, [])) as events:
             async for _, data in events:
                 yield data
         yield DONE
@@ -249,20 +264,18 @@ class Service:
     async def _made(self, run: Run, sent: list[bytes] | None) -> AsyncGenerator[tuple[Event, bytes], None]:
         watch = Watch(self.metrics)
         keeps, pads, data = bool(run.response["store"]), run.request.wants_padding, b""
-        queued_ns = time.time_ns()
-        async with self.admission.slot(), aclosing(run.events()) as events:
-            run.phases.append(Phase("queue", queued_ns, time.time_ns()))
+        async with aclosing(run.events()) as events:
             try:
                 async for event in events:
                     if sent is not None:
                         data = sse(event, pads=pads)
-                        if keeps:
-                            sent.append(data)
                     if event.is_terminal:
-                        await self._save(run, sent)
+                        event, data = await self._kept(run, event, data, sent)
                         watch.done(run.response)
                     elif watch.first_s is None and event.type.endswith(".delta"):
                         watch.token()
+                    if sent is not None and keeps:
+                        sent.append(data)
                     yield event, data
             finally:
                 await events.aclose()
@@ -286,14 +299,12 @@ class Service:
         finally:
             work.close()
 
-    async def finish(self, run: Run) -> Json:
-        """The response when it is done. Raises what made it fail."""
-        async with aclosing(self.events(run)) as events:
-            async for _ in events:
-                pass
-        if run.error is not None:
-            raise run.error
-        return run.response
+    async def finish(self, runs: Sequence[Run]) -> None:
+        """Make the choices of a request. Raises what made one of them fail."""
+        async with aclosing(self.choices(runs)) as events:
+            async for index, _ in events:
+                if (error := runs[index].error) is not None:
+                    raise error
 
     async def start(self, run: Run) -> Live:
         """Make a response in the background. It is in the store when this returns."""
@@ -310,17 +321,16 @@ class Service:
                 async for event in events:
                     data = sse(event, pads=run.request.wants_padding)
                     if event.is_terminal:
-                        await self._save(run, [*live.sent, data])
+                        _, data = await self._kept(run, event, data, live.sent)
                     elif event.type.endswith(".delta"):
                         watch.token()
                     live.tell(data)
         except asyncio.CancelledError:
-            ending = [sse(event) for event in run.cancel()]
-            await self._save(run, [*live.sent, *ending])
-            for data in ending:
-                live.tell(data)
-        except Exception:
-            _log.exception("response=%s could not be kept", run.response["id"])
+            *before, last = run.cancel()
+            told = [sse(event) for event in before]
+            _, data = await self._kept(run, last, sse(last), [*live.sent, *told])
+            for one in (*told, data):
+                live.tell(one)
         finally:
             watch.done(run.response)
             self.note(run.phases, run.response["id"])
@@ -332,6 +342,29 @@ class Service:
         assert live.task is not None
         live.task.cancel()
         await asyncio.wait([live.task])
+
+    async def _kept(self, run: Run, last: Event, data: bytes, sent: list[bytes] | None) -> tuple[Event, bytes]:
+        """Store a response before its ``last`` event is told, whose bytes are ``data``; what is told then.
+
+        A response that cannot be kept has failed: a client is not told that something is there which is not.
+        """
+        try:
+            await self._save(run, None if sent is None else [*sent, data])
+            return last, data
+        except Exception as error:
+            _log.exception("response=%s could not be kept", run.response["id"])
+            told = (
+                error
+                if isinstance(error, OssiaError)
+                else OssiaError("the response could not be stored; the server's log tells more")
+            )
+        last = run.fail(told)
+        data = sse(last)
+        try:
+            await self._save(run, None if sent is None else [*sent, data])
+        except Exception:
+            _log.exception("response=%s could not be kept as failed either", run.response["id"])
+        return last, data
 
     async def _save(self, run: Run, sent: list[bytes] | None) -> None:
         response, failed = run.response, run.response["status"] in ("failed", "cancelled")

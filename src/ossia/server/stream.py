@@ -12,7 +12,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ossia.responses.schema import dumps
+from ossia.errors import OssiaError
+from ossia.responses.schema import dumps, error_object
 
 T = TypeVar("T")
 
@@ -31,6 +32,11 @@ def caller_of(request: Request) -> str:
     return request.scope.get("ossia.caller") or ""
 
 
+def error_chunk(error: OssiaError) -> bytes:
+    """An error in a stream that has begun, as Chat Completions and Completions have it."""
+    return b"data: %b\n\n" % dumps({"error": {**error_object(error), "type": error.type, "param": None}})
+
+
 class JSONResponse(Response):
     """Our own encoder: half characters in it must not become an error of the server's."""
 
@@ -43,7 +49,8 @@ class JSONResponse(Response):
 class EventStream(Response):
     """Sends the chunks of a generator as server-sent events, what is ready at once in one piece.
 
-    Comments keep the connection open while nothing is said. When the client leaves, the generator is closed.
+    Comments keep the connection open while nothing is said. When the client leaves, the generator is closed. Where the
+    generator raises, so does this, and the connection breaks: a stream that ends in good order would look complete.
     """
 
     media_type = "text/event-stream"
@@ -56,7 +63,7 @@ class EventStream(Response):
         self._num_buffered = 0
         self._ready = asyncio.Event()
         self._drained = asyncio.Event()
-        self._is_done = False
+        self._is_done = self._is_broken = False
         # When the piece that is being sent was begun.
         self._sending_since_s = math.inf
 
@@ -82,6 +89,9 @@ class EventStream(Response):
                 if self._num_buffered > _MAX_BUFFERED:
                     self._drained.clear()
                     await self._drained.wait()
+        except Exception:
+            self._is_broken = True
+            raise
         finally:
             self._is_done = True
             self._ready.set()
@@ -103,7 +113,8 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": data, "more_body": True})
                 self._sending_since_s = math.inf
             if self._is_done and not self._buffer:
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
+                if not self._is_broken:
+                    await send({"type": "http.response.body", "body": b"", "more_body": False})
                 return
 
     async def _keep_alive(self) -> None:
@@ -179,6 +190,11 @@ async def together(work: list[Any]) -> list[Any]:
 
 async def merged(sources: list[AsyncGenerator[Any, None]]) -> AsyncGenerator[tuple[int, Any], None]:
     """What several generators yield, as it comes. Raises what one of them raises."""
+    if len(sources) == 1:
+        async with aclosing(sources[0]) as only:
+            async for item in only:
+                yield 0, item
+        return
     queue: asyncio.Queue[tuple[int, Any, BaseException | None]] = asyncio.Queue(64)
     over = object()
 
