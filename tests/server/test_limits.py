@@ -16,7 +16,7 @@ import httpx
 import openai
 import pytest
 from starlette.types import Message
-from tests.responses.scripts import FINAL, REASONED, Scripted
+from tests.responses.scripts import FINAL, REASONED, TOKENIZER, Scripted
 
 from ossia.errors import AuthError, ConfigError, LimitError
 from ossia.server.limits import Admission, Keys, Rates, check_bind
@@ -310,3 +310,37 @@ def test_a_silent_stream_is_kept_open_by_comments(serve, monkeypatch):
     monkeypatch.setattr("ossia.server.stream.KEEPALIVE_S", 0.02)
     served = serve(engine=Scripted(FINAL, delay_s=0.1))
     assert ": keepalive\n\n" in served.http.post("/v1/responses", json={"input": "?", "stream": True}).text
+
+
+def _long_requests(text: str) -> list[tuple[str, dict[str, Any]]]:
+    message = {"role": "user", "content": text}
+    parts = [{"role": "user", "content": [{"type": "input_text", "text": text}]}]
+    return [
+        ("responses", {"input": text}),
+        ("responses", {"input": [message]}),
+        ("responses", {"input": parts}),
+        ("responses", {"input": "?", "instructions": text}),
+        ("responses/input_tokens", {"input": parts}),
+        ("chat/completions", {"messages": [message]}),
+        ("messages", {"messages": [message], "max_tokens": 9}),
+        ("completions", {"prompt": text}),
+        ("completions", {"prompt": ["a", text]}),
+    ]
+
+
+@pytest.mark.parametrize("case", range(9))
+def test_long_texts_become_tokens_beside_the_event_loop(served, monkeypatch, case):
+    path, body = _long_requests("word " * 20_000)[case]
+    encode, threads = TOKENIZER._encode, []
+
+    def watched(text: str) -> list[int]:
+        if len(text) > 50_000:
+            threads.append(threading.current_thread())
+        return encode(text)
+
+    monkeypatch.setattr(TOKENIZER, "_encode", watched)
+    made = served.http.post(f"/v1/{path}", json=body).raise_for_status().json()
+    if path == "responses":
+        served.http.post("/v1/responses", json={"input": "?", "previous_response_id": made["id"]}).raise_for_status()
+        served.http.post("/v1/responses/compact", json={"input": body["input"]}).raise_for_status()
+    assert threads and served.thread not in threads

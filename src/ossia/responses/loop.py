@@ -758,7 +758,8 @@ async def summarize(model: Model, entries: Sequence[Entry]) -> tuple[str, Usage]
         truncation="auto",
         store=False,
     )
-    run = Run(request, model, History(list(entries)))
+    # Takes as long as the conversation is, which is long.
+    run = await asyncio.to_thread(Run, request, model, History(list(entries)))
     response = await finish(run)
     said = [item for item in response["output"] if item["type"] == "message" and item["phase"] == "final_answer"]
     text = "".join(part["text"] for item in said for part in item["content"])

@@ -20,7 +20,7 @@ from ossia.responses.events import DONE
 from ossia.responses.loop import Model, Phase, engine_phases
 from ossia.responses.schema import Json, dumps, new_id
 from ossia.server.sampled import Sampled
-from ossia.server.service import Service
+from ossia.server.service import Service, beside_if_long
 from ossia.server.stream import EventStream, JSONResponse, error_chunk, merged, opened, together, while_there
 
 
@@ -49,7 +49,12 @@ def router(service: Service) -> APIRouter:
     async def complete(body: CompletionRequest, request: Request) -> HttpResponse:
         model = service.model_of(body.model)
         name, num = new_id("cmpl"), body.n or 1
-        made = [_Raw(service, model, body, prompt, i, name) for prompt in _prompts(service, body) for i in range(num)]
+
+        def read() -> list[_Raw]:
+            prompts = _prompts(service, body)
+            return [_Raw(service, model, body, prompt, i, name) for prompt in prompts for i in range(num)]
+
+        made = await beside_if_long(body.prompt, read)
         frame: Json = {"id": name, "created": int(time.time()), "model": model.name}
         frame["object"] = "text_completion"
         if body.stream:

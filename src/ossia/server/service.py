@@ -34,7 +34,7 @@ from ossia.server.tracing import Tracing, current_trace
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# Items of a request from this many characters on are read beside the event loop: it is tokenization that takes time.
+# What is read beside the event loop from this many characters on: it is tokenization that takes time.
 _LONG_INPUT_CHARS = 50_000
 # Names of tools and fields that the log has told of already.
 _MAX_PASSED_BY = 1_000
@@ -174,8 +174,8 @@ class Service:
         check_request(request)
         history, references = await self.history(request, owner), await self.references(request, owner)
         toolbox = await self.toolbox(request, history, owner, can_ask=can_ask)
-        return await self.beside_if_long(
-            request,
+        return await _beside_if(
+            _is_long(request, history),
             lambda: Run(request, model, history, references=references, extras=extras, toolbox=toolbox, owner=owner),
         )
 
@@ -198,7 +198,7 @@ class Service:
         history, references = await self.history(request, owner), await self.references(request, owner)
         toolbox = await self.toolbox(request, history, owner) or model.toolbox()
         read = lambda: prepare(request, model, history, references, toolbox)  # noqa: E731
-        return history, await self.beside_if_long(request, read)
+        return history, await _beside_if(_is_long(request, history), read)
 
     async def _file(self, file_id: str, owner: str) -> tuple[str, bytes]:
         return await self.store.run(self.store.file_content, file_id, owner)
@@ -227,12 +227,6 @@ class Service:
         if request.conversation is not None:
             return await self.store.run(self.store.conversation_history, request.conversation_id, owner)
         return History()
-
-    async def beside_if_long(self, request: PromptRequest, work: Callable[[], T]) -> T:
-        text = request.input if isinstance(request.input, str) else ""
-        # Tools and schemas are compiled into a grammar.
-        is_long = len(text) > _LONG_INPUT_CHARS or len(request.input_items) > 8 or bool(request.tools or request.text)
-        return await asyncio.to_thread(work) if is_long else work()
 
     @asynccontextmanager
     async def turn(self, phases: Sequence[list[Phase]]) -> AsyncIterator[None]:
@@ -403,6 +397,38 @@ class Service:
         self.store.close()
         if self.tracing is not None:
             await asyncio.to_thread(self.tracing.close)
+
+
+async def beside_if_long(given: object, work: Callable[[], T]) -> T:
+    """Do work that takes as long as what was ``given`` is, JSON values: beside the event loop if that is long."""
+    return await _beside_if(_num_chars(given) > _LONG_INPUT_CHARS, work)
+
+
+async def _beside_if(is_long: bool, work: Callable[[], T]) -> T:
+    return await asyncio.to_thread(work) if is_long else work()
+
+
+def _is_long(request: PromptRequest, history: History) -> bool:
+    # Tools and schemas are compiled into a grammar; a user's words in a history are made tokens each time.
+    items = [*(entry.item for entry in history.entries), *request.input_items]
+    has_forms = bool(request.tools or request.text)
+    return has_forms or len(items) > 8 or _num_chars([request.instructions, *items]) > _LONG_INPUT_CHARS
+
+
+def _num_chars(value: object) -> int:
+    """Characters of all texts in JSON values; of a number, one."""
+    num, left = 0, [value]
+    while left:
+        match left.pop():
+            case str() as text:
+                num += len(text)
+            case list() as values:
+                left += values
+            case dict() as fields:
+                left += fields.values()
+            case int() | float():
+                num += 1
+    return num
 
 
 def split(events: bytes) -> list[bytes]:
