@@ -152,3 +152,44 @@ def test_a_strict_function_and_a_clients_grammars_bind(grammars):
         "<|channel|>commentary to=browser.search<|message|>x<|call|>": False,
     }.items():
         assert accepts(grammars(turn), text) == is_allowed, text
+
+
+def function(**fields):
+    return {"type": "function", "name": "g", "parameters": ONE, **fields}
+
+
+@pytest.mark.parametrize("given", [{}, {"strict": None}, {"strict": True}])
+def test_a_function_that_does_not_say_is_strict(grammars, given):
+    run = run_of(model(FINAL, constrain=grammars), tools=[function(**given)])
+    assert [accepts(run._constrain(), call("g", {"a": a})) for a in (1, 2)] == [True, False]
+    assert run.response["tools"][0]["strict"] is True
+
+
+@pytest.mark.parametrize("given", [{"strict": False}, {"parameters": {"type": "object", "not": {}}}])
+def test_a_function_that_says_so_or_cannot_be_strict_takes_any_object(grammars, given):
+    run = run_of(model(FINAL, constrain=grammars), tools=[F, function(**given)])
+    assert accepts(run._constrain(), call("g", {"a": 2}))
+    assert [tool["strict"] for tool in run.response["tools"]] == [True, False]
+
+
+def test_a_schema_that_cannot_be_enforced_is_an_error_where_strict_was_asked_for(grammars):
+    with pytest.raises(InputError, match="not"):
+        run_of(model(FINAL, constrain=grammars), tools=[function(strict=True, parameters={"not": {}})])
+
+
+def test_functions_that_are_too_much_together_give_way_if_nobody_asked(monkeypatch, grammars):
+    monkeypatch.setattr("ossia.harmony.grammar.MAX_TEXT_CHARS", 2_000)
+    large = {"type": "object", "properties": {f"p{i}": {"enum": ["x" * 50]} for i in range(30)}}
+    run = run_of(model(FINAL, constrain=grammars), tools=[function(parameters=large)])
+    assert run.response["tools"][0]["strict"] is False
+    with pytest.raises(InputError):
+        run_of(model(FINAL, constrain=grammars), tools=[function(parameters=large, strict=True)])
+
+
+def test_functions_of_namespaces_and_found_ones_are_strict_too(grammars):
+    space = {"type": "namespace", "name": "crm", "description": "", "tools": [function()]}
+    added = {"type": "additional_tools", "tools": [function(name="more")]}
+    run = run_of(model(FINAL, constrain=grammars), tools=[space], input=[added, {"role": "user", "content": "?"}])
+    for name, space in (("g", "crm"), ("more", "functions")):
+        said = [call(name, {"a": a}).replace("functions.", f"{space}.") for a in (1, 2)]
+        assert [accepts(run._constrain(), text) for text in said] == [True, False]

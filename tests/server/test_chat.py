@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from tests.responses.scripts import CALL, FINAL, PREAMBLE, REASONED, TOKENIZER, tokens
 
 from ossia.server.chat import ChatRequest, _Frame, to_response_request
+from ossia.server.messages import _tool
 
 PARAMETERS = {"type": "object", "properties": {"a": {"type": "number"}}}
 ADD = {"type": "function", "function": {"name": "add", "parameters": PARAMETERS}}
@@ -84,6 +85,16 @@ def test_a_custom_tool_is_called_with_text(served):
 
 class Sum(BaseModel):
     value: int
+
+
+def test_functions_of_these_forms_are_strict_only_where_they_say_so():
+    schema = {"type": "object"}
+    for given, is_strict in (({}, False), ({"strict": None}, False), ({"strict": True}, True)):
+        flat = {"name": "f", "parameters": schema, **given}
+        tools = [{"type": "function", "function": flat}]
+        (tool,) = to_response_request(ChatRequest(messages=[USER], tools=tools)).tools
+        assert tool["strict"] is is_strict
+        assert _tool({"name": "f", "input_schema": schema, **given})["strict"] is is_strict
 
 
 def test_structured_output_is_asked_for_and_parsed(served):

@@ -375,7 +375,7 @@ def test_every_parameter_is_echoed_and_unknown_ones_are_named(served):
     given = {
         "instructions": "Be brief.", "metadata": {"a": "b"}, "temperature": 0.5, "top_p": 0.9, "top_logprobs": 2,
         "max_output_tokens": 99, "max_tool_calls": 3, "truncation": "auto", "parallel_tool_calls": False,
-        "tool_choice": "none", "tools": [{**ADD, "strict": None}], "user": "me", "safety_identifier": "x",
+        "tool_choice": "none", "tools": [{**ADD, "strict": True}], "user": "me", "safety_identifier": "x",
         "prompt_cache_key": "k", "prompt_cache_retention": "24h", "store": False, "background_options": {"x": 1},
         "reasoning": {"effort": "high", "summary": "auto", "context": "all_turns", "mode": "standard"},
     }  # fmt: skip

@@ -57,7 +57,7 @@ def _tool(function: Function) -> Tool:
     namespace = function.namespace or "functions"
     if function.kind != "custom":
         return Tool.function(
-            function.name, function.parameters, strict=function.strict, namespace=namespace, param=function.param
+            function.name, function.parameters, strict=bool(function.strict), namespace=namespace, param=function.param
         )
     shape = function.format or {}
     syntax: Any = shape.get("syntax") if shape.get("type") == "grammar" else "text"

@@ -196,13 +196,11 @@ class Run:
         self.toolbox = toolbox if toolbox is not None else model.toolbox()
         prepared = prepare(request, model, self.history, references, self.toolbox)
         request = self.request = prepared.request
-        self.tools, self.input, self.current_date = prepared.tools, prepared.entries, prepared.current_date
+        self.tools = prepared.tools.settled(strictly=True)
+        self.input, self.current_date = prepared.entries, prepared.current_date
         self._choice, self._prompt = prepared.choice, prepared.prompt
         sampled = model.sampled(temperature=request.temperature, top_p=request.top_p)
         self.response = new_response(request, model.name, sampled)
-        # Tools that are not offered here are not echoed as if they were.
-        offered = [tool for tool in self.response["tools"] if tool["type"] not in self.tools.ignored]
-        self.response["tools"] = [without_secrets(tool) for tool in offered]
         self.response["input_transformations"] = self.history.transformations
         self._extras = extras or Extras()
         self._builder = Builder(self.response, self.tools, toolbox=self.toolbox, stops=self._extras.stops)
@@ -237,7 +235,16 @@ class Run:
         # Fails here, before anything is sent, if the prompt cannot fit or a schema cannot be enforced.
         if not (self._is_compaction or self._is_long):
             self._fit(self._params)
-        self._constraint = self._constrain()
+        try:
+            self._constraint = self._constrain()
+        except InputError:
+            # Schemas that can be enforced one by one may be too much together: those that nobody asked for give way.
+            loose = prepared.tools.settled(strictly=False)
+            if loose == self.tools:
+                raise
+            self.tools = loose
+            self._constraint = self._constrain()
+        self.response["tools"] = self._echoed_tools()
         # All that was said since the input, as the next prompt repeats it.
         self._turn: list[Spoken] = []
 
@@ -298,6 +305,17 @@ class Run:
         """The event in place of the last one, for a response that has ended and could not be kept."""
         self.error = error
         return self._builder.fail(error)
+
+    def _echoed_tools(self) -> list[Json]:
+        """The tools as the response shows them: those that are offered here, functions strict or not as they are."""
+        strict = {function.param: function.strict for function in self.tools.functions}
+        shown = []
+        for i, tool in enumerate(self.response["tools"]):
+            if tool["type"] == "function":
+                tool = {**tool, "strict": strict.get(f"tools[{i}]", tool["strict"])}
+            if tool["type"] not in self.tools.ignored:
+                shown.append(without_secrets(tool))
+        return shown
 
     # The loop --------------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from ossia.errors import InputError
 from ossia.harmony import Message, ToolDescription, ToolNamespace
+from ossia.harmony.strict_schema import enforceable
 from ossia.responses.client_tools import CLIENT_TOOLS
 from ossia.responses.schema import Json
 from ossia.tools.base import RESERVED_NAMESPACES
@@ -51,7 +52,8 @@ class Function:
     description: str = ""
     # JSON Schema of the arguments; None for a function without any.
     parameters: Mapping[str, Any] | None = None
-    strict: bool = False
+    # Whether arguments must match the schema; None where the request does not say.
+    strict: bool | None = False
     # Of a custom tool: {"type": "text"} or {"type": "grammar", "syntax": "lark" | "regex", "definition": ...}.
     format: Mapping[str, Any] | None = None
     # The place in the request, for errors.
@@ -155,6 +157,19 @@ class Tools:
                 if function.recipient == candidate:
                     return function
         return None
+
+    def settled(self, *, strictly: bool) -> Tools:
+        """The tools where each function is strict or not: one that does not say is if its schema can be enforced.
+
+        Without ``strictly`` none of those is.
+        """
+
+        def decide(function: Function) -> Function:
+            if function.strict is not None:
+                return function
+            return replace(function, strict=strictly and _is_enforceable(function))
+
+        return replace(self, functions=tuple(map(decide, self.functions)), found=tuple(map(decide, self.found)))
 
     @property
     def callable(self) -> tuple[Function, ...]:
@@ -330,7 +345,16 @@ def _function(tool: Json, namespace: str | None, where: str) -> Function:
     parameters = tool.get("parameters")
     if parameters is not None and not isinstance(parameters, dict):
         raise InputError(f"{where}.parameters is no JSON Schema object", param=f"{where}.parameters")
-    return Function(kind, name, namespace, description, parameters or None, bool(tool.get("strict")), param=where)
+    strict = None if tool.get("strict") is None else bool(tool["strict"])
+    return Function(kind, name, namespace, description, parameters or None, strict, param=where)
+
+
+def _is_enforceable(function: Function) -> bool:
+    try:
+        enforceable(function.parameters or {}, function.param, root_type="object")
+    except InputError:
+        return False
+    return True
 
 
 def _is_client_run(tool: Json) -> bool:

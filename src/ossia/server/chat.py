@@ -228,6 +228,9 @@ def to_response_request(body: ChatRequest) -> ResponseRequest:
     asked = body.model_dump(include=_EFFORT_FIELDS) | (body.model_extra or {})
     tools = [_flat(tool) for tool in body.tools or ()]
     for i, tool in enumerate(tools):
+        if tool.get("type") == "function":
+            # Here a function that does not say is not strict; in the Responses API it is, if it can be.
+            tools[i] = {**tool, "strict": bool(tool.get("strict"))}
         if tool.get("type") in CLIENT_TOOLS:
             raise InputError(
                 f"tools[{i}] is of type {tool['type']!r}, which only the Responses API can call; declare a function",

@@ -181,7 +181,7 @@ def _tool(tool: Json) -> Json:
     if tool.get("type") not in (None, "custom"):
         return {"type": str(tool["type"])}  # A tool of Anthropic's own: passed by, and said so.
     described = {key: tool.get(key) for key in ("name", "description")}
-    return {"type": "function", **described, "parameters": tool.get("input_schema"), "strict": tool.get("strict")}
+    return {"type": "function", **described, "parameters": tool.get("input_schema"), "strict": bool(tool.get("strict"))}
 
 
 def _choice(choice: Json | None) -> str | Json | None:
