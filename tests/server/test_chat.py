@@ -295,6 +295,33 @@ def test_a_tool_result_continues_exactly(served):
     assert after[: len(prompt) + len(sampled)] == prompt + sampled
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ([{"type": "image", "source": {}}], "[image left out: this model reads text only]"),
+        ([{"type": "text", "text": "a.pdf:"}, {"type": "document", "source": {}}],
+         "a.pdf:\n[document left out: this model reads text only]"),
+        ([{"type": "text", "text": "one"}, {"type": "text", "text": "two"}], "one\ntwo"),
+        (None, ""),
+    ],
+)  # fmt: skip
+def test_what_a_tool_result_holds_beside_text_is_named_to_the_model(served, content, told):
+    result = {"type": "tool_result", "tool_use_id": "t", "content": content, "is_error": True}
+    call = {"type": "tool_use", "id": "t", "name": "add", "input": {}}
+    said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": [call]}]
+    messages(served, messages=[*said, {"role": "user", "content": [result]}])
+    assert f"<|message|>Error: {told}<|end|>" in TOKENIZER.decode(served.engine.prompts[-1])
+
+
+@pytest.mark.parametrize("content", [7, {}, ["x"], [{"type": "text"}], [{"type": {}}]])
+def test_a_tool_result_that_is_none_is_the_clients_fault(served, content):
+    result = {"type": "tool_result", "tool_use_id": "t", "content": content}
+    call = {"type": "tool_use", "id": "t", "name": "add", "input": {}}
+    body = {"messages": [{"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]}
+    answer = served.http.post("/v1/messages", json={**body, "max_tokens": 9})
+    assert answer.status_code == 400 and "messages[1].content[0].content" in answer.text
+
+
 def test_messages_know_budgets_stops_and_counts(served):
     engine = served.play(REASONED + FINAL)
     stopped = messages(served, stop_sequences=[" is"], thinking={"type": "enabled", "budget_tokens": 30_000}).json()

@@ -507,18 +507,23 @@ def _content_text(content: object, where: str, *, skips: bool = False) -> str:
         return content
     if not isinstance(content, list):
         raise InputError(f"{where} is {str(content)[:80]!r}; expected a text or a list of parts", param=where)
-    texts = []
-    for i, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else None
-        if (kind in _TEXT_PARTS or kind == "refusal") and isinstance(text, str):
-            texts.append(text)
-        elif skips and kind in ("input_image", "input_file", "image", "image_url", "file"):
-            texts.append(f"[{kind.removeprefix('input_').removesuffix('_url')} left out: this model reads text only]")
-        else:
-            met = f"a part of type {kind!r}" if kind else str(part)[:80]
-            raise InputError(f"{where}[{i}] is {met}; this model reads text only", param=f"{where}[{i}]")
-    return "".join(texts)
+    return "".join(part_text(part, f"{where}[{i}]", skips=skips) for i, part in enumerate(content))
+
+
+def part_text(part: object, where: str, *, skips: bool = False) -> str:
+    """The text of one part of a content. Raises InputError, with ``skips`` only for what is no part."""
+    fields = part if isinstance(part, dict) else {}
+    kind = fields.get("type")
+    if isinstance(kind, str):
+        is_text = kind in _TEXT_PARTS or kind == "refusal"
+        text = fields.get("refusal" if kind == "refusal" else "text")
+        if is_text and isinstance(text, str):
+            return text
+        if skips and not is_text:
+            left_out = kind.removeprefix("input_").removesuffix("_url")[:40]
+            return f"[{left_out} left out: this model reads text only]"
+    met = f"a part of type {str(kind)[:80]!r}" if kind else str(part)[:80]
+    raise InputError(f"{where} is {met}; this model reads text only", param=where)
 
 
 # Entries to a prompt ---------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response as HttpResponse
 
 from ossia.errors import InputError
+from ossia.responses.convert import part_text
 from ossia.responses.events import Event
 from ossia.responses.loop import Extras, Run
 from ossia.responses.schema import Json, Number, ResponseRequest, dumps, new_id
@@ -151,7 +152,7 @@ def _items(message: Json, where: str) -> Iterator[Json]:
                 yield {"type": "function_call", "call_id": block.get("id"), "name": block.get("name"),
                        "arguments": arguments}  # fmt: skip
             case "tool_result":
-                text = _text(block.get("content"), f"{where}.content[{i}]")
+                text = _answer(block.get("content"), f"{where}.content[{i}].content")
                 output = f"Error: {text}" if block.get("is_error") else text
                 yield {"type": "function_call_output", "call_id": block.get("tool_use_id"), "output": output}
             case other:
@@ -159,6 +160,15 @@ def _items(message: Json, where: str) -> Iterator[Json]:
                     f"{where}.content[{i}] is a block of type {other!r}; this model reads text only",
                     param=f"{where}.content[{i}]",
                 )
+
+
+def _answer(content: object, where: str) -> str:
+    """What a tool has said. The model is told of a block that it cannot read: a picture must not end a conversation."""
+    if isinstance(content, str) or content is None:
+        return content or ""
+    if not isinstance(content, list):
+        raise InputError(f"{where} is {str(content)[:80]!r}; expected a text or a list of blocks", param=where)
+    return "\n".join(part_text(block, f"{where}[{i}]", skips=True) for i, block in enumerate(content))
 
 
 def _text(content: str | list[Json] | None, where: str) -> str:
