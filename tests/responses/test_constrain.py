@@ -154,6 +154,12 @@ def test_a_strict_function_and_a_clients_grammars_bind(grammars):
         assert accepts(grammars(turn), text) == is_allowed, text
 
 
+def test_a_syntax_that_is_none_is_named(grammars):
+    with pytest.raises(InputError) as raised:
+        run_of(model(FINAL, constrain=grammars), tools=[{**C, "format": {"type": "grammar", "syntax": {}}}])
+    assert raised.value.param == "tools[0].format.syntax"
+
+
 def function(**fields):
     return {"type": "function", "name": "g", "parameters": ONE, **fields}
 

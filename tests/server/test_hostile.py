@@ -56,6 +56,47 @@ BODIES = {
 }
 
 
+USER = {"role": "user", "content": "x"}
+# Endpoint, body, and the field that is at fault.
+FAULTS = [
+    ("responses", {"input": [{"role": "user", "content": [{"type": {}}]}]}, "input[0].content[0]"),
+    ("responses", {"input": [{"role": "user", "content": [{"type": []}]}]}, "input[0].content[0]"),
+    ("responses", {"input": [{"type": "unknown", "call_id": [1]}]}, "input[0].call_id"),
+    ("responses", {"input": [{"role": "user", "id": "\ud800", "content": "x"}]}, "input[0].id"),
+    ("responses", {"input": [{"role": "user", "id": "a\0b", "content": "x"}]}, "input[0].id"),
+    ("responses", {"input": [{"type": "unknown", "id": [1]}]}, "input[0].id"),
+    ("conversations", {"items": [{"type": "message", "role": "user", "id": "\0", "content": "x"}]}, "input[0].id"),
+    ("chat/completions", {"messages": [USER], "tools": [{"type": {}}]}, "tools[0].type"),
+    ("chat/completions", {"messages": [USER], "logit_bias": {"9" * 5_000: 1}}, "logit_bias"),
+    ("chat/completions", {"messages": [USER], "logit_bias": {"1": 101}}, "logit_bias"),
+    ("completions", {"prompt": "x", "logit_bias": {"1": 1e308}}, "logit_bias"),
+    ("completions", {"prompt": "x", "repetition_penalty": 1e308}, "repetition_penalty"),
+    ("completions", {"prompt": "x", "stop": "\ud800"}, "stop"),
+    ("completions", {"prompt": "x", "stop": ["a", "b\udfff"]}, "stop"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "param"), FAULTS, ids=str)
+def test_a_malformed_field_is_named(served, path, body, param):
+    headers = {"content-type": "application/json"}
+    answer = served.http.post(f"/v1/{path}", content=json.dumps(body), headers=headers)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"].startswith(param)
+
+
+def test_what_was_sealed_as_something_else_is_no_thought(served):
+    summed = served.http.post("/v1/responses/compact", json={"input": "x"}).json()["output"][-1]
+    thought = {"type": "reasoning", "summary": [], "encrypted_content": summed["encrypted_content"]}
+    made = served.http.post("/v1/responses", json={"input": [thought, USER]}).raise_for_status().json()
+    assert made["input_transformations"][0]["action"] == "removed"
+
+
+def test_an_item_that_does_not_concern_the_model_gets_an_id_if_it_has_none(served):
+    made = served.http.post("/v1/responses", json={"input": [{"type": "unknown", "id": None}, USER]})
+    listed = served.http.get(f"/v1/responses/{made.json()['id']}/input_items?order=asc").json()["data"]
+    assert listed[0]["id"].startswith("item_")
+
+
 def operations(served) -> list[tuple[str, str]]:
     document = served.http.get("/openapi.json").json()
     return [(method.upper(), path) for path, methods in document["paths"].items() for method in methods]

@@ -24,6 +24,10 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 NO_TOKEN = -1
 
 
+# What is done to logits must leave numbers of 32 bits.
+_LARGEST = 1e30
+
+
 class Constraint(Protocol):
     """Says which tokens may come next in one sequence: a grammar, a cap on reasoning, or both.
 
@@ -104,15 +108,17 @@ class SamplingParams:
         self._check("min_p", 0 <= self.min_p <= 1, "between 0 and 1")
         self._check("presence_penalty", -2 <= self.presence_penalty <= 2, "between -2 and 2")
         self._check("frequency_penalty", -2 <= self.frequency_penalty <= 2, "between -2 and 2")
-        self._check("repetition_penalty", 0 < self.repetition_penalty < math.inf, "finite and above 0")
-        self._check("logit_bias", all(map(math.isfinite, self.logit_bias.values())), "finite for each token")
+        is_usable = 1 / _LARGEST <= self.repetition_penalty <= _LARGEST
+        self._check("repetition_penalty", is_usable, f"above 0 and at most {_LARGEST:g}")
+        biases = self.logit_bias.values()
+        self._check("logit_bias", all(abs(bias) <= _LARGEST for bias in biases), f"within {_LARGEST:g} for each token")
         self._check("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "an integer of 64 bits")
         self._check("top_logprobs", self.top_logprobs >= 0, "at least 0")
         self._check("score_from", self.score_from is None or self.score_from >= 1, "at least 1: nothing precedes 0")
         self._check("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1")
         self._check("min_tokens", self.min_tokens >= 0, "at least 0")
         self._check("stop_sequences", all(self.stop_sequences), "sequences of at least one token")
-        self._check("stop_strings", all(self.stop_strings), "texts of at least one character")
+        self._check("stop_strings", all(map(_is_text, self.stop_strings)), "texts of at least one whole character")
 
     def _check(self, name: str, valid: bool, expected: str) -> None:
         if not valid:
@@ -136,6 +142,10 @@ class SamplingParams:
             raise InputError(
                 f"top_logprobs is {self.top_logprobs}; this model has {vocab_size} tokens", param="top_logprobs"
             )
+
+
+def _is_text(value: str) -> bool:
+    return bool(value) and not any(0xD800 <= ord(one) <= 0xDFFF for one in value)
 
 
 class Scored(NamedTuple):

@@ -62,6 +62,9 @@ def _tool(function: Function) -> Tool:
     shape = function.format or {}
     syntax: Any = shape.get("syntax") if shape.get("type") == "grammar" else "text"
     definition = shape.get("definition") or ""
+    if syntax not in ("text", "lark", "regex"):
+        param = f"{function.param}.format.syntax"
+        raise InputError(f"{param} is {str(syntax)[:80]!r}; expected lark or regex", param=param)
     if not isinstance(definition, str):
         raise InputError(f"{function.param}.format.definition is no text", param=f"{function.param}.format")
     return Tool.custom(function.name, syntax, definition, namespace=namespace, param=function.param)

@@ -192,6 +192,9 @@ class Reader:
             if not isinstance(item, dict):
                 raise InputError(f"{where} is {str(item)[:80]!r}; expected an object", param=where)
             entry = self._entry(item, where, calls, out)
+            if not isinstance(entry.item.get("call_id"), str | None):
+                met = str(entry.item["call_id"])[:80]
+                raise InputError(f"{where}.call_id is {met!r}; expected a text", param=f"{where}.call_id")
             if "call_id" in entry.item and not entry.item["type"].endswith("_output"):
                 calls[entry.item["call_id"]] = (entry.item, entry.spoken)
             out.append(entry)
@@ -227,7 +230,7 @@ class Reader:
             case "compaction":
                 return self._compaction(item, where)
             case str():
-                return Entry({"id": _text(item.get("id"), where) or new_id("item"), **item})
+                return Entry({**item, "id": _text(item.get("id"), f"{where}.id") or new_id("item")})
             case _:
                 raise InputError(f"{where} has neither a type nor a role", param=f"{where}.type")
 
@@ -272,7 +275,9 @@ class Reader:
 
     def _open(self, sealed: str) -> Spoken | None:
         data = self.seal.open(sealed)
-        return None if data is None else Spoken.from_dict(json.loads(data))
+        given = json.loads(data) if data is not None else None
+        # What else was sealed here is no thought.
+        return Spoken.from_dict(given) if isinstance(given, dict) and given.keys() == set(Spoken._fields) else None
 
     def _call(self, item: Json, kind: str, where: str, out: list[Entry]) -> Entry:
         is_function = kind == "function_call"
@@ -348,9 +353,9 @@ class Reader:
         return Entry(kept, (Spoken(call), Spoken(tool_message(recipient, channel, answer))))
 
     def _approval_request(self, item: Json, where: str, out: list[Entry]) -> Entry:
-        identity, given = item.get("id"), item.get("arguments")
+        identity, given = _text(item.get("id"), f"{where}.id"), item.get("arguments")
         recipient = _mcp_recipient(item, where)
-        if not isinstance(identity, str) or not isinstance(given, str):
+        if not identity or not isinstance(given, str):
             raise InputError(f"{where} is an mcp_approval_request without id or arguments", param=where)
         turn = self._recalled(identity, recipient, given, out)
         call = Message(
@@ -437,7 +442,7 @@ class Reader:
             raise InputError(
                 f"{where} is a compaction that this server did not make; send the items it stands for", param=where
             )
-        return Entry({**item, "id": _text(item.get("id"), where) or new_id("cmp")}, summary.spoken())
+        return Entry({**item, "id": _text(item.get("id"), f"{where}.id") or new_id("cmp")}, summary.spoken())
 
 
 def _mcp_recipient(item: Json, where: str) -> str:
@@ -488,7 +493,8 @@ def _same_arguments(sampled: str, given: str) -> bool:
 def _text(value: object, where: str) -> str:
     if value is None:
         return ""
-    if not isinstance(value, str) or len(value) > 512:
+    # A database holds no half characters, and not every one NULs.
+    if not isinstance(value, str) or len(value) > 512 or not value.isprintable():
         raise InputError(f"{where} is {str(value)[:80]!r}; expected a short text", param=where)
     return value
 

@@ -231,7 +231,7 @@ def to_response_request(body: ChatRequest) -> ResponseRequest:
         if tool.get("type") == "function":
             # Here a function that does not say is not strict; in the Responses API it is, if it can be.
             tools[i] = {**tool, "strict": bool(tool.get("strict"))}
-        if tool.get("type") in CLIENT_TOOLS:
+        if isinstance(tool.get("type"), str) and tool["type"] in CLIENT_TOOLS:
             raise InputError(
                 f"tools[{i}] is of type {tool['type']!r}, which only the Responses API can call; declare a function",
                 param=f"tools[{i}].type",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from ossia.errors import InputError
 from ossia.responses.schema import Json, Number
 
 _MAX_CHOICES = 16
 
+# As a text, since it is the key of an object.
+TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
 Stops = str | Annotated[list[str], Field(max_length=16)] | None
 
 
@@ -37,11 +38,19 @@ class Sampled(BaseModel):
     top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[str, Number] | None = None
+    logit_bias: dict[TokenId, Annotated[Number, Field(ge=-100, le=100)]] | None = None
     # As other servers have them.
     top_k: int | None = Field(default=None, ge=-1)
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[Number, Field(gt=0)] | None = None
+
+    @field_validator("stop")
+    @classmethod
+    def _whole_characters(cls, stop: Stops) -> Stops:
+        for text in [stop] if isinstance(stop, str) else stop or ():
+            if any(0xD800 <= ord(one) <= 0xDFFF for one in text):
+                raise ValueError("a text with half a character, which no answer holds")
+        return stop
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -50,11 +59,7 @@ class Sampled(BaseModel):
 
     def sampling(self, choice: int) -> Json:
         """Fields of SamplingParams that were given; every choice draws its own."""
-        bias = {}
-        for token, value in (self.logit_bias or {}).items():
-            if not token.isdecimal():
-                raise InputError(f"logit_bias names token {token[:40]!r}; expected a token id", param="logit_bias")
-            bias[int(token)] = value
+        bias = {int(token): value for token, value in (self.logit_bias or {}).items()}
         fields = {
             "seed": None if self.seed is None else (self.seed + choice) % 2**63,
             "frequency_penalty": self.frequency_penalty,
