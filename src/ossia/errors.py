@@ -3,10 +3,12 @@
     OssiaError
     ├── InputError                 the request, prompt, schema or flag is not usable      400
     │   ├── ContextLengthError     the request can never fit the context or the memory    400
+    │   ├── PreviousResponseError  the response that a request continues is not there     400
     │   ├── UnsupportedError       a parameter of the API that ossia does not have        400
     │   ├── TooLargeError          the request's body is larger than allowed              413
     │   └── ConfigError            a setting (flag, OSSIA_* variable, TOML) is not usable 400
-    ├── NotFoundError              a model, response or file that was named is not there  404
+    ├── NotFoundError              a response or file that was named is not there         404
+    │   └── ModelNotFoundError     a model that was named is not served                   404
     ├── AuthError                  no key, or one that is not known                       401
     │   └── ForbiddenError         a web page asks that has no business here              403
     ├── LimitError                 too many requests now; later the same one may pass     429
@@ -53,6 +55,12 @@ class ContextLengthError(InputError):
     code = "context_length_exceeded"
 
 
+class PreviousResponseError(InputError):
+    """The response that a request continues was not stored, was deleted or has expired."""
+
+    code = "previous_response_not_found"
+
+
 class UnsupportedError(InputError):
     """The API has this, ossia does not."""
 
@@ -78,6 +86,12 @@ class NotFoundError(OssiaError):
     status = 404
     type = "invalid_request_error"
     code = "not_found"
+
+
+class ModelNotFoundError(NotFoundError):
+    """The model that a request names is not served."""
+
+    code = "model_not_found"
 
 
 class AuthError(OssiaError):

@@ -218,7 +218,7 @@ def errors(client: OpenAI) -> None:
     for wrong, fields in (
         (openai.BadRequestError, {"temperature": 9}),
         (openai.NotFoundError, {"model": "gpt-5"}),
-        (openai.NotFoundError, {"previous_response_id": "resp_gone"}),
+        (openai.BadRequestError, {"previous_response_id": "resp_gone"}),
         (openai.BadRequestError, {"tool_choice": "required"}),
     ):
         try:

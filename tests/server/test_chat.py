@@ -8,10 +8,14 @@ from typing import Any
 import openai
 import pytest
 from pydantic import BaseModel
-from tests.responses.scripts import CALL, FINAL, PREAMBLE, REASONED, TOKENIZER, tokens
+from tests.responses.scripts import CALL, FINAL, PREAMBLE, REASONED, TOKENIZER, model, tokens
+from tests.server.conftest import Served
 
+from ossia.engine.masks import GrammarCompiler
+from ossia.responses.constrain import Grammars
 from ossia.server.chat import ChatRequest, _Frame, to_response_request
 from ossia.server.messages import _tool
+from ossia.server.store import Store
 
 PARAMETERS = {"type": "object", "properties": {"a": {"type": "number"}}}
 ADD = {"type": "function", "function": {"name": "add", "parameters": PARAMETERS}}
@@ -184,6 +188,66 @@ def test_reasoning_can_be_left_out(served):
 def test_what_cannot_be_is_the_clients_fault(served, fields):
     with pytest.raises(openai.BadRequestError):
         chat(served, **fields)
+
+
+PICTURE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+THOUGHT = {"role": "assistant", "reasoning": "t", "content": "x", "tool_calls": [
+    {"id": "c", "type": "function", "function": {"name": "add", "arguments": "{}"}}]}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"messages": [THOUGHT, {"role": "tool", "tool_call_id": "c", "content": "y"}, PICTURE]},
+         "messages[2].content[0]"),
+        ({"messages": [{"role": "nobody", "content": "a"}]}, "messages[0].role"),
+        ({"messages": [THOUGHT, {"role": "tool", "tool_call_id": "c", "content": [{}]}]}, "messages[1].content[0]"),
+        ({"messages": [USER, {"role": "tool", "tool_call_id": "gone", "content": "y"}]}, "messages[1]"),
+        ({"messages": [{"role": "assistant", "tool_calls": [THOUGHT["tool_calls"][0], {"type": "function", "function":
+          {}}]}]}, "messages[0].tool_calls[1]"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
+        ({"response_format": {"type": "yaml"}}, "response_format.type"),
+        ({"reasoning_effort": "enormous"}, "reasoning_effort"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+        ({"model": "gpt-5"}, "model"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_fields_of_chat_completions(served, body, param):
+    error = served.http.post("/v1/chat/completions", json={"messages": [USER], **body}).json()["error"]
+    assert error["param"] == param
+    assert not any(word in error["message"] for word in ("input[", "text.format", "reasoning.effort"))
+
+
+@pytest.mark.parametrize(
+    ("body", "place"),
+    [
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 7}]}]}, "messages[0].content[0].text"),
+        ({"messages": [USER, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t"}]}]},
+         "messages[1].content[0]"),
+        ({"output_config": {"effort": "enormous"}}, "output_config.effort"),
+        ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_fields_of_messages(served, body, place):
+    for path in ("messages", "messages/count_tokens"):
+        body = {"messages": [USER], "max_tokens": 9, **body}
+        assert served.http.post(f"/v1/{path}", json=body).json()["error"]["message"].startswith(place)
+
+
+WRONG = {"name": "x", "strict": True, "schema": {"not": {}}}
+
+
+@pytest.mark.parametrize(
+    "body", [{"response_format": {"type": "json_schema", "json_schema": WRONG}}, {"guided_json": WRONG["schema"]}]
+)
+def test_a_schema_that_cannot_be_enforced_is_named_as_it_was_given(body):
+    constrain = Grammars(GrammarCompiler(TOKENIZER))
+    served = Served(model(FINAL, constrain=constrain), Store("sqlite://"))
+    error = served.http.post("/v1/chat/completions", json={"messages": [USER], **body}).json()["error"]
+    place = "response_format.json_schema.schema" if "response_format" in body else "guided_json"
+    assert error["param"] == place and error["message"].startswith(place)
+    served.stop()
 
 
 def test_a_failure_in_a_stream_is_told(serve):

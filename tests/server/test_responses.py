@@ -87,7 +87,7 @@ def test_a_chain_of_responses_tells_the_whole_story_and_instructions_are_not_inh
 
 def test_a_missing_link_of_the_chain_is_named(served):
     answer = create(served, previous_response_id="resp_gone")
-    assert answer.status_code == 404
+    assert answer.status_code == 400
     assert "resp_gone" in answer.json()["error"]["message"]
     assert answer.json()["error"]["param"] == "previous_response_id"
 
@@ -405,6 +405,20 @@ def test_errors_have_the_apis_shape_and_class(served, body, status, param):
     assert error.keys() == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
     assert error["param"] == param
     assert answer.headers["x-request-id"].startswith("req_")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code", "param"),
+    [
+        ({"previous_response_id": "resp_gone"}, 400, "previous_response_not_found", "previous_response_id"),
+        ({"previous_response_id": "\0"}, 400, "previous_response_not_found", "previous_response_id"),
+        ({"model": "gpt-5"}, 404, "model_not_found", "model"),
+    ],
+)
+def test_what_is_not_there_has_the_apis_code(served, body, status, code, param):
+    answer = create(served, **body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (status, code, param)
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"x"', b"[" * 100_000, b"\xff", b'{"input": 1e999}'])

@@ -21,7 +21,7 @@ import httpx
 import pytest
 import sqlalchemy as sa
 
-from ossia.errors import ConfigError, InputError, NotFoundError
+from ossia.errors import ConfigError, InputError, NotFoundError, PreviousResponseError
 from ossia.harmony import Message
 from ossia.responses.convert import Entry, Spoken
 from ossia.server.store import Store, Stored
@@ -118,9 +118,11 @@ def test_what_is_deleted_is_gone_with_its_items(store):
     store.save(Stored(one, [kept]))
     store.delete_response(one["id"])
     assert store.references([kept.item["id"]]) == {}
-    for method in (store.response, store.events, store.history, store.input_entries, store.delete_response):
+    for method in (store.response, store.events, store.input_entries, store.delete_response):
         with pytest.raises(NotFoundError):
             method(one["id"])
+    with pytest.raises(PreviousResponseError):
+        store.history(one["id"])
 
 
 def test_a_running_response_cannot_be_continued_and_fails_with_its_server(store):
@@ -252,13 +254,15 @@ def test_what_is_stored_is_its_owners(store):
     file = store.save_file("a", "user_data", b"x", owner="alice")["id"]
     for owner in ("bob", ""):
         for method, named in (
-            (store.response, one["id"]), (store.events, one["id"]), (store.history, one["id"]),
+            (store.response, one["id"]), (store.events, one["id"]),
             (store.input_entries, one["id"]), (store.delete_response, one["id"]), (store.conversation, conversation),
             (store.delete_conversation, conversation), (store.chat, made["id"]), (store.chat_messages, made["id"]),
             (store.delete_chat, made["id"]), (store.file, file), (store.file_content, file), (store.delete_file, file),
         ):  # fmt: skip
             with pytest.raises(NotFoundError):
                 method(named, owner)
+        with pytest.raises(PreviousResponseError):
+            store.history(one["id"], owner)
         assert not any(e["id"] == made["id"] for e in store.chats(99, None, "asc", None, {}, owner))
         assert not any(e["id"] == file for e in store.files(owner=owner))
         assert store.references([kept.item["id"]], owner) == {}

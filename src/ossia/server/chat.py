@@ -24,7 +24,7 @@ from pydantic import BaseModel, Field, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response as HttpResponse
 
-from ossia.errors import InputError, NotFoundError, OssiaError, UnsupportedError
+from ossia.errors import InputError, ModelNotFoundError, OssiaError, UnsupportedError
 from ossia.responses.client_tools import CLIENT_TOOLS
 from ossia.responses.events import DONE, Event, padding
 from ossia.responses.loop import Extras, Run
@@ -34,6 +34,7 @@ from ossia.server.adapters import card
 from ossia.server.conversations import NewMetadata
 from ossia.server.effort import budget_of, effort_of
 from ossia.server.lists import After, Limit, envelope, page
+from ossia.server.places import named_as
 from ossia.server.sampled import Sampled
 from ossia.server.service import Service
 from ossia.server.stream import EventStream, JSONResponse, caller_of, error_chunk, opened, while_there
@@ -127,11 +128,11 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/chat/completions", responses={200: {"model": ChatCompletion}}, summary="Create a chat completion")
     async def chat(body: ChatRequest, request: Request) -> HttpResponse:
-        asked = to_response_request(body)
-        num = body.n or 1
         owner = caller_of(request)
-        extras = [Extras(body.sampling(i), body.stops) for i in range(num)]
-        runs = [await service.begin(asked, one, owner=owner, can_ask=False) for one in extras]
+        extras = [Extras(body.sampling(i), body.stops) for i in range(body.n or 1)]
+        with named_as(_fields(body), lambda: [place for place, _ in _read(body)]):
+            asked = to_response_request(body)
+            runs = [await service.begin(asked, one, owner=owner, can_ask=False) for one in extras]
         frame = _Frame(runs[0].response["model"], body)
         headers = service.ignored(body, runs[0].tools.ignored, _HINTS)
 
@@ -203,7 +204,7 @@ def router(service: Service) -> APIRouter:
     @routes.get("/models/{name:path}", tags=["Models"], responses={200: {"model": Model}}, summary="Retrieve a model")
     async def model(name: str) -> HttpResponse:
         if name not in service.names:
-            raise NotFoundError(f"model {name[:80]!r} is not served here", param="model")
+            raise ModelNotFoundError(f"model {name[:80]!r} is not served here", param="model")
         return JSONResponse(_model(service, name))
 
     return routes
@@ -242,7 +243,7 @@ def to_response_request(body: ChatRequest) -> ResponseRequest:
     text = {"format": form, "verbosity": body.verbosity} if form or body.verbosity else None
     given = {
         "model": body.model,
-        "input": [item for i, message in enumerate(body.messages) for item in _items(message, f"messages[{i}]")],
+        "input": [item for _, item in _read(body)],
         "tools": tools or None,
         "tool_choice": _flat_choice(body.tool_choice),
         "parallel_tool_calls": body.parallel_tool_calls,
@@ -269,22 +270,49 @@ def valid(given: Json) -> ResponseRequest:
         raise InputError(f"{where}: {first['msg']}", param=where) from None
 
 
-def _items(message: Json, where: str) -> Iterator[Json]:
+def _fields(body: ChatRequest) -> list[tuple[str, str]]:
+    """What the Responses API's places are called here."""
+    fields = [
+        (r"(messages\[\d+\])\.output", r"\1.content"),
+        (r"(messages\[\d+\])\.call_id", r"\1.tool_call_id"),
+        (r"tools\[(\d+)\]\.(name|description|parameters)", r"tools[\1].function.\2"),
+        (r"tools\[(\d+)\]\.format", r"tools[\1].custom.format"),
+        (r"reasoning\.effort", "reasoning_effort"),
+        ("max_output_tokens", "max_completion_tokens" if body.max_completion_tokens else "max_tokens"),
+        ("input", "messages"),
+    ]
+    shape = body.response_format
+    if shape is None:
+        given = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs")
+        named = next((name for name in given if getattr(body, name)), "response_format")
+        return [*fields, (r"text\.format(\.\w+)?", named)]
+    inner = "json_schema." if shape.get("type") == "json_schema" else ""
+    schema = r"text\.format\.(name|description|schema|strict)"
+    return [*fields, (schema, rf"response_format.{inner}\1"), (r"text\.format", "response_format")]
+
+
+def _read(body: ChatRequest) -> Iterator[tuple[str, Json]]:
+    """The items of all messages, each with its place."""
+    for i, message in enumerate(body.messages):
+        yield from _items(message, f"messages[{i}]")
+
+
+def _items(message: Json, where: str) -> Iterator[tuple[str, Json]]:
     role, content = message.get("role"), message.get("content")
     if role == "tool":
-        yield {"type": "function_call_output", "call_id": message.get("tool_call_id"), "output": content}
+        yield where, {"type": "function_call_output", "call_id": message.get("tool_call_id"), "output": content}
         return
     if role != "assistant":
-        yield {"type": "message", "role": role, "content": content}
+        yield where, {"type": "message", "role": role, "content": content}
         return
     thoughts = message.get("reasoning") or message.get("reasoning_content") or message.get("thinking")
     if isinstance(thoughts, str):
-        yield {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": thoughts}]}
+        yield where, {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": thoughts}]}
     calls = message.get("tool_calls") or []
     if content or not calls:
         phase = "commentary" if calls else "final_answer"
-        yield {"type": "message", "role": "assistant", "content": content or "", "phase": phase}
-    for call in calls if isinstance(calls, list) else ():
+        yield where, {"type": "message", "role": "assistant", "content": content or "", "phase": phase}
+    for i, call in enumerate(calls if isinstance(calls, list) else ()):
         kind = (call.get("type") or "function") if isinstance(call, dict) else None
         called = call.get(kind) if isinstance(call, dict) and kind in ("function", "custom") else None
         if not isinstance(called, dict):
@@ -293,9 +321,10 @@ def _items(message: Json, where: str) -> Iterator[Json]:
             )
         identity = {"call_id": call.get("id"), "name": called.get("name")}
         if kind == "function":
-            yield {"type": "function_call", **identity, "arguments": called.get("arguments") or "{}"}
+            item = {"type": "function_call", **identity, "arguments": called.get("arguments") or "{}"}
         else:
-            yield {"type": "custom_tool_call", **identity, "input": called.get("input") or ""}
+            item = {"type": "custom_tool_call", **identity, "input": called.get("input") or ""}
+        yield f"{where}.tool_calls[{i}]", item
 
 
 def _flat(tool: Json) -> Json:

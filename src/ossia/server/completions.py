@@ -19,6 +19,7 @@ from ossia.errors import InputError, OssiaError, UnsupportedError
 from ossia.responses.events import DONE
 from ossia.responses.loop import Model, Phase, engine_phases
 from ossia.responses.schema import Json, dumps, new_id
+from ossia.server.places import named_as
 from ossia.server.sampled import Sampled
 from ossia.server.service import Service, beside_if_long
 from ossia.server.stream import EventStream, JSONResponse, error_chunk, merged, opened, together, while_there
@@ -54,7 +55,8 @@ def router(service: Service) -> APIRouter:
             prompts = _prompts(service, body)
             return [_Raw(service, model, body, prompt, i, name) for prompt in prompts for i in range(num)]
 
-        made = await beside_if_long(body.prompt, read)
+        with named_as([("token_ids", "prompt"), ("stop_strings", "stop")]):
+            made = await beside_if_long(body.prompt, read)
         frame: Json = {"id": name, "created": int(time.time()), "model": model.name}
         frame["object"] = "text_completion"
         if body.stream:

@@ -22,6 +22,7 @@ from ossia.responses.loop import Extras, Run
 from ossia.responses.schema import Json, Number, ResponseRequest, dumps, new_id
 from ossia.server.chat import valid
 from ossia.server.effort import budget_of, effort_of
+from ossia.server.places import named_as
 from ossia.server.service import Service
 from ossia.server.stream import EventStream, JSONResponse, caller_of, opened, while_there
 
@@ -82,8 +83,9 @@ def router(service: Service) -> APIRouter:
     async def create(body: MessagesRequest, request: Request) -> HttpResponse:
         sampling = {"top_k": body.top_k} if body.top_k else {}
         stops = tuple(text for text in body.stop_sequences or () if text)
-        asked = _to_response_request(body, service)
-        run = await service.begin(asked, Extras(sampling, stops), owner=caller_of(request), can_ask=False)
+        with named_as(_FIELDS, lambda: [place for place, _ in _read(body)]):
+            asked = _to_response_request(body, service)
+            run = await service.begin(asked, Extras(sampling, stops), owner=caller_of(request), can_ask=False)
         headers = service.ignored(body, run.tools.ignored, _HINTS)
         if body.stream:
             return EventStream(await opened(request, _stream(service, run, body.model)), headers)
@@ -92,7 +94,8 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/messages/count_tokens", responses={200: {"model": Counted}}, summary="Count the tokens of a message")
     async def count(body: CountRequest, request: Request) -> HttpResponse:
-        _, read = await service.prepared(_to_response_request(body, service), caller_of(request))
+        with named_as(_FIELDS, lambda: [place for place, _ in _read(body)]):
+            _, read = await service.prepared(_to_response_request(body, service), caller_of(request))
         return JSONResponse({"input_tokens": len(read.prompt.token_ids)})
 
     return routes
@@ -113,7 +116,7 @@ def _to_response_request(body: CountRequest, service: Service) -> ResponseReques
         {
             "model": body.model if body.model in service.names else None,
             "instructions": _text(body.system, "system") or None,
-            "input": [item for i, m in enumerate(body.messages) for item in _items(m, f"messages[{i}]")],
+            "input": [item for _, item in _read(body)],
             "tools": [_tool(tool) for tool in body.tools] if body.tools else None,
             "tool_choice": _choice(body.tool_choice),
             "text": _format(given.get("output_config")),
@@ -127,7 +130,26 @@ def _to_response_request(body: CountRequest, service: Service) -> ResponseReques
     )
 
 
-def _items(message: Json, where: str) -> Iterator[Json]:
+# What the Responses API's places are called here.
+_FIELDS = [
+    (r"(messages\[\d+\]\.content\[\d+\])\.call_id", r"\1.tool_use_id"),
+    (r"(messages\[\d+\]\.content\[\d+\])\.content", r"\1.text"),
+    (r"tools\[(\d+)\]\.parameters", r"tools[\1].input_schema"),
+    (r"text\.format", "output_config.format"),
+    (r"reasoning\.effort", "output_config.effort"),
+    ("max_output_tokens", "max_tokens"),
+    ("instructions", "system"),
+    ("input", "messages"),
+]
+
+
+def _read(body: CountRequest) -> Iterator[tuple[str, Json]]:
+    """The items of all messages, each with its place."""
+    for i, message in enumerate(body.messages):
+        yield from _items(message, f"messages[{i}]")
+
+
+def _items(message: Json, where: str) -> Iterator[tuple[str, Json]]:
     role, content = message.get("role"), message.get("content")
     if role not in ("user", "assistant", "system"):
         raise InputError(f"{where}.role is {role!r}; expected user or assistant", param=f"{where}.role")
@@ -136,29 +158,30 @@ def _items(message: Json, where: str) -> Iterator[Json]:
         raise InputError(f"{where}.content is no text and no list of blocks", param=f"{where}.content")
     has_calls = any(block.get("type") == "tool_use" for block in blocks)
     for i, block in enumerate(blocks):
+        place = f"{where}.content[{i}]"
         match block.get("type"):
             case "text":
                 phase = {"phase": "commentary" if has_calls else "final_answer"} if role == "assistant" else {}
-                yield {"type": "message", "role": role, "content": block.get("text"), **phase}
+                yield place, {"type": "message", "role": role, "content": block.get("text"), **phase}
             case "thinking":
                 text = block.get("thinking")
                 parts = [{"type": "reasoning_text", "text": text}] if text else []
-                yield {"type": "reasoning", "summary": [], "content": parts,
-                       "encrypted_content": block.get("signature")}  # fmt: skip
+                yield place, {"type": "reasoning", "summary": [], "content": parts,
+                              "encrypted_content": block.get("signature")}  # fmt: skip
             case "redacted_thinking":
-                yield {"type": "reasoning", "summary": [], "encrypted_content": block.get("data")}
+                yield place, {"type": "reasoning", "summary": [], "encrypted_content": block.get("data")}
             case "tool_use":
                 arguments = json.dumps(block.get("input") or {}, ensure_ascii=False)
-                yield {"type": "function_call", "call_id": block.get("id"), "name": block.get("name"),
-                       "arguments": arguments}  # fmt: skip
+                yield place, {"type": "function_call", "call_id": block.get("id"), "name": block.get("name"),
+                              "arguments": arguments}  # fmt: skip
             case "tool_result":
-                text = _answer(block.get("content"), f"{where}.content[{i}].content")
+                text = _answer(block.get("content"), f"{place}.content")
                 output = f"Error: {text}" if block.get("is_error") else text
-                yield {"type": "function_call_output", "call_id": block.get("tool_use_id"), "output": output}
+                yield place, {"type": "function_call_output", "call_id": block.get("tool_use_id"), "output": output}
             case other:
                 raise InputError(
-                    f"{where}.content[{i}] is a block of type {other!r}; this model reads text only",
-                    param=f"{where}.content[{i}]",
+                    f"{place} is a block of type {other!r}; this model reads text only",
+                    param=place,
                 )
 
 

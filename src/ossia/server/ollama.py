@@ -8,7 +8,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict
 from starlette.responses import Response as HttpResponse
 
-from ossia.errors import NotFoundError
+from ossia.errors import ModelNotFoundError
 from ossia.responses.schema import Json
 from ossia.server.service import Service
 from ossia.server.stream import JSONResponse
@@ -46,7 +46,7 @@ def router(service: Service) -> APIRouter:
     async def show(body: ShowRequest) -> HttpResponse:
         name = body.model or body.name or ""
         if name not in service.names:
-            raise NotFoundError(f"model {name[:80]!r} is not served here", param="model")
+            raise ModelNotFoundError(f"model {name[:80]!r} is not served here", param="model")
         capabilities = ["completion", "tools", "thinking"]
         shown = {"details": details, "capabilities": capabilities, "modified_at": modified_at}
         return JSONResponse({**shown, "model_info": {"general.architecture": "gptoss"}})

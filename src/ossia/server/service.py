@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from ossia.engine import EngineStats
-from ossia.errors import InputError, NotFoundError, OssiaError
+from ossia.errors import InputError, ModelNotFoundError, OssiaError
 from ossia.responses.convert import Entry, History
 from ossia.responses.events import DONE, Event, sse
 from ossia.responses.loop import Extras, Model, Phase, Prepared, Run, prepare
@@ -140,13 +140,14 @@ class Service:
         return self.own_names | (self.adapters.offered.keys() if self.adapters is not None else set())
 
     def model_of(self, name: str | None) -> Model:
-        """The model that a request names, through an adapter if it names one. Raises NotFoundError for another."""
+        """The model that a request names, through an adapter if it names one. Raises ModelNotFoundError."""
         if not name or name in self.own_names:
             return self.model
         offered = self.adapters.offered.get(name) if self.adapters is not None else None
         if offered is None:
             served = ", ".join(repr(one) for one in (self.model.name, *sorted(self.names - self.own_names)))
-            raise NotFoundError(f"model {name[:200]!r} is not served here; this server has {served}", param="model")
+            told = f"model {name[:200]!r} is not served here; this server has {served}"
+            raise ModelNotFoundError(told, param="model")
         return offered.model
 
     def ignored(self, body: BaseModel, tools: Sequence[str] = (), hints: Container[str] = ()) -> dict[str, str]:

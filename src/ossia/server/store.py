@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from ossia.errors import ConfigError, InputError, NotFoundError
+from ossia.errors import ConfigError, InputError, NotFoundError, PreviousResponseError
 from ossia.responses.convert import Entry, History, Spoken
 from ossia.responses.schema import Json, dumps, new_id
 
@@ -235,19 +235,22 @@ class Store:
         return self._kept(response_id, "output")
 
     def history(self, response_id: str, owner: str = "") -> History:
-        """All that was said up to the end of a response, for the next one. Raises NotFoundError, InputError."""
+        """All that was said up to the end of a response, for the next one.
+
+        Raises PreviousResponseError, and InputError for one that is not done yet.
+        """
         chain: list[str] = []
-        current: str | None = _known(response_id, "response")
+        current: str | None = response_id
         pending_date: str | None = None
         now = time.time()
         with self._db.begin() as db:
             while current is not None and len(chain) < _MAX_CHAIN:
                 columns = (_RESPONSES.c.previous_id, _RESPONSES.c.current_date, _RESPONSES.c.is_running)
                 named = sa.select(*columns).where(_RESPONSES.c.id == current, _is_open_to(owner, _RESPONSES.c.id))
-                row = db.execute(named).first()
+                row = db.execute(named).first() if _is_plain(current) else None
                 if row is None:
-                    raise NotFoundError(
-                        f"previous response {current!r} not found; it was not stored, was deleted, or has expired",
+                    raise PreviousResponseError(
+                        f"previous response {current[:80]!r} not found; it was not stored, was deleted, or has expired",
                         param="previous_response_id",
                     )
                 if row.is_running:
