@@ -293,6 +293,37 @@ def test_raw_prompts_are_completed_from_text_and_from_tokens(served):
         assert 400 <= served.http.post("/v1/completions", json={"prompt": "a", **wrong}).status_code < 500
 
 
+def test_a_prompt_counts_once_for_all_of_its_choices(served):
+    served.play(" there and<|return|>")
+    num_tokens = len(TOKENIZER.encode("Hi"))
+    for prompt, num in (("Hi", 1), (["Hi", "Hi"], 2)):
+        made = served.openai.completions.create(model="gpt-oss-20b", prompt=prompt, n=3)
+        assert (made.usage.prompt_tokens, made.usage.completion_tokens) == (num * num_tokens, num * 9)
+        assert made.usage.prompt_tokens_details.cached_tokens == num * 7
+
+
+def test_each_chunk_of_a_raw_stream_has_its_own_log_probabilities(served):
+    served.play(" there 🎼 and<|return|>")
+    asked = {"model": "gpt-oss-20b", "prompt": "Hi", "logprobs": 0}
+    whole = served.openai.completions.create(**asked).choices[0]
+    chunks = [chunk.choices[0] for chunk in served.openai.completions.create(**asked, stream=True)]
+    assert [chunk.text for chunk in chunks] == [" there", " ", "🎼", " and", ""]
+    told = [chunk.logprobs for chunk in chunks]
+    assert [one.text_offset[0] for one in told] == [0, 6, 7, 8, 12]
+    assert "".join(told[0].tokens) == " there" and told[-1].tokens == ["<|return|>"]
+    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        assert [value for one in told for value in getattr(one, name)] == getattr(whole.logprobs, name)
+    # The chosen token stands among the likeliest, also where none were asked for.
+    assert whole.logprobs.top_logprobs[0] == {" there": -0.5}
+
+
+def test_fields_of_completions_that_change_nothing_are_named(served):
+    answer = served.http.post("/v1/completions", json={"prompt": "Hi", "best_of": 2, "user": "me"})
+    assert answer.headers["x-ossia-ignored-fields"] == "best_of"
+    streamed = served.http.post("/v1/completions", json={"prompt": "Hi", "best_of": 2, "stream": True})
+    assert streamed.headers["x-ossia-ignored-fields"] == "best_of"
+
+
 def test_models_are_listed_under_all_their_names(served):
     names = [one.id for one in served.openai.models.list()]
     assert names == ["gpt-oss-20b", "gpt-oss:20b", "openai/gpt-oss-20b"]

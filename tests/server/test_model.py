@@ -68,6 +68,28 @@ def test_a_strict_answer_is_valid_beside_tools(real):
         jsonschema.validate(json.loads(text), SCHEMA)
 
 
+@pytest.mark.parametrize("streams", [False, True])
+def test_places_of_echoed_tokens_are_those_in_the_text(real, streams):
+    asked = {"prompt": "What is 12é🎼?", "max_tokens": 3, "echo": True, "logprobs": 1, "temperature": 0}
+    answer = real.http.post("/v1/completions", json={**asked, "stream": streams}, timeout=60)
+    if streams:
+        chunks = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+        choices = [chunk["choices"][0] for chunk in chunks]
+    else:
+        choices = answer.json()["choices"]
+    assert choices[0]["text"].startswith(asked["prompt"])
+    text = "".join(choice["text"] for choice in choices)
+    told = [choice["logprobs"] for choice in choices if choice["logprobs"]]
+    tokens, offsets = ([value for one in told for value in one[name]] for name in ("tokens", "text_offset"))
+    assert offsets[0] == 0 and offsets == sorted(offsets)
+    for token, place in zip(tokens, offsets, strict=True):
+        # Tokens that are a part of a character have no text of their own.
+        assert "\N{REPLACEMENT CHARACTER}" in token or token.startswith("<|") or text.startswith(token, place)
+    likeliest = [value for one in told for value in one["top_logprobs"]]
+    assert likeliest[0] is None
+    assert all(token in top for token, top in zip(tokens[1:], likeliest[1:], strict=True))
+
+
 def test_an_answer_of_a_few_words_is_one_of_them(real):
     body = {"messages": [{"role": "user", "content": "Hi"}], "guided_choice": ["yes", "no"], "max_tokens": 40}
     made = real.http.post("/v1/chat/completions", json={**body, "reasoning": {"max_tokens": 1}}, timeout=60).json()

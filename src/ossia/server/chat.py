@@ -35,7 +35,7 @@ from ossia.server.conversations import NewMetadata
 from ossia.server.effort import budget_of, effort_of
 from ossia.server.lists import After, Limit, envelope, page
 from ossia.server.places import named_as
-from ossia.server.sampled import Sampled
+from ossia.server.sampled import HINTS, Sampled
 from ossia.server.service import Service
 from ossia.server.stream import EventStream, JSONResponse, caller_of, error_chunk, opened, while_there
 
@@ -101,10 +101,6 @@ class MessageList(BaseModel):
 
 
 _EFFORT_FIELDS = {"reasoning_effort", "chat_template_kwargs", "reasoning", "think", "thinking"}
-# Fields that change nothing here, and harm nothing: they are taken without a word.
-_HINTS = frozenset(
-    {"user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier", "prediction"}
-)
 _COMPLETION: dict[int | str, dict[str, Any]] = {200: {"model": ChatCompletion}}
 Ascending = Annotated[Literal["asc", "desc"], Query()]
 _METADATA_QUERY = {
@@ -134,7 +130,7 @@ def router(service: Service) -> APIRouter:
             asked = to_response_request(body)
             runs = [await service.begin(asked, one, owner=owner, can_ask=False) for one in extras]
         frame = _Frame(runs[0].response["model"], body)
-        headers = service.ignored(body, runs[0].tools.ignored, _HINTS)
+        headers = service.ignored(body, runs[0].tools.ignored, HINTS)
 
         async def keep() -> OssiaError | None:
             """Store the completion if it is to be; why that could not be done."""

@@ -6,7 +6,7 @@ import codecs
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import APIRouter
 from openai.types import Completion
@@ -20,7 +20,7 @@ from ossia.responses.events import DONE
 from ossia.responses.loop import Model, Phase, engine_phases
 from ossia.responses.schema import Json, dumps, new_id
 from ossia.server.places import named_as
-from ossia.server.sampled import Sampled
+from ossia.server.sampled import HINTS, Sampled
 from ossia.server.service import Service, beside_if_long
 from ossia.server.stream import EventStream, JSONResponse, error_chunk, merged, opened, together, while_there
 
@@ -57,10 +57,11 @@ def router(service: Service) -> APIRouter:
 
         with named_as([("token_ids", "prompt"), ("stop_strings", "stop")]):
             made = await beside_if_long(body.prompt, read)
+        headers = service.ignored(body, hints=HINTS)
         frame: Json = {"id": name, "created": int(time.time()), "model": model.name}
         frame["object"] = "text_completion"
         if body.stream:
-            return EventStream(await opened(request, _raw_chunks(service, made, frame, body)))
+            return EventStream(await opened(request, _raw_chunks(service, made, frame, body)), headers)
 
         async def whole() -> None:
             async with service.turn([one.phases for one in made]):
@@ -68,7 +69,7 @@ def router(service: Service) -> APIRouter:
 
         await while_there(request, whole())
         choices = [one.choice(i) for i, one in enumerate(made)]
-        return JSONResponse({**frame, "choices": choices, "usage": _raw_usage(made)})
+        return JSONResponse({**frame, "choices": choices, "usage": _raw_usage(made)}, headers=headers)
 
     return routes
 
@@ -87,8 +88,15 @@ def _prompts(service: Service, body: CompletionRequest) -> list[list[int]]:
     return [encode(one) if isinstance(one, str) else one for one in given if not isinstance(one, int)]
 
 
+class _Piece(NamedTuple):
+    """More of a completion's text, and the log-probabilities of its tokens if they were asked for."""
+
+    text: str
+    logprobs: Json | None
+
+
 class _Raw:
-    """One prompt being completed."""
+    """One of the choices of a prompt that is being completed."""
 
     def __init__(
         self,
@@ -106,6 +114,7 @@ class _Raw:
             prompt,
             completion_id,
         )
+        self.is_first = choice == 0
         self.num_output, self.num_cached = 0, 0
         self.phases: list[Phase] = []
         self.finish_reason: str | None = None
@@ -113,6 +122,9 @@ class _Raw:
         self.token_ids: list[int] = []
         self.prompt_logprobs: list[Json | None] = [None]
         self.logprobs: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        # How many of their tokens have been told, and the characters of the text up to the last that was noted.
+        self._num_told = self._num_chars = 0
+        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
         wanted = body.logprobs is not None
         self._params = SamplingParams(
             **{
@@ -133,16 +145,19 @@ class _Raw:
     def _runs(self) -> bool:
         return self._body.max_tokens != 0 or self._params.score_from is not None
 
-    async def pieces(self) -> AsyncGenerator[str, None]:
+    async def pieces(self) -> AsyncGenerator[_Piece, None]:
         """The text as it comes; the text of a stop is not part of it."""
         tokenizer = self._model.tokenizer
-        if self._body.echo:
-            self.text = tokenizer.decode(self.prompt)
-            yield self.text
+        echoed = self.text = tokenizer.decode(self.prompt) if self._body.echo else ""
         if self._body.echo and self._body.logprobs is not None and self.prompt:
             self._note(self.prompt[0], None, ())
         if not self._runs:
             self.finish_reason = "length"
+        # Where it is scored, it waits for its log-probabilities, which come with the first token.
+        if echoed and self._params.score_from is None:
+            yield self.piece(echoed)
+            echoed = ""
+        if not self._runs:
             return
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         data, num_told = b"", 0
@@ -152,6 +167,9 @@ class _Raw:
                     continue
                 if output.prompt_logprobs:
                     self._note_prompt(output.prompt_logprobs)
+                if echoed:
+                    yield self.piece(echoed)
+                    echoed = ""
                 if self._body.max_tokens == 0:
                     # Only the prompt was asked about; the engine has to sample one token to read it.
                     self.finish_reason = "length"
@@ -172,7 +190,7 @@ class _Raw:
                 num_told = max(num_told, known)
                 self.text += piece
                 if piece:
-                    yield piece
+                    yield self.piece(piece)
 
     async def _outputs(self) -> AsyncGenerator[TokenOutput, None]:
         """What the engine says."""
@@ -191,6 +209,13 @@ class _Raw:
             async for _ in pieces:
                 pass
 
+    def piece(self, text: str) -> _Piece:
+        """More text, with the log-probabilities that have not been told yet."""
+        begin, self._num_told = self._num_told, len(self.logprobs["tokens"])
+        if begin == self._num_told:
+            return _Piece(text, None)
+        return _Piece(text, {name: values[begin:] for name, values in self.logprobs.items()})
+
     def choice(self, index: int) -> Json:
         logprobs = self.logprobs if self._body.logprobs is not None else None
         choice: Json = {"index": index, "text": self.text, "logprobs": logprobs, "finish_reason": self.finish_reason}
@@ -204,9 +229,11 @@ class _Raw:
         """``logprob`` None: of the first token of a prompt, which nothing precedes."""
         self.logprobs["tokens"].append(self._name(token_id))
         self.logprobs["token_logprobs"].append(logprob)
-        said = {self._name(one): value for one, value in top}
-        self.logprobs["top_logprobs"].append(None if logprob is None else said)
-        self.logprobs["text_offset"].append(len(self.text))
+        # The token itself stands there in any case.
+        said = {self._name(one): value for one, value in (*top, *([] if logprob is None else [(token_id, logprob)]))}
+        self.logprobs["top_logprobs"].append(said or None)
+        self.logprobs["text_offset"].append(self._num_chars)
+        self._num_chars += len(self._characters.decode(self._model.tokenizer.token_bytes(token_id)))
 
     def _note_prompt(self, scores: Sequence[Scored]) -> None:
         decode = self._model.tokenizer.decode
@@ -234,8 +261,10 @@ class _Raw:
 
 
 def _raw_usage(made: list[_Raw]) -> Json:
-    num_prompt, num_output = sum(len(one.prompt) for one in made), sum(one.num_output for one in made)
-    details = {"cached_tokens": sum(one.num_cached for one in made)}
+    # The choices of a prompt share it: it counts once.
+    prompts = [one for one in made if one.is_first]
+    num_prompt, num_output = sum(len(one.prompt) for one in prompts), sum(one.num_output for one in made)
+    details = {"cached_tokens": sum(one.num_cached for one in prompts)}
     return {"prompt_tokens": num_prompt, "completion_tokens": num_output, "total_tokens": num_prompt + num_output,
             "prompt_tokens_details": details}  # fmt: skip
 
@@ -251,7 +280,7 @@ async def _raw_chunks(
         sources = [one.pieces() for one in made]
         async with service.turn([one.phases for one in made]), aclosing(merged(sources)) as pieces:
             async for index, piece in pieces:
-                yield chunk([{"index": index, "text": piece, "logprobs": None, "finish_reason": None}])
+                yield chunk([{"index": index, **piece._asdict(), "finish_reason": None}])
                 has_begun = True
     except OssiaError as error:
         if not has_begun:
@@ -260,7 +289,7 @@ async def _raw_chunks(
         yield DONE
         return
     for index, one in enumerate(made):
-        yield chunk([{**one.choice(index), "text": ""}])
+        yield chunk([{**one.choice(index), **one.piece("")._asdict()}])
     if body.stream_options and body.stream_options.include_usage:
         yield chunk([], usage=_raw_usage(made))
     yield DONE

@@ -10,6 +10,11 @@ from ossia.responses.schema import Json, Number
 
 _MAX_CHOICES = 16
 
+# Fields that change nothing here, and harm nothing: they are taken without a word.
+HINTS = frozenset(
+    {"user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier", "prediction"}
+)
+
 # As a text, since it is the key of an object.
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
 Stops = str | Annotated[list[str], Field(max_length=16)] | None
