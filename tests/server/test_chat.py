@@ -109,6 +109,18 @@ def test_structured_output_is_asked_for_and_parsed(served):
     chat(served, response_format={"type": "json_object"})
 
 
+@pytest.mark.parametrize("script", [PREAMBLE + FINAL, REASONED + REASONED + FINAL])
+def test_an_answer_that_is_cut_anywhere_is_the_same_whole_and_streamed(served, script):
+    for limit in range(1, len(tokens(script)) + 1):
+        served.play(script)
+        whole = chat(served, tools=[ADD], max_tokens=limit).choices[0].message
+        served.play(script)
+        deltas = [chunk.choices[0].delta for chunk in chat(served, tools=[ADD], max_tokens=limit, stream=True)]
+        assert "".join(delta.content or "" for delta in deltas) == whole.content, limit
+        thought = "".join(getattr(delta, "reasoning", None) or "" for delta in deltas)
+        assert thought == (getattr(whole, "reasoning", None) or ""), limit
+
+
 def test_several_choices_each_draw_their_own_seed(served):
     engine = served.play(REASONED + FINAL)
     made = chat(served, n=3, seed=7)

@@ -441,9 +441,10 @@ class _Frame:
             if _is_thought(item, self._is_parsed):
                 thoughts.append("".join(part["text"] for part in item["content"]))
             elif item["type"] == "message":
-                parts += item["content"]
+                # One that was cut before it said anything leaves no gap.
+                parts += [part for part in item["content"] if part["text"]]
         calls = [_call(item) for item in response["output"] if item["type"] in _CALLS]
-        text, thought = _GAP.join(part["text"] for part in parts), _GAP.join(thoughts)
+        text, thought = _GAP.join(part["text"] for part in parts), _GAP.join(filter(None, thoughts))
         # Only a call may stand without a text: clients fail on null otherwise.
         message: Json = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
         begin = 0
