@@ -161,8 +161,12 @@ def test_leaving_the_stream_frees_the_sequence_and_cancel_closes_what_is_open():
 
     events = asyncio.run(leave())
     assert made.engine.num_open == 0
-    assert lint(events)["status"] == "cancelled"
+    cancelled = lint(events)
+    assert cancelled["status"] == "cancelled"
     assert order(events)[-2:] == ["output_item.done", "incomplete"]
+    # All that was sampled was of the thought that is left open.
+    usage = cancelled["usage"]
+    assert usage["output_tokens_details"]["reasoning_tokens"] == usage["output_tokens"] == 4
 
 
 def test_text_behind_a_call_is_not_generated():

@@ -416,11 +416,14 @@ class Run:
                         break
         finally:
             self.phases += engine_phases(begin_ns, first_ns, len(token_ids), num_cached, len(generation.sampled))
+            # Whoever leaves leaves a thought open.
+            is_thinking = self._builder.is_open and self._builder.item["type"] == "reasoning"
+            num_open = generation.num_open_tokens if is_thinking else 0
             self._usage = Usage(
                 used.input_tokens + len(token_ids),
                 used.cached_tokens + num_cached,
                 used.output_tokens + len(generation.sampled),
-                used.reasoning_tokens + generation.num_reasoning_tokens,
+                used.reasoning_tokens + generation.num_reasoning_tokens + num_open,
             )
         # Behind a call nothing counts.
         for parsed in generation.parser.close() if generation.call is None else ():
@@ -709,6 +712,11 @@ class _Generation:
         self.opened_s = 0.0
         self._opening = prompt.opening
         self._end = tokenizer.special("<|end|>")
+
+    @property
+    def num_open_tokens(self) -> int:
+        """Tokens of the message that has not ended."""
+        return len(self.sampled) - sum(len(parsed.token_ids) for parsed in self.parser.messages)
 
     def spoken(self, parsed: ParsedMessage, *, is_whole: bool) -> Spoken:
         """The message with its tokens as a later prompt repeats them; half a message is rendered anew, with an end."""
