@@ -49,7 +49,7 @@ def _probe(served, num_examples: int) -> int:
 
 
 def test_every_answer_is_as_the_document_says(served):
-    assert _probe(served, 3) >= 30
+    assert _probe(served, 2) >= 30
 
 
 @pytest.mark.slow

@@ -842,6 +842,20 @@ def test_a_full_pool_gives_up_the_longest_idle_connection_or_refuses():
     asyncio.run(main())
 
 
+def test_connections_that_are_still_opening_count_in_a_pool():
+    async def main():
+        pool = McpPool(max_connections=2, guard=loopback)
+        async with serving(Scripted().server().streamable_http_app(host="there.test")) as port:
+            declared = configured("docs", McpServer(url=f"http://127.0.0.1:{port}/mcp", approval="never"))
+            taken = [pool.take(declared, owner) for owner in "abcde"]
+            found = await asyncio.gather(*taken, return_exceptions=True)
+            assert sum(isinstance(one, UnavailableError) for one in found) == 3
+            assert pool.num_connections == 2
+            await pool.close()
+
+    asyncio.run(main())
+
+
 def test_calls_at_the_same_time_share_a_connection():
     async def main():
         scripted = Scripted()

@@ -330,6 +330,7 @@ class McpPool:
         self._idle_s = idle_s
         self._max_connections = max_connections
         self._open: dict[tuple[str, str], Connection] = {}
+        self._num_opening = 0
         self._users: dict[Connection, int] = {}
         self._idle_since: dict[Connection, float] = {}
         self._locks: dict[tuple[str, str], asyncio.Lock] = {}
@@ -383,16 +384,20 @@ class McpPool:
             raise UnavailableError("connections to MCP servers are being closed")
         if (old := self._open.pop(key, None)) is not None:
             await self._drop(old)
-        if len(self._open) >= self._max_connections:
-            idle = min(self._idle_since, key=self._idle_since.__getitem__, default=None)
-            if idle is None:
-                raise UnavailableError(f"all {self._max_connections} connections to MCP servers are in use")
-            await self._remove(idle)
-        server = declaration.server
-        if declaration.is_configured:
-            server = filled_in(server, declaration.label)
-        connection = _connection(declaration.label, server, None if declaration.is_configured else self._guard)
-        await connection.open()
+        self._num_opening += 1
+        try:
+            if len(self._open) + self._num_opening > self._max_connections:
+                idle = min(self._idle_since, key=self._idle_since.__getitem__, default=None)
+                if idle is None:
+                    raise UnavailableError(f"all {self._max_connections} connections to MCP servers are in use")
+                await self._remove(idle)
+            server = declaration.server
+            if declaration.is_configured:
+                server = filled_in(server, declaration.label)
+            connection = _connection(declaration.label, server, None if declaration.is_configured else self._guard)
+            await connection.open()
+        finally:
+            self._num_opening -= 1
         if self._is_closed:
             await connection.close()
             raise UnavailableError("connections to MCP servers are being closed")

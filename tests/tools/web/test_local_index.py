@@ -12,7 +12,7 @@ from ossia.errors import ConfigError, NotFoundError, UnavailableError
 from ossia.tools.browser import Browser
 from ossia.tools.web.backend import Scope, backend_state, open_backend
 from ossia.tools.web.guard import Domains, RefusedError
-from ossia.tools.web.local_index import LocalIndex
+from ossia.tools.web.local_index import LocalIndex, _files
 from ossia.tools.web.parse_child import SlowError
 
 
@@ -101,6 +101,13 @@ def test_an_update_reads_only_what_has_changed(index, folder):
     assert paths(index, "zebra") == ["new.txt"]
     assert paths(index, "lighthouse") == [] == paths(index, "packages")
     assert paths(index, "other") == ["guide/install.md"]
+
+
+def test_a_file_that_goes_away_while_a_folder_is_read_is_left_out(folder):
+    files = _files(folder)
+    assert next(files)[0] == "README.md"
+    (folder / "notes.txt").unlink()
+    assert {path for path, _ in files} == {"guide/install.md", "guide/harbour.html", "paper.pdf"}
 
 
 def test_progress_is_told_file_by_file(folder, tmp_path, parser):

@@ -384,7 +384,11 @@ def _files(root: Path) -> Iterator[tuple[str, tuple[int, int]]]:
             if entry.is_dir(follow_symlinks=False):
                 folders.append(entry.path)
             elif Path(entry.name).suffix.lower() in KINDS and entry.is_file(follow_symlinks=False):
-                state = entry.stat(follow_symlinks=False)
+                try:
+                    state = entry.stat(follow_symlinks=False)
+                # It has just gone away.
+                except FileNotFoundError:
+                    continue
                 if state.st_size <= _MAX_FILE_BYTES:
                     yield os.path.relpath(entry.path, root), (state.st_size, state.st_mtime_ns)
 
