@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import sys
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +20,7 @@ import ossia
 from ossia.errors import UnavailableError
 from ossia.train.data import Sample, to_batch
 from ossia.train.module import Model
+from ossia.train.nano import __main__ as program
 from ossia.train.nano import make as pipeline
 from ossia.train.nano import recipe
 from ossia.train.nano.make import make
@@ -130,6 +135,27 @@ def test_a_deeper_model_computes_the_same_and_learns_in_its_new_layers(tmp_path,
         for part in ("o.weight", "experts.down"):
             gradient = deeper.state()[f"layers.{place}.{part}"].grad
             assert gradient is not None and gradient.abs().max() > 0
+
+
+def test_an_interrupt_waits_for_the_processes_of_a_stage_and_says_how_to_go_on(tmp_path, monkeypatch):
+    script = tmp_path / "processes"
+    script.write_text(f"#!/bin/sh\nsleep 1\ntouch {tmp_path / 'saved'}\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(UnavailableError, match="stage sft was interrupted; the same command goes on with it"):
+        pipeline._run_together("sft", tmp_path, 2)
+    assert (tmp_path / "saved").exists()
+
+
+def test_an_interrupt_between_stages_ends_in_a_sentence(tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program, "make", interrupted)
+    monkeypatch.setattr(sys, "argv", ["nano", str(tmp_path)])
+    assert program.main() == 130
+    assert capsys.readouterr().err == "stopped; the same command goes on from what is there\n"
 
 
 def test_a_stage_that_was_interrupted_says_how_to_go_on(small, tmp_path, monkeypatch):

@@ -34,6 +34,9 @@ def main() -> int:
     except OssiaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from what is there", file=sys.stderr)
+        return 130
     return 0
 
 

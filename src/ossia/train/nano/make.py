@@ -232,10 +232,18 @@ def average(out: Path, shares: Mapping[str, float]) -> dict[str, Tensor]:
 
 
 def _run_together(name: str, out: Path, processes: int) -> None:
-    """`run_stage` in several processes, which say what goes on themselves."""
+    """`run_stage` in several processes, which say what goes on themselves. Ctrl-C reaches them as well: they save."""
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
-    ended = subprocess.run([sys.executable, *launch, "-m", "ossia.train.nano", str(out), "--stage", name])
-    if ended.returncode:
+    together = subprocess.Popen([sys.executable, *launch, "-m", "ossia.train.nano", str(out), "--stage", name])
+    is_interrupted = False
+    while together.returncode is None:
+        try:
+            together.wait()
+        except KeyboardInterrupt:
+            is_interrupted = True
+    if is_interrupted:
+        raise UnavailableError(f"stage {name} was interrupted; the same command goes on with it")
+    if together.returncode:
         raise UnavailableError(f"stage {name} did not end; when what its processes said is mended, start it again")
 
 
