@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +11,7 @@ import ossia.local
 from ossia.config import Config
 from ossia.errors import UnavailableError
 from ossia.local import check_memory, tell_of_demonstration
-from ossia.model.memory import own_bytes, weight_bytes
+from ossia.model.memory import available_bytes, own_bytes, weight_bytes
 from ossia.model.random_checkpoint import SHAPES
 
 GIB = 1 << 30
@@ -58,3 +59,59 @@ def test_the_demonstration_says_what_it_is_and_how_to_get_more(monkeypatch, capl
     caplog.clear()
     tell_of_demonstration(Config(model="gpt-oss-20b"))
     assert caplog.text == ""
+
+
+# Free memory ---------------------------------------------------------------------------------------------------------
+
+
+def machine(root: Path, cgroup: str, **groups: dict[str, str]) -> Path:
+    """The files of a system with 64 GiB, of which 60 are free, and these control groups."""
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/meminfo").write_text(f"MemTotal: {64 << 20} kB\nMemAvailable: {60 << 20} kB\n")
+    (root / "proc/self/cgroup").write_text(cgroup)
+    for name, files in groups.items():
+        group = root / "sys/fs/cgroup" / name
+        group.mkdir(parents=True, exist_ok=True)
+        for file, text in files.items():
+            (group / file).write_text(text)
+    return root
+
+
+def version_2(limit: int | str, used: int, of_files: int) -> dict[str, str]:
+    stat = f"anon {used - of_files}\nactive_file {of_files // 3}\ninactive_file {of_files - of_files // 3}\n"
+    return {"memory.max": f"{limit}\n", "memory.current": f"{used}\n", "memory.stat": stat}
+
+
+def test_what_a_container_keeps_of_files_is_free(tmp_path):
+    # A download, or the mapped model of a process before, fills a container's memory with pages of files.
+    root = machine(tmp_path, "0::/\n", **{".": version_2(16 * GIB, 16 * GIB - 4096, 13 * GIB)})
+    assert available_bytes(root) == (13 * GIB + 4096, 16 * GIB)
+
+
+def test_a_container_of_the_first_version_is_known_under_another_name_than_its_own(tmp_path):
+    files = {
+        "memory.limit_in_bytes": f"{16 * GIB}\n",
+        "memory.usage_in_bytes": f"{15 * GIB}\n",
+        "memory.stat": f"total_active_file {4 * GIB}\ntotal_inactive_file {8 * GIB}\nactive_file 0\n",
+    }
+    root = machine(tmp_path, "5:cpu,cpuacct:/docker/ab\n4:memory:/docker/ab\n0::/\n", memory=files)
+    assert available_bytes(root) == (13 * GIB, 16 * GIB)
+
+
+def test_the_bounds_of_the_own_group_and_of_those_above_it_hold(tmp_path):
+    root = machine(
+        tmp_path,
+        "0::/system.slice/ossia.service\n",
+        **{
+            "system.slice/ossia.service": version_2(16 * GIB, 1 * GIB, 0),
+            "system.slice": version_2(20 * GIB, 14 * GIB, 0),
+            "other.slice": version_2(1 * GIB, 1 * GIB, 0),
+        },
+    )
+    assert available_bytes(root) == (6 * GIB, 16 * GIB)
+
+
+@pytest.mark.parametrize("cgroup", ["0::/\n", ""])
+def test_without_a_bound_all_of_the_machine_may_be_taken(cgroup, tmp_path):
+    root = machine(tmp_path, cgroup, **{".": version_2("max", 50 * GIB, 0)})
+    assert available_bytes(root) == (60 * GIB, 64 * GIB)

@@ -7,11 +7,11 @@ matrices, keys and values, the program.
 
 from __future__ import annotations
 
-import contextlib
 import os
 from pathlib import Path
 
 from ossia.model.config import ModelConfig
+from ossia.ops.control_group import memory_bounds
 
 # Interpreter, libraries, buffers, and the two tables' pages that are in use.
 PROGRAM_BYTES = 400 << 20
@@ -30,25 +30,20 @@ def weight_bytes(shape: ModelConfig, dense: str) -> int:
     return int(shape.num_layers * shape.num_experts * expert + matrices * (34 / 32 if dense == "q8" else 2) + routers)
 
 
-def available_bytes() -> tuple[int, int]:
-    """Free memory and all memory, bounded by the control group that this process is in."""
-    available = total = 0
+def available_bytes(root: Path = Path("/")) -> tuple[int, int]:
+    """Free memory and all memory, bounded by the control groups that this process is in.
+
+    What the system keeps of files in memory counts as free. ``root`` is where the system's files are.
+    """
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = (root / "proc/meminfo").read_text().splitlines()
         sizes = {name: int(value.split()[0]) * 1024 for name, _, value in (line.partition(":") for line in lines)}
         available, total = sizes["MemAvailable"], sizes["MemTotal"]
     except OSError:
         pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
         available = total = pages * size
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        with contextlib.suppress(OSError, ValueError):
-            bound = int(Path("/sys/fs/cgroup", limit).read_text())
-            left = bound - int(Path("/sys/fs/cgroup", used).read_text())
-            if bound < total:
-                total, available = bound, min(available, max(left, 0))
+    for bound in memory_bounds(root):
+        total, available = min(total, bound.limit), min(available, max(bound.left, 0))
     return available, total
 
 

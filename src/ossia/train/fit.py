@@ -272,7 +272,7 @@ def _check_memory(all_bytes: int, team: Team, settings: TrainConfig) -> None:
     device = team.device
     needed_bytes = all_bytes // (team.size if device.type == "cuda" else team.num_machines)
     free_bytes = available_bytes(device)
-    if free_bytes is not None and needed_bytes > free_bytes:
+    if needed_bytes > free_bytes:
         remedy = (
             "lower rank or expert_rank, or name fewer targets"
             if settings.trainable == "lora"

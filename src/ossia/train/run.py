@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from ossia.errors import ConfigError, InputError
+from ossia.model import memory
 from ossia.train.checkpoint import Checkpoints, Snapshot, open_run_folder
 from ossia.train.config import TrainConfig, as_dict, changed_settings
 from ossia.train.metrics import Metrics, NoMetrics, Progress, open_sinks
@@ -432,29 +433,6 @@ def _line(report: StepReport, num_tokens: int, tokens_per_s: float) -> dict[str,
     return line | {"skipped": True} if report.is_skipped else line
 
 
-def available_bytes(device: torch.device) -> int | None:
-    """Memory that a process may still take there; None where nothing tells."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        return None
-    limits = [_cgroup_room(Path("/sys/fs/cgroup")), free]
-    return min(room for room in limits if room is not None)
-
-
-def _cgroup_room(folder: Path) -> int | None:
-    """What a container's bound leaves."""
-    try:
-        bound = (folder / "memory.max").read_text().strip()
-        used = int((folder / "memory.current").read_text())
-        cache = next(
-            int(line.split()[1])
-            for line in (folder / "memory.stat").read_text().splitlines()
-            if line.startswith("inactive_file ")
-        )
-    except (OSError, ValueError, StopIteration):
-        return None
-    return None if bound == "max" else int(bound) - used + cache
+def available_bytes(device: torch.device) -> int:
+    """Memory that a process may still take there."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory.available_bytes()[0]
