@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import mmap
 from typing import Any
 
@@ -543,6 +544,13 @@ def test_what_the_machine_lacks_is_a_config_error() -> None:
     for options in ({"dense": "q4"}, {"kv": "f8"}, {"threads": 0}):
         with pytest.raises(ConfigError):
             load("cpu", **options)
+
+
+def test_threads_are_as_many_as_cores_or_as_a_container_may_use(monkeypatch) -> None:
+    monkeypatch.setattr(cpu, "_cores", lambda: 4)
+    for bound, threads in ((0.1, 1), (1.0, 1), (1.5, 2), (64.0, 4), (math.inf, 4)):
+        monkeypatch.setattr(cpu, "processors", lambda bound=bound: bound)
+        assert CpuOps().threads == threads
 
 
 @each_isa

@@ -3,12 +3,13 @@
 A bound of any group from the process's own up to the topmost holds. A container often sees its own group as the topmost
 one, and then not by the name that the process has it by.
 
-Sources  Linux, Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
+Sources  Linux, Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst; Documentation/scheduler/sched-bwc.rst.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -39,6 +40,18 @@ def memory_bounds(root: Path = Path("/")) -> Iterator[MemoryBound]:
                 # Pages of files, a mapped model's among them, are the system's to take back.
                 files = sum(int(stat.get(f"{prefix}{which}_file", 0)) for which in ("active", "inactive"))
                 yield MemoryBound(bound, bound - int((group / used).read_text()) + files)
+
+
+def processors(root: Path = Path("/")) -> float:
+    """How many processors' time this process may use, infinite without a bound; ``root`` as in `memory_bounds`."""
+    least = math.inf
+    for group in _groups("cpu", root):
+        # Version 2 has both numbers in one file, and "max" for no quota; version 1 has -1.
+        for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+            with contextlib.suppress(OSError, ValueError):
+                quota, period = (int(part) for file in files for part in (group / file).read_text().split())
+                least = min(least, quota / period if quota > 0 else math.inf)
+    return least
 
 
 def _groups(controller: str, root: Path) -> Iterator[Path]:

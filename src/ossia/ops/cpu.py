@@ -15,6 +15,7 @@ the number of threads; the exact rules stand in `csrc/kernels.h`. Instruction se
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any, Literal, NamedTuple
 
@@ -25,6 +26,7 @@ import numpy.typing as npt
 from ossia import _kernels
 from ossia.errors import ConfigError
 from ossia.ops import Q8, Adapted, Batch, ExpertArrays, ExpertLoras, LoraPair, Mxfp4, Routing
+from ossia.ops.control_group import processors
 from ossia.ops.mapped import give_back
 
 Floats = npt.NDArray[np.float32]
@@ -295,7 +297,14 @@ class CpuOps:
 
 
 def available_cores() -> int:
-    """The cores that this process may use; two hardware threads of one core count once."""
+    """The cores that this process may use; two hardware threads of one core count once.
+
+    Where a container may use the time of fewer, they are so many: more threads would wait for each other.
+    """
+    return max(1, math.ceil(min(_cores(), processors())))
+
+
+def _cores() -> int:
     cpus = os.sched_getaffinity(0)
     cores = set()
     for cpu in cpus:
