@@ -99,6 +99,21 @@ def test_what_a_killed_process_left_is_removed_or_put_back_and_what_a_living_one
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out[1].1.partial", ".out[1].notes", "out[1]"]
 
 
+@pytest.mark.parametrize("target", ["absent", "empty", "checkpoint"])
+def test_behind_a_link_it_is_made_where_the_link_points(target, tmp_path):
+    disk, link = tmp_path / "disk", tmp_path / "link"
+    disk.mkdir()
+    link.symlink_to(disk / "out")
+    if target != "absent":
+        (disk / "out").mkdir()
+    if target == "checkpoint":
+        (disk / "out" / "config.json").write_text("old")
+    make(link, replace=True)
+    assert link.is_symlink() and (disk / "out" / "config.json").read_text() == "new"
+    assert [path.name for path in disk.iterdir()] == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+
+
 def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(5))

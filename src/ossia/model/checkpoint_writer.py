@@ -59,11 +59,14 @@ def new_path(out: Path, needed_bytes: int, *, replace: bool = False) -> Iterator
     """A path beside ``out`` to make a folder or a file at; it is renamed to ``out`` when the block ends well.
 
     ``replace``: a checkpoint that is at ``out`` already is replaced, after the new one is complete. What a killed
-    process left beside ``out`` is removed, or put back where it had just been moved away. Raises InputError
-    when something is there that may not be replaced, UnavailableError when the disk has less than ``needed_bytes``.
+    process left beside ``out`` is removed, or put back where it had just been moved away. Where ``out`` is a link, what
+    it points to is made, on that disk. Raises InputError when something is there that may not be replaced,
+    UnavailableError when the disk has less than ``needed_bytes``.
     """
     if out.name in ("", ".."):
         raise InputError(f"{out} names no new folder. Give the name of one, such as {out / 'new'}.")
+    if out.is_symlink():
+        out = Path(os.path.realpath(out))
     _mend(out)
     is_there = out.exists() and not (out.is_dir() and not any(out.iterdir()))
     if is_there and not replace:
