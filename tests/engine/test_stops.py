@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 
 import pytest
 
@@ -81,3 +82,11 @@ def test_a_run_of_tokens_ends_an_answer_and_the_longest_counts():
 def test_stop_strings_need_the_bytes_of_tokens():
     with pytest.raises(InputError, match="token_bytes"):
         StopMatcher((), (), ["x"], None)
+
+
+def test_a_long_stop_string_takes_no_longer_than_a_short_one():
+    matcher = StopMatcher((), (), ["a" * 100_000 + "b"], lambda token_id: b"abc ")
+    began_s = time.process_time()
+    assert not any(matcher.feed(0) for _ in range(10_000))
+    # Each token had been compared with all of the answer so far: a minute.
+    assert time.process_time() - began_s < 5

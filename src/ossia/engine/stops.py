@@ -48,9 +48,8 @@ class StopMatcher:
         self._token_bytes = token_bytes
         self._recent_ids: list[int] = []
         self._num_recent = max(map(len, sequences), default=0)
-        # The end of the answer, as long as a stop string that is not complete may be.
+        # The end of the answer, as much as may be the beginning of a stop string.
         self._tail = b""
-        self._tail_size = max((len(text) for _, text in self._strings), default=1) - 1
         # ends[i]: bytes of the first i + 1 tokens.
         self._ends: list[int] = []
         self._num_tokens = 0
@@ -83,8 +82,8 @@ class StopMatcher:
         known = len(self._tail)
         text = self._tail + new
         self._ends.append(start + len(text))
-        self._tail = text[-self._tail_size :] if self._tail_size else b""
         self.held_bytes = max(_overlap(text, stop) for _, stop in self._strings)
+        self._tail = text[len(text) - self.held_bytes :]
 
         found = []
         for string, stop in self._strings:
