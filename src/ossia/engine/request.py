@@ -5,7 +5,6 @@ Sources  The parameters follow OpenAI's API and, where that has none, vLLM's Sam
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
@@ -102,7 +101,7 @@ class SamplingParams:
     constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
-        self._check("temperature", self.temperature >= 0 and math.isfinite(self.temperature), "finite and at least 0")
+        self._check("temperature", 0 <= self.temperature <= _LARGEST, f"between 0 and {_LARGEST:g}")
         self._check("top_p", 0 <= self.top_p <= 1, "between 0 and 1")
         self._check("top_k", self.top_k >= 0, "at least 0 (0 keeps all tokens)")
         self._check("min_p", 0 <= self.min_p <= 1, "between 0 and 1")
@@ -193,6 +192,8 @@ class Sequence:
     __slots__ = (
         "adapter",
         "banned_token_ids",
+        "biased_token_ids",
+        "biases",
         "blocks",
         "constraint",
         "eos_token_ids",
@@ -236,6 +237,8 @@ class Sequence:
         )
         self.eos_token_ids = np.array(sorted({*eos, *params.stop_token_ids}), np.int64)
         self.banned_token_ids = np.array(params.banned_token_ids, np.int64)
+        self.biased_token_ids = np.array([*params.logit_bias], np.int64)
+        self.biases = np.array([*params.logit_bias.values()], np.float32)
         self.token_counts = TokenCounts(self.token_ids) if _needs_counts(params) else None
         self.prompt_logprobs: list[Scored] = []
 

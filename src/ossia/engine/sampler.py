@@ -134,8 +134,7 @@ def adjust(logits_V: Floats, sequence: Sequence, mask: Mask | None) -> Floats:
         values -= np.float32(params.frequency_penalty) * times
         values -= np.float32(params.presence_penalty) * (times > 0)
         out_V[penalised] = values
-    for token_id, bias in params.logit_bias.items():
-        out_V[token_id] += np.float32(bias)
+    out_V[sequence.biased_token_ids] += sequence.biases
     out_V[banned] = -np.inf
     return out_V
 
