@@ -55,11 +55,17 @@ def test_sequences_that_the_cache_cannot_hold_are_refused(runner, counting):
         measure_decode(runner, counting, 4, 100_000, num_steps=1)
 
 
-def test_a_prompt_that_the_cache_cannot_hold_is_refused_before_anything_is_computed(runner, counting, monkeypatch):
+def test_what_the_cache_cannot_hold_is_refused_before_anything_is_computed(runner, counting, monkeypatch):
     def run(batch):
         raise AssertionError("a pass was computed")
 
     monkeypatch.setattr(runner, "run", run)
+    with pytest.raises(InputError, match=f"{10**15} sequences of 16 tokens need .* --kv-memory"):
+        measure_decode(runner, counting, 10**15, 0)
+    # The last step is the longest.
+    num_tokens = runner.num_blocks.full * runner.options.block_size
+    with pytest.raises(InputError, match=f"1 sequences of {num_tokens + 1} tokens need"):
+        measure_decode(runner, counting, 1, num_tokens - 1, num_steps=2)
     for length in (100_000, 10**15):
         with pytest.raises(InputError, match=f"1 sequences of {length} tokens need .* --kv-memory"):
             measure_prefill(runner, counting, length)

@@ -105,8 +105,10 @@ def measure_decode(
 ) -> Measurement:
     """One token for each of ``num_seqs`` sequences that hold ``depth`` tokens already; the median of ``num_steps``.
 
-    Raises InputError if the cache is too small for them.
+    Raises InputError, before anything is computed, if the cache is too small for them.
     """
+    last = depth + num_steps - 1
+    _check_room(runner, [last], [last + 1], num_copies=num_seqs)
     rng = np.random.default_rng(seed)
     seconds, num_experts = [], []
     for step in range(num_steps):
@@ -209,13 +211,13 @@ def made_up_batch(runner: Runner, starts: Sequence[int], token_ids: Sequence[Any
     )
 
 
-def _check_room(runner: Runner, starts: Sequence[int], ends: Sequence[int]) -> None:
-    """Raises InputError if the cache is too small for sequences that go on from ``starts`` to ``ends``."""
+def _check_room(runner: Runner, starts: Sequence[int], ends: Sequence[int], num_copies: int = 1) -> None:
+    """Raises InputError if the cache is too small for so many copies of sequences from ``starts`` to ``ends``."""
     size, window = runner.options.block_size, runner.config.sliding_window
-    num_full = sum(-(-end // size) for end in ends)
-    num_window = num_full - sum(max(0, start - window + 1) // size for start in starts)
+    num_full = num_copies * sum(-(-end // size) for end in ends)
+    num_window = num_full - num_copies * sum(max(0, start - window + 1) // size for start in starts)
     if num_full > runner.num_blocks.full or num_window > runner.num_blocks.window:
         raise InputError(
-            f"{len(starts)} sequences of {max(ends)} tokens need {num_full} blocks of {size} tokens; the cache has "
-            f"{runner.num_blocks.full}. Give more with --kv-memory."
+            f"{len(starts) * num_copies} sequences of {max(ends)} tokens need {num_full} blocks of {size} tokens; the "
+            f"cache has {runner.num_blocks.full}. Give more with --kv-memory."
         )
