@@ -124,7 +124,17 @@ def test_what_is_here_are_published_models_and_others_of_their_kind(hub, cache):
         ):
             (folder / path).parent.mkdir(parents=True)
             (folder / path).write_text(text if kind else "[")
+    snapshot = cache / "models--me--tuned" / "snapshots" / COMMIT
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    (snapshot / "model-1.safetensors").write_bytes(b"")
+    # Interrupted: a shard is missing.
+    assert downloaded() == ["gpt-oss-20b"]
+    (snapshot / "model-2.safetensors").write_bytes(b"")
     assert downloaded() == ["gpt-oss-20b", "me/tuned"]
+    # Looked at for its vocabulary alone.
+    (resolve_model("gpt-oss-20b") / "model.safetensors").unlink()
+    assert downloaded() == ["me/tuned"]
 
 
 def test_what_is_there_is_not_downloaded_twice(hub):

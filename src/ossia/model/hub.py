@@ -15,6 +15,7 @@ from typing import Any
 
 from ossia.config import EMBEDDED
 from ossia.errors import InputError, NotFoundError, OssiaError, UnavailableError
+from ossia.model.checkpoint_files import find_files
 
 # Names that need no owner.
 PUBLISHED = ("gpt-oss-20b", "gpt-oss-120b", "gpt-oss-safeguard-20b", "gpt-oss-safeguard-120b")
@@ -62,8 +63,9 @@ def downloaded() -> list[str]:
     """Names of the gpt-oss models that are complete in the Hugging Face cache: published ones, then those of others."""
     here = []
     for name in (*PUBLISHED, *_of_others()):
+        # What was begun, or looked at for its vocabulary alone, has a folder too.
         with contextlib.suppress(OssiaError):
-            resolve_model(name)
+            find_files(resolve_model(name))
             here.append(name)
     return here
 
