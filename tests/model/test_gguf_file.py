@@ -21,6 +21,7 @@ from ossia.errors import CheckpointError
 from ossia.harmony.tokenizer import Tokenizer
 from ossia.model.checkpoint_files import find_files
 from ossia.model.config import ModelConfig, RopeConfig
+from ossia.model.gguf_file import Numbers
 from ossia.model.inspection import inspect_checkpoint, verify_checkpoint
 from ossia.model.random_checkpoint import write_random_checkpoint
 from ossia.model.safetensors_file import map_file
@@ -311,7 +312,9 @@ def test_without_any_vocabulary_gpt_oss_s_own_is_taken_when_the_size_agrees(fold
     [
         ("tokenizer.ggml.pre", "llama-bpe", "pattern 'llama-bpe'"),
         ("tokenizer.ggml.model", "llama", "kind 'llama'"),
-        ("tokenizer.ggml.token_type", np.ones(5, np.int32), "262 tokens, but 5 types"),
+        ("tokenizer.ggml.pre", Numbers(np.ones(2, np.int32)), "pattern an array of 2 numbers"),
+        ("tokenizer.ggml.token_type", Numbers(np.ones(5, np.int32)), "262 tokens, but 5 types"),
+        ("tokenizer.ggml.token_type", 1, "262 tokens, but 0 types"),
         ("tokenizer.ggml.merges", None, "vocabulary of 300 tokens is not"),
     ],
 )
@@ -439,6 +442,10 @@ DAMAGE = {
         "has tensor y begin at byte",
     ),
     "no architecture": (header(), "general.architecture is None"),
+    "an array for a name": (
+        header(num_pairs=1, pairs=pair("general.architecture", 9, struct.pack("<IQ", 4, 2) + bytes(8))),
+        "general.architecture is an array of 2 numbers",
+    ),
 }
 
 

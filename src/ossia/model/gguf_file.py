@@ -67,8 +67,18 @@ class Strings:
             position += 8 + size
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Numbers:
+    """An array of numbers. Unlike numpy's it can be compared with what a field should be, and is not that."""
+
+    values: npt.NDArray[Any]
+
+    def __repr__(self) -> str:
+        return f"an array of {len(self.values)} numbers"
+
+
 class GgufHeader(NamedTuple):
-    metadata: dict[str, Any]  # numbers, str, numpy arrays, Strings
+    metadata: dict[str, Any]  # numbers, str, Numbers, Strings
     tensors: dict[str, TensorEntry]
 
 
@@ -156,7 +166,9 @@ def tokenizer_document(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any
             f"{GGUF_REMEDY}"
         )
     types = metadata.get("tokenizer.ggml.token_type")
-    is_ordinary = np.ones(tokens.num_strings, bool) if types is None else np.asarray(types) == _NORMAL_TOKEN
+    is_ordinary = np.ones(tokens.num_strings if types is None else 0, bool)
+    if isinstance(types, Numbers):
+        is_ordinary = types.values == _NORMAL_TOKEN
     if len(is_ordinary) != tokens.num_strings:
         raise CheckpointError(
             f"{path}: {tokens.num_strings} tokens, but {len(is_ordinary)} types of tokens. {GGUF_REMEDY}"
@@ -258,7 +270,7 @@ class _Reader:
             return self.strings(count)
         start, dtype = self.position, np.dtype(self.number_format(element_type))
         self.advance(count * dtype.itemsize)
-        return np.frombuffer(self.data[start : self.position], dtype)
+        return Numbers(np.frombuffer(self.data[start : self.position], dtype))
 
     def number_format(self, type_number: int) -> str:
         if type_number not in _NUMBERS:
