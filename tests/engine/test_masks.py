@@ -368,6 +368,25 @@ def test_what_a_blind_sampler_writes_is_what_any_of_many_schemas_accepts(compile
     assert sum(finished) >= 285
 
 
+@pytest.mark.parametrize(
+    ("bounds", "allowed", "excluded"),
+    [
+        ({"exclusiveMinimum": 0, "maximum": 0.5}, ("0.1", "0.0001", "0.5"), ("0", "0.0", "0.6")),
+        ({"exclusiveMinimum": 1, "exclusiveMaximum": 1.9}, ("1.5", "1.01"), ("1", "1.0", "1.9")),
+        ({"minimum": -10.5, "exclusiveMaximum": -10}, ("-10.5", "-10.2"), ("-10", "-10.0")),
+        ({"minimum": -0.5, "exclusiveMaximum": 0}, ("-0.5", "-0.2"), ("-0", "0", "-0.0")),
+        ({"allOf": [{"exclusiveMinimum": 99}, {"maximum": 99.5}]}, ("99.2", "99.5"), ("99", "99.0")),
+        ({"type": "integer", "exclusiveMinimum": 2**48, "maximum": 2**48 + 1}, (str(2**48 + 1),), (str(2**48),)),
+        ({"exclusiveMinimum": -1, "exclusiveMaximum": 2}, ("-0.9", "0", "1.9"), ("-1", "2", "2.0")),
+    ],
+)
+def test_a_bound_that_excludes_a_number_excludes_it_in_every_range(compiler, bounds, allowed, excluded):
+    grammar = turn_grammar(output=Schema({"type": "number", **bounds}))
+    for text in (*allowed, *excluded):
+        turn = ids(f"<|channel|>final<|message|>{text}<|return|>")
+        assert accepts(compiler.constraint(grammar), turn) == (text in allowed), text
+
+
 # -- tools -----------------------------------------------------------------------------------------
 
 LOOKUP = {

@@ -42,6 +42,10 @@ MAX_EXPANDED_SUBSCHEMAS = 10_000
 # many as their least common multiple.
 MAX_MULTIPLE = 1_000
 MAX_COMMON_MULTIPLE = 10_000
+# How far from an excluded whole number a range begins, as a part of it: some steps of float64, since llguidance may
+# read one off by a step. From 0 it is as many decimals, each a state of the automaton.
+NEXT_NUMBER = 2.0**-50
+LEAST_NUMBER = 1e-30
 
 _TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
 _UNSUPPORTED = (
@@ -208,6 +212,7 @@ class _Reader:
                 out["pattern"] = self._pattern(value, here)
         self._read_arrays(schema, out, path, depth)
         self._read_format(schema, out, path)
+        _close_bounds(out)
         if isinstance(out.get("multipleOf"), int):
             # As fractions ("6.0") such numbers have beginnings that nothing completes.
             types = out.get("type", list(_TYPES))
@@ -502,6 +507,23 @@ def _units(multiples: Collection[Decimal]) -> int:
     """The least common multiple, counted in the last decimal of all."""
     last = max((-int(multiple.as_tuple().exponent) for multiple in multiples), default=0)
     return math.lcm(*(int(multiple.scaleb(max(last, 0))) for multiple in multiples))
+
+
+def _close_bounds(out: dict[str, Any]) -> None:
+    """Write the bound nearer to 0, if it excludes a whole number, as one that includes the next number beyond it.
+
+    llguidance allows the excluded number where the range ends before the next whole number: of (0, 0.5], 0 too.
+    """
+    for open_bound, bound, sign, tighter in (
+        ("exclusiveMinimum", "minimum", 1, max),
+        ("exclusiveMaximum", "maximum", -1, min),
+    ):
+        number = out.get(open_bound)
+        # No whole number may lie between.
+        if isinstance(number, int) and 0 <= sign * number * NEXT_NUMBER < 1:
+            beyond = number + sign * max(abs(number) * NEXT_NUMBER, LEAST_NUMBER)
+            out[bound] = tighter(out.get(bound, beyond), beyond)
+            del out[open_bound]
 
 
 _SAME_VALUE = ("anyOf", "oneOf", "allOf", "$defs")
