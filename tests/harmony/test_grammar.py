@@ -170,6 +170,8 @@ DOUBLING = {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in ran
         ({"$ref": 3}, "expected a JSON pointer"),
         ({"$ref": "#/$defs/none"}, "where nothing is"),
         ({"$ref": "#/anyOf/7", "anyOf": [{}]}, "where nothing is"),
+        ({"$ref": "#/anyOf/\u00b2", "anyOf": [{}] * 3}, "where nothing is"),
+        ({"$ref": "#/anyOf/" + "9" * 5_000, "anyOf": [{}]}, "where nothing is"),
         ({"$ref": "#"}, "at #, the \\$ref leads back to itself"),
         ({"$defs": {"a": {"anyOf": [{"$ref": "#/$defs/b"}]}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}, "back"),
         ({"$defs": DOUBLING | {"d30": {}}, "$ref": "#/$defs/d0"}, "multiplies out to too much"),

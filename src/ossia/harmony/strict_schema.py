@@ -345,7 +345,7 @@ class _Reader:
             key = unquote(part).replace("~1", "/").replace("~0", "~")
             if isinstance(target, Mapping) and key in target:
                 target = target[key]
-            elif isinstance(target, list) and key.isdigit() and int(key) < len(target):
+            elif isinstance(target, list) and _INDEX.fullmatch(key) and int(key) < len(target):
                 target = target[int(key)]
             else:
                 raise self.error(path, f"$ref is {_short(pointer)}, where nothing is", "a place in this schema")
@@ -527,6 +527,9 @@ def _close_bounds(out: dict[str, Any]) -> None:
 
 
 _SAME_VALUE = ("anyOf", "oneOf", "allOf", "$defs")
+
+# A place in a list, as a JSON pointer has it.
+_INDEX = re.compile("0|[1-9][0-9]{0,8}")
 
 # Characters that a JSON text writes as \u, which sampling only allows in part, and halves that no UTF-8 text has.
 _UNWRITABLE = re.compile("[\x00-\x07\x0b\x0e-\x1f\x7f\ud800-\udfff]")
