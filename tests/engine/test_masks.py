@@ -492,6 +492,14 @@ def test_a_turn_is_spelled_as_the_model_was_trained_and_not_otherwise(compiler, 
     assert accepts(compiler.constraint(turn_grammar(TOOLS)), ids(text)) == accepted
 
 
+def test_signs_of_a_group_inside_a_class_are_characters(compiler):
+    for tool in (Tool.custom("c", "regex", "[(?<>)]{2}"), Tool.custom("c", "lark", "start: /[(?<>)]{2}/")):
+        for text, accepted in (("<>", True), ("(?", True), ("(:", False)):
+            constraint = compiler.constraint(turn_grammar([tool]))
+            turn = ids("<|channel|>commentary to=functions.c<|message|>") + TOKENIZER.encode(text)
+            assert accepts(constraint, [*turn, *ids("<|call|>")]) == accepted
+
+
 def test_a_json_answer_may_be_announced_in_its_header(compiler):
     grammar = turn_grammar(output=Schema(ANSWER))
     for text in ("<|channel|>final<|message|>", "<|channel|>final <|constrain|>json<|message|>"):

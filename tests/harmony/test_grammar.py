@@ -361,6 +361,22 @@ def test_a_clients_grammar_is_written_anew_without_the_signs_of_special_tokens()
 
 
 @pytest.mark.parametrize(
+    ("pattern", "written"),
+    [
+        ("[(?<a>b]", r"[(?\x3ca\x3eb]"),
+        ("[]>](?<n>a)", r"[]\x3e](?:a)"),
+        ("[^]>](?<n>a)", r"[^]\x3e](?:a)"),
+        ("[[:alpha:]<](?<n>a)", r"[[:alpha:]\x3c](?:a)"),
+        (r"[\]<](?P<n>a)", r"[\]\x3c](?:a)"),
+        (r"\[(?<n>a)]", r"\[(?:a)]"),
+        ("[(?=)]", "[(?=)]"),
+    ],
+)
+def test_names_of_groups_are_left_out_and_classes_stay_as_they_are(pattern, written):
+    assert regex_as_lark(pattern) == f"start: /{written}/\n"
+
+
+@pytest.mark.parametrize(
     ("definition", "message"),
     [
         ("start: <|end|>", r"line 1 has special tokens \(<...>\)"),
@@ -382,6 +398,8 @@ def test_a_clients_grammar_is_written_anew_without_the_signs_of_special_tokens()
         ("start: /a/x", "has the flags 'x'"),
         (r"start: /\<a/", "word boundary"),
         ("start: /(?=a)/", "lookaround"),
+        ("start: /(?x)a # b\nc/", "line 1: the regular expression has the flag x"),
+        ("start: /[a](?i-x:b)(?sx:c)/", "the flag x"),
         ("start: /(?<!a)/", "lookaround"),
         ("start: /(?<a/", "unclosed group name"),
         ('root: "a"', "has no rule 'start'"),

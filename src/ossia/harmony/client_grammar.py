@@ -43,6 +43,9 @@ _REFUSED = (
 )
 _LOOKAROUND = re.compile(r"\(\?<?[=!]")
 _NAMED_GROUP = re.compile(r"\(\?P?<")
+_VERBOSE = re.compile(r"\(\?[a-zA-Z]*x")
+# A bracket that closes is a character where it comes first.
+_CLASS = re.compile(r"\[\^?\]?")
 
 
 class _Token(NamedTuple):
@@ -142,7 +145,8 @@ def _pattern(pattern: str, param: str | None, line: int | None) -> str:
     """A regular expression as it may stand between slashes."""
     where = "" if line is None else f"line {line}: "
     out = []
-    i = 0
+    # Brackets that are open: of classes, which hold others.
+    i, depth = 0, 0
     while i < len(pattern):
         char = pattern[i]
         if char == "\\":
@@ -152,8 +156,17 @@ def _pattern(pattern: str, param: str | None, line: int | None) -> str:
             if pattern[i] in "<>":
                 raise _error(param, f"{where}the regular expression has a word boundary", "one without it")
             out.append(_escaped(pattern[i], "\\" + pattern[i]))
+        elif opened := _CLASS.match(pattern, i):
+            out.append(opened[0])
+            i, depth = opened.end() - 1, depth + 1
+        elif depth:
+            out.append(_escaped(char, char))
+            depth -= char == "]"
         elif _LOOKAROUND.match(pattern, i):
             raise _error(param, f"{where}the regular expression has a lookaround", "one without it")
+        elif _VERBOSE.match(pattern, i):
+            # Its line breaks and comments could not be written in one line.
+            raise _error(param, f"{where}the regular expression has the flag x", "one without it")
         elif _NAMED_GROUP.match(pattern, i):
             end = pattern.find(">", i)
             if end < 0:
