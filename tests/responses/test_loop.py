@@ -433,6 +433,17 @@ def test_an_answer_that_may_be_longer_than_there_is_room_gets_the_room_there_is(
     assert lint(events_of(run_of(made, max_output_tokens=100_000)))["status"] == "completed"
 
 
+def test_a_summary_takes_nothing_of_what_the_answer_may_take():
+    made = model(REASONED + FINAL, REASONED + FINAL, constrain=(seen := []).append)
+    manage = [{"type": "compaction", "compact_threshold": 100}]
+    fields = {"max_output_tokens": 8, "reasoning": {"max_tokens": 5}, "context_management": manage}
+    response = lint(events_of(run_of(made, input="2+2? " * 200, **fields)))
+    assert response["incomplete_details"] == {"reason": "max_output_tokens"}
+    assert [params.max_tokens for params in made.engine.params] == [4_096, 8]
+    assert seen[-1].max_reasoning_tokens == 5
+    assert response["usage"]["output_tokens"] == len(tokens(REASONED + FINAL)) + 8
+
+
 def test_a_stop_text_ends_the_answer_across_tokens_and_not_the_thoughts():
     made = model(REASONED + FINAL)
     run = run_of(made, extras=Extras(stops=("nswer is", "make")))

@@ -214,6 +214,8 @@ class Run:
             }
         )
         self._usage = Usage()
+        # What of it a summary took.
+        self._summary_usage = Usage()
         # What the last thought took, as its item keeps it.
         self._thought: Json = {}
         self._num_tool_calls = 0
@@ -255,6 +257,11 @@ class Run:
     @property
     def usage(self) -> Usage:
         return self._usage
+
+    @property
+    def _answer_usage(self) -> Usage:
+        """All but a summary, which the request's limits do not count."""
+        return Usage(*(whole - part for whole, part in zip(self._usage, self._summary_usage, strict=True)))
 
     @property
     def stopped(self) -> str | None:
@@ -351,7 +358,7 @@ class Run:
                 async for event in answered:
                     yield event
             limit = self._params.max_tokens
-            generation.is_cut = limit is not None and self._usage.output_tokens >= limit
+            generation.is_cut = limit is not None and self._answer_usage.output_tokens >= limit
             if generation.is_cut or self._num_unknown_calls > _MAX_UNKNOWN_CALLS or self._is_refused_for_good:
                 break
         if generation.is_cut:
@@ -370,6 +377,7 @@ class Run:
         entries = [*self.history.entries, *self.input]
         text, used = await summarize(self._model, entries)
         self._usage = Usage(*map(sum, zip(self._usage, used, strict=True)))
+        self._summary_usage = used
         said = [one.message.text for entry in entries for one in entry.spoken if one.message.role is Role.USER]
         summary = Summary(text, said[-1] if said else "", covers=True)
         for event in self._builder.compacted(summary.sealed(self._model.seal)):
@@ -394,7 +402,7 @@ class Run:
         used = self._usage
         params = self._params
         if params.max_tokens is not None:
-            params = replace(params, max_tokens=params.max_tokens - used.output_tokens)
+            params = replace(params, max_tokens=params.max_tokens - self._answer_usage.output_tokens)
         params = self._fit(params)
         token_ids = self._prompt.token_ids
         constraint = self._constraint or self._constrain()
@@ -656,7 +664,7 @@ class Run:
             is_list = isinstance(asked, dict) and asked["type"] == "allowed_tools"
             choice = Choice("auto", choice.recipients if is_list else None)
         cap = self.request.max_reasoning_tokens
-        left = None if cap is None else max(cap - self._usage.reasoning_tokens, 0)
+        left = None if cap is None else max(cap - self._answer_usage.reasoning_tokens, 0)
         return self._model.constrain(Turn(self.tools, choice, self.request.format, left))
 
     def _fit(self, params: SamplingParams) -> SamplingParams:
