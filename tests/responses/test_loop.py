@@ -307,6 +307,17 @@ def test_a_client_that_changes_its_history_is_taken_at_its_word():
     assert "2 and 2 make 4" not in TOKENIZER.decode(made.engine.prompts[1])
 
 
+def test_calls_of_several_turns_may_be_told_before_their_answers():
+    made = model(CALL)
+    said: list[dict[str, Any]] = [{"role": "user", "content": "2+2?"}]
+    first = asyncio.run(finish(run_of(made, input=said, tools=[ADD])))["output"][-1]
+    second = asyncio.run(finish(run_of(made, input=[*said, first, _answer(first)], tools=[ADD])))["output"][-1]
+    items = [*said, first, second, _answer(first), _answer(second)]
+    asyncio.run(finish(run_of(made, input=items, tools=[ADD])))
+    prompt = TOKENIZER.decode(made.engine.prompts[-1])
+    assert prompt.count("<|call|>") == prompt.count("<|start|>functions.add to=assistant") == 2
+
+
 def test_analysis_is_left_out_once_an_answer_followed_and_kept_if_all_turns_are_asked_for():
     for context, kept in (("auto", False), ("all_turns", True)):
         made = model(REASONED + FINAL)

@@ -403,7 +403,7 @@ class Reader:
         if (turn[-1].message.recipient or "").rpartition(".")[2] != recipient.rpartition(".")[2]:
             return ()
         begin = len(out)
-        while begin and _is_by_model(out[begin - 1].item):
+        while begin and _goes_before_call(out[begin - 1].item):
             begin -= 1
         for channel in (Channel.ANALYSIS, Channel.COMMENTARY):
             shown = [s.message.text for e in out[begin:] for s in e.spoken if _is_talk(s.message, channel)]
@@ -466,10 +466,13 @@ def sealed_reasoning(spoken: Spoken, seal: Seal) -> str:
     return seal.seal(json.dumps(spoken.to_dict()).encode())
 
 
-def _is_by_model(item: Json) -> bool:
+def _goes_before_call(item: Json) -> bool:
+    """Whether the model may have said it in the turn that ends in a client's call: no other of these stands there."""
     kind = item.get("type")
     if kind == "message":
         return item.get("role") == "assistant" and item.get("phase") == "commentary"
+    if kind in ("function_call", "custom_tool_call") or of_call(kind) is not None:
+        return False
     return isinstance(kind, str) and (kind == "reasoning" or kind.endswith("_call"))
 
 
