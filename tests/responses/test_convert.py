@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 from ossia.harmony import Channel, Message, Role
 from ossia.responses.convert import Spoken, TurnMemory
@@ -63,3 +65,23 @@ def test_a_turn_that_was_used_outlives_one_that_was_not():
         memory.keep(f"more_{number}", turn(number))
         memory.recall("a")
     assert memory.recall("a") == turn(0) and memory.recall("b") == ()
+
+
+def test_turns_are_kept_and_recalled_in_many_threads():
+    memory, one = TurnMemory(max_bytes=3_000), turn(0, 0)
+
+    def use(number: int) -> None:
+        for i in range(10_000):
+            if number % 2:
+                memory.keep(f"call_{i % 3}", one)
+            else:
+                memory.recall(f"call_{i % 3}")
+
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(use, range(4)))
+    finally:
+        sys.setswitchinterval(interval_s)
+    assert len(memory) == 1

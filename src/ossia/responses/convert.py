@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import threading
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -77,10 +78,11 @@ class History:
 
 
 class TurnMemory:
-    """What was sampled up to each recent call, by call id: the latest of it, in about ``max_bytes``."""
+    """What was sampled up to each recent call, by call id: the latest of it, in about ``max_bytes``. For any thread."""
 
     def __init__(self, max_bytes: int = 64 << 20) -> None:
         self._max_bytes = max_bytes
+        self._lock = threading.Lock()
         self._num_bytes = 0
         # Token ids packed: as a tuple of numbers they would take ten times the room.
         self._turns: OrderedDict[str, tuple[tuple[Message, array[int]], ...]] = OrderedDict()
@@ -89,17 +91,19 @@ class TurnMemory:
         return len(self._turns)
 
     def keep(self, call_id: str, turn: tuple[Spoken, ...]) -> None:
-        self._forget(call_id)
         kept = tuple((message, array("I", token_ids)) for message, token_ids in turn)
-        self._turns[call_id] = kept
-        self._num_bytes += _num_bytes(kept)
-        while self._num_bytes > self._max_bytes:
-            self._forget(next(iter(self._turns)))
+        with self._lock:
+            self._forget(call_id)
+            self._turns[call_id] = kept
+            self._num_bytes += _num_bytes(kept)
+            while self._num_bytes > self._max_bytes:
+                self._forget(next(iter(self._turns)))
 
     def recall(self, call_id: str) -> tuple[Spoken, ...]:
-        kept = self._turns.get(call_id, ())
-        if kept:
-            self._turns.move_to_end(call_id)
+        with self._lock:
+            kept = self._turns.get(call_id, ())
+            if kept:
+                self._turns.move_to_end(call_id)
         return tuple(Spoken(message, tuple(token_ids)) for message, token_ids in kept)
 
     def _forget(self, call_id: str) -> None:
