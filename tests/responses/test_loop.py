@@ -422,6 +422,13 @@ def test_unknown_fields_tools_and_items_are_passed_by():
     assert lint(events_of(run))["status"] == "completed"
 
 
+def test_a_reference_that_is_no_text_is_refused():
+    for identity in ([1], {"id": "msg_1"}, 5):
+        with pytest.raises(InputError, match=r"input\[0\].id is .*expected a short text") as caught:
+            run_of(FINAL, input=[{"type": "item_reference", "id": identity}])
+        assert caught.value.param == "input[0].id"
+
+
 def test_an_empty_input_is_answered():
     assert lint(events_of(run_of(FINAL, input="", max_output_tokens=1)))["status"] == "incomplete"
 

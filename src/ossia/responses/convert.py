@@ -228,9 +228,10 @@ class Reader:
             case "additional_tools":
                 return self._more_tools(item, where)
             case "item_reference":
-                if item.get("id") in self.references:
-                    return self.references[item["id"]]
-                raise NotFoundError(f"{where} refers to item {item.get('id')!r}, which is not stored", param=where)
+                identity = _text(item.get("id"), f"{where}.id")
+                if identity in self.references:
+                    return self.references[identity]
+                raise NotFoundError(f"{where} refers to item {identity!r}, which is not stored", param=where)
             case "compaction":
                 return self._compaction(item, where)
             case str():
