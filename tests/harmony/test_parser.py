@@ -195,6 +195,14 @@ READ = {
 }
 
 
+@pytest.mark.parametrize(
+    "text", [" to=assistant<|channel|>commentary<|message|>4<|end|>", "<|end|>", "<|message|>4", ""]
+)
+def test_the_message_of_a_tool_that_is_not_named_is_read(tokenizer: Tokenizer, text: str) -> None:
+    messages = parse(tokenizer, text, "tool").messages
+    assert [(message.role, message.name) for message in messages] == [(Role.TOOL, "tool")] * bool(text)
+
+
 @pytest.mark.parametrize("text", READ, ids=list(READ))
 def test_header_is_read_or_recovered(tokenizer: Tokenizer, text: str) -> None:
     parser = parse(tokenizer, text)

@@ -403,8 +403,10 @@ def parse_header(text: str, role: Role | None) -> Header:
     name = None
     if role is None:
         role, name, words = _read_role(words, len(marked) > 0, defects)
-    elif words and words[0] == role:
-        words = words[1:]
+    else:
+        # A tool that is not named is known as one.
+        name = role if role is Role.TOOL else None
+        words = words[1:] if words and words[0] == role else words
     channels: list[str] = []
     channel_name: str | None
     content_type: str | None = None
