@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ossia.errors import InputError
@@ -414,6 +414,7 @@ def test_a_clients_grammar_that_could_do_more_than_write_text_is_refused(definit
     assert caught.value.param == "tools[0].format.definition"
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="<>|[]@%\"'/\\#\n ab:*()i", max_size=60))
 def test_no_text_leaves_a_sign_of_a_special_token_in_a_grammar(text):
     for read in (safe_lark, regex_as_lark):
