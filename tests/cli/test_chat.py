@@ -466,6 +466,15 @@ def test_finished_blocks_are_printed_once_however_the_text_is_cut():
             ]
 
 
+def test_a_lone_return_ends_no_line():
+    text = "10 %\r\r20 %\r\n\r\nthat was\rit\n\nlast\n"
+    stream, blocks = MarkdownStream(), []
+    for letter in text:
+        blocks += stream.feed(letter)
+    assert [*blocks, *stream.finish()] == ["10 %\r\r20 %\r\n\r\n", "that was\rit\n\n", "last\n"]
+    assert "20 %␍" in shown(drawn("<|channel|>final<|message|>10 %\r\r20 %\r\r\n\nlast\n<|return|>"))
+
+
 def test_a_huge_block_is_shown_without_being_read_again_and_again():
     stream = MarkdownStream()
     blocks = [block for _ in range(300) for block in stream.feed("word " * 200 + "\n")] + stream.finish()
