@@ -330,13 +330,13 @@ def test_a_patch_that_is_not_approved_changes_nothing(tmp_path, answers):
     assert not list(tmp_path.iterdir()) and "declined this patch" in prompts(chat.engine)[1]
 
 
+async def interrupted(question: str) -> str:
+    raise asyncio.CancelledError
+
+
 def test_ctrl_c_at_the_question_stops_the_turn_and_answers_the_call(tmp_path):
     engine = Scripted(PATCHING, FINAL)
     chat = Chat(engine, "add it", "go on", tools={"apply_patch": PATCHES}, tools_on=["apply_patch"])
-
-    async def interrupted(question: str) -> str:
-        raise asyncio.CancelledError
-
     chat.source.ask = interrupted
     chat.session.patcher = ApplyPatch(PatchFolder(tmp_path), approve=chat.loop.approve)
     chat.run()
@@ -370,6 +370,14 @@ def test_a_full_context_can_begin_a_new_conversation_or_drop_the_question():
     assert len(full("n").session.turns) == 1
     cancelled = full("c")
     assert "was not asked" in cancelled.notes and cancelled.out.count("The answer is 4.") == 2
+
+
+def test_ctrl_c_at_any_other_question_leaves_all_as_it_was(tmp_path):
+    (tmp_path / "a.md").write_text("mine")
+    chat = Chat(Scripted(FINAL, context=1000), LONG, f"/save {tmp_path / 'a.md'}", LONG, LONG, "/tokens")
+    chat.source.ask = interrupted
+    assert chat.run().code == 0 and (tmp_path / "a.md").read_text() == "mine"
+    assert "The context is full" in chat.notes and "turns: 2" in chat.out
 
 
 def test_in_a_pipe_a_full_context_is_an_error_that_names_the_choices():

@@ -103,7 +103,8 @@ class ChatLoop:
                     return self._code
                 if text.strip():
                     self._obey(text)
-            except KeyboardInterrupt:
+            # At a question of ours Ctrl-C is a key, and cancels without a signal.
+            except (KeyboardInterrupt, asyncio.CancelledError):
                 if not self._source.is_interactive:
                     return 130
             except _Quit:
