@@ -647,6 +647,23 @@ print("left", code, len(engine.prompts), "<|end|><|start|>user<|message|>again" 
 _PROMPT = r"context [\d,]+ of [\d,]+ \(\d+%\)(?: · [\d.]+ tokens/s)? · /help"
 
 
+def test_a_history_that_cannot_be_written_any_more_keeps_no_question_from_being_asked(environ, tmp_path):
+    terminal = Terminal([sys.executable, "-c", PROGRAM, str(tmp_path / "data")], environ)
+    terminal.until(_PROMPT)
+    # A folder in its place is as good as a full disk.
+    (tmp_path / "data" / "chat_history").unlink()
+    (tmp_path / "data" / "chat_history").mkdir()
+    time.sleep(0.3)
+    terminal.type("count\r")
+    told = terminal.until("20 21 22")
+    assert "Exception" not in told and "Press ENTER" not in told
+    terminal.type("\x03")
+    terminal.until(_PROMPT)
+    time.sleep(0.3)
+    terminal.type("\x04")
+    assert terminal.leave() == 0
+
+
 @pytest.mark.parametrize("term", ["xterm-256color", "dumb"])
 def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(environ, tmp_path, term):
     terminal = Terminal([sys.executable, "-c", PROGRAM, str(tmp_path / "data")], environ | {"TERM": term})
