@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import resource
 import select
 import signal
 import stat
@@ -170,6 +171,23 @@ def test_a_save_replaces_nothing_unasked_and_nothing_by_half(tmp_path):
     session.save(tmp_path / "a.json", replaces=True)
     assert json.loads((tmp_path / "a.json").read_text())["turns"] == []
     assert list(tmp_path.iterdir()) == [tmp_path / "a.json"]
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_a_save_that_failed_leaves_nothing_in_the_way_of_the_next(tmp_path, replaces):
+    session, path = ChatSession(model(FINAL)), tmp_path / "a.json"
+    if replaces:
+        path.write_text("mine")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        with pytest.raises(OSError):
+            session.save(path, replaces=replaces)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [one.read_text() for one in tmp_path.iterdir()] == ["mine"] * replaces
+    session.save(path, replaces=replaces)
+    assert json.loads(path.read_text())["turns"] == []
 
 
 @pytest.mark.parametrize(

@@ -359,21 +359,24 @@ class ChatSession:
     def save(self, path: Path, *, replaces: bool = False) -> None:
         """Write the conversation as JSON, or as Markdown to read if the name ends in .md; for its owner alone.
 
-        Raises InputError if there is a file already, unless ``replaces``.
+        Raises InputError if there is a file already, unless ``replaces``. What fails leaves nothing behind.
         """
         text = self._markdown() if path.suffix == ".md" else json.dumps(self._to_dict(), ensure_ascii=False, indent=1)
         data = text.encode("utf-8", "replace")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (0 if replaces else os.O_EXCL)
+        # The old file stays until the new one is whole.
+        new = path.with_name(f".{path.name}.{os.getpid()}") if replaces else path
         try:
-            if not replaces:
-                _write(os.open(path, flags, 0o600), data)
-                return
-            # The old file stays until the new one is whole.
-            beside = path.with_name(f".{path.name}.{os.getpid()}")
-            _write(os.open(beside, flags | os.O_EXCL, 0o600), data)
-            os.replace(beside, path)
+            fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except FileExistsError:
-            raise InputError(f"{path}: there is such a file already") from None
+            raise InputError(f"{new}: there is such a file already") from None
+        try:
+            with open(fd, "wb") as file:
+                file.write(data)
+            if replaces:
+                os.replace(new, path)
+        except BaseException:
+            new.unlink(missing_ok=True)
+            raise
 
     def load(self, path: Path) -> None:
         """Go on with a saved conversation. Raises NotFoundError, or InputError if it is none; nothing has changed
@@ -450,11 +453,6 @@ def _is_said(entry: Entry) -> bool:
 
 def _text_of(item: Json) -> str:
     return "".join(part.get("text", "") for part in item.get("content") or ())
-
-
-def _write(fd: int, data: bytes) -> None:
-    with open(fd, "wb") as file:
-        file.write(data)
 
 
 def _read_turn(raw: Any, where: str) -> Turn:
