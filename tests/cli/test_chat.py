@@ -135,6 +135,15 @@ def test_an_answer_that_was_stopped_before_a_word_leaves_nothing():
     assert not session.turns and session.take_back() == "count"
 
 
+def test_to_ask_again_what_came_to_nothing_takes_no_earlier_turn_back():
+    session = ChatSession(model(engine=Scripted(FINAL)))
+    ask(session, "hi")
+    assert stop_after(session, "hi", 1) == "stopped"
+    assert session.take_back() == "hi" and len(session.turns) == 1
+    ask(session, "hi")
+    assert session.take_back() == "hi" and len(session.turns) == 1
+
+
 def test_a_question_without_room_changes_nothing():
     session = ChatSession(model(engine=Scripted(FINAL, context=90)))
     with pytest.raises(ContextLengthError, match="90"):

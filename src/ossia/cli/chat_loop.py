@@ -198,7 +198,7 @@ class ChatLoop:
         session, meter = self._session, self._session.meter
         self._num_tokens = None
         if ending == "stopped":
-            kept = "; what was said is kept" if session.last and session.last.question == session.question else ""
+            kept = "; what was said is kept" if session.keeps_last_asked else ""
             self._screen.note(f"stopped{kept}", is_warning=True)
             if not self._source.is_interactive:
                 raise KeyboardInterrupt

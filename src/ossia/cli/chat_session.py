@@ -139,8 +139,9 @@ class ChatSession:
         # Declarations of tools that ossia runs, as a request of the Responses API has them.
         self.tools: list[Json] = []
         self.turns: list[Turn] = []
-        # What was asked last, also if nothing came of it.
+        # What was asked last, also if nothing came of it, and the turn that was begun for it.
         self.question: str | None = None
+        self._asked: Turn | None = None
         # Why the last answer failed.
         self.error: OssiaError | None = None
         self.patcher = patcher
@@ -169,7 +170,7 @@ class ChatSession:
         Raises InputError for what cannot be asked; ContextLengthError if there is no room, and nothing has changed
         then. Another failure is told by the ending and `error`.
         """
-        self.question = question
+        self.question, self._asked = question, None
         self.error = None
         run = await self._begin([{"type": "message", "role": "user", "content": question}])
         room = max(
@@ -182,7 +183,7 @@ class ChatSession:
             )
         self.meter.reset()
         self._num_asked += 1
-        turn = Turn(question)
+        turn = self._asked = Turn(question)
         self.turns.append(turn)
         try:
             return await self._answer(turn, run, show)
@@ -339,16 +340,21 @@ class ChatSession:
 
     def clear(self) -> None:
         self.turns = []
-        self.question = self._tool_state = None
+        self.question = self._asked = self._tool_state = None
         self._date = self._given_date
 
     def take_back(self) -> str:
         """Forget the last turn; its question. Raises InputError if there is none."""
         if self.question is None:
             raise InputError("nothing was asked yet")
-        if self.turns and self.turns[-1].question == self.question:
+        if self.keeps_last_asked:
             self.turns.pop()
         return self.question
+
+    @property
+    def keeps_last_asked(self) -> bool:
+        """Whether the last turn is that of what was asked last, and not an earlier one."""
+        return bool(self.turns) and self.turns[-1] is self._asked
 
     @property
     def last(self) -> Turn | None:
@@ -404,7 +410,8 @@ class ChatSession:
         self.effort, self.instructions, self._date, self.turns = effort, instructions, date, turns
         # Pages and variables are not saved: they begin anew.
         self._tool_state = None
-        self.question = turns[-1].question if turns and not turns[-1].is_summary else None
+        self._asked = turns[-1] if turns and not turns[-1].is_summary else None
+        self.question = self._asked.question if self._asked is not None else None
 
     def _to_dict(self) -> Json:
         turns = [
