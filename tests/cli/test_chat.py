@@ -208,6 +208,10 @@ def test_a_save_that_failed_leaves_nothing_in_the_way_of_the_next(tmp_path, repl
         b'{"type":"message"},"messages":[]}]}]}',
         b'{"format":"ossia chat 1","effort":"low","system":null,"date":null,"turns":[{"question":"q","items":[{"item":'
         b'{"type":"x"},"messages":[{"role":"wizard"}]}]}]}',
+        b'{"format":"ossia chat 1","effort":"low","system":null,"date":null,"turns":[{"question":"q","items":[{"item":'
+        b'{"type":"reasoning","content":"thought"},"messages":[]}]}]}',
+        b'{"format":"ossia chat 1","effort":"low","system":null,"date":null,"turns":[{"question":"q","items":[{"item":'
+        b'{"type":"x"},"messages":[{"role":"developer","content":[]}]}]}]}',
     ],
 )  # fmt: skip
 def test_a_file_that_is_no_saved_conversation_is_refused_whole(tmp_path, content):

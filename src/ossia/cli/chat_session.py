@@ -467,9 +467,13 @@ def _read_turn(raw: Any, where: str) -> Turn:
     for i, one in enumerate(raw["items"]):
         messages = [Message.from_dict(message, f"{where}.items[{i}]") for message in one["messages"]]
         item = one["item"]
-        if not isinstance(item.get("type"), str) or any(message.role is Role.SYSTEM for message in messages):
+        is_said = all(message.role is not Role.SYSTEM and message.content for message in messages)
+        if not isinstance(item.get("type"), str) or not is_said:
             raise TypeError
         if item["type"] == "message":
             item["role"], _ = item["role"], [part["text"] + "" for part in item["content"]]
         entries.append(Entry(item, tuple(Spoken(message) for message in messages)))
-    return Turn(raw["question"] + "", entries)
+    turn = Turn(raw["question"] + "", entries)
+    # What they are made of is there, and is text.
+    _ = turn.answer, turn.reasoning
+    return turn
