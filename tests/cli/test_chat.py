@@ -422,6 +422,16 @@ def test_the_choice_can_be_made_beforehand(when_full):
     assert chat.code == 0 and not {"drop": "forgotten", "compact": "summed up"}[when_full] not in chat.notes
 
 
+@pytest.mark.parametrize(("context", "num_left_out"), [(2000, 0), (1300, 1), (800, 2)])
+def test_what_there_was_no_room_to_sum_up_is_told(context, num_left_out):
+    summary = "<|channel|>final<|message|>Words.<|return|>"
+    chat = Chat(Scripted(FINAL, FINAL, summary, context=context), "ALPHA " + LONG, "BETA " + LONG, "/compact").run()
+    read = prompts(chat.engine)[2]
+    assert [name in read for name in ("ALPHA", "BETA")] == [num_left_out < 1, num_left_out < 2]
+    assert ("nothing of the oldest turns" in chat.notes) == bool(num_left_out)
+    assert not num_left_out or f"turns ({num_left_out})" in chat.notes
+
+
 def test_a_question_that_never_fits_is_an_error_and_the_next_is_answered():
     chat = Chat(Scripted(FINAL, context=150), "word " * 500, "hi", is_interactive=False).run()
     assert chat.code == 1 and "does not fit" in chat.notes and chat.out == "The answer is 4.\n"

@@ -273,9 +273,15 @@ class ChatLoop:
     async def _compact(self) -> None:
         before = self._session.num_tokens
         self._screen.note("summing the conversation up")
-        if await self._session.compact() == "stopped":
+        ending, num_left_out = await self._session.compact()
+        if ending == "stopped":
             raise KeyboardInterrupt
         self._num_tokens = None
+        if num_left_out:
+            self._screen.note(
+                f"there was no room to sum up all: nothing of the oldest turns ({num_left_out}) is in it",
+                is_warning=True,
+            )
         self._screen.note(f"summed up: {before:,} tokens became {self._session.num_tokens:,}", is_warning=True)
 
     def _context(self) -> str:

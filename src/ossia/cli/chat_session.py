@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequen
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ossia.engine.request import NO_TOKEN, SamplingParams, TokenOutput
 from ossia.errors import ContextLengthError, InputError, NotFoundError, OssiaError
@@ -36,6 +36,13 @@ _MIN_ROOM_SHARE = 16
 _INCLUDE = ["code_interpreter_call.outputs", "web_search_call.action.sources"]
 
 Ending = Literal["completed", "stopped", "cut", "failed"]
+
+
+class Compacted(NamedTuple):
+    """How summing up has ended, and of how many of the oldest turns there was no room for in it."""
+
+    ending: Ending
+    num_left_out: int = 0
 
 
 class Meter:
@@ -323,18 +330,18 @@ class ChatSession:
             del self.turns[0]
         return bool(self.turns)
 
-    async def compact(self) -> Ending:
+    async def compact(self) -> Compacted:
         """Let the model sum up the conversation, which the summary then stands for. Raises InputError without one."""
         if not self.turns:
             raise InputError("there is nothing to sum up yet")
         self.meter.reset()
         run = await self._begin([{"type": "compaction_trigger"}])
         if await _stopped(self._show_all(run, lambda _event: None)):
-            return "stopped"
+            return Compacted("stopped")
         if run.error is not None:
             raise run.error
         self.turns = [Turn("(the conversation so far, summed up)", list(run.output))]
-        return "completed"
+        return Compacted("completed", run.num_left_out)
 
     # Turns -----------------------------------------------------------------------------------------------------------
 
