@@ -251,6 +251,30 @@ def test_a_stopped_answer_stays_and_the_next_turn_knows_it(tab, served):
     assert prompt.rstrip().endswith("Go on<|end|><|start|>assistant")
 
 
+@pytest.mark.parametrize("thoughts", ["", REASONED + THOUGHT])
+def test_what_was_asked_before_and_after_a_stop_can_be_edited(tab, serve, thoughts):
+    served = serve(REASONED + FINAL)
+    opened = tab(served)
+    page = opened.page
+    opened.ask("First")
+    opened.wait()
+    served.play(thoughts + "<|channel|>final<|message|>" + "word " * 400 + "<|return|>", FINAL, delay_s=0.02)
+    opened.ask("Tell me a lot")
+    opened.until("document.querySelectorAll('.answered .prose')[1]?.innerText.length > 40")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("text=stopped")
+    served.until_idle()
+    served.engine.delay_s = 0
+    opened.ask("Go on")
+    opened.wait()
+    for asked, left in (("Go on", ["First", "Tell me a lot"]), ("Tell me a lot", ["First"])):
+        opened.until("!document.querySelector('.bubble + .actions :disabled')")
+        page.locator(".asked >> text=Edit").last.click()
+        opened.until(f"document.querySelector('#compose').value === {asked!r}")
+        assert page.locator(".bubble").all_inner_texts() == left
+    assert not page.locator("[role=alert]").count()
+
+
 def test_conversations_are_listed_searched_renamed_forked_and_deleted(tab, serve):
     served = serve(REASONED + FINAL)
     opened = tab(served)
@@ -538,7 +562,7 @@ def test_a_fault_amid_an_answer_stays_in_view(tab, serve):
     ]
     told = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
     page.route("**/v1/responses", lambda route: route.fulfill(content_type="text/event-stream", body=told))
-    with page.expect_response("**/items?*"):
+    with page.expect_response("**/items"):
         opened.ask("Tell me")
     assert "The engine has ended." in page.inner_text("[role=alert]")
     assert page.inner_text(".answered .prose") == "Half of"

@@ -294,16 +294,29 @@ async function interrupted(input: string, error: unknown): Promise<void> {
   const wasStopped = error instanceof DOMException && error.name === "AbortError";
   const said = answer.value.filter((item) => item.type === "message").map(textOf).join("\n");
   const done = answer.value.map((item) => (item.ended ? item : { ...item, ended: performance.now(), status: "incomplete" }));
-  items.value = [...items.value, ...done];
+  items.value = [...items.value, ...done.map((item) => ({ ...item, isUnfiled: true }))];
   answer.value = [];
   if (!wasStopped) tell(error);
   const conversation = current.value;
   if (!conversation || (!wasStopped && !said)) return;
   const kept: Record<string, unknown>[] = [{ type: "message", role: "user", content: input }];
   if (said) kept.push({ type: "message", role: "assistant", content: [{ type: "output_text", text: said }] });
-  await call("POST", `/v1/conversations/${conversation.id}/items`, { items: kept });
+  const filed = await call<{ data: Item[] }>("POST", `/v1/conversations/${conversation.id}/items`, { items: kept });
   announcement.value = "The answer was stopped.";
-  await settle(conversation);
+  // Under the ids that they have there now, if they are still in view.
+  const named = (one: Item | undefined, isMeant: (item: Item) => boolean | undefined): void => {
+    const at = items.value.findLastIndex(isMeant);
+    if (one && at >= 0) items.value = items.value.with(at, { ...items.value[at]!, id: one.id, isUnfiled: false });
+  };
+  named(filed.data[0], (item) => item.id.startsWith("local_"));
+  named(filed.data[1], (item) => item.isUnfiled && item.type === "message");
+  await list();
+}
+
+/** The id of what stands before an item, as the server has it; null where it has nothing there. */
+export function before(item: Item): string | null {
+  const earlier = shown.value.slice(0, shown.value.indexOf(item));
+  return earlier.findLast((one) => !one.isUnfiled && !one.id.startsWith("local_"))?.id ?? null;
 }
 
 export function stop(): void {
