@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import re
@@ -221,6 +222,54 @@ def test_files_are_put_where_python_finds_them(tab, tools, give: Callable[[Any],
     assert "/mnt/data/numbers.txt" in page.inner_text(".bubble")
     page.click(".call summary")
     assert page.inner_text(".logs").strip() == "1 2 3"
+
+
+def test_files_that_are_dropped_one_after_the_other_lie_together_under_their_names(tab, tools):
+    needs_python(tools)
+    tools.play(python("import os; print(sorted(os.listdir('/mnt/data')))"), final("Done."))
+    opened = tab(tools)
+    page = opened.page
+    page.wait_for_selector("input[type=file]", state="attached")
+    page.evaluate(
+        """names => names.forEach(name => {
+            const held = new DataTransfer();
+            held.items.add(new File(["1"], name));
+            const event = new DragEvent("drop", {dataTransfer: held, bubbles: true, cancelable: true});
+            document.querySelector(".messages").dispatchEvent(event);
+        })""",
+        ["a.txt", 'the "best".txt'],
+    )
+    opened.until("document.querySelectorAll('.files .file').length === 2")
+    opened.ask("List them")
+    opened.wait()
+    page.click(".call summary")
+    listed = ast.literal_eval(page.inner_text(".logs").strip())
+    assert len(listed) == 2
+    assert page.inner_text(".bubble").endswith(f"Files: {', '.join(f'/mnt/data/{name}' for name in listed)}")
+    assert page.inner_text("h1") == "Files"
+
+
+def test_files_belong_to_the_conversation_that_they_were_given_in(tab, tools):
+    needs_python(tools)
+    tools.play(final("Done."))
+    opened = tab(tools)
+    page = opened.page
+    opened.ask("Without files")
+    opened.wait()
+    page.click("text=New chat")
+    page.wait_for_selector("input[type=file]", state="attached")
+    held: list[Any] = []
+    page.route("**/v1/containers/*/files", lambda route: held.append(route))
+    choose(page)
+    for _ in range(300):
+        if held:
+            break
+        page.wait_for_timeout(50)
+    page.click(".sidebar .title >> text=Without files >> nth=0")
+    page.wait_for_selector(".bubble")
+    held[0].continue_()
+    page.wait_for_selector(".files", state="detached")
+    assert page.inner_text("h1") == "Without files"
 
 
 def test_where_no_files_are_taken_a_dropped_one_is_left_alone_and_the_page_stays(tab, served):

@@ -33,8 +33,9 @@ export const answer = signal<Item[]>([]);
 export const isBusy = signal(false);
 export const lastUsage = signal<(Usage & { seconds: number; first: number }) | null>(null);
 export const announcement = signal("");
-export const files = signal<{ name: string; size: number }[]>([]);
-export const isUploading = signal(false);
+export const files = signal<{ name: string; path: string }[]>([]);
+const uploads = signal(0);
+export const isUploading = computed(() => uploads.value > 0);
 /** The name that requests give: an adapter's, if the server still has it, or the model's. */
 export const model = computed(() => {
   const { adapter } = settings.value;
@@ -48,6 +49,10 @@ let requests = 0;
 let visits = 0;
 /** Ends when the server has the last turn and the page its ids; what follows in a conversation waits for it. */
 let settling: Promise<void> = Promise.resolve();
+/** The conversation that is being made of the new chat in view. */
+let making: Promise<Conversation> | null = null;
+/** Ends when the files that were given so far are there. */
+let uploading: Promise<void> = Promise.resolve();
 
 export function change(by: Partial<Settings>): void {
   settings.value = { ...settings.value, ...by };
@@ -103,6 +108,7 @@ export async function list(more = false): Promise<void> {
 export function fresh(): void {
   if (isBusy.value) return;
   visits++;
+  making = null;
   current.value = null;
   items.value = [];
   answer.value = [];
@@ -114,6 +120,7 @@ export function fresh(): void {
 export async function open(id: string): Promise<void> {
   if (isBusy.value) return;
   const visit = ++visits;
+  making = null;
   const found = await call<Conversation>("GET", `/v1/conversations/${id}`);
   const all: Item[] = [];
   for (let after = ""; ; ) {
@@ -168,42 +175,62 @@ function replaced(conversation: Conversation): void {
   if (current.value?.id === conversation.id) current.value = conversation;
 }
 
-async function ensureConversation(text: string): Promise<Conversation> {
-  if (current.value) return current.value;
-  const title = text.trim().split("\n")[0]!.slice(0, 80) || "Files";
+/** The conversation in view; of a new chat one is made, once. */
+function ensureConversation(text: string): Promise<Conversation> {
+  if (current.value) return Promise.resolve(current.value);
+  if (making) return making;
+  const made = make(text.trim().split("\n")[0]!.slice(0, 80) || "Files").finally(() => {
+    if (making === made) making = null;
+  });
+  making = made;
+  return made;
+}
+
+async function make(title: string): Promise<Conversation> {
+  const visit = visits;
   const made = await call<Conversation>("POST", "/v1/conversations", { metadata: { title } });
-  current.value = made;
   conversations.value = [made, ...conversations.value];
+  // Another may be in view by now.
+  if (visit !== visits) return made;
+  current.value = made;
   history.replaceState(null, "", `#${made.id}`);
   return made;
 }
 
-/** Put files where the python tool finds them. */
-export async function upload(given: Iterable<File>): Promise<void> {
-  isUploading.value = true;
+/** Put files where the python tool finds them, of the conversation that is in view now, one after the other. */
+export async function upload(given: File[]): Promise<void> {
+  uploads.value++;
+  const earlier = uploading;
+  const conversation = ensureConversation("Files");
+  const done = Promise.all([conversation, earlier]).then(([conversation]) => putFiles(conversation, given));
+  uploading = done.catch(() => undefined);
   try {
-    const conversation = await ensureConversation("Files");
-    for (const file of given) {
-      const send = async (container: string): Promise<unknown> => {
-        const form = new FormData();
-        form.append("file", file, file.name);
-        return call("POST", `/v1/containers/${container}/files`, form);
-      };
-      let container = conversation.metadata["container"] ?? "";
-      try {
-        if (!container) throw new ApiError("no container yet", 404);
-        await send(container);
-      } catch (error) {
-        if (!(error instanceof ApiError && error.status === 404)) throw error;
-        container = (await call<{ id: string }>("POST", "/v1/containers", { name: "chat" })).id;
-        conversation.metadata = { ...conversation.metadata, container };
-        replaced(await call("POST", `/v1/conversations/${conversation.id}`, { metadata: conversation.metadata }));
-        await send(container);
-      }
-      files.value = [...files.value, { name: file.name, size: file.size }];
-    }
+    await done;
   } finally {
-    isUploading.value = false;
+    uploads.value--;
+  }
+}
+
+async function putFiles(conversation: Conversation, given: File[]): Promise<void> {
+  for (const file of given) {
+    const send = (container: string): Promise<{ path: string }> => {
+      const form = new FormData();
+      form.append("file", file, file.name);
+      return call("POST", `/v1/containers/${container}/files`, form);
+    };
+    let container = conversation.metadata["container"] ?? "";
+    let put: { path: string };
+    try {
+      if (!container) throw new ApiError("no container yet", 404);
+      put = await send(container);
+    } catch (error) {
+      if (!(error instanceof ApiError && error.status === 404)) throw error;
+      container = (await call<{ id: string }>("POST", "/v1/containers", { name: "chat" })).id;
+      conversation.metadata = { ...conversation.metadata, container };
+      replaced(await call("POST", `/v1/conversations/${conversation.id}`, { metadata: conversation.metadata }));
+      put = await send(container);
+    }
+    if (current.value?.id === conversation.id) files.value = [...files.value, { name: file.name, path: put.path }];
   }
 }
 
@@ -226,7 +253,7 @@ function asked(conversation: Conversation | null): Record<string, unknown> {
 
 export async function send(text: string): Promise<void> {
   if (isBusy.value) return;
-  const names = files.value.map((file) => `/mnt/data/${file.name}`);
+  const names = files.value.map((file) => file.path);
   const input = names.length ? `${text}\n\nFiles: ${names.join(", ")}`.trim() : text;
   isBusy.value = true;
   visits++;
