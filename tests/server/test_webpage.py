@@ -272,6 +272,25 @@ def test_files_belong_to_the_conversation_that_they_were_given_in(tab, tools):
     assert page.inner_text("h1") == "Without files"
 
 
+def test_a_conversation_goes_on_when_its_files_have_ended(tab, tools):
+    needs_python(tools)
+    tools.play(final("Done."))
+    opened = tab(tools)
+    page = opened.page
+    page.wait_for_selector("input[type=file]", state="attached")
+    choose(page)
+    page.wait_for_selector(".files .file")
+    opened.ask("Read it")
+    opened.wait()
+    conversation = tools.http.get(f"/v1/conversations/{page.evaluate('location.hash.slice(1)')}").json()
+    tools.http.delete(f"/v1/containers/{conversation['metadata']['container']}")
+    opened.ask("Go on")
+    opened.until("document.querySelectorAll('.answered').length === 2")
+    assert "The files of this conversation are gone" in page.inner_text("[role=alert]")
+    choose(page)
+    page.wait_for_selector(".files .file")
+
+
 def test_where_no_files_are_taken_a_dropped_one_is_left_alone_and_the_page_stays(tab, served):
     page = tab(served).page
     page.wait_for_selector("text=gpt-oss-20b >> nth=0")

@@ -234,13 +234,30 @@ async function putFiles(conversation: Conversation, given: File[]): Promise<void
   }
 }
 
+/** Where the files of a conversation are. They end with the server, and when nobody used them for a while. */
+async function containerOf(conversation: Conversation | null): Promise<string | undefined> {
+  const container = conversation?.metadata["container"];
+  if (!conversation || !container) return undefined;
+  try {
+    await call("GET", `/v1/containers/${container}`);
+    return container;
+  } catch (error) {
+    if (!(error instanceof ApiError && error.status === 404)) throw error;
+  }
+  const { container: _, ...metadata } = conversation.metadata;
+  replaced(await call("POST", `/v1/conversations/${conversation.id}`, { metadata }));
+  fault.value = "The files of this conversation are gone, since they were not used for a while. Add them again.";
+  return undefined;
+}
+
 /** The part of a request that the prompt depends on. */
-function asked(conversation: Conversation | null): Record<string, unknown> {
+async function asked(conversation: Conversation | null): Promise<Record<string, unknown>> {
   const { effort, python, browser, instructions } = settings.value;
   const tools: Record<string, unknown>[] = [];
   const has = served.value?.tools ?? {};
-  const container = conversation?.metadata["container"];
-  if (python && "python" in has) tools.push({ type: "code_interpreter", container: container ?? { type: "auto" } });
+  if (python && "python" in has) {
+    tools.push({ type: "code_interpreter", container: (await containerOf(conversation)) ?? { type: "auto" } });
+  }
   if (browser && "browser" in has) tools.push({ type: "web_search" });
   return {
     model: model.value,
@@ -271,7 +288,7 @@ export async function send(text: string): Promise<void> {
     files.value = [];
     const include = settings.value.developer ? [...INCLUDE, "message.output_text.logprobs"] : INCLUDE;
     const top = settings.value.developer ? { top_logprobs: 5 } : {};
-    const body = { ...asked(conversation), ...top, input, include, stream: true };
+    const body = { ...(await asked(conversation)), ...top, input, include, stream: true };
     // Faster than the eye, drawing would only take time from the model.
     let drawn = 0;
     try {
@@ -352,6 +369,6 @@ export function stop(): void {
 
 /** The conversation as the model reads it, every thought included. */
 export async function tokens(): Promise<Token[]> {
-  const body = { ...asked(current.value), reasoning: { effort: settings.value.effort, context: "all_turns" } };
+  const body = { ...(await asked(current.value)), reasoning: { effort: settings.value.effort, context: "all_turns" } };
   return (await call<{ data: Token[] }>("POST", "/v1/responses/tokens", body)).data;
 }
