@@ -473,6 +473,19 @@ def test_a_fault_is_told_and_what_was_written_stays(tab, served):
     assert page.inner_text(".bubble") == "Hello?"
 
 
+def test_a_question_that_could_not_be_asked_is_not_lost(tab, serve):
+    opened = tab(serve(REASONED + FINAL))
+    page = opened.page
+    page.route("**/v1/conversations", lambda route: route.abort())
+    opened.ask("Long and careful")
+    page.wait_for_selector("[role=alert]")
+    opened.until("document.querySelector('#compose').value === 'Long and careful'")
+    page.unroute("**/v1/conversations")
+    page.press("#compose", "Enter")
+    opened.wait()
+    assert page.inner_text(".bubble") == "Long and careful"
+
+
 def test_the_keyboard_is_enough(tab, served):
     opened = tab(served)
     page = opened.page

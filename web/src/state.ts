@@ -268,8 +268,9 @@ async function asked(conversation: Conversation | null): Promise<Record<string, 
   };
 }
 
-export async function send(text: string): Promise<void> {
-  if (isBusy.value) return;
+/** Ask; false where the question did not come into view, so that whoever wrote it keeps it. */
+export async function send(text: string): Promise<boolean> {
+  if (isBusy.value) return false;
   const names = files.value.map((file) => file.path);
   const input = names.length ? `${text}\n\nFiles: ${names.join(", ")}`.trim() : text;
   isBusy.value = true;
@@ -280,11 +281,13 @@ export async function send(text: string): Promise<void> {
   let first = 0;
   let response: ResponseBody | null = null;
   let underWay: Item[] = [];
+  let isSaid = false;
   try {
     await settling;
     const conversation = await ensureConversation(text);
     const said: Item = { id: `local_${began}`, type: "message", role: "user", content: [{ type: "input_text", text: input }] };
     items.value = [...items.value, said];
+    isSaid = true;
     files.value = [];
     const include = settings.value.developer ? [...INCLUDE, "message.output_text.logprobs"] : INCLUDE;
     const top = settings.value.developer ? { top_logprobs: 5 } : {};
@@ -312,11 +315,13 @@ export async function send(text: string): Promise<void> {
     announcement.value = "The answer is complete.";
     settling = settle(conversation).catch(tell);
   } catch (error) {
-    settling = interrupted(input, error).catch(tell);
+    if (isSaid) settling = interrupted(input, error).catch(tell);
+    else tell(error);
   } finally {
     isBusy.value = false;
     abort = null;
   }
+  return isSaid;
 }
 
 /** The question under the id that the server gave it, so that it can be forked from; what the page measured is kept. */
