@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import resource
 import select
 import signal
 import stat
@@ -134,6 +135,15 @@ def test_an_answer_that_was_stopped_before_a_word_leaves_nothing():
     assert not session.turns and session.take_back() == "count"
 
 
+def test_to_ask_again_what_came_to_nothing_takes_no_earlier_turn_back():
+    session = ChatSession(model(engine=Scripted(FINAL)))
+    ask(session, "hi")
+    assert stop_after(session, "hi", 1) == "stopped"
+    assert session.take_back() == "hi" and len(session.turns) == 1
+    ask(session, "hi")
+    assert session.take_back() == "hi" and len(session.turns) == 1
+
+
 def test_a_question_without_room_changes_nothing():
     session = ChatSession(model(engine=Scripted(FINAL, context=90)))
     with pytest.raises(ContextLengthError, match="90"):
@@ -172,6 +182,23 @@ def test_a_save_replaces_nothing_unasked_and_nothing_by_half(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "a.json"]
 
 
+@pytest.mark.parametrize("replaces", [False, True])
+def test_a_save_that_failed_leaves_nothing_in_the_way_of_the_next(tmp_path, replaces):
+    session, path = ChatSession(model(FINAL)), tmp_path / "a.json"
+    if replaces:
+        path.write_text("mine")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        with pytest.raises(OSError):
+            session.save(path, replaces=replaces)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [one.read_text() for one in tmp_path.iterdir()] == ["mine"] * replaces
+    session.save(path, replaces=replaces)
+    assert json.loads(path.read_text())["turns"] == []
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -181,6 +208,10 @@ def test_a_save_replaces_nothing_unasked_and_nothing_by_half(tmp_path):
         b'{"type":"message"},"messages":[]}]}]}',
         b'{"format":"ossia chat 1","effort":"low","system":null,"date":null,"turns":[{"question":"q","items":[{"item":'
         b'{"type":"x"},"messages":[{"role":"wizard"}]}]}]}',
+        b'{"format":"ossia chat 1","effort":"low","system":null,"date":null,"turns":[{"question":"q","items":[{"item":'
+        b'{"type":"reasoning","content":"thought"},"messages":[]}]}]}',
+        b'{"format":"ossia chat 1","effort":"low","system":null,"date":null,"turns":[{"question":"q","items":[{"item":'
+        b'{"type":"x"},"messages":[{"role":"developer","content":[]}]}]}]}',
     ],
 )  # fmt: skip
 def test_a_file_that_is_no_saved_conversation_is_refused_whole(tmp_path, content):
@@ -330,13 +361,13 @@ def test_a_patch_that_is_not_approved_changes_nothing(tmp_path, answers):
     assert not list(tmp_path.iterdir()) and "declined this patch" in prompts(chat.engine)[1]
 
 
+async def interrupted(question: str) -> str:
+    raise asyncio.CancelledError
+
+
 def test_ctrl_c_at_the_question_stops_the_turn_and_answers_the_call(tmp_path):
     engine = Scripted(PATCHING, FINAL)
     chat = Chat(engine, "add it", "go on", tools={"apply_patch": PATCHES}, tools_on=["apply_patch"])
-
-    async def interrupted(question: str) -> str:
-        raise asyncio.CancelledError
-
     chat.source.ask = interrupted
     chat.session.patcher = ApplyPatch(PatchFolder(tmp_path), approve=chat.loop.approve)
     chat.run()
@@ -372,6 +403,14 @@ def test_a_full_context_can_begin_a_new_conversation_or_drop_the_question():
     assert "was not asked" in cancelled.notes and cancelled.out.count("The answer is 4.") == 2
 
 
+def test_ctrl_c_at_any_other_question_leaves_all_as_it_was(tmp_path):
+    (tmp_path / "a.md").write_text("mine")
+    chat = Chat(Scripted(FINAL, context=1000), LONG, f"/save {tmp_path / 'a.md'}", LONG, LONG, "/tokens")
+    chat.source.ask = interrupted
+    assert chat.run().code == 0 and (tmp_path / "a.md").read_text() == "mine"
+    assert "The context is full" in chat.notes and "turns: 2" in chat.out
+
+
 def test_in_a_pipe_a_full_context_is_an_error_that_names_the_choices():
     chat = full("", is_interactive=False)
     assert chat.code == 1 and "--when-full drop" in chat.notes and chat.out.count("The answer is 4.") == 2
@@ -381,6 +420,16 @@ def test_in_a_pipe_a_full_context_is_an_error_that_names_the_choices():
 def test_the_choice_can_be_made_beforehand(when_full):
     chat = full("", is_interactive=False, when_full=when_full)
     assert chat.code == 0 and not {"drop": "forgotten", "compact": "summed up"}[when_full] not in chat.notes
+
+
+@pytest.mark.parametrize(("context", "num_left_out"), [(2000, 0), (1300, 1), (800, 2)])
+def test_what_there_was_no_room_to_sum_up_is_told(context, num_left_out):
+    summary = "<|channel|>final<|message|>Words.<|return|>"
+    chat = Chat(Scripted(FINAL, FINAL, summary, context=context), "ALPHA " + LONG, "BETA " + LONG, "/compact").run()
+    read = prompts(chat.engine)[2]
+    assert [name in read for name in ("ALPHA", "BETA")] == [num_left_out < 1, num_left_out < 2]
+    assert ("nothing of the oldest turns" in chat.notes) == bool(num_left_out)
+    assert not num_left_out or f"turns ({num_left_out})" in chat.notes
 
 
 def test_a_question_that_never_fits_is_an_error_and_the_next_is_answered():
@@ -464,6 +513,15 @@ def test_finished_blocks_are_printed_once_however_the_text_is_cut():
                 "end",
                 "| a | b |",
             ]
+
+
+def test_a_lone_return_ends_no_line():
+    text = "10 %\r\r20 %\r\n\r\nthat was\rit\n\nlast\n"
+    stream, blocks = MarkdownStream(), []
+    for letter in text:
+        blocks += stream.feed(letter)
+    assert [*blocks, *stream.finish()] == ["10 %\r\r20 %\r\n\r\n", "that was\rit\n\n", "last\n"]
+    assert "20 %␍" in shown(drawn("<|channel|>final<|message|>10 %\r\r20 %\r\r\n\nlast\n<|return|>"))
 
 
 def test_a_huge_block_is_shown_without_being_read_again_and_again():
@@ -628,6 +686,23 @@ print("left", code, len(engine.prompts), "<|end|><|start|>user<|message|>again" 
 
 # The line of status below the prompt, which is drawn with it.
 _PROMPT = r"context [\d,]+ of [\d,]+ \(\d+%\)(?: · [\d.]+ tokens/s)? · /help"
+
+
+def test_a_history_that_cannot_be_written_any_more_keeps_no_question_from_being_asked(environ, tmp_path):
+    terminal = Terminal([sys.executable, "-c", PROGRAM, str(tmp_path / "data")], environ)
+    terminal.until(_PROMPT)
+    # A folder in its place is as good as a full disk.
+    (tmp_path / "data" / "chat_history").unlink()
+    (tmp_path / "data" / "chat_history").mkdir()
+    time.sleep(0.3)
+    terminal.type("count\r")
+    told = terminal.until("20 21 22")
+    assert "Exception" not in told and "Press ENTER" not in told
+    terminal.type("\x03")
+    terminal.until(_PROMPT)
+    time.sleep(0.3)
+    terminal.type("\x04")
+    assert terminal.leave() == 0
 
 
 @pytest.mark.parametrize("term", ["xterm-256color", "dumb"])

@@ -441,6 +441,12 @@ def test_the_machine_and_the_model_are_measured(tiny):
         assert refused.returncode == 2 and "expected whole numbers, 1 or more" in refused.stderr
 
 
+def test_the_backend_of_the_settings_is_measured(tiny):
+    nowhere = {"OSSIA_BACKEND": "gpu", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": ""}
+    refused = ossia("bench", "--model", tiny, "--prefill", "8", "--depth", "", "--batch", "", environ=nowhere)
+    assert refused.returncode == 1 and "GPU" in refused.stderr and not refused.stdout
+
+
 def test_a_gpu_is_measured_where_there_is_one(tiny):
     arguments = ["bench", "--backend", "gpu", "--model", tiny, "--prefill", "8", "--depth", "4", "--batch", "2"]
     interpreted = {"TRITON_INTERPRET": "1"}

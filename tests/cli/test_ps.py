@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -20,7 +21,7 @@ from ossia.server.store import Store
 @pytest.fixture(autouse=True)
 def data(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    return tmp_path / "ossia" / "servers"
+    return tmp_path / "ossia" / "servers" / socket.gethostname()
 
 
 def ps(*words: str) -> str:
@@ -37,6 +38,7 @@ def test_without_a_server_it_says_how_to_start_one():
 def test_a_server_is_listed_while_it_runs_with_what_it_does(tmp_path, monkeypatch):
     # A name that the process's own command line has, as a server's has "ossia".
     monkeypatch.setattr("ossia.cli.ps._is_server", lambda pid: pid == os.getpid())
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     served = Served(model(engine=Scripted(FINAL)), Store(f"sqlite:///{tmp_path / 'db'}"))
     try:
         with listed(served.url, "gpt-oss-20b"):
@@ -70,6 +72,16 @@ def test_a_server_that_was_killed_is_forgotten(data):
         other.communicate(b"\n")
     assert not note.exists()
     assert not alien.exists()
+
+
+def test_a_machine_that_shares_the_folder_touches_no_servers_of_another(monkeypatch):
+    monkeypatch.setattr("ossia.cli.ps._is_server", lambda pid: socket.gethostname() == "one")
+    monkeypatch.setattr("socket.gethostname", lambda: "one")
+    with listed("http://127.0.0.1:1", "m"):
+        monkeypatch.setattr("socket.gethostname", lambda: "other")
+        assert list(servers()) == []
+        monkeypatch.setattr("socket.gethostname", lambda: "one")
+        assert [one.model for one in servers()] == ["m"]
 
 
 def test_a_folder_that_cannot_be_written_keeps_no_server_from_running(data):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import re
@@ -223,6 +224,73 @@ def test_files_are_put_where_python_finds_them(tab, tools, give: Callable[[Any],
     assert page.inner_text(".logs").strip() == "1 2 3"
 
 
+def test_files_that_are_dropped_one_after_the_other_lie_together_under_their_names(tab, tools):
+    needs_python(tools)
+    tools.play(python("import os; print(sorted(os.listdir('/mnt/data')))"), final("Done."))
+    opened = tab(tools)
+    page = opened.page
+    page.wait_for_selector("input[type=file]", state="attached")
+    page.evaluate(
+        """names => names.forEach(name => {
+            const held = new DataTransfer();
+            held.items.add(new File(["1"], name));
+            const event = new DragEvent("drop", {dataTransfer: held, bubbles: true, cancelable: true});
+            document.querySelector(".messages").dispatchEvent(event);
+        })""",
+        ["a.txt", 'the "best".txt'],
+    )
+    opened.until("document.querySelectorAll('.files .file').length === 2")
+    opened.ask("List them")
+    opened.wait()
+    page.click(".call summary")
+    listed = ast.literal_eval(page.inner_text(".logs").strip())
+    assert len(listed) == 2
+    assert page.inner_text(".bubble").endswith(f"Files: {', '.join(f'/mnt/data/{name}' for name in listed)}")
+    assert page.inner_text("h1") == "Files"
+
+
+def test_files_belong_to_the_conversation_that_they_were_given_in(tab, tools):
+    needs_python(tools)
+    tools.play(final("Done."))
+    opened = tab(tools)
+    page = opened.page
+    opened.ask("Without files")
+    opened.wait()
+    page.click("text=New chat")
+    page.wait_for_selector("input[type=file]", state="attached")
+    held: list[Any] = []
+    page.route("**/v1/containers/*/files", lambda route: held.append(route))
+    choose(page)
+    for _ in range(300):
+        if held:
+            break
+        page.wait_for_timeout(50)
+    page.click(".sidebar .title >> text=Without files >> nth=0")
+    page.wait_for_selector(".bubble")
+    held[0].continue_()
+    page.wait_for_selector(".files", state="detached")
+    assert page.inner_text("h1") == "Without files"
+
+
+def test_a_conversation_goes_on_when_its_files_have_ended(tab, tools):
+    needs_python(tools)
+    tools.play(final("Done."))
+    opened = tab(tools)
+    page = opened.page
+    page.wait_for_selector("input[type=file]", state="attached")
+    choose(page)
+    page.wait_for_selector(".files .file")
+    opened.ask("Read it")
+    opened.wait()
+    conversation = tools.http.get(f"/v1/conversations/{page.evaluate('location.hash.slice(1)')}").json()
+    tools.http.delete(f"/v1/containers/{conversation['metadata']['container']}")
+    opened.ask("Go on")
+    opened.until("document.querySelectorAll('.answered').length === 2")
+    assert "The files of this conversation are gone" in page.inner_text("[role=alert]")
+    choose(page)
+    page.wait_for_selector(".files .file")
+
+
 def test_where_no_files_are_taken_a_dropped_one_is_left_alone_and_the_page_stays(tab, served):
     page = tab(served).page
     page.wait_for_selector("text=gpt-oss-20b >> nth=0")
@@ -249,6 +317,30 @@ def test_a_stopped_answer_stays_and_the_next_turn_knows_it(tab, served):
     assert "Tell me a lot" in prompt
     assert "word word word" in prompt
     assert prompt.rstrip().endswith("Go on<|end|><|start|>assistant")
+
+
+@pytest.mark.parametrize("thoughts", ["", REASONED + THOUGHT])
+def test_what_was_asked_before_and_after_a_stop_can_be_edited(tab, serve, thoughts):
+    served = serve(REASONED + FINAL)
+    opened = tab(served)
+    page = opened.page
+    opened.ask("First")
+    opened.wait()
+    served.play(thoughts + "<|channel|>final<|message|>" + "word " * 400 + "<|return|>", FINAL, delay_s=0.02)
+    opened.ask("Tell me a lot")
+    opened.until("document.querySelectorAll('.answered .prose')[1]?.innerText.length > 40")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("text=stopped")
+    served.until_idle()
+    served.engine.delay_s = 0
+    opened.ask("Go on")
+    opened.wait()
+    for asked, left in (("Go on", ["First", "Tell me a lot"]), ("Tell me a lot", ["First"])):
+        opened.until("!document.querySelector('.bubble + .actions :disabled')")
+        page.locator(".asked >> text=Edit").last.click()
+        opened.until(f"document.querySelector('#compose').value === {asked!r}")
+        assert page.locator(".bubble").all_inner_texts() == left
+    assert not page.locator("[role=alert]").count()
 
 
 def test_conversations_are_listed_searched_renamed_forked_and_deleted(tab, serve):
@@ -379,6 +471,19 @@ def test_a_fault_is_told_and_what_was_written_stays(tab, served):
     page.wait_for_selector("[role=alert]")
     assert "cannot be reached" in page.inner_text("[role=alert]")
     assert page.inner_text(".bubble") == "Hello?"
+
+
+def test_a_question_that_could_not_be_asked_is_not_lost(tab, serve):
+    opened = tab(serve(REASONED + FINAL))
+    page = opened.page
+    page.route("**/v1/conversations", lambda route: route.abort())
+    opened.ask("Long and careful")
+    page.wait_for_selector("[role=alert]")
+    opened.until("document.querySelector('#compose').value === 'Long and careful'")
+    page.unroute("**/v1/conversations")
+    page.press("#compose", "Enter")
+    opened.wait()
+    assert page.inner_text(".bubble") == "Long and careful"
 
 
 def test_the_keyboard_is_enough(tab, served):
@@ -538,7 +643,7 @@ def test_a_fault_amid_an_answer_stays_in_view(tab, serve):
     ]
     told = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
     page.route("**/v1/responses", lambda route: route.fulfill(content_type="text/event-stream", body=told))
-    with page.expect_response("**/items?*"):
+    with page.expect_response("**/items"):
         opened.ask("Tell me")
     assert "The engine has ended." in page.inner_text("[role=alert]")
     assert page.inner_text(".answered .prose") == "Half of"

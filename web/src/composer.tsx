@@ -24,7 +24,9 @@ export function Composer() {
     const text = draft.value.trim();
     if ((!text && !state.files.value.length) || state.isBusy.value || state.isUploading.value) return;
     draft.value = "";
-    void state.send(text);
+    void state.send(text).then((isSaid) => {
+      if (!isSaid && !draft.value) draft.value = text;
+    });
   };
   return (
     <form

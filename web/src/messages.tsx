@@ -39,7 +39,7 @@ export function Messages() {
     >
       {!all.length && <Welcome />}
       {all.map((item, i) => (
-        <Shown key={item.id} item={item} before={all[i - 1]} isLast={i === all.length - 1} />
+        <Shown key={item.id} item={item} isLast={i === all.length - 1} />
       ))}
       {state.isBusy.value && !state.answer.value.length && <p class="waiting">reading …</p>}
       <Numbers />
@@ -72,10 +72,10 @@ function Welcome() {
   );
 }
 
-function Shown({ item, before, isLast }: { item: Item; before: Item | undefined; isLast: boolean }) {
+function Shown({ item, isLast }: { item: Item; isLast: boolean }) {
   switch (item.type) {
     case "message":
-      return item.role === "user" ? <Asked item={item} before={before} /> : <Answered item={item} isLast={isLast} />;
+      return item.role === "user" ? <Asked item={item} /> : <Answered item={item} isLast={isLast} />;
     case "reasoning":
       return <Reasoning item={item} />;
     case "code_interpreter_call":
@@ -90,11 +90,11 @@ function Shown({ item, before, isLast }: { item: Item; before: Item | undefined;
   }
 }
 
-function Asked({ item, before }: { item: Item; before: Item | undefined }) {
+function Asked({ item }: { item: Item }) {
   const text = textOf(item);
   const edit = () =>
     void state.attempt(async () => {
-      await state.fork(before ? before.id : null);
+      await state.fork(state.before(item));
       draft.value = text;
       document.getElementById("compose")?.focus();
     });

@@ -33,8 +33,9 @@ export const answer = signal<Item[]>([]);
 export const isBusy = signal(false);
 export const lastUsage = signal<(Usage & { seconds: number; first: number }) | null>(null);
 export const announcement = signal("");
-export const files = signal<{ name: string; size: number }[]>([]);
-export const isUploading = signal(false);
+export const files = signal<{ name: string; path: string }[]>([]);
+const uploads = signal(0);
+export const isUploading = computed(() => uploads.value > 0);
 /** The name that requests give: an adapter's, if the server still has it, or the model's. */
 export const model = computed(() => {
   const { adapter } = settings.value;
@@ -48,6 +49,10 @@ let requests = 0;
 let visits = 0;
 /** Ends when the server has the last turn and the page its ids; what follows in a conversation waits for it. */
 let settling: Promise<void> = Promise.resolve();
+/** The conversation that is being made of the new chat in view. */
+let making: Promise<Conversation> | null = null;
+/** Ends when the files that were given so far are there. */
+let uploading: Promise<void> = Promise.resolve();
 
 export function change(by: Partial<Settings>): void {
   settings.value = { ...settings.value, ...by };
@@ -103,6 +108,7 @@ export async function list(more = false): Promise<void> {
 export function fresh(): void {
   if (isBusy.value) return;
   visits++;
+  making = null;
   current.value = null;
   items.value = [];
   answer.value = [];
@@ -114,6 +120,7 @@ export function fresh(): void {
 export async function open(id: string): Promise<void> {
   if (isBusy.value) return;
   const visit = ++visits;
+  making = null;
   const found = await call<Conversation>("GET", `/v1/conversations/${id}`);
   const all: Item[] = [];
   for (let after = ""; ; ) {
@@ -168,52 +175,89 @@ function replaced(conversation: Conversation): void {
   if (current.value?.id === conversation.id) current.value = conversation;
 }
 
-async function ensureConversation(text: string): Promise<Conversation> {
-  if (current.value) return current.value;
-  const title = text.trim().split("\n")[0]!.slice(0, 80) || "Files";
+/** The conversation in view; of a new chat one is made, once. */
+function ensureConversation(text: string): Promise<Conversation> {
+  if (current.value) return Promise.resolve(current.value);
+  if (making) return making;
+  const made = make(text.trim().split("\n")[0]!.slice(0, 80) || "Files").finally(() => {
+    if (making === made) making = null;
+  });
+  making = made;
+  return made;
+}
+
+async function make(title: string): Promise<Conversation> {
+  const visit = visits;
   const made = await call<Conversation>("POST", "/v1/conversations", { metadata: { title } });
-  current.value = made;
   conversations.value = [made, ...conversations.value];
+  // Another may be in view by now.
+  if (visit !== visits) return made;
+  current.value = made;
   history.replaceState(null, "", `#${made.id}`);
   return made;
 }
 
-/** Put files where the python tool finds them. */
-export async function upload(given: Iterable<File>): Promise<void> {
-  isUploading.value = true;
+/** Put files where the python tool finds them, of the conversation that is in view now, one after the other. */
+export async function upload(given: File[]): Promise<void> {
+  uploads.value++;
+  const earlier = uploading;
+  const conversation = ensureConversation("Files");
+  const done = Promise.all([conversation, earlier]).then(([conversation]) => putFiles(conversation, given));
+  uploading = done.catch(() => undefined);
   try {
-    const conversation = await ensureConversation("Files");
-    for (const file of given) {
-      const send = async (container: string): Promise<unknown> => {
-        const form = new FormData();
-        form.append("file", file, file.name);
-        return call("POST", `/v1/containers/${container}/files`, form);
-      };
-      let container = conversation.metadata["container"] ?? "";
-      try {
-        if (!container) throw new ApiError("no container yet", 404);
-        await send(container);
-      } catch (error) {
-        if (!(error instanceof ApiError && error.status === 404)) throw error;
-        container = (await call<{ id: string }>("POST", "/v1/containers", { name: "chat" })).id;
-        conversation.metadata = { ...conversation.metadata, container };
-        replaced(await call("POST", `/v1/conversations/${conversation.id}`, { metadata: conversation.metadata }));
-        await send(container);
-      }
-      files.value = [...files.value, { name: file.name, size: file.size }];
-    }
+    await done;
   } finally {
-    isUploading.value = false;
+    uploads.value--;
   }
 }
 
+async function putFiles(conversation: Conversation, given: File[]): Promise<void> {
+  for (const file of given) {
+    const send = (container: string): Promise<{ path: string }> => {
+      const form = new FormData();
+      form.append("file", file, file.name);
+      return call("POST", `/v1/containers/${container}/files`, form);
+    };
+    let container = conversation.metadata["container"] ?? "";
+    let put: { path: string };
+    try {
+      if (!container) throw new ApiError("no container yet", 404);
+      put = await send(container);
+    } catch (error) {
+      if (!(error instanceof ApiError && error.status === 404)) throw error;
+      container = (await call<{ id: string }>("POST", "/v1/containers", { name: "chat" })).id;
+      conversation.metadata = { ...conversation.metadata, container };
+      replaced(await call("POST", `/v1/conversations/${conversation.id}`, { metadata: conversation.metadata }));
+      put = await send(container);
+    }
+    if (current.value?.id === conversation.id) files.value = [...files.value, { name: file.name, path: put.path }];
+  }
+}
+
+/** Where the files of a conversation are. They end with the server, and when nobody used them for a while. */
+async function containerOf(conversation: Conversation | null): Promise<string | undefined> {
+  const container = conversation?.metadata["container"];
+  if (!conversation || !container) return undefined;
+  try {
+    await call("GET", `/v1/containers/${container}`);
+    return container;
+  } catch (error) {
+    if (!(error instanceof ApiError && error.status === 404)) throw error;
+  }
+  const { container: _, ...metadata } = conversation.metadata;
+  replaced(await call("POST", `/v1/conversations/${conversation.id}`, { metadata }));
+  fault.value = "The files of this conversation are gone, since they were not used for a while. Add them again.";
+  return undefined;
+}
+
 /** The part of a request that the prompt depends on. */
-function asked(conversation: Conversation | null): Record<string, unknown> {
+async function asked(conversation: Conversation | null): Promise<Record<string, unknown>> {
   const { effort, python, browser, instructions } = settings.value;
   const tools: Record<string, unknown>[] = [];
   const has = served.value?.tools ?? {};
-  const container = conversation?.metadata["container"];
-  if (python && "python" in has) tools.push({ type: "code_interpreter", container: container ?? { type: "auto" } });
+  if (python && "python" in has) {
+    tools.push({ type: "code_interpreter", container: (await containerOf(conversation)) ?? { type: "auto" } });
+  }
   if (browser && "browser" in has) tools.push({ type: "web_search" });
   return {
     model: model.value,
@@ -224,9 +268,10 @@ function asked(conversation: Conversation | null): Record<string, unknown> {
   };
 }
 
-export async function send(text: string): Promise<void> {
-  if (isBusy.value) return;
-  const names = files.value.map((file) => `/mnt/data/${file.name}`);
+/** Ask; false where the question did not come into view, so that whoever wrote it keeps it. */
+export async function send(text: string): Promise<boolean> {
+  if (isBusy.value) return false;
+  const names = files.value.map((file) => file.path);
   const input = names.length ? `${text}\n\nFiles: ${names.join(", ")}`.trim() : text;
   isBusy.value = true;
   visits++;
@@ -236,15 +281,17 @@ export async function send(text: string): Promise<void> {
   let first = 0;
   let response: ResponseBody | null = null;
   let underWay: Item[] = [];
+  let isSaid = false;
   try {
     await settling;
     const conversation = await ensureConversation(text);
     const said: Item = { id: `local_${began}`, type: "message", role: "user", content: [{ type: "input_text", text: input }] };
     items.value = [...items.value, said];
+    isSaid = true;
     files.value = [];
     const include = settings.value.developer ? [...INCLUDE, "message.output_text.logprobs"] : INCLUDE;
     const top = settings.value.developer ? { top_logprobs: 5 } : {};
-    const body = { ...asked(conversation), ...top, input, include, stream: true };
+    const body = { ...(await asked(conversation)), ...top, input, include, stream: true };
     // Faster than the eye, drawing would only take time from the model.
     let drawn = 0;
     try {
@@ -268,11 +315,13 @@ export async function send(text: string): Promise<void> {
     announcement.value = "The answer is complete.";
     settling = settle(conversation).catch(tell);
   } catch (error) {
-    settling = interrupted(input, error).catch(tell);
+    if (isSaid) settling = interrupted(input, error).catch(tell);
+    else tell(error);
   } finally {
     isBusy.value = false;
     abort = null;
   }
+  return isSaid;
 }
 
 /** The question under the id that the server gave it, so that it can be forked from; what the page measured is kept. */
@@ -294,16 +343,29 @@ async function interrupted(input: string, error: unknown): Promise<void> {
   const wasStopped = error instanceof DOMException && error.name === "AbortError";
   const said = answer.value.filter((item) => item.type === "message").map(textOf).join("\n");
   const done = answer.value.map((item) => (item.ended ? item : { ...item, ended: performance.now(), status: "incomplete" }));
-  items.value = [...items.value, ...done];
+  items.value = [...items.value, ...done.map((item) => ({ ...item, isUnfiled: true }))];
   answer.value = [];
   if (!wasStopped) tell(error);
   const conversation = current.value;
   if (!conversation || (!wasStopped && !said)) return;
   const kept: Record<string, unknown>[] = [{ type: "message", role: "user", content: input }];
   if (said) kept.push({ type: "message", role: "assistant", content: [{ type: "output_text", text: said }] });
-  await call("POST", `/v1/conversations/${conversation.id}/items`, { items: kept });
+  const filed = await call<{ data: Item[] }>("POST", `/v1/conversations/${conversation.id}/items`, { items: kept });
   announcement.value = "The answer was stopped.";
-  await settle(conversation);
+  // Under the ids that they have there now, if they are still in view.
+  const named = (one: Item | undefined, isMeant: (item: Item) => boolean | undefined): void => {
+    const at = items.value.findLastIndex(isMeant);
+    if (one && at >= 0) items.value = items.value.with(at, { ...items.value[at]!, id: one.id, isUnfiled: false });
+  };
+  named(filed.data[0], (item) => item.id.startsWith("local_"));
+  named(filed.data[1], (item) => item.isUnfiled && item.type === "message");
+  await list();
+}
+
+/** The id of what stands before an item, as the server has it; null where it has nothing there. */
+export function before(item: Item): string | null {
+  const earlier = shown.value.slice(0, shown.value.indexOf(item));
+  return earlier.findLast((one) => !one.isUnfiled && !one.id.startsWith("local_"))?.id ?? null;
 }
 
 export function stop(): void {
@@ -312,6 +374,6 @@ export function stop(): void {
 
 /** The conversation as the model reads it, every thought included. */
 export async function tokens(): Promise<Token[]> {
-  const body = { ...asked(current.value), reasoning: { effort: settings.value.effort, context: "all_turns" } };
+  const body = { ...(await asked(current.value)), reasoning: { effort: settings.value.effort, context: "all_turns" } };
   return (await call<{ data: Token[] }>("POST", "/v1/responses/tokens", body)).data;
 }

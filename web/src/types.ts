@@ -82,6 +82,8 @@ export interface Item {
   began?: number;
   ended?: number;
   num_deltas?: number;
+  /** Shown here, and not kept by the server. */
+  isUnfiled?: boolean;
 }
 
 export interface Usage {

@@ -70,7 +70,7 @@ def bench(
     from ossia.model.hub import resolve_model
     from ossia.model.weights import Checkpoint
 
-    is_gpu = backend == "gpu"
+    is_gpu = settings.backend == "gpu"
     if batch is None:
         batch = "2,4,8,16,32,64,128,256" if is_gpu else "2,4,8,16"
     settings = replace(settings, backend="gpu" if is_gpu else "cpu")

@@ -196,8 +196,14 @@ class TerminalInput:
                         if name.startswith(typed):
                             yield Completion(name, start_position=-len(typed))
 
+        class History(FileHistory):
+            def store_string(self, string: str) -> None:
+                # On a full disk what was typed is still asked.
+                with contextlib.suppress(OSError):
+                    super().store_string(string)
+
         self._session: PromptSession[str] = PromptSession(
-            history=FileHistory(str(history)) if history is not None else InMemoryHistory(),
+            history=History(str(history)) if history is not None else InMemoryHistory(),
             completer=Commands(),
             complete_while_typing=False,
             key_bindings=_key_bindings(),

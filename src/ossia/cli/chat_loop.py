@@ -103,7 +103,8 @@ class ChatLoop:
                     return self._code
                 if text.strip():
                     self._obey(text)
-            except KeyboardInterrupt:
+            # At a question of ours Ctrl-C is a key, and cancels without a signal.
+            except (KeyboardInterrupt, asyncio.CancelledError):
                 if not self._source.is_interactive:
                     return 130
             except _Quit:
@@ -197,7 +198,7 @@ class ChatLoop:
         session, meter = self._session, self._session.meter
         self._num_tokens = None
         if ending == "stopped":
-            kept = "; what was said is kept" if session.last and session.last.question == session.question else ""
+            kept = "; what was said is kept" if session.keeps_last_asked else ""
             self._screen.note(f"stopped{kept}", is_warning=True)
             if not self._source.is_interactive:
                 raise KeyboardInterrupt
@@ -272,9 +273,15 @@ class ChatLoop:
     async def _compact(self) -> None:
         before = self._session.num_tokens
         self._screen.note("summing the conversation up")
-        if await self._session.compact() == "stopped":
+        ending, num_left_out = await self._session.compact()
+        if ending == "stopped":
             raise KeyboardInterrupt
         self._num_tokens = None
+        if num_left_out:
+            self._screen.note(
+                f"there was no room to sum up all: nothing of the oldest turns ({num_left_out}) is in it",
+                is_warning=True,
+            )
         self._screen.note(f"summed up: {before:,} tokens became {self._session.num_tokens:,}", is_warning=True)
 
     def _context(self) -> str:

@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequen
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ossia.engine.request import NO_TOKEN, SamplingParams, TokenOutput
 from ossia.errors import ContextLengthError, InputError, NotFoundError, OssiaError
@@ -36,6 +36,13 @@ _MIN_ROOM_SHARE = 16
 _INCLUDE = ["code_interpreter_call.outputs", "web_search_call.action.sources"]
 
 Ending = Literal["completed", "stopped", "cut", "failed"]
+
+
+class Compacted(NamedTuple):
+    """How summing up has ended, and of how many of the oldest turns there was no room for in it."""
+
+    ending: Ending
+    num_left_out: int = 0
 
 
 class Meter:
@@ -139,8 +146,9 @@ class ChatSession:
         # Declarations of tools that ossia runs, as a request of the Responses API has them.
         self.tools: list[Json] = []
         self.turns: list[Turn] = []
-        # What was asked last, also if nothing came of it.
+        # What was asked last, also if nothing came of it, and the turn that was begun for it.
         self.question: str | None = None
+        self._asked: Turn | None = None
         # Why the last answer failed.
         self.error: OssiaError | None = None
         self.patcher = patcher
@@ -169,7 +177,7 @@ class ChatSession:
         Raises InputError for what cannot be asked; ContextLengthError if there is no room, and nothing has changed
         then. Another failure is told by the ending and `error`.
         """
-        self.question = question
+        self.question, self._asked = question, None
         self.error = None
         run = await self._begin([{"type": "message", "role": "user", "content": question}])
         room = max(
@@ -182,7 +190,7 @@ class ChatSession:
             )
         self.meter.reset()
         self._num_asked += 1
-        turn = Turn(question)
+        turn = self._asked = Turn(question)
         self.turns.append(turn)
         try:
             return await self._answer(turn, run, show)
@@ -322,33 +330,38 @@ class ChatSession:
             del self.turns[0]
         return bool(self.turns)
 
-    async def compact(self) -> Ending:
+    async def compact(self) -> Compacted:
         """Let the model sum up the conversation, which the summary then stands for. Raises InputError without one."""
         if not self.turns:
             raise InputError("there is nothing to sum up yet")
         self.meter.reset()
         run = await self._begin([{"type": "compaction_trigger"}])
         if await _stopped(self._show_all(run, lambda _event: None)):
-            return "stopped"
+            return Compacted("stopped")
         if run.error is not None:
             raise run.error
         self.turns = [Turn("(the conversation so far, summed up)", list(run.output))]
-        return "completed"
+        return Compacted("completed", run.num_left_out)
 
     # Turns -----------------------------------------------------------------------------------------------------------
 
     def clear(self) -> None:
         self.turns = []
-        self.question = self._tool_state = None
+        self.question = self._asked = self._tool_state = None
         self._date = self._given_date
 
     def take_back(self) -> str:
         """Forget the last turn; its question. Raises InputError if there is none."""
         if self.question is None:
             raise InputError("nothing was asked yet")
-        if self.turns and self.turns[-1].question == self.question:
+        if self.keeps_last_asked:
             self.turns.pop()
         return self.question
+
+    @property
+    def keeps_last_asked(self) -> bool:
+        """Whether the last turn is that of what was asked last, and not an earlier one."""
+        return bool(self.turns) and self.turns[-1] is self._asked
 
     @property
     def last(self) -> Turn | None:
@@ -359,21 +372,24 @@ class ChatSession:
     def save(self, path: Path, *, replaces: bool = False) -> None:
         """Write the conversation as JSON, or as Markdown to read if the name ends in .md; for its owner alone.
 
-        Raises InputError if there is a file already, unless ``replaces``.
+        Raises InputError if there is a file already, unless ``replaces``. What fails leaves nothing behind.
         """
         text = self._markdown() if path.suffix == ".md" else json.dumps(self._to_dict(), ensure_ascii=False, indent=1)
         data = text.encode("utf-8", "replace")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (0 if replaces else os.O_EXCL)
+        # The old file stays until the new one is whole.
+        new = path.with_name(f".{path.name}.{os.getpid()}") if replaces else path
         try:
-            if not replaces:
-                _write(os.open(path, flags, 0o600), data)
-                return
-            # The old file stays until the new one is whole.
-            beside = path.with_name(f".{path.name}.{os.getpid()}")
-            _write(os.open(beside, flags | os.O_EXCL, 0o600), data)
-            os.replace(beside, path)
+            fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except FileExistsError:
-            raise InputError(f"{path}: there is such a file already") from None
+            raise InputError(f"{new}: there is such a file already") from None
+        try:
+            with open(fd, "wb") as file:
+                file.write(data)
+            if replaces:
+                os.replace(new, path)
+        except BaseException:
+            new.unlink(missing_ok=True)
+            raise
 
     def load(self, path: Path) -> None:
         """Go on with a saved conversation. Raises NotFoundError, or InputError if it is none; nothing has changed
@@ -401,7 +417,8 @@ class ChatSession:
         self.effort, self.instructions, self._date, self.turns = effort, instructions, date, turns
         # Pages and variables are not saved: they begin anew.
         self._tool_state = None
-        self.question = turns[-1].question if turns and not turns[-1].is_summary else None
+        self._asked = turns[-1] if turns and not turns[-1].is_summary else None
+        self.question = self._asked.question if self._asked is not None else None
 
     def _to_dict(self) -> Json:
         turns = [
@@ -452,19 +469,18 @@ def _text_of(item: Json) -> str:
     return "".join(part.get("text", "") for part in item.get("content") or ())
 
 
-def _write(fd: int, data: bytes) -> None:
-    with open(fd, "wb") as file:
-        file.write(data)
-
-
 def _read_turn(raw: Any, where: str) -> Turn:
     entries = []
     for i, one in enumerate(raw["items"]):
         messages = [Message.from_dict(message, f"{where}.items[{i}]") for message in one["messages"]]
         item = one["item"]
-        if not isinstance(item.get("type"), str) or any(message.role is Role.SYSTEM for message in messages):
+        is_said = all(message.role is not Role.SYSTEM and message.content for message in messages)
+        if not isinstance(item.get("type"), str) or not is_said:
             raise TypeError
         if item["type"] == "message":
             item["role"], _ = item["role"], [part["text"] + "" for part in item["content"]]
         entries.append(Entry(item, tuple(Spoken(message) for message in messages)))
-    return Turn(raw["question"] + "", entries)
+    turn = Turn(raw["question"] + "", entries)
+    # What they are made of is there, and is text.
+    _ = turn.answer, turn.reasoning
+    return turn

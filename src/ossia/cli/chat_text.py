@@ -110,7 +110,8 @@ class MarkdownStream:
     def _end_of_finished(self) -> int:
         """Where the last block begins. The last line counts only when it is whole: `***` may become bold or a rule."""
         whole = self.open[: self.open.rfind("\n") + 1]
-        starts = _block_lines(self._parser.parse(whole))
+        # As it will be drawn: the parser counts a lone return as the end of a line, which none is there.
+        starts = _block_lines(self._parser.parse(harmless(whole)))
         if len(starts) < 2:
             return 0
         at = 0

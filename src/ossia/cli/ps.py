@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -20,6 +21,8 @@ from typing import Annotated
 import typer
 
 _TIMEOUT_S = 2.0
+# What the variables name as a proxy is for other machines.
+_DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,8 @@ def servers() -> Iterator[Running]:
 def _folder() -> Path:
     from ossia.config import data_folder
 
-    return data_folder() / "servers"
+    # Machines may share the folder, and their processes have numbers of their own.
+    return data_folder() / "servers" / socket.gethostname()
 
 
 def _is_server(pid: int) -> bool:
@@ -114,7 +118,7 @@ def _memory_bytes(pid: int) -> int:
 
 def _requests(url: str) -> tuple[int | None, int | None]:
     try:
-        with urllib.request.urlopen(f"{url}/metrics", timeout=_TIMEOUT_S) as answer:
+        with _DIRECTLY.open(f"{url}/metrics", timeout=_TIMEOUT_S) as answer:
             text = answer.read().decode()
     except (urllib.error.URLError, OSError, ValueError):
         return None, None

@@ -585,6 +585,11 @@ class Prompt:
             out += piece
         return out + self._opening
 
+    @property
+    def num_left_out(self) -> int:
+        """Turns that `shorten_until` has left out, in whole or in part."""
+        return sum(self._is_user[: self._num_dropped])
+
     def extend(self, sampled: Sequence[int]) -> None:
         """The model has said ``sampled`` behind the opening."""
         self._pieces.append(self._opening + list(sampled))

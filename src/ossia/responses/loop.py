@@ -219,6 +219,8 @@ class Run:
         # What the last thought took, as its item keeps it.
         self._thought: Json = {}
         self._num_tool_calls = 0
+        # Turns that a summary made here knows nothing of.
+        self.num_left_out = 0
         self._num_unknown_calls = 0
         self._num_refused_calls = 0
         self._num_answer_tokens = 0
@@ -375,7 +377,7 @@ class Run:
         for event in self._builder.compacting():
             yield event
         entries = [*self.history.entries, *self.input]
-        text, used = await summarize(self._model, entries)
+        text, used, self.num_left_out = await summarize(self._model, entries)
         self._usage = Usage(*map(sum, zip(self._usage, used, strict=True)))
         self._summary_usage = used
         said = [one.message.text for entry in entries for one in entry.spoken if one.message.role is Role.USER]
@@ -783,7 +785,15 @@ _SUMMARIZE = (
 _MAX_SUMMARY_TOKENS, _MAX_SUMMARY_THOUGHTS = 4_096, 1_024
 
 
-async def summarize(model: Model, entries: Sequence[Entry]) -> tuple[str, Usage]:
+class Summed(NamedTuple):
+    """What was said, summed up, and how many of its oldest turns there was no room for."""
+
+    text: str
+    usage: Usage
+    num_left_out: int
+
+
+async def summarize(model: Model, entries: Sequence[Entry]) -> Summed:
     """What was said, summed up by the model itself. Raises OssiaError if it wrote nothing."""
     request = ResponseRequest(
         input=[{"type": "message", "role": "user", "content": _SUMMARIZE}],
@@ -799,7 +809,7 @@ async def summarize(model: Model, entries: Sequence[Entry]) -> tuple[str, Usage]
     text = "".join(part["text"] for item in said for part in item["content"])
     if not text.strip():
         raise OssiaError("the model wrote no summary of the conversation; send a shorter one")
-    return text, run.usage
+    return Summed(text, run.usage, run._prompt.num_left_out)
 
 
 async def finish(run: Run) -> Json:

@@ -143,7 +143,7 @@ async def _compacted(service: Service, body: PromptRequest, owner: str) -> Json:
     """A summary by the model itself, sealed; the user's own messages stay as they are."""
     history, read = await service.prepared(body, owner)
     entries = [*history.entries, *read.entries]
-    text, used = await service.within_limits(summarize(service.model_of(body.model), entries))
+    text, used, _ = await service.within_limits(summarize(service.model_of(body.model), entries))
     kept = [e.item for e in entries if e.item.get("type") == "message" and e.item.get("role") == "user"]
     sealed = Summary(text).sealed(service.model.seal)
     return {
