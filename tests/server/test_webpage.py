@@ -257,7 +257,6 @@ def test_files_belong_to_the_conversation_that_they_were_given_in(tab, tools):
     opened.ask("Without files")
     opened.wait()
     page.click("text=New chat")
-    page.wait_for_selector("input[type=file]", state="attached")
     held: list[Any] = []
     page.route("**/v1/containers/*/files", lambda route: held.append(route))
     choose(page)
@@ -277,7 +276,6 @@ def test_a_conversation_goes_on_when_its_files_have_ended(tab, tools):
     tools.play(final("Done."))
     opened = tab(tools)
     page = opened.page
-    page.wait_for_selector("input[type=file]", state="attached")
     choose(page)
     page.wait_for_selector(".files .file")
     opened.ask("Read it")

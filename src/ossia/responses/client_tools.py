@@ -99,6 +99,11 @@ def of_call(item_type: object) -> ClientTool | None:
     return _BY_CALL.get(str(item_type))
 
 
+def is_call(item_type: object) -> bool:
+    """Whether the client answers an item of this type: a call of its own functions or tools, or of one of these."""
+    return item_type in ("function_call", "custom_tool_call") or of_call(item_type) is not None
+
+
 def of_output(item_type: object) -> ClientTool | None:
     """The tool that an item of this type answers for."""
     return _BY_OUTPUT.get(str(item_type))

@@ -34,7 +34,7 @@ from ossia.harmony import (
     render_message,
 )
 from ossia.harmony.render import developer_text
-from ossia.responses.client_tools import ClientTool, arguments_of, of_call, of_output, output_text
+from ossia.responses.client_tools import ClientTool, arguments_of, is_call, of_call, of_output, output_text
 from ossia.responses.schema import Json, PromptRequest, new_id
 from ossia.responses.seal import Seal
 from ossia.responses.tools import Tools, brought
@@ -476,7 +476,7 @@ def _goes_before_call(item: Json) -> bool:
     kind = item.get("type")
     if kind == "message":
         return item.get("role") == "assistant" and item.get("phase") == "commentary"
-    if kind in ("function_call", "custom_tool_call") or of_call(kind) is not None:
+    if is_call(kind):
         return False
     return isinstance(kind, str) and (kind == "reasoning" or kind.endswith("_call"))
 

@@ -26,7 +26,7 @@ from ossia.engine.request import NO_TOKEN, Constraint, SamplingParams, TokenOutp
 from ossia.errors import ContextLengthError, InputError, OssiaError
 from ossia.harmony import Channel, Delta, Header, ParsedMessage, Role, StreamParser, Tokenizer
 from ossia.responses.builder import Builder
-from ossia.responses.client_tools import of_call
+from ossia.responses.client_tools import is_call
 from ossia.responses.constrain import Turn
 from ossia.responses.convert import (
     Entry,
@@ -275,7 +275,7 @@ class Run:
         """Whether the turn waits for a tool's answer."""
         last = self.output[-1].item if self.output else {}
         kind = last.get("type")
-        return kind in ("function_call", "custom_tool_call", "mcp_approval_request") or of_call(kind) is not None
+        return kind == "mcp_approval_request" or is_call(kind)
 
     async def events(self, slot: AbstractAsyncContextManager[Any] | None = None) -> AsyncGenerator[Event, None]:
         """Make the response. A background response is queued until ``slot`` is entered."""
