@@ -13,19 +13,36 @@ import huggingface_hub
 import pytest
 
 from ossia.errors import InputError, NotFoundError, UnavailableError
+from ossia.model.checkpoint_files import find_files
 from ossia.model.hub import downloaded, pull, resolve_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {"config.json": b"{}", "model.safetensors": bytes(1000), "original/config.json": b"{}", "metal/model.bin": b"x"}
+# Of others, as they are on the hub: both kinds of weights, one GGUF file, many with long ones in parts, and neither.
+OTHERS = {
+    "me/both": {**FILES, "both-F16.gguf": b"F16"},
+    "me/one": {"README.md": b"", "one-mxfp4.gguf": b"mxfp4"},
+    "me/many": {
+        "config.json": b"{}",
+        "many-F16.gguf": b"F16",
+        "many-UD-Q4_K_M.gguf": b"other",
+        "many-Q4_K_M.gguf": b"Q4_K_M",
+        "Q8_0/many-Q8_0-00001-of-00002.gguf": b"Q8",
+        "Q8_0/many-Q8_0-00002-of-00002.gguf": b"_0",
+    },
+    "me/onnx": {"config.json": b"{}", "onnx/model.onnx": b"x"},
+}
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Enough of the hub's interface for one repository, openai/gpt-oss-20b."""
+    """Enough of the hub's interface for a few repositories."""
 
     downloads: list[str]
 
     def do_HEAD(self) -> None:
         parts = self.path.partition("?")[0].strip("/").split("/")
+        repository = "/".join(parts[2:4] if parts[0] == "api" else parts[:2])
+        files = OTHERS.get(repository, FILES)
         if "other" in parts:
             self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
         elif "gated" in parts:
@@ -36,16 +53,16 @@ class Hub(BaseHTTPRequestHandler):
             self.answer(500, b"{}", {})
         elif "tree" in parts:
             tree = [
-                {"type": "file", "path": name, "size": len(data), "oid": _etag(data)} for name, data in FILES.items()
+                {"type": "file", "path": name, "size": len(data), "oid": _etag(data)} for name, data in files.items()
             ]
             self.answer(200, json.dumps(tree).encode(), {})
         elif parts[0] == "api":
-            self.answer(200, json.dumps({"id": "openai/gpt-oss-20b", "sha": COMMIT, "siblings": []}).encode(), {})
+            self.answer(200, json.dumps({"id": repository, "sha": COMMIT, "siblings": []}).encode(), {})
         else:
             name = "/".join(parts[4:])
             if self.command == "GET":
                 self.downloads.append(name)
-            self.answer(200, FILES[name], {"ETag": f'"{_etag(FILES[name])}"', "X-Repo-Commit": COMMIT})
+            self.answer(200, files[name], {"ETag": f'"{_etag(files[name])}"', "X-Repo-Commit": COMMIT})
 
     do_GET = do_HEAD
 
@@ -111,6 +128,55 @@ def test_what_was_pulled_is_found_by_name_without_the_other_layouts(name, hub):
     assert sorted(hub.downloads) == ["config.json", "model.safetensors"]
     assert (folder / "model.safetensors").read_bytes() == FILES["model.safetensors"]
     assert resolve_model(name) == resolve_model("gpt-oss-20b", revision="main") == folder
+
+
+def test_of_two_kinds_of_weights_one_is_downloaded(hub):
+    folder = pull("me/both")
+    assert sorted(hub.downloads) == ["config.json", "model.safetensors"]
+    assert resolve_model("me/both") == folder
+
+
+def test_a_gguf_file_alone_needs_no_choice(hub):
+    folder = pull("me/one")
+    assert find_files(resolve_model("me/one")) == (folder / "one-mxfp4.gguf",)
+    assert resolve_model("me/one:mxfp4") == pull("me/one:MXFP4") == folder / "one-mxfp4.gguf"
+
+
+def test_of_several_gguf_files_one_has_to_be_chosen(hub, monkeypatch):
+    with pytest.raises(InputError) as caught:
+        pull("me/many")
+    assert hub.downloads == []
+    message = caught.value.message
+    assert "4 GGUF files" in message and "many-Q8_0 (0.0 GiB)" in message and "`ossia pull me/many:F16`" in message
+    with pytest.raises(NotFoundError, match=r"no GGUF file Q2_K\. It has: many-F16, many-Q4_K_M,"):
+        pull("me/many:Q2_K")
+    with pytest.raises(NotFoundError, match=r"openai/gpt-oss-20b has no GGUF file F16\. It has none"):
+        pull("gpt-oss-20b:F16")
+
+    chosen = pull("me/many:q4_k_m")
+    assert hub.downloads == ["many-Q4_K_M.gguf"] and chosen.read_bytes() == b"Q4_K_M"
+    parts = find_files(pull("me/many:Q8_0"))
+    assert [part.read_bytes() for part in parts] == [b"Q8", b"_0"]
+    assert resolve_model("me/many:Q8_0") == parts[0]
+    assert resolve_model("me/many:many-Q4_K_M.gguf") == chosen
+    with pytest.raises(NotFoundError, match=r"has no GGUF file F16\. Run `ossia pull me/many:F16`"):
+        resolve_model("me/many:F16")
+
+    set_endpoint(monkeypatch, "http://127.0.0.1:9")
+    assert pull("me/many:Q4_K_M") == chosen
+    with pytest.raises(UnavailableError, match=r"cannot be reached.*has no GGUF file F16"):
+        pull("me/many:F16")
+
+
+def test_a_repository_without_weights_that_ossia_reads_is_not_downloaded(hub):
+    with pytest.raises(NotFoundError, match=r"me/onnx has no weights that ossia reads"):
+        pull("me/onnx")
+    assert hub.downloads == []
+
+
+def test_what_others_downloaded_of_a_repository_is_found(hub):
+    folder = huggingface_hub.snapshot_download("openai/gpt-oss-20b", allow_patterns=["*.safetensors"])
+    assert resolve_model("gpt-oss-20b") == Path(folder)
 
 
 def test_what_is_here_are_published_models_and_others_of_their_kind(hub, cache):

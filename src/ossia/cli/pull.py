@@ -9,7 +9,13 @@ import typer
 
 
 def pull(
-    name: Annotated[str, typer.Argument(help="gpt-oss-20b, gpt-oss-120b, gpt-oss-safeguard-20b, ... or owner/name.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="gpt-oss-20b, gpt-oss-120b, gpt-oss-safeguard-20b, ... or owner/name; owner/name:Q8_0 is one of "
+            "several GGUF files."
+        ),
+    ],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit; the latest by default.")] = None,
 ) -> None:
     """Download a checkpoint into the ordinary Hugging Face cache, where `--model NAME` finds it.

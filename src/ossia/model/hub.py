@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import json
 import os
+import re
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +24,14 @@ from ossia.model.checkpoint_files import find_files
 PUBLISHED = ("gpt-oss-20b", "gpt-oss-120b", "gpt-oss-safeguard-20b", "gpt-oss-safeguard-120b")
 _EMBEDDED_FOLDER = Path(__file__).parent.parent / EMBEDDED
 # The same weights again in two other layouts: twice the download, and nothing here needs them.
-_SKIPPED = ["original/*", "metal/*"]
+_SKIPPED = ("original/", "metal/")
 
 
 def resolve_model(name_or_path: str | Path, revision: str | None = None) -> Path:
     """The folder or file of a model: a path that exists, the embedded model, or one in the Hugging Face cache.
 
-    Names are `EMBEDDED`, those of `PUBLISHED`, and repositories such as openai/gpt-oss-20b. Raises NotFoundError when
-    there is none of these.
+    Names are `EMBEDDED`, those of `PUBLISHED`, and repositories such as openai/gpt-oss-20b, where owner/name:Q8_0 is
+    the GGUF file of that ending. Raises NotFoundError when there is none of these.
     """
     name = str(name_or_path)
     # os.path.expanduser keeps what names no home as it is, where Path's raises; exists is false for names too long.
@@ -37,8 +40,8 @@ def resolve_model(name_or_path: str | Path, revision: str | None = None) -> Path
         return path
     if name == EMBEDDED:
         return _EMBEDDED_FOLDER
-    repository = _repository(name)
-    if repository is None:
+    repository, ending = _repository(name)
+    if not repository:
         raise NotFoundError(
             f"there is no file or folder {name}, and it is no model's name. Give a checkpoint's path, a repository "
             f"such as openai/gpt-oss-20b, or one of: {', '.join((EMBEDDED, *PUBLISHED))}."
@@ -47,16 +50,22 @@ def resolve_model(name_or_path: str | Path, revision: str | None = None) -> Path
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HFValidationError
 
+    at_revision = f" at revision {revision}" if revision else ""
+    command = f"`ossia pull {name}{f' --revision {revision}' if revision else ''}`"
     try:
-        folder = snapshot_download(repository, revision=revision, local_files_only=True, ignore_patterns=_SKIPPED)
+        # No pattern: others download less of a repository than ossia does. What is missing is told by who reads it.
+        folder = Path(snapshot_download(repository, revision=revision, local_files_only=True, allow_patterns=[]))
     except (OSError, HFValidationError):
-        at_revision = f" at revision {revision}" if revision else ""
         raise NotFoundError(
-            f"model {name} is not here: no file or folder of that name in {Path.cwd()}, and no complete download of "
-            f"{repository}{at_revision} in {constants.HF_HUB_CACHE}. Run `ossia pull {name}"
-            f"{f' --revision {revision}' if revision else ''}`, or give the path of a checkpoint."
+            f"model {name} is not here: no file or folder of that name in {Path.cwd()}, and no download of "
+            f"{repository}{at_revision} in {constants.HF_HUB_CACHE}. Run {command}, or give the path of a checkpoint."
         ) from None
-    return Path(folder)
+    if not ending:
+        return folder
+    files = _of_ending((path.relative_to(folder).as_posix() for path in folder.rglob("*.gguf")), ending)
+    if not files:
+        raise NotFoundError(f"{folder}, the download of {repository}, has no GGUF file {ending}. Run {command}.")
+    return folder / files[0]
 
 
 def downloaded() -> list[str]:
@@ -88,13 +97,15 @@ def _of_others() -> list[str]:
 
 
 def pull(name: str, revision: str | None = None, *, show_progress: bool = False) -> Path:
-    """Download a model into the Hugging Face cache and return its folder; what is there already is kept.
+    """Download a model into the Hugging Face cache and return its folder or file; what is there already is kept.
 
-    An interrupted download goes on where it stopped. ``show_progress`` lets huggingface_hub draw its bars on stderr.
-    Raises NotFoundError when there is no such model or revision, UnavailableError without network, access or space.
+    Of several GGUF files a name such as owner/name:Q8_0 takes one, and its other parts. An interrupted download goes on
+    where it stopped. ``show_progress`` lets huggingface_hub draw its bars on stderr. Raises InputError for what is no
+    name and where one of several files has to be chosen, NotFoundError when there is no such model, revision or file,
+    UnavailableError without network, access or space.
     """
-    repository = _repository(name)
-    if repository is None:
+    repository, ending = _repository(name)
+    if not repository:
         raise InputError(f"{name!r} is no model's name; expected a repository or one of: {', '.join(PUBLISHED)}")
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
@@ -107,7 +118,23 @@ def pull(name: str, revision: str | None = None, *, show_progress: bool = False)
 
     bars: dict[str, Any] = {} if show_progress else {"tqdm_class": _silent_bar()}
     try:
-        folder = snapshot_download(repository, revision=revision, ignore_patterns=_SKIPPED, **bars)
+        sizes = _sizes(repository, revision)
+        if sizes is not None:
+            wanted = list(map(glob.escape, _wanted(sizes, repository, ending)))
+            folder = snapshot_download(repository, revision=revision, allow_patterns=wanted, **bars)
+            return resolve_model(name, revision) if ending else Path(folder)
+        # The hub does not answer or does not know it. Perhaps all is here; otherwise this tells why.
+        skipped = [f"{path}*" for path in _SKIPPED]
+        patterns: dict[str, Any] = {"allow_patterns": []} if ending else {"ignore_patterns": skipped}
+        folder = snapshot_download(repository, revision=revision, **patterns, **bars)
+        if not ending:
+            return Path(folder)
+        try:
+            return resolve_model(name, revision)
+        except NotFoundError as error:
+            raise LocalEntryNotFoundError(error.message) from None
+    except OssiaError:
+        raise
     except GatedRepoError:
         raise UnavailableError(
             f"{repository} asks for permission: accept its terms at {constants.ENDPOINT}/{repository} and log in with "
@@ -134,16 +161,70 @@ def pull(name: str, revision: str | None = None, *, show_progress: bool = False)
             f"the download of {repository} stopped: {_first_line(error)}. Run `ossia pull {name}` again; what is "
             "complete is not downloaded twice."
         ) from error
-    return Path(folder)
 
 
-def _repository(name: str) -> str | None:
-    """owner/name for what can be the name of a repository."""
+def _repository(name: str) -> tuple[str, str]:
+    """owner/name for what can be the name of a repository, empty otherwise, and what stands behind its colon."""
+    name, _, ending = name.partition(":")
     if name in PUBLISHED:
-        return f"openai/{name}"
+        return f"openai/{name}", ending
     owner, slash, rest = name.partition("/")
     is_repository = bool(slash and owner.strip(".") and rest) and not owner.startswith("~") and "/" not in rest
-    return name if is_repository and not rest.endswith((".safetensors", ".gguf")) else None
+    return (name if is_repository and not rest.endswith((".safetensors", ".gguf")) else ""), ending
+
+
+def _sizes(repository: str, revision: str | None) -> dict[str, int] | None:
+    """The files of a repository in bytes; None when the hub does not tell."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    try:
+        entries = HfApi().list_repo_tree(repository, revision=revision, recursive=True)
+        return {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
+    except Exception:
+        # The transport below huggingface_hub (requests, httpx, hf_xet) differs by version, and so do its exceptions.
+        return None
+
+
+def _wanted(sizes: Mapping[str, int], repository: str, ending: str) -> list[str]:
+    """Of a repository's files those to download: one layout of the weights, of several GGUF files one."""
+    files = [path for path in sizes if not path.startswith(_SKIPPED)]
+    gguf_files = [path for path in files if path.endswith(".gguf")]
+    names = sorted({_name(path) for path in gguf_files})
+    if ending:
+        if chosen := _of_ending(gguf_files, ending):
+            return chosen
+        has = f"It has: {', '.join(names)}." if names else "It has none: leave the colon out."
+        raise NotFoundError(f"{repository} has no GGUF file {ending}. {has}")
+    if any(path.endswith(".safetensors") for path in files):
+        return [path for path in files if path not in gguf_files]
+    if not names:
+        raise NotFoundError(f"{repository} has no weights that ossia reads: neither .safetensors nor .gguf files.")
+    if len(names) > 1:
+        gibibytes = {name: sum(sizes[path] for path in gguf_files if _name(path) == name) / 2**30 for name in names}
+        choices = ", ".join(f"{name} ({gibibytes[name]:.1f} GiB)" for name in names)
+        raise InputError(
+            f"{repository} has {len(names)} GGUF files, each of them a model: {choices}. Choose one by its ending: "
+            f"`ossia pull {repository}:{names[0].rpartition('-')[2]}`."
+        )
+    return files
+
+
+def _name(path: str) -> str:
+    """What a GGUF file is called, without folder, part and suffix."""
+    return re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", path.rpartition("/")[2])
+
+
+def _of_ending(paths: Iterable[str], ending: str) -> list[str]:
+    """The GGUF file whose name is, or ends in -, ``ending`` in either case, with its parts: where several do, the
+    shortest. Empty if none does."""
+    of_name: dict[str, list[str]] = {}
+    ending = ending.lower().removesuffix(".gguf")
+    for path in sorted(paths):
+        name = _name(path)
+        if name.lower() == ending or name.lower().endswith((f"-{ending}", f".{ending}")):
+            of_name.setdefault(name, []).append(path)
+    return of_name[min(of_name, key=len)] if of_name else []
 
 
 def _disk_full(repository: str, cache: Path) -> str:
