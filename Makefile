@@ -49,12 +49,12 @@ sanitize: $(VENV)/.installed-dev
 	done
 
 # The same on 64-bit Arm, where a cross compiler and qemu's user emulation are installed
-# (Debian: g++-aarch64-linux-gnu, qemu-user).
+# (Debian: g++-aarch64-linux-gnu, qemu-user). "max" is a processor with everything that is emulated.
 aarch64:
 	@if command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64; then \
 	  cmake -S . -B build/aarch64 -DOSSIA_PYTHON=OFF -DOSSIA_TESTS=ON -DCMAKE_SYSTEM_NAME=Linux \
 	    -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ && \
-	  cmake --build build/aarch64 --parallel && qemu-aarch64 -L /usr/aarch64-linux-gnu build/aarch64/kernels_test; \
+	  cmake --build build/aarch64 --parallel && qemu-aarch64 -cpu max -L /usr/aarch64-linux-gnu build/aarch64/kernels_test; \
 	else echo "no cross compiler or emulator for aarch64: its kernels were not tested"; fi
 
 check: $(VENV)/.installed-dev

@@ -1,6 +1,12 @@
 // Which instruction sets this build has and this machine runs.
 #include <cstring>
 
+#if defined(OSSIA_ARM64) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(OSSIA_ARM64) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 #include "kernels.h"
 
 namespace ossia {
@@ -19,8 +25,24 @@ namespace avx512vnni {
 extern const Kernels kernels;
 }
 #endif
+#if defined(OSSIA_ARM64)
+namespace dotprod {
+extern const Kernels kernels;
+}
+namespace i8mm {
+extern const Kernels kernels;
+}
+#endif
 
 namespace {
+
+#if defined(OSSIA_ARM64) && defined(__APPLE__)
+bool has_feature(const char* name) {
+  int has = 0;
+  size_t size = sizeof has;
+  return sysctlbyname(name, &has, &size, nullptr, 0) == 0 && has;
+}
+#endif
 
 bool runs_avx2() {
 #if defined(OSSIA_X86)
@@ -54,6 +76,27 @@ bool runs_avx512vnni() {
 #endif
 }
 
+// Products of bytes, which Armv8.4 always has, and of matrices of them, which Armv8.6 always has.
+bool runs_dotprod() {
+#if defined(OSSIA_ARM64) && defined(__linux__)
+  return (getauxval(AT_HWCAP) >> 20) & 1;  // HWCAP_ASIMDDP
+#elif defined(OSSIA_ARM64) && defined(__APPLE__)
+  return has_feature("hw.optional.arm.FEAT_DotProd");
+#else
+  return false;
+#endif
+}
+
+bool runs_i8mm() {
+#if defined(OSSIA_ARM64) && defined(__linux__)
+  return runs_dotprod() && ((getauxval(AT_HWCAP2) >> 13) & 1);  // HWCAP2_I8MM
+#elif defined(OSSIA_ARM64) && defined(__APPLE__)
+  return runs_dotprod() && has_feature("hw.optional.arm.FEAT_I8MM");
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 const Kernels* find_kernels(const char* isa) {
@@ -64,6 +107,10 @@ const Kernels* find_kernels(const char* isa) {
   if (is("avxvnni") && runs_avxvnni()) return &avxvnni::kernels;
   if (is("avx512vnni") && runs_avx512vnni()) return &avx512vnni::kernels;
 #endif
+#if defined(OSSIA_ARM64)
+  if (is("dotprod") && runs_dotprod()) return &dotprod::kernels;
+  if (is("i8mm") && runs_i8mm()) return &i8mm::kernels;
+#endif
   return nullptr;
 }
 
@@ -71,6 +118,8 @@ const char* best_isa() {
   if (runs_avx512vnni()) return "avx512vnni";
   if (runs_avxvnni()) return "avxvnni";
   if (runs_avx2()) return "avx2";
+  if (runs_i8mm()) return "i8mm";
+  if (runs_dotprod()) return "dotprod";
   return "portable";
 }
 

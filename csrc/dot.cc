@@ -9,6 +9,8 @@
 // MXFP4's codes doubled are the integers 0 1 2 3 4 6 8 12 and negatives. Byte products need one unsigned side: weights
 // are taken as code + 12, and the block's -12 * sum(q) is where the accumulator starts. AVX2 adds 16-bit products modulo
 // 2^16: eight sums of two may pass 2^15 on the way, the true sum of 16 products of |12 * 127| does not.
+// Arm's products take both sides signed, and a lane of a register of activations as the four bytes for all rows; I8MM's
+// multiply two rows with two tokens.
 // The nibbles' order is met by storing the activations in the order of the nibbles: all low ones, then all high ones.
 #include "dot.h"
 
@@ -171,6 +173,76 @@ OSSIA_INLINE void dot_q8(const Decoded& w, const QBlock* x, Vf* dots) {
 
 #endif
 
+#elif OSSIA_NEON
+
+using Bytes = int8x16_t;
+
+struct Decoded {
+  Bytes group[8][2];  // of rows 0 to 3 and 4 to 7
+};
+
+OSSIA_INLINE Bytes codes_of(uint8x16_t nibbles) {
+  alignas(16) static constexpr int8_t kCodes[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+  return vqtbl1q_s8(vld1q_s8(kCodes), nibbles);
+}
+
+// 16 bytes of every row, 4 x 4 groups of four rows turned, then nibbles to codes.
+OSSIA_INLINE Decoded decode_mxfp4(const uint8_t* p, int64_t stride) {
+  Decoded w;
+  for (int half = 0; half < 2; ++half) {
+    const auto row = [&](int r) { return vreinterpretq_u32_u8(vld1q_u8(p + (4 * half + r) * stride)); };
+    const uint32x4_t a = row(0), b = row(1), c = row(2), d = row(3);
+    const uint64x2_t ab_even = vreinterpretq_u64_u32(vtrn1q_u32(a, b)), ab_odd = vreinterpretq_u64_u32(vtrn2q_u32(a, b));
+    const uint64x2_t cd_even = vreinterpretq_u64_u32(vtrn1q_u32(c, d)), cd_odd = vreinterpretq_u64_u32(vtrn2q_u32(c, d));
+    const uint64x2_t groups[4] = {vtrn1q_u64(ab_even, cd_even), vtrn1q_u64(ab_odd, cd_odd), vtrn2q_u64(ab_even, cd_even),
+                                  vtrn2q_u64(ab_odd, cd_odd)};
+    for (int g = 0; g < 4; ++g) {
+      const uint8x16_t bytes = vreinterpretq_u8_u64(groups[g]);
+      w.group[g][half] = codes_of(vandq_u8(bytes, vdupq_n_u8(15)));
+      w.group[4 + g][half] = codes_of(vshrq_n_u8(bytes, 4));
+    }
+  }
+  return w;
+}
+
+OSSIA_INLINE Decoded load_q8(const int8_t* p) {
+  Decoded w;
+  for (int g = 0; g < 8; ++g)
+    for (int half = 0; half < 2; ++half) w.group[g][half] = vld1q_s8(p + 32 * g + 16 * half);
+  return w;
+}
+
+// The integer sums of kTokens tokens' blocks, a half of the inputs after the other: there are 32 registers.
+template <int kTokens>
+OSSIA_INLINE void dot_groups(const Decoded& w, const QBlock* x, Vf* dots) {
+  int32x4_t sums[kTokens][2];
+  for (int t = 0; t < kTokens; ++t) sums[t][0] = sums[t][1] = vdupq_n_s32(0);
+  OSSIA_UNROLL(2)
+  for (int half = 0; half < 2; ++half) {
+    const Bytes(*group)[2] = w.group + 4 * half;
+    OSSIA_UNROLL(4)
+    for (int t = 0; t < kTokens; ++t) {
+      const Bytes q = vld1q_s8(x[t].q + 16 * half);
+      OSSIA_UNROLL(2)
+      for (int r = 0; r < 2; ++r) {
+        sums[t][r] = vdotq_laneq_s32(sums[t][r], group[0][r], q, 0);
+        sums[t][r] = vdotq_laneq_s32(sums[t][r], group[1][r], q, 1);
+        sums[t][r] = vdotq_laneq_s32(sums[t][r], group[2][r], q, 2);
+        sums[t][r] = vdotq_laneq_s32(sums[t][r], group[3][r], q, 3);
+      }
+    }
+  }
+  for (int t = 0; t < kTokens; ++t) dots[t] = {vcvtq_f32_s32(sums[t][0]), vcvtq_f32_s32(sums[t][1])};
+}
+template <int kTokens>
+OSSIA_INLINE void dot_mxfp4(const Decoded& w, const QBlock* x, Vf* dots) {
+  dot_groups<kTokens>(w, x, dots);
+}
+template <int kTokens>
+OSSIA_INLINE void dot_q8(const Decoded& w, const QBlock* x, Vf* dots) {
+  dot_groups<kTokens>(w, x, dots);
+}
+
 #else  // portable: row by row, which any compiler turns into widening multiply-adds
 
 struct Decoded {
@@ -240,6 +312,13 @@ OSSIA_INLINE Vf e8m0_scales(const uint8_t* s) {
                                        _mm256_cmpeq_epi32(byte, _mm256_set1_epi32(255)));
   const __m256i half = _mm256_and_si256(edge, _mm256_set1_epi32(0x400000));
   return _mm256_castsi256_ps(_mm256_or_si256(_mm256_slli_epi32(byte, 23), half));
+#elif OSSIA_NEON
+  const uint16x8_t bytes = vmovl_u8(vld1_u8(s));
+  const auto scale = [](uint32x4_t byte) {
+    const uint32x4_t edge = vorrq_u32(vceqzq_u32(byte), vceqq_u32(byte, vdupq_n_u32(255)));
+    return vorrq_u32(vshlq_n_u32(byte, 23), vandq_u32(edge, vdupq_n_u32(0x400000)));
+  };
+  return floats_of({scale(vmovl_u16(vget_low_u16(bytes))), scale(vmovl_u16(vget_high_u16(bytes)))});
 #else
   Vi bits;
   for (int r = 0; r < kTileRows; ++r)
@@ -273,6 +352,20 @@ OSSIA_INLINE void turn_scales(const uint8_t* from, int64_t row_stride, int64_t b
     }
     return;
   }
+#elif OSSIA_NEON
+  if (block_stride == 1 && count == kScaleRun) {
+    const auto row = [&](int r) { return vcombine_u8(vld1_u8(from + r * row_stride), vdup_n_u8(0)); };
+    const auto pair = [&](int r) { return vreinterpretq_u16_u8(vzip1q_u8(row(r), row(r + 1))); };
+    const uint16x8_t r01 = pair(0), r23 = pair(2), r45 = pair(4), r67 = pair(6);
+    const uint32x4_t r0123_low = vreinterpretq_u32_u16(vzip1q_u16(r01, r23));
+    const uint32x4_t r0123_high = vreinterpretq_u32_u16(vzip2q_u16(r01, r23));
+    const uint32x4_t r4567_low = vreinterpretq_u32_u16(vzip1q_u16(r45, r67));
+    const uint32x4_t r4567_high = vreinterpretq_u32_u16(vzip2q_u16(r45, r67));
+    const uint32x4_t blocks[4] = {vzip1q_u32(r0123_low, r4567_low), vzip2q_u32(r0123_low, r4567_low),
+                                  vzip1q_u32(r0123_high, r4567_high), vzip2q_u32(r0123_high, r4567_high)};
+    for (int i = 0; i < 4; ++i) vst1q_u8(to[2 * i], vreinterpretq_u8_u32(blocks[i]));
+    return;
+  }
 #endif
   for (int r = 0; r < kTileRows; ++r)
     for (int64_t b = 0; b < count; ++b) to[b][r] = from[r * row_stride + b * block_stride];
@@ -300,6 +393,53 @@ OSSIA_INLINE void accumulate_in_memory(const Decoded& w, bool mxfp4, Vf scale, c
   for (int t = 0; t < kTokens; ++t) store(sums + t * kTileRows, few[t]);
 }
 
+#if OSSIA_ISA == OSSIA_I8MM
+
+// Two rows' 8 bytes beside each other, to be multiplied with those of two tokens: four sums of 8 products.
+struct Paired {
+  Bytes pair[4][4];  // [8 inputs][rows 2 r and 2 r + 1]
+};
+
+OSSIA_INLINE Paired pair_rows(const Decoded& w) {
+  Paired paired;
+  for (int i = 0; i < 4; ++i)
+    for (int half = 0; half < 2; ++half) {
+      const int32x4_t first = vreinterpretq_s32_s8(w.group[2 * i][half]);
+      const int32x4_t second = vreinterpretq_s32_s8(w.group[2 * i + 1][half]);
+      paired.pair[i][2 * half] = vreinterpretq_s8_s32(vzip1q_s32(first, second));
+      paired.pair[i][2 * half + 1] = vreinterpretq_s8_s32(vzip2q_s32(first, second));
+    }
+  return paired;
+}
+
+// sums[t, r] as accumulate_few, of four tokens
+OSSIA_INLINE void accumulate_paired(const Paired& w, Vf scale, const QBlock* x, float* sums) {
+  int32x4_t dots[2][4];
+  for (auto& of_tokens : dots)
+    for (int32x4_t& dot : of_tokens) dot = vdupq_n_s32(0);
+  OSSIA_UNROLL(2)
+  for (int half = 0; half < 2; ++half)
+    OSSIA_UNROLL(2)
+    for (int t = 0; t < 2; ++t) {
+      const int64x2_t a = vreinterpretq_s64_s8(vld1q_s8(x[2 * t].q + 16 * half));
+      const int64x2_t b = vreinterpretq_s64_s8(vld1q_s8(x[2 * t + 1].q + 16 * half));
+      const Bytes low = vreinterpretq_s8_s64(vzip1q_s64(a, b)), high = vreinterpretq_s8_s64(vzip2q_s64(a, b));
+      OSSIA_UNROLL(4)
+      for (int r = 0; r < 4; ++r) dots[t][r] = vmmlaq_s32(dots[t][r], w.pair[2 * half][r], low);
+      OSSIA_UNROLL(4)
+      for (int r = 0; r < 4; ++r) dots[t][r] = vmmlaq_s32(dots[t][r], w.pair[2 * half + 1][r], high);
+    }
+  OSSIA_UNROLL(4)
+  for (int t = 0; t < 4; ++t) {
+    const int32x4_t* four = dots[t / 2];
+    const auto rows = [&](int32x4_t a, int32x4_t b) { return vcvtq_f32_s32(t % 2 ? vuzp2q_s32(a, b) : vuzp1q_s32(a, b)); };
+    float* to = sums + t * kTileRows;
+    store(to, fma({rows(four[0], four[1]), rows(four[2], four[3])}, mul(scale, set1(x[t].d)), load(to)));
+  }
+}
+
+#endif
+
 template <int kTokens>
 OSSIA_INLINE void accumulate(const Decoded& w, bool mxfp4, Vf scale, const QBlock* x, int64_t num_tokens, Vf* registers,
                              float* sums) {
@@ -307,7 +447,12 @@ OSSIA_INLINE void accumulate(const Decoded& w, bool mxfp4, Vf scale, const QBloc
     accumulate_few<kTokens>(w, mxfp4, scale, x, registers);
   } else {
     int64_t t = 0;
+#if OSSIA_ISA == OSSIA_I8MM
+    const Paired paired = pair_rows(w);
+    for (; t + 4 <= num_tokens; t += 4) accumulate_paired(paired, scale, x + t, sums + t * kTileRows);
+#else
     for (; t + 4 <= num_tokens; t += 4) accumulate_in_memory<4>(w, mxfp4, scale, x + t, sums + t * kTileRows);
+#endif
     for (; t < num_tokens; ++t) accumulate_in_memory<1>(w, mxfp4, scale, x + t, sums + t * kTileRows);
   }
 }
@@ -509,8 +654,27 @@ static void float_rows_as(const Matrix& w, int64_t row, int64_t count, const flo
 
 // Enough products of them at once to hide their latency. Where there is no byte dot
 // product, a multiplication counts with the 16-bit addition that keeps it.
-#if OSSIA_512 || OSSIA_256
-OSSIA_INLINE Bytes multiply_accumulate(Bytes sum, Bytes a, Bytes b) {
+#if OSSIA_NEON
+using Sums = int32x4_t;
+OSSIA_INLINE Bytes broadcast4(const int8_t* q) {
+  int32_t four;
+  std::memcpy(&four, q, 4);
+  return vreinterpretq_s8_s32(vdupq_n_s32(four));
+}
+OSSIA_INLINE Sums no_sums() { return vdupq_n_s32(0); }
+OSSIA_INLINE Sums multiply_accumulate(Sums sum, Bytes a, Bytes b) {
+#if OSSIA_ISA == OSSIA_I8MM
+  return vmmlaq_s32(sum, a, b);
+#else
+  return vdotq_s32(sum, a, b);
+#endif
+}
+#define OSSIA_REGISTER "w"
+#elif OSSIA_512 || OSSIA_256
+#define OSSIA_REGISTER "x"
+using Sums = Bytes;
+OSSIA_INLINE Sums no_sums() { return Bytes{}; }
+OSSIA_INLINE Sums multiply_accumulate(Sums sum, Bytes a, Bytes b) {
 #if OSSIA_512
   return _mm512_dpbusd_epi32(sum, a, b);
 #elif OSSIA_ISA == OSSIA_AVXVNNI
@@ -563,10 +727,11 @@ void float_rows(const Matrix& w, int64_t row, int64_t count, const float* x, int
 }
 
 double integer_products(int64_t num_rounds) {
-#if OSSIA_512 || OSSIA_256
-  constexpr double kPerRound = 8 * static_cast<double>(sizeof(Bytes));
+#if OSSIA_512 || OSSIA_256 || OSSIA_NEON
+  constexpr double kPerRound = 8 * static_cast<double>(sizeof(Bytes)) * (OSSIA_ISA == OSSIA_I8MM ? 2 : 1);
   const Bytes a = broadcast4(reinterpret_cast<const int8_t*>("\1\2\3\4"));
-  Bytes b = a, s0 = a, s1 = a, s2 = a, s3 = a, s4 = a, s5 = a, s6 = a, s7 = a;
+  Bytes b = a;
+  Sums s0 = no_sums(), s1 = s0, s2 = s0, s3 = s0, s4 = s0, s5 = s0, s6 = s0, s7 = s0;
   for (int64_t i = 0; i < num_rounds; ++i) {
     s0 = multiply_accumulate(s0, a, b);
     s1 = multiply_accumulate(s1, a, b);
@@ -576,9 +741,9 @@ double integer_products(int64_t num_rounds) {
     s5 = multiply_accumulate(s5, a, b);
     s6 = multiply_accumulate(s6, a, b);
     s7 = multiply_accumulate(s7, a, b);
-    asm volatile("" : "+x"(b));
+    asm volatile("" : "+" OSSIA_REGISTER(b));
   }
-  asm volatile("" : : "x"(s0), "x"(s1), "x"(s2), "x"(s3), "x"(s4), "x"(s5), "x"(s6), "x"(s7));
+  for (const Sums& sum : {s0, s1, s2, s3, s4, s5, s6, s7}) asm volatile("" : : OSSIA_REGISTER(sum));
 #else
   constexpr double kPerRound = kTileRows * kBlock;
   Decoded w;

@@ -14,6 +14,8 @@
 #define OSSIA_AVX2 1
 #define OSSIA_AVXVNNI 2
 #define OSSIA_AVX512VNNI 3
+#define OSSIA_DOTPROD 4
+#define OSSIA_I8MM 5
 
 #if OSSIA_ISA == OSSIA_AVX2 || OSSIA_ISA == OSSIA_AVXVNNI
 #define OSSIA_256 1
@@ -25,8 +27,15 @@
 #else
 #define OSSIA_512 0
 #endif
+#if OSSIA_ISA == OSSIA_DOTPROD || OSSIA_ISA == OSSIA_I8MM
+#define OSSIA_NEON 1
+#else
+#define OSSIA_NEON 0
+#endif
 #if OSSIA_256 || OSSIA_512
 #include <immintrin.h>
+#elif OSSIA_NEON
+#include <arm_neon.h>
 #endif
 
 // Loops over registers must be unrolled, or the registers become memory.
@@ -190,6 +199,62 @@ OSSIA_INLINE Vf load_half(const uint16_t* p) {
 }
 OSSIA_INLINE Vf load_int8(const int8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+
+#elif OSSIA_NEON
+
+// Two registers side by side, so that a tile has as many rows as AVX2's.
+constexpr int kLanes = 8;
+struct Vf {
+  float32x4_t low, high;
+};
+struct Vu {
+  uint32x4_t low, high;
+};
+OSSIA_INLINE Vu bits_of(Vf a) { return {vreinterpretq_u32_f32(a.low), vreinterpretq_u32_f32(a.high)}; }
+OSSIA_INLINE Vf floats_of(Vu a) { return {vreinterpretq_f32_u32(a.low), vreinterpretq_f32_u32(a.high)}; }
+OSSIA_INLINE Vf set1(float x) { return {vdupq_n_f32(x), vdupq_n_f32(x)}; }
+OSSIA_INLINE Vf zero() { return set1(0.0f); }
+OSSIA_INLINE Vf load(const float* p) { return {vld1q_f32(p), vld1q_f32(p + 4)}; }
+OSSIA_INLINE void store(float* p, Vf a) {
+  vst1q_f32(p, a.low);
+  vst1q_f32(p + 4, a.high);
+}
+OSSIA_INLINE Vf add(Vf a, Vf b) { return {vaddq_f32(a.low, b.low), vaddq_f32(a.high, b.high)}; }
+OSSIA_INLINE Vf sub(Vf a, Vf b) { return {vsubq_f32(a.low, b.low), vsubq_f32(a.high, b.high)}; }
+OSSIA_INLINE Vf mul(Vf a, Vf b) { return {vmulq_f32(a.low, b.low), vmulq_f32(a.high, b.high)}; }
+OSSIA_INLINE Vf div(Vf a, Vf b) { return {vdivq_f32(a.low, b.low), vdivq_f32(a.high, b.high)}; }
+OSSIA_INLINE Vf fma(Vf a, Vf b, Vf c) { return {vfmaq_f32(c.low, a.low, b.low), vfmaq_f32(c.high, a.high, b.high)}; }
+OSSIA_INLINE Vf where_less(Vf a, Vf b, Vf yes, Vf no) {
+  return {vbslq_f32(vcltq_f32(a.low, b.low), yes.low, no.low), vbslq_f32(vcltq_f32(a.high, b.high), yes.high, no.high)};
+}
+OSSIA_INLINE Vf min(Vf a, Vf b) { return where_less(a, b, a, b); }
+OSSIA_INLINE Vf max(Vf a, Vf b) { return where_less(b, a, a, b); }
+OSSIA_INLINE Vf power_of_two(Vf biased) {
+  const Vu n = bits_of(biased);
+  const uint32x4_t one = vdupq_n_u32(0x3f800000);
+  return floats_of({vaddq_u32(vshlq_n_u32(n.low, 23), one), vaddq_u32(vshlq_n_u32(n.high, 23), one)});
+}
+OSSIA_INLINE Vf load_bf16(const uint16_t* p) {
+  return floats_of({vshll_n_u16(vld1_u16(p), 16), vshll_n_u16(vld1_u16(p + 4), 16)});
+}
+OSSIA_INLINE uint16x4_t rounded_to_bf16(uint32x4_t bits) {  // as float_to_bf16
+  const uint32x4_t top = vshrq_n_u32(bits, 16), odd = vandq_u32(top, vdupq_n_u32(1));
+  const uint32x4_t rounded = vshrq_n_u32(vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff))), 16);
+  const uint32x4_t is_nan = vcgtq_u32(vandq_u32(bits, vdupq_n_u32(0x7fffffff)), vdupq_n_u32(0x7f800000));
+  return vmovn_u32(vbslq_u32(is_nan, vorrq_u32(top, vdupq_n_u32(0x40)), rounded));
+}
+OSSIA_INLINE void store_bf16(uint16_t* p, Vf a) {
+  const Vu bits = bits_of(a);
+  vst1_u16(p, rounded_to_bf16(bits.low));
+  vst1_u16(p + 4, rounded_to_bf16(bits.high));
+}
+OSSIA_INLINE Vf load_half(const uint16_t* p) {
+  return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))), vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4)))};
+}
+OSSIA_INLINE Vf load_int8(const int8_t* p) {
+  const int16x8_t wide = vmovl_s8(vld1_s8(p));
+  return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(wide)))};
 }
 
 #else

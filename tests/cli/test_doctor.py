@@ -104,11 +104,15 @@ def test_the_kernels_that_run_are_named():
     assert kernels.details["kernels"] == _kernels.best_isa() and kernels.details["kernels"] in kernels.words
 
 
-def test_a_processor_without_avx2_is_told_what_that_means(monkeypatch):
+@pytest.mark.parametrize(
+    ("machine", "state", "lacks"),
+    [("x86_64", "warn", "AVX2"), ("arm64", "warn", "dot products"), ("riscv64", "ok", "")],
+)
+def test_a_processor_without_fast_products_is_told_what_that_means(machine, state, lacks, monkeypatch):
     monkeypatch.setattr(_kernels, "best_isa", lambda: "portable")
-    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("platform.machine", lambda: machine)
     found = list(findings.look_at_processor(Config()))
-    assert found[-1].state == "warn" and "AVX2" in found[-1].advice
+    assert found[-1].state == state and lacks in found[-1].words and lacks in found[-1].advice
 
 
 def test_memory_is_compared_with_what_each_model_needs():

@@ -493,7 +493,7 @@ int main(int num_arguments, char** arguments) {
   const std::string only = num_arguments > 1 ? arguments[1] : "";
   if (only.empty()) test_pool();
   int num_sets = 0;
-  for (const char* isa : {"portable", "avx2", "avxvnni", "avx512vnni"}) {
+  for (const char* isa : {"portable", "avx2", "avxvnni", "avx512vnni", "dotprod", "i8mm"}) {
     if (!only.empty() && only != isa) continue;
     const Kernels* kernels = ossia::find_kernels(isa);
     check(kernels || only.empty(), only + " is missing");

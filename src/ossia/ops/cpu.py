@@ -30,9 +30,9 @@ from ossia.ops.control_group import processors
 from ossia.ops.mapped import give_back
 
 Floats = npt.NDArray[np.float32]
-Isa = Literal["portable", "avx2", "avxvnni", "avx512vnni"]
+Isa = Literal["portable", "avx2", "avxvnni", "avx512vnni", "dotprod", "i8mm"]
 
-ISAS: tuple[Isa, ...] = ("portable", "avx2", "avxvnni", "avx512vnni")
+ISAS: tuple[Isa, ...] = ("portable", "avx2", "avxvnni", "avx512vnni", "dotprod", "i8mm")
 BLOCK = 32
 # Twice the hardware threads of the largest machines; a system that cannot start as many ends the process.
 MAX_THREADS = 1024
