@@ -122,6 +122,12 @@ def test_a_folder_goes_before_a_name(cache):
     assert resolve_model("gpt-oss-20b") == Path("gpt-oss-20b")
 
 
+def test_the_embedded_model_goes_before_a_folder_that_is_called_so(cache):
+    (cache.parent / "nano").mkdir()
+    assert (resolve_model("nano") / "model.safetensors").is_file()
+    assert resolve_model("./nano") == Path("nano")
+
+
 @pytest.mark.parametrize("name", ["gpt-oss-20b", "openai/gpt-oss-20b"])
 def test_what_was_pulled_is_found_by_name_without_the_other_layouts(name, hub):
     folder = pull(name)

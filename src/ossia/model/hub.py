@@ -28,7 +28,7 @@ _SKIPPED = ("original/", "metal/")
 
 
 def resolve_model(name_or_path: str | Path, revision: str | None = None) -> Path:
-    """The folder or file of a model: a path that exists, the embedded model, or one in the Hugging Face cache.
+    """The folder or file of a model: the embedded model, a path that exists, or one in the Hugging Face cache.
 
     Names are `EMBEDDED`, those of `PUBLISHED`, and repositories such as openai/gpt-oss-20b, where owner/name:Q8_0 is
     the GGUF file of that ending. Raises NotFoundError when there is none of these.
@@ -36,10 +36,11 @@ def resolve_model(name_or_path: str | Path, revision: str | None = None) -> Path
     name = str(name_or_path)
     # os.path.expanduser keeps what names no home as it is, where Path's raises; exists is false for names too long.
     path = Path(os.path.expanduser(name))
-    if name and os.path.exists(path):
-        return path
+    # First, since it is what no name stands for: a folder that happens to be called so is ./nano.
     if name == EMBEDDED:
         return _EMBEDDED_FOLDER
+    if name and os.path.exists(path):
+        return path
     repository, ending = _repository(name)
     if not repository:
         raise NotFoundError(
