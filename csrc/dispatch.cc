@@ -3,8 +3,6 @@
 
 #if defined(OSSIA_ARM64) && defined(__linux__)
 #include <sys/auxv.h>
-#elif defined(OSSIA_ARM64) && defined(__APPLE__)
-#include <sys/sysctl.h>
 #endif
 
 #include "kernels.h"
@@ -35,14 +33,6 @@ extern const Kernels kernels;
 #endif
 
 namespace {
-
-#if defined(OSSIA_ARM64) && defined(__APPLE__)
-bool has_feature(const char* name) {
-  int has = 0;
-  size_t size = sizeof has;
-  return sysctlbyname(name, &has, &size, nullptr, 0) == 0 && has;
-}
-#endif
 
 bool runs_avx2() {
 #if defined(OSSIA_X86)
@@ -80,8 +70,6 @@ bool runs_avx512vnni() {
 bool runs_dotprod() {
 #if defined(OSSIA_ARM64) && defined(__linux__)
   return (getauxval(AT_HWCAP) >> 20) & 1;  // HWCAP_ASIMDDP
-#elif defined(OSSIA_ARM64) && defined(__APPLE__)
-  return has_feature("hw.optional.arm.FEAT_DotProd");
 #else
   return false;
 #endif
@@ -90,8 +78,6 @@ bool runs_dotprod() {
 bool runs_i8mm() {
 #if defined(OSSIA_ARM64) && defined(__linux__)
   return runs_dotprod() && ((getauxval(AT_HWCAP2) >> 13) & 1);  // HWCAP2_I8MM
-#elif defined(OSSIA_ARM64) && defined(__APPLE__)
-  return runs_dotprod() && has_feature("hw.optional.arm.FEAT_I8MM");
 #else
   return false;
 #endif
