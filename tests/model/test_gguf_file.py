@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from ossia.errors import CheckpointError
+from ossia.errors import CheckpointError, InputError
 from ossia.harmony.tokenizer import Tokenizer
 from ossia.model.checkpoint_files import find_files
 from ossia.model.config import ModelConfig, RopeConfig
@@ -28,6 +28,7 @@ from ossia.model.safetensors_file import map_file
 from ossia.model.weights import Checkpoint
 from ossia.ops import Q8, Mxfp4
 from ossia.ops.mxfp4 import dequantize, pack_codes, unpack_codes
+from ossia.train.export import export
 
 CONFIG = ModelConfig(
     num_layers=3,
@@ -165,6 +166,66 @@ def tensors(checkpoint: Checkpoint, fused: bool) -> dict[str, Any]:
     return named
 
 
+OLLAMA_NAMES = {
+    "attn_output.": "attn_out.",
+    "attn_sinks.weight": "attn_sinks",
+    "post_attention_norm.": "ffn_norm.",
+}
+
+
+def write_ollama(path: Path, source: Path, *, original: bool, fused: bool) -> Path:
+    """What Ollama's conversion makes of a checkpoint.
+
+    Of ``original``/ q, k and v are one matrix. ``fused``, as its first versions: gate and up are one, and MXFP4 is as
+    it was published; later ones have it as llama.cpp.
+    """
+    checkpoint = Checkpoint.open(source)
+    config = checkpoint.config
+    writer = gguf.GGUFWriter(path, "gptoss")
+    for key, value in metadata(config, {"gpt-oss.rope.scaling.type": None}).items():
+        add = {int: writer.add_uint32, float: writer.add_float32}[type(value)]
+        add(key.replace("gpt-oss.", "gptoss."), value)
+    named = tensors(checkpoint, False)
+    for i in range(config.num_layers):
+        experts = checkpoint.layer(i).experts
+        if original:
+            for kind in ("weight", "bias"):
+                parts = [named.pop(f"blk.{i}.attn_{one}.{kind}") for one in "qkv"]
+                named[f"blk.{i}.attn_qkv.{kind}"] = np.concatenate(parts)
+        if fused:
+            both = [np.stack(pair, axis=2) for pair in zip(experts.gate[:2], experts.up[:2], strict=True)]
+            bias = np.stack([named.pop(f"blk.{i}.ffn_{one}_exps.bias") for one in ("gate", "up")], axis=2)
+            for one in ("gate", "up"):
+                del named[f"blk.{i}.ffn_{one}_exps.weight"]
+            shape = (config.num_experts, 2 * config.intermediate_size)
+            named[f"blk.{i}.ffn_gate_up_exps.weight"] = Mxfp4(*(part.reshape(*shape, *part.shape[3:]) for part in both))
+            named[f"blk.{i}.ffn_gate_up_exps.bias"] = bias.reshape(shape)
+    rounded = []
+    for name, values in named.items():
+        for theirs, ours in OLLAMA_NAMES.items():
+            name = name.replace(theirs, ours)
+        if isinstance(values, Mxfp4):
+            blocks = values.blocks if fused else pack_codes(unpack_codes(values.blocks), "halves")
+            packed = np.concatenate([values.scales[..., None], blocks], axis=-1)
+            writer.add_tensor(name, packed.reshape(*values.shape[:-1], -1), raw_dtype=Type.MXFP4)
+            rounded.append(name)
+        else:
+            kind = Type.BF16 if values.ndim > 1 else Type.F32
+            writer.add_tensor(name, gguf.quants.quantize(values.astype(np.float32), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    data = bytearray(path.read_bytes())
+    for name in rounded if fused else []:
+        # Behind a name: the number of dimensions, three of them, and the type, which the package does not know.
+        at = data.index(struct.pack("<Q", len(name)) + name.encode()) + 8 + len(name) + 4 + 3 * 8
+        assert data[at : at + 4] == struct.pack("<I", 39)
+        data[at : at + 4] = struct.pack("<I", 4)
+    path.write_bytes(data)
+    return path
+
+
 def is_matrix(name: str) -> bool:
     return name.endswith(".weight") and not any(word in name for word in ("norm", "sinks", "gate_inp"))
 
@@ -206,6 +267,28 @@ def rounded_checkpoint(path: Path, source: Path, tmp_path: Path) -> Path:
         numbers[ours] = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
     save_file(numbers, copy / "model.safetensors")
     return copy
+
+
+@pytest.mark.parametrize(("original", "fused"), [(True, True), (False, True), (False, False)])
+def test_ollama_s_own_files_give_the_very_logits(original, fused, folder, tmp_path, logits_of):
+    path = write_ollama(tmp_path / "sha256-b112e727c6f1", folder, original=original, fused=fused)
+    checkpoint = Checkpoint.open(path)
+    assert checkpoint.config == Checkpoint.open(write_gguf(tmp_path / "llama.gguf", folder)).config
+    assert checkpoint.layout.name == "ollama"
+    assert checkpoint.layer(0).experts.down.order == ("pairs" if fused else "halves")
+    assert np.array_equal(logits_of(path, IDS), logits_of(folder, IDS))
+    assert inspect_checkpoint(path).problems == () and list(verify_checkpoint(path)) == []
+    with pytest.raises(InputError, match="Ollama's own layout, which ossia reads and does not write"):
+        export(path, tmp_path / "out", "merged")
+    assert np.array_equal(
+        logits_of(export(path, tmp_path / "hf", "mxfp4", measure=False).path, IDS), logits_of(path, IDS)
+    )
+
+
+def test_a_file_of_another_kind_without_a_suffix_is_told(tmp_path):
+    (tmp_path / "sha256-1").write_bytes(b"something else")
+    with pytest.raises(CheckpointError, match=r"sha256-1 is not a checkpoint: expected a folder"):
+        Checkpoint.open(tmp_path / "sha256-1")
 
 
 @pytest.mark.parametrize("experts", [Type.BF16, Type.F32])

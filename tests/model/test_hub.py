@@ -256,6 +256,30 @@ def test_a_model_that_is_not_here_is_told_with_where_it_was_looked_for_and_how_t
         resolve_model("gpt-oss-20b", revision="v1")
 
 
+def test_a_model_of_ollama_s_store_is_found_by_its_name(cache, monkeypatch):
+    monkeypatch.setenv("OLLAMA_MODELS", str(cache / "ollama"))
+    with pytest.raises(NotFoundError, match=r"gpt-oss:20b is not in Ollama's store: looked in .*/ollama, "):
+        resolve_model("gpt-oss:20b")
+    manifest = cache / "ollama/manifests/registry.ollama.ai/library/gpt-oss/20b"
+    manifest.parent.mkdir(parents=True)
+    layers = [
+        {"mediaType": f"application/vnd.ollama.image.{kind}", "digest": f"sha256:{kind}"}
+        for kind in ("template", "model")
+    ]
+    manifest.write_text(json.dumps({"schemaVersion": 2, "layers": layers}))
+    with pytest.raises(NotFoundError, match=r"`ollama pull gpt-oss:20b`, .*`ossia pull gpt-oss-20b`"):
+        resolve_model("gpt-oss:20b")
+    blob = cache / "ollama/blobs/sha256-model"
+    blob.parent.mkdir()
+    blob.write_bytes(b"GGUF")
+    assert resolve_model("gpt-oss:20b") == blob
+    manifest.write_text("[]")
+    with pytest.raises(NotFoundError, match="not in Ollama's store"):
+        resolve_model("gpt-oss:20b")
+    with pytest.raises(InputError, match=r"gpt-oss-safeguard:20b is Ollama's name.*`ossia pull gpt-oss-safeguard-20b`"):
+        pull("gpt-oss-safeguard:20b")
+
+
 @pytest.mark.parametrize(
     "name",
     ["gpt-oss-21b", "a/b/c", "./folder", "../model", "/no/such", "folder/x.gguf", "", "~nobody-here/x", "x" * 5000],

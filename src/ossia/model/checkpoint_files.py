@@ -4,6 +4,7 @@ folder with config.json and   model.safetensors, or model.safetensors.index.json
 folder with                   original/ as above, or one GGUF file, when it has no other weights
 a .safetensors file           with config.json beside it; a shard stands for its whole checkpoint
 a .gguf file                  a part of a split file stands for the whole
+a file without that suffix    that begins as one does: what Ollama keeps
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from ossia.errors import CheckpointError, NotFoundError
 from ossia.model.config_file import read_json
+from ossia.model.gguf_file import is_gguf
 
 
 def find_files(path: Path) -> tuple[Path, ...]:
@@ -24,6 +26,8 @@ def find_files(path: Path) -> tuple[Path, ...]:
         if path.suffix == ".gguf":
             return _gguf_parts(path)
         if path.suffix != ".safetensors":
+            if is_gguf(path):
+                return (path,)
             raise CheckpointError(f"{path} is not a checkpoint: expected a folder, a .safetensors or a .gguf file.")
         index = path.parent / "model.safetensors.index.json"
         shards = _shards(index) if index.is_file() else ()

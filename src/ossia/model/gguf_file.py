@@ -6,13 +6,15 @@
     data       from the next multiple of general.alignment on
 
 Quantised rows are blocks of 32 values: Q8_0 a float16 scale and 32 int8, MXFP4 an E8M0 scale and 16 bytes of codes in
-the order "halves" (see `ossia.ops.Mxfp4`). The `gguf` package is not used because its reader decodes every one of a
-million strings of the vocabulary before it hands out a tensor.
+the order "halves" (see `ossia.ops.Mxfp4`). Type 4 of Ollama's own files, MXFP4_PAIRS here, has them in the order
+"pairs", as the model was published. The `gguf` package is not used because its reader decodes every one of a million
+strings of the vocabulary before it hands out a tensor.
 
 q, k and v are not permuted in gpt-oss files. llama.cpp rounds the ends of YaRN's correction range to whole dimensions;
 the models were not trained so, and here it is not done.
 
-Sources: docs/gguf.md of ggml; conversion of GptOssForCausalLM and LLM_ARCH_OPENAI_MOE in llama.cpp.
+Sources: docs/gguf.md of ggml; conversion of GptOssForCausalLM and LLM_ARCH_OPENAI_MOE in llama.cpp; `convert_gptoss.go`
+and the loading of tensors of type 4 in ollama/ollama.
 """
 
 from __future__ import annotations
@@ -33,16 +35,20 @@ from ossia.model.config import ModelConfig, RopeConfig
 from ossia.model.config_file import Fields, check_consistency, sampling_fields
 from ossia.model.safetensors_file import TensorEntry, refuse_lfs_pointer
 
-ARCHITECTURE = "gpt-oss"
+ARCHITECTURE, OLLAMA_ARCHITECTURE = "gpt-oss", "gptoss"
 GGUF_REMEDY = (
     "Get a GGUF file of gpt-oss with MXFP4 experts and F32, F16, BF16 or Q8_0 for the rest, or a safetensors one."
 )
 
+_MAGIC = b"GGUF"
 _STRING, _ARRAY = 8, 9
 _NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 
 # Type to (name, values in a block, bytes of a block).
-TYPES = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 8: ("Q8_0", 32, 34), 30: ("BF16", 1, 2), 39: ("MXFP4", 32, 17)}
+TYPES = {
+    0: ("F32", 1, 4), 1: ("F16", 1, 2), 4: ("MXFP4_PAIRS", 32, 17), 8: ("Q8_0", 32, 34), 30: ("BF16", 1, 2),
+    39: ("MXFP4", 32, 17),
+}  # fmt: skip
 # Those that are only named, to say what was found.
 _OTHER_TYPES = {
     2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K",
@@ -116,7 +122,7 @@ def gguf_config(path: Path, header: GgufHeader) -> ModelConfig:
     """
     metadata = header.metadata
     architecture = metadata.get("general.architecture")
-    if architecture != ARCHITECTURE:
+    if architecture not in (ARCHITECTURE, OLLAMA_ARCHITECTURE):
         raise CheckpointError(
             f"{path}: general.architecture is {architecture!r}; ossia runs GGUF files of {ARCHITECTURE!r} alone. "
             f"{GGUF_REMEDY}"
@@ -125,7 +131,7 @@ def gguf_config(path: Path, header: GgufHeader) -> ModelConfig:
     default = ModelConfig()
 
     def key(name: str) -> str:
-        return f"{ARCHITECTURE}.{name}"
+        return f"{architecture}.{name}"
 
     fields.must_be(key("attention.sliding_window_pattern"), 2, "in gpt-oss every second layer slides")
     embedding = header.tensors.get("token_embd.weight")
@@ -160,7 +166,9 @@ def tokenizer_document(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any
     if not isinstance(tokens, Strings) or not isinstance(merges, Strings):
         return None
     kind, pattern = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
-    if (kind, pattern) != ("gpt2", "gpt-4o"):
+    # Ollama splits by the architecture, whatever is named.
+    is_ollama = metadata.get("general.architecture") == OLLAMA_ARCHITECTURE
+    if kind != "gpt2" or (pattern != "gpt-4o" and not is_ollama):
         raise CheckpointError(
             f"{path}: the tokenizer is of kind {kind!r} with pattern {pattern!r}, expected 'gpt2' with 'gpt-4o'. "
             f"{GGUF_REMEDY}"
@@ -206,7 +214,7 @@ class _Reader:
         self.position = 0
 
     def read(self) -> GgufHeader:
-        if bytes(self.data[:4]) != b"GGUF":
+        if bytes(self.data[:4]) != _MAGIC:
             raise self.error(f"is not a GGUF file: it begins with {bytes(self.data[:4])!r}")
         self.position = 4
         version = self.number("<u4")
@@ -306,10 +314,20 @@ class _Reader:
         return CheckpointError(f"{self.path} {message}. Download it again.")
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a file is called, or begins, as one of GGUF does: Ollama's have no suffix. Raises OSError."""
+    if path.suffix == ".gguf":
+        return True
+    with path.open("rb") as file:
+        return file.read(4) == _MAGIC
+
+
 def _rope(fields: Fields, key: Any) -> RopeConfig:
     default = RopeConfig()
     theta = fields.number(key("rope.freq_base"), default=default.theta)
-    kind = fields.get(key("rope.scaling.type")) or "none"
+    # Ollama names the factor alone.
+    usual = "yarn" if fields.get("general.architecture") == OLLAMA_ARCHITECTURE else "none"
+    kind = fields.get(key("rope.scaling.type")) or usual
     if kind == "none":
         return RopeConfig(theta, factor=1.0, original_context=fields.integer(key("context_length")))
     if kind != "yarn":

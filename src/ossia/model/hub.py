@@ -1,4 +1,4 @@
-"""Models by name: found in the ordinary Hugging Face cache, downloaded into it.
+"""Models by name: found in the ordinary Hugging Face cache, downloaded into it; and found in Ollama's store.
 
 Nothing here is a store of ossia's own: what transformers or vLLM have downloaded is found, and they find ours.
 """
@@ -28,13 +28,15 @@ _EMBEDDED_FOLDER = Path(__file__).parent.parent / EMBEDDED
 _SKIPPED = ("original/", "metal/")
 # How GGUF files are called whose dense matrices have fewer than 8 bits.
 _UNREAD = re.compile(r"(^|[-_.])(I?Q[1-6]|TQ[12])_", re.IGNORECASE)
+# As gpt-oss:20b.
+_OLLAMA_NAME = re.compile(r"(gpt-oss|gpt-oss-safeguard):([\w.-]+)")
 
 
 def resolve_model(name_or_path: str | Path, revision: str | None = None) -> Path:
     """The folder or file of a model: the embedded model, a path that exists, or one in the Hugging Face cache.
 
     Names are `EMBEDDED`, those of `PUBLISHED`, and repositories such as openai/gpt-oss-20b, where owner/name:Q8_0 is
-    the GGUF file of that ending. Raises NotFoundError when there is none of these.
+    the GGUF file of that ending; and Ollama's, as gpt-oss:20b. Raises NotFoundError when there is none of these.
     """
     name = str(name_or_path)
     # os.path.expanduser keeps what names no home as it is, where Path's raises; exists is false for names too long.
@@ -44,6 +46,8 @@ def resolve_model(name_or_path: str | Path, revision: str | None = None) -> Path
         return _EMBEDDED_FOLDER
     if name and os.path.exists(path):
         return path
+    if _OLLAMA_NAME.fullmatch(name):
+        return _of_ollama(name)
     repository, ending = _repository(name)
     if not repository:
         raise NotFoundError(
@@ -70,6 +74,28 @@ def resolve_model(name_or_path: str | Path, revision: str | None = None) -> Path
     if not files:
         raise NotFoundError(f"{folder}, the download of {repository}, has no GGUF file {ending}. Run {command}.")
     return folder / files[0]
+
+
+def _of_ollama(name: str) -> Path:
+    """The file of a model in Ollama's store, by the manifest of its name. Raises NotFoundError.
+
+    Source: `types/model/name.go` and `manifest/paths.go` of ollama/ollama.
+    """
+    model, _, tag = name.partition(":")
+    folders = [os.environ.get("OLLAMA_MODELS", ""), "~/.ollama/models", "/usr/share/ollama/.ollama/models"]
+    stores = [Path(os.path.expanduser(folder)) for folder in folders if folder]
+    for store in stores:
+        # Of another user perhaps, or half written.
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+            manifest = json.loads((store / "manifests/registry.ollama.ai/library" / model / tag).read_bytes())
+            (digest,) = (one["digest"] for one in manifest["layers"] if one["mediaType"].endswith("image.model"))
+            blob = store / "blobs" / digest.replace(":", "-")
+            if blob.is_file():
+                return blob
+    raise NotFoundError(
+        f"model {name} is not in Ollama's store: looked in {', '.join(map(str, stores))}. Run `ollama pull {name}`, or "
+        f"download it as it is published: `ossia pull {model}-{tag}`."
+    )
 
 
 def downloaded() -> list[str]:
@@ -108,6 +134,10 @@ def pull(name: str, revision: str | None = None, *, show_progress: bool = False)
     name and where one of several files has to be chosen, NotFoundError when there is no such model, revision or file,
     UnavailableError without network, access or space.
     """
+    if match := _OLLAMA_NAME.fullmatch(name):
+        raise InputError(
+            f"{name} is Ollama's name: run `ollama pull {name}`, or `ossia pull {'-'.join(match.groups())}`."
+        )
     repository, ending = _repository(name)
     if not repository:
         raise InputError(f"{name!r} is no model's name; expected a repository or one of: {', '.join(PUBLISHED)}")

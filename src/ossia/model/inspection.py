@@ -145,7 +145,7 @@ def published_shape(config: ModelConfig) -> str | None:
 def _part_that_can_be_wrong(checkpoint: Checkpoint, name: str, dtype: str) -> npt.NDArray[Any] | None:
     if dtype in FLOATS or (dtype == "U8" and name.endswith("scales")):
         return checkpoint.array(name)
-    if dtype in ("MXFP4", "Q8_0"):
+    if dtype in ("MXFP4", "MXFP4_PAIRS", "Q8_0"):
         return checkpoint.array(name).scales
     return None
 

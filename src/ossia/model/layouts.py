@@ -4,11 +4,13 @@
     "hf-bf16"   Hugging Face, experts in bfloat16 (or float16, float32), transposed against MXFP4: [E, D, 2F], [E, F, D]
     "original"  the original/ folder: other names; q, k and v are the rows of one matrix; experts as in "hf"
     "gguf"      llama.cpp's files: gate and up are two tensors, or the halves of one; dense matrices may be Q8_0
+    "ollama"    Ollama's own GGUF files: names of their own; q, k and v may be the rows of one matrix
 
-In the first three the rows of gate and up alternate, gate first. Everything here is a view: no layout costs a copy.
+In the first three, and in "ollama" where they are one tensor, the rows of gate and up alternate, gate first. Everything
+here is a view: no layout costs a copy.
 
 Sources: model.safetensors.index.json of openai/gpt-oss-20b; `gpt_oss/torch/weights.py` of openai/gpt-oss for original/;
-GptOssForCausalLM in llama.cpp's conversion to GGUF.
+GptOssForCausalLM in llama.cpp's conversion to GGUF; `convert_gptoss.go` and the gptoss model of ollama/ollama.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ from typing import Literal, NamedTuple, Protocol
 
 from ossia.errors import CheckpointError
 from ossia.model.config import ModelConfig
-from ossia.ops import Array, ExpertArrays, Mxfp4
+from ossia.ops import Q8, Array, ExpertArrays, Mxfp4
 
-LayoutName = Literal["hf", "hf-bf16", "original", "gguf"]
+LayoutName = Literal["hf", "hf-bf16", "original", "gguf", "ollama"]
 Get = Callable[[str], Array]
 """From a tensor's name to its values as a view of the mapped file."""
 
@@ -28,6 +30,7 @@ FLOATS = ("BF16", "F16", "F32")
 BYTES = ("U8",)
 FLOATS_OR_Q8 = (*FLOATS, "Q8_0")
 MXFP4_OR_FLOATS = ("MXFP4", *FLOATS)
+OLLAMA_EXPERTS = ("MXFP4_PAIRS", *MXFP4_OR_FLOATS)
 
 
 class Expected(NamedTuple):
@@ -293,6 +296,82 @@ class Gguf:
         )
 
 
+class Ollama:
+    """Layout "ollama": ``fused_qkv`` of a conversion of original/, ``fused`` where gate and up are one tensor."""
+
+    name: LayoutName = "ollama"
+
+    def __init__(self, *, fused_qkv: bool, fused: bool) -> None:
+        self.fused_qkv, self.fused = fused_qkv, fused
+
+    def layer_prefix(self, layer: int) -> str:
+        return f"blk.{layer}."
+
+    def expected(self, config: ModelConfig) -> dict[str, Expected]:
+        D, F, V, E = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_experts
+        q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        qkv = {"attn_q": q_rows, "attn_k": kv_rows, "attn_v": kv_rows}
+        if self.fused_qkv:
+            qkv = {"attn_qkv": q_rows + 2 * kv_rows}
+        gate_up = {"ffn_gate_up_exps": 2 * F} if self.fused else {"ffn_gate_exps": F, "ffn_up_exps": F}
+        tensors = {"token_embd.weight": Expected((V, D), FLOATS_OR_Q8)}
+        for i in range(config.num_layers):
+            layer = {
+                "attn_norm.weight": Expected((D,)),
+                "attn_out.weight": Expected((D, q_rows), FLOATS_OR_Q8),
+                "attn_out.bias": Expected((D,)),
+                "attn_sinks": Expected((config.num_heads,)),
+                "ffn_norm.weight": Expected((D,)),
+                "ffn_gate_inp.weight": Expected((E, D), FLOATS_OR_Q8),
+                "ffn_gate_inp.bias": Expected((E,)),
+                "ffn_down_exps.weight": Expected((E, D, F), OLLAMA_EXPERTS),
+                "ffn_down_exps.bias": Expected((E, D)),
+            }
+            for name, rows in qkv.items():
+                layer |= {f"{name}.weight": Expected((rows, D), FLOATS_OR_Q8), f"{name}.bias": Expected((rows,))}
+            for name, rows in gate_up.items():
+                layer |= {f"{name}.weight": Expected((E, rows, D), OLLAMA_EXPERTS), f"{name}.bias": Expected((E, rows))}
+            tensors |= {self.layer_prefix(i) + name: expected for name, expected in layer.items()}
+        tensors["output_norm.weight"] = Expected((D,))
+        tensors["output.weight"] = Expected((V, D), FLOATS_OR_Q8)
+        return tensors
+
+    def outer(self, get: Get) -> ModelArrays:
+        return ModelArrays(get("token_embd.weight"), get("output_norm.weight"), get("output.weight"))
+
+    def layer(self, get: Get, config: ModelConfig, layer: int) -> LayerArrays:
+        prefix = self.layer_prefix(layer)
+
+        def dense(name: str, rows: slice = slice(None)) -> Dense:
+            return Dense(_some_rows(get(f"{prefix}{name}.weight"), rows), get(f"{prefix}{name}.bias")[rows])
+
+        if self.fused_qkv:
+            k_start = config.num_heads * config.head_dim
+            v_start = k_start + config.num_kv_heads * config.head_dim
+            parts = (slice(0, k_start), slice(k_start, v_start), slice(v_start, None))
+            q, k, v = (dense("attn_qkv", rows) for rows in parts)
+        else:
+            q, k, v = map(dense, ("attn_q", "attn_k", "attn_v"))
+        down = dense("ffn_down_exps")
+        if self.fused:
+            both = dense("ffn_gate_up_exps")
+            experts = _alternating_experts(both.weight_OI, both.bias_O, down.weight_OI, down.bias_O)
+        else:
+            gate, up = dense("ffn_gate_exps"), dense("ffn_up_exps")
+            experts = ExpertArrays(gate.weight_OI, up.weight_OI, down.weight_OI, gate.bias_O, up.bias_O, down.bias_O)
+        return LayerArrays(
+            attention_norm_D=get(prefix + "attn_norm.weight"),
+            q=q,
+            k=k,
+            v=v,
+            o=dense("attn_out"),
+            sinks_Q=get(prefix + "attn_sinks"),
+            moe_norm_D=get(prefix + "ffn_norm.weight"),
+            router=dense("ffn_gate_inp"),
+            experts=experts,
+        )
+
+
 HF = HuggingFace(mxfp4=True)
 HF_BF16 = HuggingFace(mxfp4=False)
 ORIGINAL = Original()
@@ -302,6 +381,9 @@ SAFETENSORS: dict[LayoutName, Layout] = {layout.name: layout for layout in (HF, 
 def detect_layout(names: Iterable[str], where: object) -> Layout:
     """The layout that tensors of these names come in. Raises CheckpointError when it is none."""
     names = list(names)
+    if any(name.endswith(".attn_sinks") for name in names):
+        fused_qkv, fused = (any(part in name for name in names) for part in ("attn_qkv", "ffn_gate_up_exps"))
+        return Ollama(fused_qkv=fused_qkv, fused=fused)
     if any(name.startswith(("blk.", "token_embd.")) for name in names):
         return Gguf(fused=any("ffn_gate_up_exps" in name for name in names))
     if any(name.startswith(("block.", "embedding.")) for name in names):
@@ -333,6 +415,13 @@ def _alternating_experts(
         up_bias_EF=gate_up_bias_EF[:, 1::2],
         down_bias_ED=down_bias_ED,
     )
+
+
+def _some_rows(matrix: Array, rows: slice) -> Array:
+    """Some rows of a matrix [O, I], or all of a stack."""
+    if isinstance(matrix, Q8):
+        return matrix._replace(values=matrix.values[rows], scales=matrix.scales[rows])
+    return matrix if isinstance(matrix, Mxfp4) else matrix[rows]
 
 
 def _rows(matrices: Mxfp4 | Array, rows: slice) -> Mxfp4 | Array:

@@ -24,6 +24,7 @@ from ossia.model.gguf_file import (
     GgufHeader,
     gguf_config,
     gguf_sampling,
+    is_gguf,
     read_gguf,
     tokenizer_document,
 )
@@ -72,7 +73,7 @@ class Checkpoint:
     def _open(cls, path: Path) -> Checkpoint:
         files = find_files(path)
         maps = {file: map_file(file) for file in files}
-        if files[0].suffix == ".gguf":
+        if is_gguf(files[0]):
             headers = [read_gguf(file, mapped) for file, mapped in maps.items()]
             tensors = _merge(header.tensors for header in headers)
             metadata = headers[0].metadata
@@ -112,9 +113,9 @@ class Checkpoint:
         """A tensor as a read-only numpy view of the mapped file, bfloat16 by `ml_dtypes`; GGUF's as `Mxfp4` or `Q8`."""
         file, dtype, shape, offset, size_bytes = self.tensors[name]
         values = self.maps[file][offset : offset + size_bytes]
-        if dtype == "MXFP4":
+        if dtype in ("MXFP4", "MXFP4_PAIRS"):
             blocks = values.reshape(*shape[:-1], shape[-1] // 32, 17)
-            return Mxfp4(blocks[..., 1:], blocks[..., 0], "halves")
+            return Mxfp4(blocks[..., 1:], blocks[..., 0], "halves" if dtype == "MXFP4" else "pairs")
         if dtype == "Q8_0":
             blocks = values.reshape(*shape[:-1], shape[-1] // 32, 34)
             return Q8(blocks[..., 2:].view(np.int8), blocks[..., :2].view(np.float16)[..., 0])
