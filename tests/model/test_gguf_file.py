@@ -373,6 +373,13 @@ def test_the_vocabulary_in_the_file_is_the_one_that_was_put_in(folder, tmp_path)
     assert got.special_tokens == want.special_tokens
 
 
+def test_ollama_s_vocabulary_is_split_by_its_architecture(folder, tmp_path):
+    want = small_vocabulary()
+    checkpoint = Checkpoint.open(write_gguf(tmp_path / "model.gguf", folder, vocabulary=want))
+    checkpoint.metadata.update({"general.architecture": "gptoss", "tokenizer.ggml.pre": "default"})
+    assert checkpoint.tokenizer().encode("abcab abc\nab") == want.encode("abcab abc\nab")
+
+
 def test_a_tokenizer_json_beside_the_file_goes_before_its_vocabulary(folder, tmp_path):
     path = write_gguf(tmp_path / "model.gguf", folder, vocabulary=small_vocabulary())
     other = Tokenizer({bytes([i]): i for i in range(256)}, {"<|start|>": 256})
