@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -65,10 +64,10 @@ def test_it_is_the_default_and_a_name():
     assert ossia.load("nano", kv_memory="16MiB").checkpoint.folder == FOLDER
 
 
-def test_a_folder_of_that_name_goes_first(tmp_path, monkeypatch):
+def test_it_answers_where_a_folder_has_its_name(tmp_path, monkeypatch):
     (tmp_path / "nano").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert resolve_model("nano") == Path("nano")
+    assert ossia.load(kv_memory="16MiB").checkpoint.folder == FOLDER
 
 
 def test_more_effort_is_longer_thought(nano):
