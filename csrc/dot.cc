@@ -147,7 +147,7 @@ OSSIA_INLINE Bytes dot_bytes(Bytes sum, Bytes unsigned_bytes, Bytes signed_bytes
 }
 
 template <int kTokens>
-OSSIA_INLINE void dot_unsigned(const Decoded& w, const QBlock* x, Vf* dots) {
+OSSIA_INLINE void dot_codes(const Decoded& w, const QBlock* x, Vf* dots) {
   Bytes sums[kTokens];
   for (int t = 0; t < kTokens; ++t) sums[t] = broadcast4(reinterpret_cast<const int8_t*>(&x[t].correction));
   OSSIA_UNROLL(8)
@@ -161,14 +161,6 @@ OSSIA_INLINE void dot_unsigned(const Decoded& w, const QBlock* x, Vf* dots) {
     dots[t] = _mm256_cvtepi32_ps(sums[t]);
 #endif
   }
-}
-template <int kTokens>
-OSSIA_INLINE void dot_mxfp4(const Decoded& w, const QBlock* x, Vf* dots) {
-  dot_unsigned<kTokens>(w, x, dots);
-}
-template <int kTokens>
-OSSIA_INLINE void dot_q8(const Decoded& w, const QBlock* x, Vf* dots) {
-  dot_unsigned<kTokens>(w, x, dots);
 }
 
 #endif
@@ -214,7 +206,7 @@ OSSIA_INLINE Decoded load_q8(const int8_t* p) {
 
 // The integer sums of kTokens tokens' blocks, a half of the inputs after the other: there are 32 registers.
 template <int kTokens>
-OSSIA_INLINE void dot_groups(const Decoded& w, const QBlock* x, Vf* dots) {
+OSSIA_INLINE void dot_codes(const Decoded& w, const QBlock* x, Vf* dots) {
   int32x4_t sums[kTokens][2];
   for (int t = 0; t < kTokens; ++t) sums[t][0] = sums[t][1] = vdupq_n_s32(0);
   OSSIA_UNROLL(2)
@@ -233,14 +225,6 @@ OSSIA_INLINE void dot_groups(const Decoded& w, const QBlock* x, Vf* dots) {
     }
   }
   for (int t = 0; t < kTokens; ++t) dots[t] = {vcvtq_f32_s32(sums[t][0]), vcvtq_f32_s32(sums[t][1])};
-}
-template <int kTokens>
-OSSIA_INLINE void dot_mxfp4(const Decoded& w, const QBlock* x, Vf* dots) {
-  dot_groups<kTokens>(w, x, dots);
-}
-template <int kTokens>
-OSSIA_INLINE void dot_q8(const Decoded& w, const QBlock* x, Vf* dots) {
-  dot_groups<kTokens>(w, x, dots);
 }
 
 #else  // portable: row by row, which any compiler turns into widening multiply-adds
@@ -276,7 +260,7 @@ OSSIA_INLINE Decoded load_q8(const int8_t* p) {
 }
 
 template <int kTokens>
-OSSIA_INLINE void dot_rows(const Decoded& w, const QBlock* x, Vf* dots) {
+OSSIA_INLINE void dot_codes(const Decoded& w, const QBlock* x, Vf* dots) {
   for (int t = 0; t < kTokens; ++t)
     for (int r = 0; r < kTileRows; ++r) {
       int32_t sum = 0;
@@ -284,15 +268,18 @@ OSSIA_INLINE void dot_rows(const Decoded& w, const QBlock* x, Vf* dots) {
       dots[t][r] = static_cast<float>(sum);
     }
 }
+
+#endif
+
+#if OSSIA_ISA != OSSIA_AVX2  // where both formats are multiplied alike
 template <int kTokens>
 OSSIA_INLINE void dot_mxfp4(const Decoded& w, const QBlock* x, Vf* dots) {
-  dot_rows<kTokens>(w, x, dots);
+  dot_codes<kTokens>(w, x, dots);
 }
 template <int kTokens>
 OSSIA_INLINE void dot_q8(const Decoded& w, const QBlock* x, Vf* dots) {
-  dot_rows<kTokens>(w, x, dots);
+  dot_codes<kTokens>(w, x, dots);
 }
-
 #endif
 
 // Scales --------------------------------------------------------------------------------------------------------------

@@ -153,18 +153,15 @@ def pull(name: str, revision: str | None = None, *, show_progress: bool = False)
     bars: dict[str, Any] = {} if show_progress else {"tqdm_class": _silent_bar()}
     try:
         sizes = _sizes(repository, revision)
+        patterns: dict[str, Any] = {"ignore_patterns": [f"{path}*" for path in _SKIPPED]}
         if sizes is not None:
-            wanted = list(map(glob.escape, _wanted(sizes, repository, ending)))
-            folder = snapshot_download(repository, revision=revision, allow_patterns=wanted, **bars)
-            return resolve_model(name, revision) if ending else Path(folder)
-        # The hub does not answer or does not know it. Perhaps all is here; otherwise this tells why.
-        skipped = [f"{path}*" for path in _SKIPPED]
-        patterns: dict[str, Any] = {"allow_patterns": []} if ending else {"ignore_patterns": skipped}
+            patterns = {"allow_patterns": list(map(glob.escape, _wanted(sizes, repository, ending)))}
+        elif ending:
+            patterns = {"allow_patterns": []}
+        # Where the hub does not answer, or does not know the name, this finds what is here, or tells why.
         folder = snapshot_download(repository, revision=revision, **patterns, **bars)
-        if not ending:
-            return Path(folder)
         try:
-            return resolve_model(name, revision)
+            return resolve_model(name, revision) if ending else Path(folder)
         except NotFoundError as error:
             raise LocalEntryNotFoundError(error.message) from None
     except OssiaError:

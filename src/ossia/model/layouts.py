@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from ossia.errors import CheckpointError
 from ossia.model.config import ModelConfig
-from ossia.ops import Q8, Array, ExpertArrays, Mxfp4
+from ossia.ops import Array, ExpertArrays, Mxfp4
 
 LayoutName = Literal["hf", "hf-bf16", "original", "gguf", "ollama"]
 Get = Callable[[str], Array]
@@ -30,7 +30,6 @@ FLOATS = ("BF16", "F16", "F32")
 BYTES = ("U8",)
 FLOATS_OR_Q8 = (*FLOATS, "Q8_0")
 MXFP4_OR_FLOATS = ("MXFP4", *FLOATS)
-OLLAMA_EXPERTS = ("MXFP4_PAIRS", *MXFP4_OR_FLOATS)
 
 
 class Expected(NamedTuple):
@@ -199,19 +198,18 @@ class Original:
     def layer(self, get: Get, config: ModelConfig, layer: int) -> LayerArrays:
         prefix = self.layer_prefix(layer)
 
-        def dense(name: str, rows: slice = slice(None)) -> Dense:
-            return Dense(get(f"{prefix}{name}.weight")[rows], get(f"{prefix}{name}.bias")[rows])
+        def dense(name: str) -> Dense:
+            return Dense(get(f"{prefix}{name}.weight"), get(f"{prefix}{name}.bias"))
 
         def matrices(name: str) -> Mxfp4:
             return Mxfp4(get(f"{prefix}mlp.{name}.blocks"), get(f"{prefix}mlp.{name}.scales"))
 
-        k_start = config.num_heads * config.head_dim
-        v_start = k_start + config.num_kv_heads * config.head_dim
+        q, k, v = _split_qkv(dense("attn.qkv"), config)
         return LayerArrays(
             attention_norm_D=get(prefix + "attn.norm.scale"),
-            q=dense("attn.qkv", slice(0, k_start)),
-            k=dense("attn.qkv", slice(k_start, v_start)),
-            v=dense("attn.qkv", slice(v_start, None)),
+            q=q,
+            k=k,
+            v=v,
             o=dense("attn.out"),
             sinks_Q=get(prefix + "attn.sinks"),
             moe_norm_D=get(prefix + "mlp.norm.scale"),
@@ -229,6 +227,9 @@ class Gguf:
     """Layout "gguf". With ``fused`` gate and up are one tensor, the rows of gate first."""
 
     name: LayoutName = "gguf"
+    # What other writers call otherwise, within a layer.
+    output, sinks, moe_norm = "attn_output", "attn_sinks.weight", "post_attention_norm.weight"
+    expert_types: tuple[str, ...] = MXFP4_OR_FLOATS
 
     def __init__(self, *, fused: bool) -> None:
         self.fused = fused
@@ -238,33 +239,36 @@ class Gguf:
 
     def expected(self, config: ModelConfig) -> dict[str, Expected]:
         D, F, V, E = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_experts
-        q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         gate_up = {"ffn_gate_up_exps": 2 * F} if self.fused else {"ffn_gate_exps": F, "ffn_up_exps": F}
         tensors = {"token_embd.weight": Expected((V, D), FLOATS_OR_Q8)}
         for i in range(config.num_layers):
             layer = {
                 "attn_norm.weight": Expected((D,)),
-                "attn_q.weight": Expected((q_rows, D), FLOATS_OR_Q8),
-                "attn_q.bias": Expected((q_rows,)),
-                "attn_k.weight": Expected((kv_rows, D), FLOATS_OR_Q8),
-                "attn_k.bias": Expected((kv_rows,)),
-                "attn_v.weight": Expected((kv_rows, D), FLOATS_OR_Q8),
-                "attn_v.bias": Expected((kv_rows,)),
-                "attn_output.weight": Expected((D, q_rows), FLOATS_OR_Q8),
-                "attn_output.bias": Expected((D,)),
-                "attn_sinks.weight": Expected((config.num_heads,)),
-                "post_attention_norm.weight": Expected((D,)),
+                **self.attention_inputs(config),
+                f"{self.output}.weight": Expected((D, config.num_heads * config.head_dim), FLOATS_OR_Q8),
+                f"{self.output}.bias": Expected((D,)),
+                self.sinks: Expected((config.num_heads,)),
+                self.moe_norm: Expected((D,)),
                 "ffn_gate_inp.weight": Expected((E, D), FLOATS_OR_Q8),
                 "ffn_gate_inp.bias": Expected((E,)),
-                "ffn_down_exps.weight": Expected((E, D, F), MXFP4_OR_FLOATS),
+                "ffn_down_exps.weight": Expected((E, D, F), self.expert_types),
                 "ffn_down_exps.bias": Expected((E, D)),
             }
             for name, rows in gate_up.items():
-                layer[f"{name}.weight"] = Expected((E, rows, D), MXFP4_OR_FLOATS)
+                layer[f"{name}.weight"] = Expected((E, rows, D), self.expert_types)
                 layer[f"{name}.bias"] = Expected((E, rows))
             tensors |= {self.layer_prefix(i) + name: expected for name, expected in layer.items()}
         tensors["output_norm.weight"] = Expected((D,))
         tensors["output.weight"] = Expected((V, D), FLOATS_OR_Q8)
+        return tensors
+
+    def attention_inputs(self, config: ModelConfig) -> dict[str, Expected]:
+        """The tensors of q, k and v."""
+        q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        tensors = {}
+        for name, rows in (("attn_q", q_rows), ("attn_k", kv_rows), ("attn_v", kv_rows)):
+            tensors[f"{name}.weight"] = Expected((rows, config.hidden_size), FLOATS_OR_Q8)
+            tensors[f"{name}.bias"] = Expected((rows,))
         return tensors
 
     def outer(self, get: Get) -> ModelArrays:
@@ -276,86 +280,10 @@ class Gguf:
         def dense(name: str) -> Dense:
             return Dense(get(f"{prefix}{name}.weight"), get(f"{prefix}{name}.bias"))
 
-        if self.fused:
-            both, F = dense("ffn_gate_up_exps"), config.intermediate_size
-            gate = Dense(_rows(both.weight_OI, slice(0, F)), both.bias_O[:, :F])
-            up = Dense(_rows(both.weight_OI, slice(F, None)), both.bias_O[:, F:])
-        else:
-            gate, up = dense("ffn_gate_exps"), dense("ffn_up_exps")
-        down = dense("ffn_down_exps")
-        return LayerArrays(
-            attention_norm_D=get(prefix + "attn_norm.weight"),
-            q=dense("attn_q"),
-            k=dense("attn_k"),
-            v=dense("attn_v"),
-            o=dense("attn_output"),
-            sinks_Q=get(prefix + "attn_sinks.weight"),
-            moe_norm_D=get(prefix + "post_attention_norm.weight"),
-            router=dense("ffn_gate_inp"),
-            experts=ExpertArrays(gate.weight_OI, up.weight_OI, down.weight_OI, gate.bias_O, up.bias_O, down.bias_O),
-        )
-
-
-class Ollama:
-    """Layout "ollama": ``fused_qkv`` of a conversion of original/, ``fused`` where gate and up are one tensor."""
-
-    name: LayoutName = "ollama"
-
-    def __init__(self, *, fused_qkv: bool, fused: bool) -> None:
-        self.fused_qkv, self.fused = fused_qkv, fused
-
-    def layer_prefix(self, layer: int) -> str:
-        return f"blk.{layer}."
-
-    def expected(self, config: ModelConfig) -> dict[str, Expected]:
-        D, F, V, E = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_experts
-        q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        qkv = {"attn_q": q_rows, "attn_k": kv_rows, "attn_v": kv_rows}
-        if self.fused_qkv:
-            qkv = {"attn_qkv": q_rows + 2 * kv_rows}
-        gate_up = {"ffn_gate_up_exps": 2 * F} if self.fused else {"ffn_gate_exps": F, "ffn_up_exps": F}
-        tensors = {"token_embd.weight": Expected((V, D), FLOATS_OR_Q8)}
-        for i in range(config.num_layers):
-            layer = {
-                "attn_norm.weight": Expected((D,)),
-                "attn_out.weight": Expected((D, q_rows), FLOATS_OR_Q8),
-                "attn_out.bias": Expected((D,)),
-                "attn_sinks": Expected((config.num_heads,)),
-                "ffn_norm.weight": Expected((D,)),
-                "ffn_gate_inp.weight": Expected((E, D), FLOATS_OR_Q8),
-                "ffn_gate_inp.bias": Expected((E,)),
-                "ffn_down_exps.weight": Expected((E, D, F), OLLAMA_EXPERTS),
-                "ffn_down_exps.bias": Expected((E, D)),
-            }
-            for name, rows in qkv.items():
-                layer |= {f"{name}.weight": Expected((rows, D), FLOATS_OR_Q8), f"{name}.bias": Expected((rows,))}
-            for name, rows in gate_up.items():
-                layer |= {f"{name}.weight": Expected((E, rows, D), OLLAMA_EXPERTS), f"{name}.bias": Expected((E, rows))}
-            tensors |= {self.layer_prefix(i) + name: expected for name, expected in layer.items()}
-        tensors["output_norm.weight"] = Expected((D,))
-        tensors["output.weight"] = Expected((V, D), FLOATS_OR_Q8)
-        return tensors
-
-    def outer(self, get: Get) -> ModelArrays:
-        return ModelArrays(get("token_embd.weight"), get("output_norm.weight"), get("output.weight"))
-
-    def layer(self, get: Get, config: ModelConfig, layer: int) -> LayerArrays:
-        prefix = self.layer_prefix(layer)
-
-        def dense(name: str, rows: slice = slice(None)) -> Dense:
-            return Dense(_some_rows(get(f"{prefix}{name}.weight"), rows), get(f"{prefix}{name}.bias")[rows])
-
-        if self.fused_qkv:
-            k_start = config.num_heads * config.head_dim
-            v_start = k_start + config.num_kv_heads * config.head_dim
-            parts = (slice(0, k_start), slice(k_start, v_start), slice(v_start, None))
-            q, k, v = (dense("attn_qkv", rows) for rows in parts)
-        else:
-            q, k, v = map(dense, ("attn_q", "attn_k", "attn_v"))
+        q, k, v = self.queries_keys_values(dense, config)
         down = dense("ffn_down_exps")
         if self.fused:
-            both = dense("ffn_gate_up_exps")
-            experts = _alternating_experts(both.weight_OI, both.bias_O, down.weight_OI, down.bias_O)
+            experts = self.experts_of(dense("ffn_gate_up_exps"), down, config)
         else:
             gate, up = dense("ffn_gate_exps"), dense("ffn_up_exps")
             experts = ExpertArrays(gate.weight_OI, up.weight_OI, down.weight_OI, gate.bias_O, up.bias_O, down.bias_O)
@@ -364,12 +292,54 @@ class Ollama:
             q=q,
             k=k,
             v=v,
-            o=dense("attn_out"),
-            sinks_Q=get(prefix + "attn_sinks"),
-            moe_norm_D=get(prefix + "ffn_norm.weight"),
+            o=dense(self.output),
+            sinks_Q=get(prefix + self.sinks),
+            moe_norm_D=get(prefix + self.moe_norm),
             router=dense("ffn_gate_inp"),
             experts=experts,
         )
+
+    def queries_keys_values(self, dense: Callable[[str], Dense], config: ModelConfig) -> tuple[Dense, Dense, Dense]:
+        return dense("attn_q"), dense("attn_k"), dense("attn_v")
+
+    def experts_of(self, gate_up: Dense, down: Dense, config: ModelConfig) -> ExpertArrays:
+        """Of gate and up as one tensor."""
+        F = config.intermediate_size
+        return ExpertArrays(
+            _rows(gate_up.weight_OI, slice(0, F)),
+            _rows(gate_up.weight_OI, slice(F, None)),
+            down.weight_OI,
+            gate_up.bias_O[:, :F],
+            gate_up.bias_O[:, F:],
+            down.bias_O,
+        )
+
+
+class Ollama(Gguf):
+    """Layout "ollama". With ``fused_qkv``, of a conversion of original/, q, k and v are the rows of one matrix; with
+    ``fused`` the rows of gate and up alternate."""
+
+    name: LayoutName = "ollama"
+    output, sinks, moe_norm = "attn_out", "attn_sinks", "ffn_norm.weight"
+    expert_types = ("MXFP4_PAIRS", *MXFP4_OR_FLOATS)
+
+    def __init__(self, *, fused_qkv: bool, fused: bool) -> None:
+        super().__init__(fused=fused)
+        self.fused_qkv = fused_qkv
+
+    def attention_inputs(self, config: ModelConfig) -> dict[str, Expected]:
+        if not self.fused_qkv:
+            return super().attention_inputs(config)
+        rows = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        return {"attn_qkv.weight": Expected((rows, config.hidden_size)), "attn_qkv.bias": Expected((rows,))}
+
+    def queries_keys_values(self, dense: Callable[[str], Dense], config: ModelConfig) -> tuple[Dense, Dense, Dense]:
+        if not self.fused_qkv:
+            return super().queries_keys_values(dense, config)
+        return _split_qkv(dense("attn_qkv"), config)
+
+    def experts_of(self, gate_up: Dense, down: Dense, config: ModelConfig) -> ExpertArrays:
+        return _alternating_experts(gate_up.weight_OI, gate_up.bias_O, down.weight_OI, down.bias_O)
 
 
 HF = HuggingFace(mxfp4=True)
@@ -404,6 +374,15 @@ def _mxfp4(prefix: str, shape: tuple[int, ...]) -> dict[str, Expected]:
     }
 
 
+def _split_qkv(qkv: Dense, config: ModelConfig) -> tuple[Dense, Dense, Dense]:
+    """q, k and v of a matrix of all their rows."""
+    k_start = config.num_heads * config.head_dim
+    v_start = k_start + config.num_kv_heads * config.head_dim
+    parts = (slice(0, k_start), slice(k_start, v_start), slice(v_start, None))
+    q, k, v = (Dense(qkv.weight_OI[rows], qkv.bias_O[rows]) for rows in parts)
+    return q, k, v
+
+
 def _alternating_experts(
     gate_up: Mxfp4 | Array, gate_up_bias_EF: Array, down: Mxfp4 | Array, down_bias_ED: Array
 ) -> ExpertArrays:
@@ -415,13 +394,6 @@ def _alternating_experts(
         up_bias_EF=gate_up_bias_EF[:, 1::2],
         down_bias_ED=down_bias_ED,
     )
-
-
-def _some_rows(matrix: Array, rows: slice) -> Array:
-    """Some rows of a matrix [O, I], or all of a stack."""
-    if isinstance(matrix, Q8):
-        return matrix._replace(values=matrix.values[rows], scales=matrix.scales[rows])
-    return matrix if isinstance(matrix, Mxfp4) else matrix[rows]
 
 
 def _rows(matrices: Mxfp4 | Array, rows: slice) -> Mxfp4 | Array:

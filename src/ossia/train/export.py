@@ -123,7 +123,9 @@ def export(
     if format == "adapter":
         return _export_adapter(checkpoint, out, pairs, weights, replace=replace)
     if format == "merged" and checkpoint.layout.name == "ollama":
-        raise InputError(f"{base} is a file of Ollama's own layout, which ossia reads and does not write. Choose gguf.")
+        raise InputError(
+            f"{base} is a file of Ollama's own layout, which ossia reads and does not write. Choose gguf or mxfp4."
+        )
     changes = {} if weights is None else read_tensors(weights, checkpoint.config)
     model = Merged(checkpoint, pairs, changes)
     writer = _Writer(model, progress)
