@@ -59,12 +59,13 @@ class Chat:
     ) -> None:
         self.engine = engine
         when_full, tools = settings.pop("when_full", "ask"), settings.pop("tools", None)
-        tools_on = settings.pop("tools_on", ())
+        tools_on, file = settings.pop("tools_on", ()), settings.pop("file", None)
         self.session = ChatSession(model(engine=engine), **settings)
         self.source = Typed(*texts, answers=answers, is_interactive=is_interactive)
         self._out, self._notes = io.StringIO(), io.StringIO()
         screen = PlainScreen(self.session.meter, shows_reasoning=False, out=self._out, notes=self._notes)
-        self.loop = ChatLoop(self.session, self.source, screen, when_full=when_full, tools=tools, tools_on=tools_on)
+        rest = {"when_full": when_full, "tools": tools, "tools_on": tools_on, "file": file}
+        self.loop = ChatLoop(self.session, self.source, screen, **rest)
         self.code: int | None = None
 
     def run(self) -> Chat:
@@ -300,6 +301,15 @@ def test_drop_and_compact_make_room():
     ).run()
     assert "no turn to forget" in chat.notes and "nothing to sum up" in chat.notes and "forgotten: hi" in chat.notes
     assert "They said hi." in prompts(chat.engine)[-1] and len(chat.session.turns) == 2
+
+
+def test_what_the_chat_began_with_is_where_it_is_saved(tmp_path):
+    file = tmp_path / "a.json"
+    Chat(Scripted(FINAL), "hi", f"/save {file}").run()
+    again = Chat(Scripted(FINAL), "ho", "/save", file=file)
+    again.session.load(file)
+    assert f"saved: {file}" in again.run().notes
+    assert [turn["question"] for turn in json.loads(file.read_text())["turns"]] == ["hi", "ho"]
 
 
 def test_a_summary_that_was_saved_and_loaded_is_no_question_to_ask_again(tmp_path):

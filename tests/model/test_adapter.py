@@ -314,6 +314,8 @@ def rename(folder, old: str, new: str) -> None:
         ({"lora_alpha": -1}, "lora_alpha is -1"),
         ({"rank_pattern": [1]}, "rank_pattern is"),
         ({"alpha_pattern": {"(": 1}}, "no regular expression"),
+        ({"target_parameters": True}, "target_parameters is true; expected a list of names"),
+        ({"target_parameters": ["experts", 1]}, "target_parameters is .*; expected a list of names"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

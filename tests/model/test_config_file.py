@@ -170,6 +170,11 @@ FAULTS = {
     "a stop token outside the vocabulary": (published(eos_token_id=201_088), ["eos_token_id is 201088", "201087"]),
     "heads that do not divide": (published(num_key_value_heads=7), ["num_attention_heads 64", "num_key_value_heads 7"]),
     "an odd head": (published(head_dim=63), ["head_dim 63 is odd"]),
+    "pairs that all turn alike": (published(rope_theta=1.0), ["rope_theta is 1.0", "above 1"]),
+    "a factor out of all bounds": (
+        published(rope_scaling=YARN | {"factor": 1e308}),
+        ["rope_scaling.factor is 1e+308", "below 1e12"],
+    ),
     "more active experts than experts": (published(num_experts_per_tok=33), ["33 exceeds the 32"]),
     "corrupt JSON": ('{"model_type": "gpt_oss"', ["not valid JSON"]),
     "a list": ("[]", ["holds a JSON list, expected an object"]),

@@ -31,6 +31,13 @@ OTHERS = {
         "Q8_0/many-Q8_0-00001-of-00002.gguf": b"Q8",
         "Q8_0/many-Q8_0-00002-of-00002.gguf": b"_0",
     },
+    "me/gpt-oss-GGUF": {
+        "config.json": b'{"model_type": "gpt_oss"}',
+        "gpt-oss-F16.gguf": b"F16",
+        "gpt-oss-UD-F16.gguf": b"other",
+        "Q8_0/gpt-oss-Q8_0-00001-of-00002.gguf": b"Q8",
+        "Q8_0/gpt-oss-Q8_0-00002-of-00002.gguf": b"_0",
+    },
     "me/few": {"few-F16.gguf": b"F16", "few-Q4_K_M.gguf": b"", "few-IQ2_XS.gguf": b""},
     "me/small": {"small-Q4_K_M.gguf": b""},
     "me/onnx": {"config.json": b"{}", "onnx/model.onnx": b"x"},
@@ -60,7 +67,8 @@ class Hub(BaseHTTPRequestHandler):
             ]
             self.answer(200, json.dumps(tree).encode(), {})
         elif parts[0] == "api":
-            self.answer(200, json.dumps({"id": repository, "sha": COMMIT, "siblings": []}).encode(), {})
+            siblings = [{"rfilename": name, "size": len(data)} for name, data in files.items()]
+            self.answer(200, json.dumps({"id": repository, "sha": COMMIT, "siblings": siblings}).encode(), {})
         else:
             name = "/".join(parts[4:])
             if self.command == "GET":
@@ -95,9 +103,10 @@ def set_endpoint(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    """An empty Hugging Face cache, and a hub that refuses connections."""
+    """An empty Hugging Face cache, a hub that refuses connections, and no store of Ollama's."""
     constants = huggingface_hub.constants
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("ossia.model.hub._OLLAMA_STORES", ())
     set_endpoint(monkeypatch, "http://127.0.0.1:9")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.chdir(tmp_path)
@@ -221,6 +230,18 @@ def test_what_is_here_are_published_models_and_others_of_their_kind(hub, cache):
     assert downloaded() == ["me/tuned"]
 
 
+def test_what_is_here_are_gguf_files_by_their_endings(hub):
+    repository = "me/gpt-oss-GGUF"
+    pull(f"{repository}:Q8_0")
+    pull(f"{repository}:F16")
+    huggingface_hub.hf_hub_download(repository, "gpt-oss-UD-F16.gguf")
+    assert downloaded() == [f"{repository}:{ending}" for ending in ("F16", "Q8_0", "gpt-oss-UD-F16")]
+    assert len({resolve_model(name) for name in downloaded()}) == 3
+    # Of a file in parts one is missing.
+    resolve_model(f"{repository}:Q8_0").unlink()
+    assert downloaded() == [f"{repository}:{ending}" for ending in ("F16", "gpt-oss-UD-F16")]
+
+
 def test_what_is_there_is_not_downloaded_twice(hub):
     folder = pull("gpt-oss-20b")
     (folder / "config.json").unlink()
@@ -258,7 +279,7 @@ def test_a_model_that_is_not_here_is_told_with_where_it_was_looked_for_and_how_t
 
 def test_a_model_of_ollama_s_store_is_found_by_its_name(cache, monkeypatch):
     monkeypatch.setenv("OLLAMA_MODELS", str(cache / "ollama"))
-    with pytest.raises(NotFoundError, match=r"gpt-oss:20b is not in Ollama's store: looked in .*/ollama, "):
+    with pytest.raises(NotFoundError, match=r"gpt-oss:20b is not in Ollama's store: looked in .*/ollama\. "):
         resolve_model("gpt-oss:20b")
     manifest = cache / "ollama/manifests/registry.ollama.ai/library/gpt-oss/20b"
     manifest.parent.mkdir(parents=True)
@@ -273,9 +294,11 @@ def test_a_model_of_ollama_s_store_is_found_by_its_name(cache, monkeypatch):
     blob.parent.mkdir()
     blob.write_bytes(b"GGUF")
     assert resolve_model("gpt-oss:20b") == blob
+    assert downloaded() == ["gpt-oss:20b"]
     manifest.write_text("[]")
     with pytest.raises(NotFoundError, match="not in Ollama's store"):
         resolve_model("gpt-oss:20b")
+    assert downloaded() == []
     with pytest.raises(InputError, match=r"gpt-oss-safeguard:20b is Ollama's name.*`ossia pull gpt-oss-safeguard-20b`"):
         pull("gpt-oss-safeguard:20b")
 

@@ -176,7 +176,7 @@ def converse(
         known["apply_patch"] = PATCHES
     elif "apply_patch" in tools:
         raise InputError("apply_patch asks before each change, and there is no terminal to ask at; leave it out")
-    loop = ChatLoop(session, source, screen, when_full=when_full, tools=known, tools_on=tools)
+    loop = ChatLoop(session, source, screen, when_full=when_full, tools=known, tools_on=tools, file=load)
     session.approve = loop.approve_call
     if source.is_interactive:
         screen.note(f"{model.name} · /help tells the commands, Ctrl-C stops an answer, Ctrl-D leaves")

@@ -69,14 +69,15 @@ class ChatLoop:
         when_full: WhenFull = "ask",
         tools: dict[str, ToolSet] | None = None,
         tools_on: Sequence[str] = (),
+        file: Path | None = None,
     ) -> None:
-        """``tools`` are there to be switched on, ``tools_on`` of them from the start."""
+        """``tools`` are there to be switched on, ``tools_on`` of them from the start; /save writes ``file`` again."""
         self._session, self._source, self._screen = session, source, screen
         self._when_full = when_full
         self._tools = tools or {}
         self._first_tools = list(tools_on)
         self._code = 0
-        self._file: Path | None = None
+        self._file = file
         # Of the conversation, as the next prompt has it; None when it must be counted.
         self._num_tokens: int | None = None
         self._runner = asyncio.Runner()

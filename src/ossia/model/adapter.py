@@ -226,7 +226,7 @@ def _read_settings(folder: Path) -> _Settings:
         rank_pattern,
         alpha_pattern,
         bool(values.get("use_rslora")),
-        tuple(map(str, values.get("target_parameters") or ())),
+        _names(path, "target_parameters", values.get("target_parameters") or []),
         base_model_name if isinstance(base_model_name, str) else None,
     )
 
@@ -238,6 +238,12 @@ def _number(path: Path, name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
         raise CheckpointError(f"{path}: {name} is {json.dumps(value)[:100]}; expected a number above 0.")
     return float(value)
+
+
+def _names(path: Path, name: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        raise CheckpointError(f"{path}: {name} is {json.dumps(value)[:100]}; expected a list of names.")
+    return tuple(value)
 
 
 def _pattern(path: Path, values: Mapping[str, Any], name: str) -> dict[str, float]:

@@ -224,8 +224,8 @@ class Fields:
 
     def number(self, *names: str, default: float | None = None) -> float:
         value = self._required(names, default)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise self.error(f"{self.within}{names[0]} is {value!r}, expected a number above 0")
+        if type(value) not in (int, float) or not 0 < value < 1e12:
+            raise self.error(f"{self.within}{names[0]} is {value!r}, expected a number above 0 and below 1e12")
         return float(value)
 
     def must_be(self, name: str, expected: Any, why: str) -> None:
@@ -349,5 +349,7 @@ def check_consistency(fields: Fields, config: ModelConfig) -> None:
         )
     if config.head_dim % 2:
         raise fields.error(f"head_dim {config.head_dim} is odd")
+    if config.rope.theta <= 1:
+        raise fields.error(f"rope_theta is {config.rope.theta}, expected a number above 1")
     if config.num_active_experts > config.num_experts:
         raise fields.error(f"num_experts_per_tok {config.num_active_experts} exceeds the {config.num_experts} experts")

@@ -28,6 +28,8 @@ _EMBEDDED_FOLDER = Path(__file__).parent.parent / EMBEDDED
 _SKIPPED = ("original/", "metal/")
 # How GGUF files are called whose dense matrices have fewer than 8 bits.
 _UNREAD = re.compile(r"(^|[-_.])(I?Q[1-6]|TQ[12])_", re.IGNORECASE)
+# Of a user, and of the service on Linux.
+_OLLAMA_STORES = ("~/.ollama/models", "/usr/share/ollama/.ollama/models")
 # As gpt-oss:20b.
 _OLLAMA_NAME = re.compile(r"(gpt-oss|gpt-oss-safeguard):([\w.-]+)")
 
@@ -82,12 +84,11 @@ def _of_ollama(name: str) -> Path:
     Source: `types/model/name.go` and `manifest/paths.go` of ollama/ollama.
     """
     model, _, tag = name.partition(":")
-    folders = [os.environ.get("OLLAMA_MODELS", ""), "~/.ollama/models", "/usr/share/ollama/.ollama/models"]
-    stores = [Path(os.path.expanduser(folder)) for folder in folders if folder]
+    stores = _ollama_stores()
     for store in stores:
         # Of another user perhaps, or half written.
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
-            manifest = json.loads((store / "manifests/registry.ollama.ai/library" / model / tag).read_bytes())
+            manifest = json.loads((_ollama_manifests(store) / model / tag).read_bytes())
             (digest,) = (one["digest"] for one in manifest["layers"] if one["mediaType"].endswith("image.model"))
             blob = store / "blobs" / digest.replace(":", "-")
             if blob.is_file():
@@ -98,10 +99,19 @@ def _of_ollama(name: str) -> Path:
     )
 
 
+def _ollama_stores() -> list[Path]:
+    folders = (os.environ.get("OLLAMA_MODELS", ""), *_OLLAMA_STORES)
+    return [Path(os.path.expanduser(folder)) for folder in folders if folder]
+
+
+def _ollama_manifests(store: Path) -> Path:
+    return store / "manifests/registry.ollama.ai/library"
+
+
 def downloaded() -> list[str]:
-    """Names of the gpt-oss models that are complete in the Hugging Face cache: published ones, then those of others."""
+    """Names of the gpt-oss models that are complete here: published ones, those of others, those in Ollama's store."""
     here = []
-    for name in (*PUBLISHED, *_of_others()):
+    for name in (*PUBLISHED, *_of_others(), *_named_by_ollama()):
         # What was begun, or looked at for its vocabulary alone, has a folder too.
         with contextlib.suppress(OssiaError):
             find_files(resolve_model(name))
@@ -110,20 +120,32 @@ def downloaded() -> list[str]:
 
 
 def _of_others() -> list[str]:
-    """Cached repositories whose config.json is a gpt-oss model's, but for the published ones."""
+    """Cached repositories whose config.json is a gpt-oss model's, but for the published ones; of GGUF files each."""
     from huggingface_hub import constants
 
     names = []
     for folder in sorted(Path(constants.HF_HUB_CACHE).glob("models--*--*")):
-        name = folder.name.removeprefix("models--").replace("--", "/", 1)
-        if name.removeprefix("openai/") in PUBLISHED:
+        repository = folder.name.removeprefix("models--").replace("--", "/", 1)
+        if repository.removeprefix("openai/") in PUBLISHED:
             continue
-        for path in folder.glob("snapshots/*/config.json"):
+        # By what they are called: a header has the whole vocabulary, and is slow to read.
+        gguf_files = [path.as_posix() for path in folder.glob("snapshots/*/**/*gpt-oss*.gguf")]
+        for file in sorted({_name(path) for path in gguf_files}):
+            ending = re.split("[-.]", file)[-1]
+            is_clear = {_name(path) for path in _of_ending(gguf_files, ending)} == {file}
+            names.append(f"{repository}:{ending if is_clear else file}")
+        for path in folder.glob("snapshots/*/config.json") if not gguf_files else ():
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 if json.loads(path.read_bytes()).get("model_type") == "gpt_oss":
-                    names.append(name)
+                    names.append(repository)
                     break
     return names
+
+
+def _named_by_ollama() -> list[str]:
+    """The names of gpt-oss models that Ollama has manifests of."""
+    paths = (path for store in _ollama_stores() for path in _ollama_manifests(store).glob("gpt-oss*/*"))
+    return sorted({f"{path.parent.name}:{path.name}" for path in paths})
 
 
 def pull(name: str, revision: str | None = None, *, show_progress: bool = False) -> Path:
@@ -206,12 +228,14 @@ def _repository(name: str) -> tuple[str, str]:
 
 def _sizes(repository: str, revision: str | None) -> dict[str, int] | None:
     """The files of a repository in bytes; None when the hub does not tell."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import RepoFile
+    from huggingface_hub import HfApi, constants
 
     try:
-        entries = HfApi().list_repo_tree(repository, revision=revision, recursive=True)
-        return {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
+        # One request that is not tried again: without network list_repo_tree waits for half a minute.
+        info = HfApi().model_info(
+            repository, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
+        )
+        return {file.rfilename: file.size or 0 for file in info.siblings or ()}
     except Exception:
         # The transport below huggingface_hub (requests, httpx, hf_xet) differs by version, and so do its exceptions.
         return None
