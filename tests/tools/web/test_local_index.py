@@ -12,7 +12,7 @@ from ossia.errors import ConfigError, NotFoundError, UnavailableError
 from ossia.tools.browser import Browser
 from ossia.tools.web.backend import Scope, backend_state, open_backend
 from ossia.tools.web.guard import Domains, RefusedError
-from ossia.tools.web.local_index import LocalIndex, _files
+from ossia.tools.web.local_index import MAX_FILE_BYTES, LocalIndex, _files
 from ossia.tools.web.parse_child import SlowError
 
 
@@ -202,6 +202,14 @@ def test_a_document_that_cannot_be_read_is_named_and_not_tried_again(index, fold
     assert index.update().num_unchanged == 6
     (folder / "bad.pdf").write_bytes(_pdf("whole again"))
     assert index.update().failed == () and paths(index, "whole") == ["bad.pdf"]
+
+
+def test_a_file_that_is_too_large_is_named(index, folder):
+    with open(folder / "large.pdf", "wb") as file:
+        file.truncate(MAX_FILE_BYTES + 1)
+    assert index.update().failed == (("large.pdf", "it has more than 128 MiB"),)
+    (folder / "large.pdf").write_bytes(_pdf("smaller now"))
+    assert index.update().failed == () and paths(index, "smaller") == ["large.pdf"]
 
 
 def test_nothing_outside_the_folder_is_read(folder, tmp_path, index):

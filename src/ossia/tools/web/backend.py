@@ -178,11 +178,12 @@ def open_backend(
     from ossia.tools.web import local_index, search_api
 
     kind, _, rest = spec.partition(":")
-    parser = parser or Parser()
     if kind == "local":
         if not rest:
             raise ConfigError("browser is 'local:' without a folder; expected one such as local:docs/")
+        parser = parser or Parser(timeout_s=local_index.TIMEOUT_S)
         return local_index.LocalBackend(Path(rest), parser, index_folder=index_folder, progress=progress)
+    parser = parser or Parser()
     service = search_api.SERVICES.get(kind)
     if service is None:
         known = ", ".join(("local:FOLDER", "searxng:URL", *(name for name in search_api.SERVICES if name != "searxng")))

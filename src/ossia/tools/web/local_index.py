@@ -42,10 +42,12 @@ KINDS = {
     ".html": "html", ".htm": "html", ".xhtml": "html", ".md": "markdown", ".markdown": "markdown", ".txt": "text",
     ".text": "text", ".rst": "text", ".adoc": "text", ".pdf": "pdf",
 }  # fmt: skip
-_MAX_FILE_BYTES = 32 << 20
+MAX_FILE_BYTES = 128 << 20
+# Wall time of one document, which is read once: a PDF of a thousand pages takes most of it.
+TIMEOUT_S = 60.0
 _REFRESH_S = 60.0
 _RETRY_S = 3600.0
-_VERSION = "1"
+_VERSION = "2"
 _COMMIT_EVERY = 100
 
 
@@ -212,13 +214,14 @@ class LocalIndex:
     def _take(self, path: str, size: int, mtime_ns: int) -> str:
         """Read a file that is new, seems changed or is tried again."""
         before = self._database.execute("SELECT hash, error FROM docs WHERE path = ?", (path,)).fetchone()
-        body = _read(self.root / path, self.root)
+        body = _read(self.root / path, self.root) if size <= MAX_FILE_BYTES else None
         digest = hashlib.sha256(body or b"").digest()
         title, text, error = Path(path).stem, "", ""
         links: tuple[str, ...] = ()
         self._again_at.pop(path, None)
         if body is None:
-            error = "it cannot be read"
+            is_large = size > MAX_FILE_BYTES
+            error = f"it has more than {MAX_FILE_BYTES >> 20} MiB" if is_large else "it cannot be read"
         elif before != (digest, ""):
             try:
                 rendered = self._parser.render(KINDS[Path(path).suffix.lower()], body, self.url(path))
@@ -389,8 +392,7 @@ def _files(root: Path) -> Iterator[tuple[str, tuple[int, int]]]:
                 # It has just gone away.
                 except FileNotFoundError:
                     continue
-                if state.st_size <= _MAX_FILE_BYTES:
-                    yield os.path.relpath(entry.path, root), (state.st_size, state.st_mtime_ns)
+                yield os.path.relpath(entry.path, root), (state.st_size, state.st_mtime_ns)
 
 
 def _read(path: Path, root: Path) -> bytes | None:
@@ -405,10 +407,10 @@ def _read(path: Path, root: Path) -> bytes | None:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             return None
         try:
-            body = file.read(_MAX_FILE_BYTES + 1)
+            body = file.read(MAX_FILE_BYTES + 1)
         except OSError:
             return None
-        return body if len(body) <= _MAX_FILE_BYTES else None
+        return body if len(body) <= MAX_FILE_BYTES else None
 
 
 # Words ---------------------------------------------------------------------------------------------------------------
