@@ -325,6 +325,8 @@ def test_each_chunk_of_a_raw_stream_has_its_own_log_probabilities(served):
     assert "".join(told[0].tokens) == " there" and told[-1].tokens == ["<|return|>"]
     for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
         assert [value for one in told for value in getattr(one, name)] == getattr(whole.logprobs, name)
+    # Parts of a character each by its own name.
+    assert told[1].tokens + told[2].tokens == [r"bytes:\x20\xf0\x9f\x8e", r"bytes:\xbc"]
     # The chosen token stands among the likeliest, also where none were asked for.
     assert whole.logprobs.top_logprobs[0] == {" there": -0.5}
 

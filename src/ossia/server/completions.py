@@ -257,7 +257,12 @@ class _Raw:
     def _name(self, token_id: int) -> str:
         if self._body.return_tokens_as_token_ids:
             return f"token_id:{token_id}"
-        return self._model.tokenizer.decode([token_id])
+        spelling = self._model.tokenizer.token_bytes(token_id)
+        try:
+            return spelling.decode()
+        # As OpenAI names parts of characters, each its own way.
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelling)
 
 
 def _raw_usage(made: list[_Raw]) -> Json:
