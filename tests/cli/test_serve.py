@@ -117,6 +117,9 @@ def test_an_address_is_one_servers_before_it_listens_and_free_as_soon_as_it_has_
         assert client.recv(1) == b""
     taken.close()
     again, _ = take_address(Config(port=port))
+    listen(again)
+    with pytest.raises(UnavailableError, match="cannot be listened on"):
+        take_address(Config(port=port))
     again.close()
 
 

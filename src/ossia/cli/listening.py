@@ -36,6 +36,7 @@ def take_address(settings: Config) -> tuple[socket.socket, str]:
 
 def listen(taken: socket.socket) -> None:
     """Let clients in."""
-    taken.listen()
-    # Each connection inherits it: one that has just ended must not keep the next server from the address.
+    # Linux looks at the address again when it is listened on, and each connection inherits the option: none that has
+    # just ended may keep this server, or the next one, from the address.
     taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    taken.listen()

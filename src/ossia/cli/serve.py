@@ -304,7 +304,6 @@ async def _serve(service: Service, taken: socket.socket, url: str, required: lis
         print(f"ossia: {name} is off: {reason}", file=sys.stderr)
     if service.adapters is not None and service.adapters.offered:
         print(f"ossia: adapters: {', '.join(service.adapters.offered)}", file=sys.stderr)
-    print(f"ossia: serving {service.model.name} on {url}/v1, and a page to chat on at {url}/", file=sys.stderr)
     config = uvicorn.Config(
         create_app(service),
         http=Protocol,
@@ -315,4 +314,5 @@ async def _serve(service: Service, taken: socket.socket, url: str, required: lis
     )
     with listed(url, service.model.name):
         listen(taken)
+        print(f"ossia: serving {service.model.name} on {url}/v1, and a page to chat on at {url}/", file=sys.stderr)
         await uvicorn.Server(config).serve(sockets=[taken])
