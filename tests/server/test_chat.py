@@ -509,12 +509,52 @@ def formats(served, **fields: Any) -> Any:
         ({"guided_regex": "[0-9]+"}, "grammar", "[0-9]+"),
         ({"structured_outputs": {"grammar": 'start: "a"'}}, "grammar", 'start: "a"'),
         ({"guided_choice": ["yes", 'n"o']}, "grammar", 'start: "yes" | "n\\"o"'),
+        ({"response_format": {"type": "json_schema", "schema": {"type": "object"}}}, "json_schema", {"type": "object"}),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}},
+            "json_schema",
+            {"type": "object"},
+        ),
     ],
 )
 def test_the_form_of_an_answer_is_heard_from_every_side(served, fields, kind, bound):
     form, _ = formats(served, **fields)
     assert form.type == kind and (form.json_schema or form.definition) == bound
-    assert kind == "json_object" or form.strict or form.syntax
+    assert kind == "json_object" or form.is_strict or form.syntax
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"guided_choice": ["a"], "guided_regex": "b"}, "guided_choice", "guided_regex and guided_choice each say"),
+        (
+            {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "b"}},
+            "structured_outputs.regex",
+            "response_format and structured_outputs.regex each say",
+        ),
+        ({"guided_choice": []}, "guided_choice", "guided_choice is '[]'"),
+        ({"guided_json": "{"}, "guided_json", "guided_json is no JSON"),
+        ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag", "not offered"),
+    ],
+)
+def test_a_form_that_cannot_be_is_named_as_the_client_names_it(served, fields, param, words):
+    answer = served.http.post("/v1/chat/completions", json={"messages": [USER], **fields})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == param and words in answer.json()["error"]["message"]
+
+
+def test_a_schema_that_does_not_say_is_enforced_where_it_can_be(served):
+    for schema, strict, echoed in (
+        ({"type": "object"}, None, True),
+        ({"type": "object"}, False, False),
+        ({"not": {"type": "object"}}, None, False),
+    ):
+        served.play(FINAL)
+        form = {"type": "json_schema", "name": "x", "schema": schema, **({} if strict is None else {"strict": strict})}
+        made = (
+            served.http.post("/v1/responses", json={"input": "x", "text": {"format": form}}).raise_for_status().json()
+        )
+        assert made["text"]["format"]["strict"] is echoed
 
 
 @pytest.mark.parametrize(

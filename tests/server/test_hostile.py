@@ -57,14 +57,20 @@ BODIES = {
 
 
 USER = {"role": "user", "content": "x"}
+CHAT_FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}, "strict": True}}
 # Endpoint, body, and the field that is at fault.
 FAULTS = [
     ("responses", {"input": [{"role": "user", "content": [{"type": {}}]}]}, "input[0].content[0]"),
     ("responses", {"input": [{"role": "user", "content": [{"type": []}]}]}, "input[0].content[0]"),
-    ("responses", {"input": [{"type": "unknown", "call_id": [1]}]}, "input[0].call_id"),
+    ("responses", {"input": [{"type": "computer_call", "call_id": [1]}]}, "input[0].call_id"),
     ("responses", {"input": [{"role": "user", "id": "\ud800", "content": "x"}]}, "input[0].id"),
     ("responses", {"input": [{"role": "user", "id": "a\0b", "content": "x"}]}, "input[0].id"),
-    ("responses", {"input": [{"type": "unknown", "id": [1]}]}, "input[0].id"),
+    ("responses", {"input": [{"type": "computer_call", "id": [1]}]}, "input[0].id"),
+    ("responses", {"input": [{"type": "input_text", "text": "x"}]}, "input[0].type"),
+    ("responses", {"input": [{"type": "mesage", "role": "user", "content": "x"}]}, "input[0].type"),
+    ("responses", {"input": [USER, {"type": "function_output", "call_id": "x", "output": "x"}]}, "input[1].type"),
+    ("responses", {"messages": [USER]}, "input"),
+    ("responses", {"input": "x", "text": {"format": CHAT_FORMAT}}, "text.format.json_schema"),
     ("conversations", {"items": [{"type": "message", "role": "user", "id": "\0", "content": "x"}]}, "input[0].id"),
     ("chat/completions", {"messages": [USER], "tools": [{"type": {}}]}, "tools[0].type"),
     ("chat/completions", {"messages": [USER], "logit_bias": {"9" * 5_000: 1}}, "logit_bias"),
@@ -92,7 +98,7 @@ def test_what_was_sealed_as_something_else_is_no_thought(served):
 
 
 def test_an_item_that_does_not_concern_the_model_gets_an_id_if_it_has_none(served):
-    made = served.http.post("/v1/responses", json={"input": [{"type": "unknown", "id": None}, USER]})
+    made = served.http.post("/v1/responses", json={"input": [{"type": "web_search_call", "id": None}, USER]})
     listed = served.http.get(f"/v1/responses/{made.json()['id']}/input_items?order=asc").json()["data"]
     assert listed[0]["id"].startswith("item_")
 

@@ -431,7 +431,8 @@ class _Looping(Scripted):
 def _children() -> set[int]:
     found = set()
     for path in glob.glob("/proc/self/task/*/children"):
-        with open(path) as file:
+        # A thread may end meanwhile.
+        with contextlib.suppress(FileNotFoundError), open(path) as file:
             found |= {int(word) for word in file.read().split()}
     return found
 

@@ -72,7 +72,7 @@ def _tool(function: Function) -> Tool:
 
 def _output(shape: TextFormat) -> Body | None:
     if shape.type == "json_schema":
-        return Schema(shape.json_schema or {}) if shape.strict else AnyJson()
+        return Schema(shape.json_schema or {}) if shape.is_strict else AnyJson()
     if shape.type == "grammar":
         return (Regex if shape.syntax == "regex" else Lark)(shape.definition or "")
     return AnyJson("object") if shape.type == "json_object" else None

@@ -167,6 +167,29 @@ def uncovered(entries: Sequence[Entry], seal: Seal) -> Sequence[Entry]:
     return entries
 
 
+# What may stand in a history and says nothing to the model; and each call of another server's tools, with its answer.
+_PASSED_BY = re.compile(
+    "[a-z0-9_]+_call(_output)?|mcp_list_tools|configuration_update|compaction_trigger|program|program_output|"
+    "tool_search_output"
+)
+_CONTENT = re.compile("(input|output)_(text|image|file|audio)|text|image_url|refusal|summary_text|reasoning_text")
+
+
+def _check_passed_by(kind: str, item: Json, where: str) -> None:
+    """Raise InputError for an item that meant something else than to be passed by."""
+    if _CONTENT.fullmatch(kind):
+        raise InputError(
+            f"{where} is content of a message; expected "
+            '{"type": "message", "role": "user", "content": [...]} around it',
+            param=f"{where}.type",
+        )
+    if "role" in item or not _PASSED_BY.fullmatch(kind):
+        raise InputError(
+            f"{where}.type is {kind[:80]!r}; expected message, function_call_output or another item of the API",
+            param=f"{where}.type",
+        )
+
+
 # Items to entries ------------------------------------------------------------------------------------------------
 
 
@@ -235,6 +258,7 @@ class Reader:
             case "compaction":
                 return self._compaction(item, where)
             case str():
+                _check_passed_by(kind, item, where)
                 return Entry({**item, "id": _text(item.get("id"), f"{where}.id") or new_id("item")})
             case _:
                 raise InputError(f"{where} has neither a type nor a role", param=f"{where}.type")

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ossia.errors import InputError, OssiaError, UnsupportedError
 from ossia.harmony import Effort
+from ossia.harmony.strict_schema import enforceable
 
 Json = dict[str, Any]
 
@@ -58,17 +59,26 @@ class Reasoning(_Tolerant):
 class TextFormat(_Tolerant):
     """What the final answer must be."""
 
-    model_config = ConfigDict(extra="allow", populate_by_name=True)
-
     type: Literal["text", "json_object", "json_schema", "grammar"] = "text"
     name: str | None = Field(default=None, max_length=64)
     description: str | None = None
     # "schema" is a method of pydantic's models.
     json_schema: dict[str, Any] | None = Field(default=None, alias="schema")
-    strict: bool | None = None
+    strict: bool | None = Field(default=None, description="Left out: yes, if the schema can be enforced.")
     # Of a grammar, which the API has for custom tools alone.
     syntax: Literal["lark", "regex"] | None = None
     definition: str | None = None
+
+    @property
+    def is_strict(self) -> bool:
+        """Whether the schema is enforced; of one that does not say, where it can be."""
+        if self.strict is not None:
+            return self.strict
+        try:
+            enforceable(self.json_schema or {})
+        except InputError:
+            return False
+        return True
 
 
 class Text(_Tolerant):
@@ -220,15 +230,22 @@ def unknown_include(include: Iterable[str] | None) -> str | None:
 
 def check_request(request: PromptRequest) -> None:
     """Raise InputError for what cannot be together, or is not offered."""
+    shape = request.format
     if request.previous_response_id is not None and request.conversation is not None:
         raise InputError(
             "previous_response_id and conversation exclude each other; give one", param="previous_response_id"
         )
+    if "json_schema" in (shape.model_extra or {}):
+        raise InputError(
+            "text.format.json_schema is of Chat Completions; put its name, schema and strict beside type",
+            param="text.format.json_schema",
+        )
     if (request.model_extra or {}).get("prompt") is not None:
         raise UnsupportedError("prompt templates are not stored here; send the text as input", param="prompt")
+    if request.input is None and request.previous_response_id is None and request.conversation is None:
+        raise InputError("there is nothing to answer; give input, a text or items", param="input")
     if isinstance(request, ResponseRequest) and request.background and request.store is False:
         raise InputError("background needs store; leave store out or set it to true", param="background")
-    shape = request.format
     if shape.type == "json_schema" and shape.json_schema is None:
         raise InputError("text.format is json_schema without a schema; expected one", param="text.format.schema")
     if shape.type == "grammar" and (shape.definition is None or shape.syntax is None):
@@ -290,7 +307,7 @@ def new_response(request: ResponseRequest, model: str, sampled: Mapping[str, Any
             "name": request.format.name or "answer",
             "description": request.format.description,
             "schema": request.format.json_schema,
-            "strict": bool(request.format.strict),
+            "strict": request.format.is_strict,
         }
     if request.format.type == "grammar":
         shape |= {"syntax": request.format.syntax, "definition": request.format.definition}

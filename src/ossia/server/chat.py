@@ -345,36 +345,41 @@ def _flat_choice(choice: str | Json | None) -> str | Json | None:
     return _flat(choice)
 
 
+# What vLLM's `structured_outputs` may hold; the rest of its fields are about spaces.
+_GUIDES = ("json", "json_object", "regex", "choice", "grammar", "structural_tag")
+
+
 def _format(body: ChatRequest) -> Json | None:
     """What the answer must be, in the Responses API's words and those of other servers. Raises InputError."""
     shape = body.response_format
     if shape is not None:
         kind, inner = shape.get("type"), shape.get("json_schema")
         if kind == "json_schema" and isinstance(inner, dict):
-            return {**inner, "type": "json_schema"}
-        if kind == "json_object" and isinstance(shape.get("schema"), dict):
-            return {"type": "json_schema", "name": "answer", "schema": shape["schema"], "strict": True}
-        return shape
+            shape = {**inner, "type": "json_schema"}
+        elif kind == "json_object" and isinstance(shape.get("schema"), dict):
+            shape = {"type": "json_schema", "name": "answer", "schema": shape["schema"], "strict": True}
     guided = {
-        "json": body.guided_json,
-        "regex": body.guided_regex,
-        "choice": body.guided_choice,
-        "grammar": body.guided_grammar,
-        **(body.structured_outputs or {}),
+        "guided_json": body.guided_json,
+        "guided_regex": body.guided_regex,
+        "guided_choice": body.guided_choice,
+        "guided_grammar": body.guided_grammar,
+        **{f"structured_outputs.{name}": (body.structured_outputs or {}).get(name) for name in _GUIDES},
     }
-    for name, value in guided.items():
-        if value is not None and value is not False:
-            return _guided(name, value)
-    return None
+    asked = {name: value for name, value in guided.items() if value is not None and value is not False}
+    if len(asked) + (shape is not None) > 1:
+        names = ["response_format"] * (shape is not None) + list(asked)
+        raise InputError(f"{' and '.join(names)} each say what the answer must be; give one", param=names[-1])
+    return next((_guided(name, value) for name, value in asked.items()), shape)
 
 
-def _guided(name: str, value: object) -> Json:
+def _guided(param: str, value: object) -> Json:
+    name = re.sub(r"guided_|structured_outputs\.", "", param)
     match name, value:
         case "json", str():
             try:
-                return _guided(name, json.loads(value))
+                return _guided(param, json.loads(value))
             except (ValueError, RecursionError):
-                raise InputError("the schema of guided_json is no JSON", param="guided_json") from None
+                raise InputError(f"the schema of {param} is no JSON", param=param) from None
         case "json", dict():
             return {"type": "json_schema", "name": "answer", "schema": value, "strict": True}
         case "json_object", True:
@@ -385,7 +390,7 @@ def _guided(name: str, value: object) -> Json:
             return {"type": "grammar", "syntax": "lark", "definition": value}
         case "choice", [_, *_] if isinstance(value, list) and all(isinstance(one, str) for one in value):
             return {"type": "grammar", "syntax": "lark", "definition": "start: " + " | ".join(map(json.dumps, value))}
-    raise InputError(f"structured output {name!r} is {str(value)[:80]!r}, which is not offered", param=name)
+    raise InputError(f"{param} is {str(value)[:80]!r}, which is not offered", param=param)
 
 
 # Events to chunks ------------------------------------------------------------------------------------------------
