@@ -128,8 +128,18 @@ def test_a_model_is_measured_on_held_out_exercises(folder, capsys, monkeypatch):
         (task, effort, 3) for task in ("arithmetic", "sums") for effort in ("low", "high")
     ]
     assert "arithmetic low: 0.0 %" in err
-    assert main([*words, "--efforts", "low"]) == 0
-    assert "95 % interval" in capsys.readouterr().out
+    kept = ["--efforts", "low", "--out", str(folder / "measured.jsonl")]
+    assert main([*words, *kept]) == 0
+    out, err = capsys.readouterr()
+    assert "95 % interval" in out and "cut off" in out and "arithmetic low: 0.0 %" in err
+    assert len((folder / "measured.jsonl").read_text().splitlines()) == 1 + 2 * 3
+    assert main([*words, *kept, "--seed", "1"]) == 1
+    assert "seed was 0, now 1" in capsys.readouterr().err
+    assert (
+        main(["train", "measure", "nano", "--task", "sums", "--count", "2", "--efforts", "high", "--max-tokens", "9"])
+        == 0
+    )
+    assert "100.0 % were cut off by --max-tokens 9; give more" in capsys.readouterr().err
 
 
 def test_measuring_names_what_cannot_be_measured(folder, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -10,9 +11,9 @@ import pytest
 from tests.responses.scripts import TOKENIZER, Scripted, tokens
 from tests.train.small import Brief, write_model
 
-from ossia.errors import InputError
+from ossia.errors import ConfigError, InputError
 from ossia.harmony import Effort
-from ossia.train.measure import measure, open_rollouts, wilson
+from ossia.train.measure import Log, measure, open_rollouts, wilson
 from ossia.train.rollout import RolloutConfig, Rollouts
 from ossia.train.tasks import Instance
 
@@ -38,10 +39,15 @@ class Student(Scripted):
             yield replace(output, drawn_logprob=-0.25)
 
 
+STUDENTS: list[Student] = []
+
+
 def play(count: int, max_tokens: int = 500, **more):
     @asynccontextmanager
     async def source():
-        yield Student("<|return|>")
+        student = Student("<|return|>")
+        STUDENTS.append(student)
+        yield student
 
     with Rollouts(source, TOKENIZER, RolloutConfig(temperature=0, max_tokens=max_tokens)) as rollouts:
         return measure(rollouts, Odd(), Effort.LOW, count, **more)
@@ -73,6 +79,34 @@ def test_shares_and_means_are_those_of_the_exercises():
 def test_what_a_limit_ends_is_unfinished_and_not_valid():
     found = play(20, max_tokens=len(tokens(SAID.format("odd"))) - 2)
     assert (found.valid, found.unfinished, found.exact) == (0, 1, 0)
+
+
+def test_exercises_that_are_kept_are_not_done_again(tmp_path):
+    path, how = tmp_path / "kept" / "odd.jsonl", {"model": "a", "seed": 0}
+    whole = play(70)
+    assert play(40, log=Log(path, how)) == play(40)
+    # Broken off within a line.
+    with open(path, "a") as file:
+        file.write('{"task": "odd", "eff')
+    assert play(70, log=Log(path, how)) == whole
+    assert len(STUDENTS[-1].prompts) == 30
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines[0] == {"how": how} and [one["number"] for one in lines[1:]] == list(range(70))
+    assert all(one["text"].endswith("<|return|>") and one["task"] == "odd" for one in lines[1:])
+    assert sum(one["right"] for one in lines[1:]) == round(whole.exact * 70)
+    # Fewer are the first of them.
+    assert play(40, log=Log(path, how)) == play(40)
+    with pytest.raises(ConfigError, match="seed was 0, now 1; give another name"):
+        Log(path, {**how, "seed": 1})
+
+
+@pytest.mark.parametrize("text", ["no JSON\n", "[1]\n", '{"how": {}}\n{"task": "odd"}\n', '{"how": {}}\n5\n'])
+def test_a_file_of_something_else_is_left_alone(tmp_path, text):
+    path = tmp_path / "notes.txt"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="no file of measured exercises"):
+        Log(path, {})
+    assert path.read_text() == text
 
 
 def test_a_count_below_one_is_refused():

@@ -10,6 +10,7 @@ import inspect
 import sys
 import types
 from collections.abc import Callable
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin, get_type_hints
@@ -212,6 +213,10 @@ def measure(
     unsafe_python: Annotated[bool, typer.Option("--unsafe-python", help="Run code with no sandbox at all.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same exercises.")] = 0,
     threads: Annotated[int, typer.Option(min=0, help="Threads; 0 takes all cores.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Keep each exercise in this file, as a JSON line; what it holds is not done again."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure what a model can do: the share of held-out exercises that are right, with its 95 % interval.
@@ -222,11 +227,12 @@ def measure(
     """
     import json
 
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
+    from ossia.train.measure import Log, open_rollouts
     from ossia.train.measure import measure as measured
-    from ossia.train.measure import open_rollouts
     from ossia.train.rollout import RolloutConfig
     from ossia.train.tasks import make
 
@@ -236,19 +242,39 @@ def measure(
     wanted = by_effort("efforts", ",".join(f"{one}=1" for one in _listed(efforts)))
     tasks = [make(name, options) for name in names]
     config = RolloutConfig(max_tokens=max_tokens, temperature=temperature, grammar=grammar, unsafe_python=unsafe_python)
-    table = Table("task", "effort", "right", "95 % interval", "valid", "tokens", "of reasoning")
-    found = []
-    with open_rollouts(model, config, adapter=adapter, threads=threads, kv_memory="512MiB") as rollouts:
+    how = {
+        "model": model,
+        "adapter": adapter and str(adapter),
+        "task_option": task_option,
+        "temperature": temperature,
+        "max_tokens": max_tokens,
+        "grammar": grammar,
+        "seed": seed,
+    }
+    log = None if out is None else Log(out, how)
+    table = Table("task", "effort", "right", "95 % interval", "valid", "cut off", "tokens", "thought", box=SIMPLE)
+    found: list[dict[str, Any]] = []
+
+    def tell() -> None:
+        if found and as_json:
+            print(json.dumps(found, indent=1))
+        elif found:
+            Console().print(table)
+
+    with ExitStack() as stack:
+        # Also when the rest is broken off.
+        stack.callback(tell)
+        rollouts = stack.enter_context(
+            open_rollouts(model, config, adapter=adapter, threads=threads, kv_memory="512MiB")
+        )
         for one in tasks:
             for effort in wanted or one.efforts:
-                result = measured(rollouts, one, effort, count, seed=seed)
+                result = measured(rollouts, one, effort, count, seed=seed, log=log)
                 found.append(result._asdict())
                 _say(f"{one.name} {effort}: {100 * result.exact:.1f} %")
-                interval = f"{100 * result.low:.1f} to {100 * result.high:.1f} %"
-                shares = [f"{100 * share:.1f} %" for share in (result.exact, result.valid)]
+                if result.unfinished:
+                    _say(f"{100 * result.unfinished:.1f} % were cut off by --max-tokens {max_tokens}; give more")
+                interval = f"{100 * result.low:.1f}-{100 * result.high:.1f} %"
+                shares = [f"{100 * share:.1f} %" for share in (result.exact, result.valid, result.unfinished)]
                 means = f"{result.sampled:.0f}", f"{result.reasoning:.0f}"
-                table.add_row(one.name, str(effort), shares[0], interval, shares[1], *means)
-    if as_json:
-        print(json.dumps(found, indent=1))
-    else:
-        Console().print(table)
+                table.add_row(one.name, str(effort), shares[0], interval, *shares[1:], *means)

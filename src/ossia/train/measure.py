@@ -11,14 +11,15 @@ inference*, 1927).
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ossia.errors import InputError
-from ossia.harmony import Effort
+from ossia.errors import ConfigError, InputError
+from ossia.harmony import Effort, Tokenizer
 from ossia.local import load
 from ossia.train.rollout import Exercise, Rollout, RolloutConfig, Rollouts, rollout_seed
 from ossia.train.tasks import Task, TaskMix
@@ -26,6 +27,8 @@ from ossia.train.tasks.base import Split
 
 # Exercises that are done at once; what each samples is not touched by it.
 _ROUND = 256
+# Fewer where they are kept: what was done since is lost when it is broken off.
+_LOGGED_ROUND = 32
 _Z = 1.959964
 
 
@@ -50,22 +53,99 @@ class Measured(NamedTuple):
     """Means of the parts of the reward."""
 
 
+class Done(NamedTuple):
+    """One exercise that was done."""
+
+    number: int
+    right: bool
+    valid: bool
+    unfinished: bool
+    sampled: int
+    reasoning: int
+    parts: dict[str, float]
+    defects: list[str]
+    text: str
+    """All of it, from the prompt's first token to the last one sampled."""
+
+
+class Log:
+    """Exercises that were done, in a file: a JSON line each, behind one that tells how they were.
+
+    What stands in it is not done again, so that a measurement that was broken off goes on.
+    """
+
+    def __init__(self, path: Path, how: Mapping[str, Any]) -> None:
+        """Raises ConfigError for a file of something else, or of exercises that were done otherwise."""
+        self._path = path
+        self._done: dict[tuple[str, str], dict[int, Done]] = {}
+        first = json.dumps({"how": how})
+        data = path.read_bytes() if path.exists() else b""
+        # The last line may have been broken off.
+        whole = data[: data.rfind(b"\n") + 1]
+        lines = whole.decode("utf-8", "replace").splitlines()
+        try:
+            before = json.loads(lines[0])["how"] if lines else how
+            for line in lines[1:]:
+                self._note(json.loads(line))
+        except (ValueError, LookupError, TypeError):
+            raise ConfigError(f"{path} is no file of measured exercises; give another name") from None
+        if before != json.loads(first)["how"]:
+            changed = sorted(name for name in {*before, *how} if before.get(name) != how.get(name))
+            said = ", ".join(f"{name} was {before.get(name)!r}, now {how.get(name)!r}" for name in changed)
+            raise ConfigError(f"{path} holds exercises that were done otherwise: {said}; give another name")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(whole or f"{first}\n".encode())
+
+    def done(self, task: str, effort: Effort) -> Mapping[int, Done]:
+        """Those of a task at an effort, by their numbers."""
+        return self._done.get((task, str(effort)), {})
+
+    def add(self, task: str, effort: Effort, done: Iterable[Done]) -> None:
+        """Keep more of them."""
+        with open(self._path, "a", encoding="utf-8") as file:
+            for one in done:
+                line = {"task": task, "effort": str(effort), **one._asdict()}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                self._note(line)
+
+    def _note(self, line: Mapping[str, Any]) -> None:
+        one = Done(**{name: line[name] for name in Done._fields})
+        self._done.setdefault((line["task"], line["effort"]), {})[one.number] = one
+
+
 def measure(
-    rollouts: Rollouts, task: Task, effort: Effort, count: int, *, seed: int = 0, split: Split = "held_out"
+    rollouts: Rollouts,
+    task: Task,
+    effort: Effort,
+    count: int,
+    *,
+    seed: int = 0,
+    split: Split = "held_out",
+    log: Log | None = None,
 ) -> Measured:
-    """Have ``count`` exercises done. Raises InputError for a count below 1, and what rollouts raise."""
+    """Have ``count`` exercises done, but for those in the ``log``, which the others are added to.
+
+    Raises InputError for a count below 1, and what rollouts raise.
+    """
     if count < 1:
         raise InputError(f"count is {count}; expected at least 1", param="count")
     mix = TaskMix({task: 1.0}, efforts={effort: 1.0})
-    done: list[Rollout] = []
-    for first in range(0, count, _ROUND):
-        numbers = range(first, min(first + _ROUND, count))
-        done += rollouts.run(
-            [Exercise(mix.draw(split, seed, number), rollout_seed(seed, number)) for number in numbers]
-        )
-    right = sum(one.reward.parts["exact"] == 1 for one in done)
+    done = {n: one for n, one in log.done(task.name, effort).items() if n < count} if log is not None else {}
+    missing = [number for number in range(count) if number not in done]
+    num_at_once = _ROUND if log is None else _LOGGED_ROUND
+    for first in range(0, len(missing), num_at_once):
+        numbers = missing[first : first + num_at_once]
+        ran = rollouts.run([Exercise(mix.draw(split, seed, n), rollout_seed(seed, n)) for n in numbers])
+        more = {n: _done(n, one, rollouts.tokenizer) for n, one in zip(numbers, ran, strict=True)}
+        if log is not None:
+            log.add(task.name, effort, more.values())
+        done |= more
+    right = sum(one.right for one in done.values())
     low, high = wilson(right, count)
-    encode = rollouts.tokenizer.encode
+
+    def mean(values: Iterable[float]) -> float:
+        return sum(values) / count
+
     return Measured(
         task=task.name,
         effort=str(effort),
@@ -73,14 +153,29 @@ def measure(
         exact=right / count,
         low=low,
         high=high,
-        valid=sum(not one.transcript.is_malformed for one in done) / count,
-        unfinished=sum(one.transcript.is_unfinished for one in done) / count,
-        sampled=sum(one.num_sampled for one in done) / count,
-        reasoning=sum(len(encode(one.transcript.reasoning)) for one in done) / count,
+        valid=mean(one.valid for one in done.values()),
+        unfinished=mean(one.unfinished for one in done.values()),
+        sampled=mean(one.sampled for one in done.values()),
+        reasoning=mean(one.reasoning for one in done.values()),
         parts={
-            name: sum(one.reward.parts.get(name, 0.0) for one in done) / count
-            for name in sorted({name for one in done for name in one.reward.parts})
+            name: mean(one.parts.get(name, 0.0) for one in done.values())
+            for name in sorted({name for one in done.values() for name in one.parts})
         },
+    )
+
+
+def _done(number: int, rollout: Rollout, tokenizer: Tokenizer) -> Done:
+    transcript = rollout.transcript
+    return Done(
+        number,
+        right=rollout.reward.parts["exact"] == 1,
+        valid=not transcript.is_malformed,
+        unfinished=transcript.is_unfinished,
+        sampled=rollout.num_sampled,
+        reasoning=len(tokenizer.encode(transcript.reasoning)),
+        parts=dict(rollout.reward.parts),
+        defects=list(transcript.defects),
+        text=tokenizer.decode(rollout.token_ids_L.tolist()),
     )
 
 
