@@ -227,7 +227,6 @@ def measure(
     """
     import json
 
-    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
@@ -252,7 +251,18 @@ def measure(
         "seed": seed,
     }
     log = None if out is None else Log(out, how)
-    table = Table("task", "effort", "right", "95 % interval", "valid", "cut off", "tokens", "thought", box=SIMPLE)
+    table = Table(
+        "task",
+        "effort",
+        "right",
+        "95 % interval",
+        "valid",
+        "cut off",
+        "tokens",
+        "thought",
+        box=None,
+        padding=(0, 2, 0, 0),
+    )
     found: list[dict[str, Any]] = []
 
     def tell() -> None:
@@ -274,7 +284,7 @@ def measure(
                 _say(f"{one.name} {effort}: {100 * result.exact:.1f} %")
                 if result.unfinished:
                     _say(f"{100 * result.unfinished:.1f} % were cut off by --max-tokens {max_tokens}; give more")
-                interval = f"{100 * result.low:.1f}-{100 * result.high:.1f} %"
+                interval = f"{100 * result.low:.1f}-{100 * result.high:.1f}"
                 shares = [f"{100 * share:.1f} %" for share in (result.exact, result.valid, result.unfinished)]
                 means = f"{result.sampled:.0f}", f"{result.reasoning:.0f}"
                 table.add_row(one.name, str(effort), shares[0], interval, *shares[1:], *means)
