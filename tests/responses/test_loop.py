@@ -442,8 +442,9 @@ def test_truncation_auto_leaves_out_the_oldest_turns_and_disabled_refuses():
     events_of(run_of(made, input=items, truncation="auto"))
     prompt = TOKENIZER.decode(made.engine.prompts[-1])
     assert "turn 19" in prompt and "turn 0 " not in prompt and prompt.startswith("<|start|>system")
-    with pytest.raises(ContextLengthError):
+    with pytest.raises(ContextLengthError, match="the last turn alone is too long: shorten it") as raised:
         run_of(made, input="word " * 5_000, truncation="auto")
+    assert raised.value.param == "input"
 
 
 def test_an_answer_that_may_be_longer_than_there_is_room_gets_the_room_there_is():

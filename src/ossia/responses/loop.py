@@ -693,13 +693,15 @@ class Run:
             if self.request.truncation == "auto" and not fits(token_ids):
                 if self._prompt.shorten_until(fits):
                     return as_fits if params.max_tokens is None or params.max_tokens > room else params
-                raise
+                raise ContextLengthError(
+                    f"{error.message}; the last turn alone is too long: shorten it", param="input"
+                ) from None
             try:
                 engine.check(token_ids, as_fits)
                 return as_fits
             except ContextLengthError:
                 raise ContextLengthError(
-                    f"{error.message}; shorten the input, or let truncation 'auto' leave out the oldest turns",
+                    f"{error.message}; shorten the input, or leave out its oldest turns, as truncation 'auto' of Responses does",
                     param="input",
                 ) from None
 
