@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -342,6 +343,19 @@ def test_rows_that_are_passed_by_are_told_with_their_lines(folder, tmp_path):
     sft(settings, say=said.append)
     at = next(i for i, text in enumerate(said) if text.startswith("passed by: 1 rows"))
     assert "rows.jsonl:4" in said[at + 1]
+
+
+def test_fields_that_nothing_reads_are_told_with_their_lines(folder, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", stations(2))
+    answer = {"role": "assistant", "content": "b", "thinkng": "c"}
+    row = {"messages": [{"role": "user", "content": "a"}, answer], "reasoning_efort": "high", "id": 7, "source": "d"}
+    rows.write_text(rows.read_text() + json.dumps(row) + "\n")
+    said = []
+    settings = _settings(folder, tmp_path / "out", data=str(rows), validation_share=0.0, epochs=1)
+    sft(settings, say=said.append)
+    at = next(i for i, text in enumerate(said) if text.startswith("passed by: 2 fields"))
+    assert "rows.jsonl:3: the field thinkng is not read" in said[at + 1]
+    assert "rows.jsonl:3: the field reasoning_efort of a row (reasoning_effort?) is not read" in said[at + 2]
 
 
 def test_a_target_that_matches_nothing_is_an_error(folder, tmp_path):

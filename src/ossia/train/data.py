@@ -195,11 +195,13 @@ class ReadReport:
     bad_rows: int = 0
     # Rows under whose rules nothing is trained.
     untrained_rows: int = 0
+    # Fields that nothing reads: misspelt ones, perhaps.
+    unread_fields: int = 0
     samples: int = 0
     too_long: int = 0
     tokens: int = 0
     trained_tokens: int = 0
-    # The first bad rows and samples that were too long: place, and what is wrong.
+    # The first bad rows, samples that were too long and fields that are not read: place, and what is wrong.
     problems: list[str] = field(default_factory=list)
 
     def add(self, other: ReadReport) -> None:
@@ -254,6 +256,7 @@ class SampleReader:
         except RecursionError:
             return self._bad(line, InputError("a row that is nested too deeply"))
         self.report.untrained_rows += not expanded
+        self._unread(line, dialogue)
         made = []
         for one in expanded:
             if one.num_too_many:
@@ -279,6 +282,7 @@ class SampleReader:
             return self._bad(line, error)
         except RecursionError:
             return self._bad(line, InputError("a row that is nested too deeply"))
+        self._unread(line, pair.chosen)
         lengths = [len(one.token_ids_L) for one in sides]
         bound, longest = self.config.max_tokens, max(lengths)
         if bound and longest > bound:
@@ -365,6 +369,11 @@ class SampleReader:
         self.report.bad_rows += 1
         self.report.note(problem)
         return []
+
+    def _unread(self, line: Line, dialogue: Dialogue) -> None:
+        for name in dialogue.unread:
+            self.report.unread_fields += 1
+            self.report.note(f"{line.where}: the field {name} is not read")
 
     def _too_long(self, line: Line, num_tokens: int) -> None:
         problem = f"{line.where}: a sample of {num_tokens} tokens; at most {self.config.max_tokens} are allowed"

@@ -367,12 +367,13 @@ def count_steps(settings: DataSettings, kind: Kind, tokenizer: Tokenizer, say: S
 
 
 def tell_passed_by(report: ReadReport, say: Say) -> None:
-    """Say how many rows are held out, and how many rows and samples were left out, the first with their lines."""
+    """Say how many rows are held out, and how many rows, samples and fields were left out, the first with their lines."""
     if report.held_back:
         say(f"held out: {report.held_back} of {report.rows} rows that were read")
-    if not report.bad_rows and not report.too_long:
-        return
-    say(f"passed by: {report.bad_rows} rows that cannot be used, {report.too_long} samples that are too long")
+    if report.bad_rows or report.too_long:
+        say(f"passed by: {report.bad_rows} rows that cannot be used, {report.too_long} samples that are too long")
+    if report.unread_fields:
+        say(f"passed by: {report.unread_fields} fields that are not read; `ossia data inspect` names them all")
     for problem in report.problems[:3]:
         say(f"  {problem}")
 

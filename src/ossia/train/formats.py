@@ -20,8 +20,9 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple
 
 from ossia.errors import InputError
@@ -183,9 +184,25 @@ def _dialogue(fields: Json, key: str, messages: object, form: Format, defaults: 
             else [_turn(m, f"{key}[{i}]") for i, m in enumerate(messages)]
         )
         made = _Builder().build(turns, fields, told)
-    if weight != 1.0:
-        return Dialogue(made.messages, tuple(weight * w for w in made.weights), made.effort, made.tools, made.unread)
-    return made
+    return replace(
+        made,
+        weights=made.weights if weight == 1.0 else tuple(weight * w for w in made.weights),
+        unread=(*made.unread, *_misspelt(fields)),
+    )
+
+
+# What else may stand in a row is the author's own; what is spelt nearly so was to be read.
+_READ_OF_ROWS = (
+    *("messages", "conversations", "conversation", "prompt", "completion", "chosen", "rejected", "system", "weight"),
+    *("effort", "reasoning_effort", "current_date", "tools", "functions", "response_format", "preferred_output"),
+    *("non_preferred_output", "input"),
+)
+
+
+def _misspelt(fields: Json) -> Iterator[str]:
+    for name in sorted(fields.keys() - set(_READ_OF_ROWS)):
+        if near := get_close_matches(name, _READ_OF_ROWS, n=1, cutoff=0.85):
+            yield f"{name} of a row ({near[0]}?)"
 
 
 # -- harmony -------------------------------------------------------------------------------------------------------

@@ -224,7 +224,7 @@ class _Counts:
             out.append(f"{self.num_unanswered} rows end in a message that no answer follows")
         if made.unread_fields:
             names = ", ".join(f"{name} ({num})" for name, num in list(made.unread_fields.items())[:8])
-            out.append(f"fields of messages that are not read: {names}")
+            out.append(f"fields that are not read: {names}")
         if made.samples and "analysis" not in made.trained and "final" in made.trained:
             out.append("no thoughts are trained; the model may unlearn to think")
         return out
