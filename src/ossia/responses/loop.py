@@ -700,10 +700,8 @@ class Run:
                 engine.check(token_ids, as_fits)
                 return as_fits
             except ContextLengthError:
-                raise ContextLengthError(
-                    f"{error.message}; shorten the input, or leave out its oldest turns, as truncation 'auto' of Responses does",
-                    param="input",
-                ) from None
+                advice = "shorten the input, or leave out its oldest turns, as truncation 'auto' of Responses does"
+                raise ContextLengthError(f"{error.message}; {advice}", param="input") from None
 
 
 _ASKS = "mcp_approval_request"

@@ -98,10 +98,17 @@ class Checkpoints:
         """
         path = self.path(step)
         state = read_state(path)
-        trainable, optimizer = (read_shards(path, name, held or {}) for name in ("trainable", "optimizer"))
         # Random states are a process's own: another number of processes begins with new ones.
         has_own = state.get("processes", 1) == self.team.size
-        return Snapshot(state, trainable, optimizer, read_shards(path, self._own("random"), {}) if has_own else {})
+        try:
+            trainable, optimizer = (read_shards(path, name, held or {}) for name in ("trainable", "optimizer"))
+            random = read_shards(path, self._own("random"), {}) if has_own else {}
+        except CheckpointError as error:
+            before = [one for one in self.steps() if one < step]
+            remedy = f"--resume then goes on after step {before[-1]}" if before else "the run has to begin anew then"
+            met = error.message.removesuffix(".").removesuffix("Download it again").rstrip(". ")
+            raise CheckpointError(f"{met}. Remove {path}; {remedy}.") from None
+        return Snapshot(state, trainable, optimizer, random)
 
     def state(self, step: int) -> dict[str, Any]:
         """The state of a checkpoint alone. Raises CheckpointError as `load`."""

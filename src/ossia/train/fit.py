@@ -367,7 +367,7 @@ def count_steps(settings: DataSettings, kind: Kind, tokenizer: Tokenizer, say: S
 
 
 def tell_passed_by(report: ReadReport, say: Say) -> None:
-    """Say how many rows are held out, and how many rows, samples and fields were left out, the first with their lines."""
+    """Say how many rows are held out, and how many rows, samples and fields left out, the first with their lines."""
     if report.held_back:
         say(f"held out: {report.held_back} of {report.rows} rows that were read")
     if report.bad_rows or report.too_long:

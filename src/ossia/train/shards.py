@@ -115,19 +115,14 @@ def _open(folder: Path, name: str) -> list[_Shard]:
             return [_Shard(entries, map_file(path), {}, {key: entry.shape for key, entry in entries.items()})]
         indices = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
         if any(index["files"] != len(paths) for index in indices):
-            raise CheckpointError(
-                f"{folder} holds {len(paths)} shards of {name}; expected {indices[0]['files']}. Copy it again, or "
-                "remove it to resume before it"
-            )
+            raise CheckpointError(f"{folder} holds {len(paths)} shards of {name}; expected {indices[0]['files']}.")
         files = [path.with_suffix(".safetensors") for path in paths]
         return [
             _Shard(read_header(file), map_file(file), index["first"], {k: tuple(s) for k, s in index["shape"].items()})
             for file, index in zip(files, indices, strict=True)
         ]
     except OSError as error:
-        raise CheckpointError(
-            f"{error.filename} cannot be read: {error.strerror}; remove {folder} to resume before it"
-        ) from None
+        raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}.") from None
 
 
 def _rows(folder: Path, shards: list[_Shard], key: str, shape: tuple[int, ...], extent: Extent | None) -> Tensor:
