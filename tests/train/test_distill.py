@@ -352,6 +352,20 @@ def test_a_run_that_is_resumed_writes_the_same_curve(student, teacher, collected
     assert json.dumps(run("parts", 6, resume=True)) == json.dumps(whole)
 
 
+def test_more_samples_are_not_collected_for_a_run_that_had_fewer(student, teacher, tmp_path):
+    fewer = {"samples": 6, "steps": 2, "save_every": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            distill(settings(student, teacher, tmp_path / "run", **fewer), resume=False, say=quiet)
+    files = sorted((tmp_path / "run" / "teachings").rglob("*.safetensors"))
+    before = [path.read_bytes() for path in files]
+    with pytest.raises(ConfigError, match=r"samples was 6, now 12\. Change them back"):
+        distill(settings(student, teacher, tmp_path / "run", **fewer | {"samples": 12}), resume=True, say=quiet)
+    assert files and [path.read_bytes() for path in files] == before
+    assert distill(settings(student, teacher, tmp_path / "run", **fewer), resume=True, say=quiet).reason == "done"
+
+
 def stop_after(patch: pytest.MonkeyPatch, steps: int) -> None:
     """Let the process be taken away in the middle of a step, as far as a test in the same process can."""
     from ossia.train.trainer import Trainer

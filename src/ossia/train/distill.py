@@ -66,7 +66,7 @@ from ossia.train.result import write_result
 from ossia.train.rl import make_policy_trainer, tell_unread
 from ossia.train.rollout import Exercise, Rollout, Rollouts, rollout_seed
 from ossia.train.rollout_config import DistillConfig
-from ossia.train.run import Outcome, Run, RunFolder, Say
+from ossia.train.run import Outcome, Run, RunFolder, Say, check_resumed
 from ossia.train.tasks import Split, TaskMix, make_mix
 from ossia.train.teacher import Scores, Teacher, open_teacher
 from ossia.train.teachings import Manifest, Teaching, Teachings, vocabulary_digest
@@ -90,6 +90,9 @@ def distill(settings: DistillConfig, *, resume: bool, say: Say) -> Outcome:
         return _on_policy(settings, mix, path, team, resume=resume, say=say)
     tokenizer = Checkpoint.open(path).tokenizer()
     folder = Path(settings.teachings) if settings.teachings else Path(settings.out) / "teachings"
+    if resume:
+        # The teacher may work for hours, and what it adds is something else than what the run began with.
+        check_resumed(settings)
     if settings.teacher:
         mix = make_mix(settings.task, settings.options_of_task, settings.effort_weights)
         collect(settings, mix, tokenizer, folder, say=say)

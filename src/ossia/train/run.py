@@ -22,7 +22,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,11 +147,22 @@ class RunFolder:
             for name, content in state["inputs"].items()
             if self.inputs.get(name) != content
         ]
-        if changes:
-            raise ConfigError(
-                f"the run in {self.path} cannot go on with changed settings: {'; '.join(changes)}. Change them back, "
-                "or give another folder as out"
-            )
+        _refuse(self.path, changes)
+
+
+def check_resumed(settings: TrainConfig) -> None:
+    """Raise ConfigError where the run in the settings' folder, if any, had others; before what would be lost then."""
+    checkpoints = Checkpoints(Path(settings.out) / "checkpoints", keep=settings.keep)
+    if steps := checkpoints.steps():
+        _refuse(Path(settings.out), changed_settings(checkpoints.state(steps[-1])["settings"], settings))
+
+
+def _refuse(path: Path, changes: Sequence[str]) -> None:
+    if changes:
+        raise ConfigError(
+            f"the run in {path} cannot go on with changed settings: {'; '.join(changes)}. Change them back, or give "
+            "another folder as out"
+        )
 
 
 class Run(Generic[B]):
