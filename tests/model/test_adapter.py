@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -388,6 +389,10 @@ def test_missing_files_are_named(small, tmp_path):
         read_adapter(tmp_path / "nowhere", config)
     with pytest.raises(CheckpointError, match=r"holds no adapter_config.json.*It holds a model"):
         read_adapter(tmp_path / "base", config)
+    # The folder of a run that was trained.
+    shutil.copytree(folder, tmp_path / "run" / "adapter")
+    with pytest.raises(CheckpointError, match=r"That of this run is .*run/adapter"):
+        read_adapter(tmp_path / "run", config)
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(CheckpointError, match=r"a pickle.*safe_serialization"):
         read_adapter(folder, config)

@@ -216,7 +216,11 @@ THOUGHT = {"role": "assistant", "reasoning": "t", "content": "x", "tool_calls": 
         ({"messages": [THOUGHT, {"role": "tool", "tool_call_id": "c", "content": [{}]}]}, "messages[1].content[0]"),
         ({"messages": [USER, {"role": "tool", "tool_call_id": "gone", "content": "y"}]}, "messages[1]"),
         ({"messages": [{"role": "assistant", "tool_calls": [THOUGHT["tool_calls"][0], {"type": "function", "function":
-          {}}]}]}, "messages[0].tool_calls[1]"),
+          {}}]}]}, "messages[0].tool_calls[1].function.name"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "c", "type": "function", "function": {"name": "add",
+          "arguments": {"a": 1}}}]}]}, "messages[0].tool_calls[0].function.arguments"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "add",
+          "arguments": "{}"}}]}]}, "messages[0].tool_calls[0].id"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
         ({"response_format": {"type": "yaml"}}, "response_format.type"),
         ({"reasoning_effort": "enormous"}, "reasoning_effort"),

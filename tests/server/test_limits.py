@@ -44,6 +44,30 @@ def test_a_file_without_a_usable_key_is_refused(tmp_path, text):
         Keys.read(tmp_path / "keys")
 
 
+def test_a_key_file_that_has_changed_is_read_again(tmp_path, caplog):
+    path = tmp_path / "keys"
+    first = Keys.make(path, "first")
+    keys = Keys.read(path)
+    second = Keys.make(path, "second")
+    assert (keys.check(f"Bearer {first}"), keys.check(f"Bearer {second}")) == ("first", "second")
+    path.write_text(path.read_text().splitlines()[1] + "\n")
+    with pytest.raises(AuthError, match="not known"):
+        keys.check(f"Bearer {first}")
+    assert keys.check(f"Bearer {second}") == "second"
+    # Half written: as it was, and told once.
+    path.write_text(path.read_text()[:30])
+    assert keys.check(f"Bearer {second}") == keys.check(f"Bearer {second}") == "second"
+    assert (
+        caplog.text.count("is no SHA-256; make a key with `ossia serve --new-key NAME`; the keys stay as they were")
+        == 1
+    )
+    # Without any key nobody may ask, and not everybody.
+    path.write_text("")
+    for header in (None, f"Bearer {second}"):
+        with pytest.raises(AuthError):
+            keys.check(header)
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "example.org", ""])
 def test_an_address_that_others_reach_needs_a_key_or_a_word(host):
     with pytest.raises(ConfigError, match="--open-to-all"):

@@ -191,6 +191,8 @@ def _read_settings(folder: Path) -> _Settings:
     path = folder / CONFIG_NAME
     if not path.is_file():
         hint = " It holds a model: an adapter is given beside its model." if (folder / "config.json").is_file() else ""
+        if (folder / "adapter" / CONFIG_NAME).is_file():
+            hint = f" That of this run is {folder / 'adapter'}."
         raise CheckpointError(f"{folder} holds no {CONFIG_NAME}, so it is no adapter as PEFT writes them.{hint}")
     values = read_json(path)
     if values.get("peft_type") != "LORA":

@@ -310,12 +310,10 @@ class Reader:
 
     def _call(self, item: Json, kind: str, where: str, out: list[Entry]) -> Entry:
         is_function = kind == "function_call"
-        given = item.get("arguments" if is_function else "input")
-        name, call_id = item.get("name"), item.get("call_id") or item.get("id")
-        if not isinstance(name, str) or not isinstance(call_id, str) or not isinstance(given, str):
-            raise InputError(
-                f"{where} is a {kind} without name, call_id or {'arguments' if is_function else 'input'}", param=where
-            )
+        field = "arguments" if is_function else "input"
+        name = _required(item.get("name"), f"{where}.name")
+        call_id = _required(item.get("call_id") or item.get("id"), f"{where}.call_id")
+        given = _required(item.get(field), f"{where}.{field}")
         namespace = _text(item.get("namespace"), f"{where}.namespace")
         kept: Json = {
             "id": _text(item.get("id"), f"{where}.id") or new_id("fc" if is_function else "ctc"),
@@ -323,7 +321,7 @@ class Reader:
             "call_id": call_id,
             "name": name,
             **({"namespace": namespace} if namespace else {}),
-            "arguments" if is_function else "input": given,
+            field: given,
             "status": "completed",
         }
         recipient = f"{namespace or 'functions'}.{name}"
@@ -520,6 +518,13 @@ def _same_arguments(sampled: str, given: str) -> bool:
         return bool(json.loads(sampled) == json.loads(given))
     except (ValueError, RecursionError):
         return False
+
+
+def _required(value: object, where: str) -> str:
+    if isinstance(value, str):
+        return value
+    met = "missing" if value is None else repr(str(value)[:80])
+    raise InputError(f"{where} is {met}; expected a text", param=where)
 
 
 def _text(value: object, where: str) -> str:

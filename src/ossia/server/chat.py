@@ -271,6 +271,9 @@ def _fields(body: ChatRequest) -> list[tuple[str, str]]:
     fields = [
         (r"(messages\[\d+\])\.output", r"\1.content"),
         (r"(messages\[\d+\])\.call_id", r"\1.tool_call_id"),
+        (r"(messages\[\d+\]\.tool_calls\[\d+\])\.call_id", r"\1.id"),
+        (r"(messages\[\d+\]\.tool_calls\[\d+\])\.(name|arguments)", r"\1.function.\2"),
+        (r"(messages\[\d+\]\.tool_calls\[\d+\])\.input", r"\1.custom.input"),
         (r"tools\[(\d+)\]\.(name|description|parameters)", r"tools[\1].function.\2"),
         (r"tools\[(\d+)\]\.format", r"tools[\1].custom.format"),
         (r"reasoning\.effort", "reasoning_effort"),

@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import hmac
 import ipaddress
+import logging
 import secrets
 import time
 from collections import OrderedDict, deque
@@ -21,34 +22,32 @@ from urllib.parse import urlsplit
 
 from ossia.errors import AuthError, ConfigError, ForbiddenError, LimitError
 
+_log = logging.getLogger(__name__)
+
 # Callers whose rate is remembered; the one that has not asked for the longest time is forgotten first.
 _MAX_CALLERS = 10_000
 
 
 class Keys:
-    """The keys that are known; without any, everybody may ask."""
+    """The keys that are known; without any at the start, everybody may ask.
 
-    def __init__(self, digests: Sequence[tuple[str, str]] = ()) -> None:
-        """``digests`` are (SHA-256 in hexadecimal, name)."""
+    Those of a file are read again when it has changed: a key that is deleted there is not known any more.
+    """
+
+    def __init__(self, digests: Sequence[tuple[str, str]] = (), path: Path | None = None) -> None:
+        """``digests`` are (SHA-256 in hexadecimal, name), ``path`` the file that they were read from."""
         self._digests = [(bytes.fromhex(digest), name) for digest, name in digests]
+        self._is_needed = bool(digests)
+        self._path = path
+        self._state = _state(path)
 
     @classmethod
     def read(cls, path: Path) -> Keys:
         """Raises ConfigError if the file cannot be read or is no key file."""
-        try:
-            lines = [line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: the key file cannot be read: {error}") from None
-        digests = []
-        for number, words in enumerate(lines, start=1):
-            if not words or words[0].startswith("#"):
-                continue
-            if len(words[0]) != 64 or not all(letter in "0123456789abcdef" for letter in words[0]):
-                raise ConfigError(f"{path}: line {number} is no SHA-256; make a key with `ossia serve --new-key NAME`")
-            digests.append((words[0], words[1] if len(words) > 1 else "unnamed"))
+        digests = _read(path)
         if not digests:
             raise ConfigError(f"{path}: the key file holds no key; make one with `ossia serve --new-key NAME`")
-        return cls(digests)
+        return cls(digests, path)
 
     @staticmethod
     def make(path: Path, name: str) -> str:
@@ -61,15 +60,16 @@ class Keys:
         return key
 
     def __bool__(self) -> bool:
-        return bool(self._digests)
+        return self._is_needed
 
     def check(self, authorization: str | None, api_key: str | None = None) -> str | None:
         """The caller's name, None where no key is asked for. Raises AuthError.
 
         ``authorization`` is the header of OpenAI's clients, ``api_key`` that of Anthropic's.
         """
-        if not self._digests:
+        if not self._is_needed:
             return None
+        self._refresh()
         scheme, _, given = (authorization or "").partition(" ")
         if scheme.lower() != "bearer":
             given = api_key or ""
@@ -81,6 +81,44 @@ class Keys:
         if not names:
             raise AuthError("the API key is not known to this server")
         return names[0]
+
+    def _refresh(self) -> None:
+        state = _state(self._path)
+        if self._path is None or state == self._state:
+            return
+        self._state = state
+        try:
+            digests = _read(self._path)
+        # Half written, perhaps.
+        except ConfigError as error:
+            _log.warning("%s; the keys stay as they were", error.message)
+            return
+        self._digests = [(bytes.fromhex(digest), name) for digest, name in digests]
+        _log.info("%s was read again: keys of %s", self._path, ", ".join(name for _, name in digests) or "nobody")
+
+
+def _read(path: Path) -> list[tuple[str, str]]:
+    try:
+        lines = [line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: the key file cannot be read: {error}") from None
+    digests = []
+    for number, words in enumerate(lines, start=1):
+        if not words or words[0].startswith("#"):
+            continue
+        if len(words[0]) != 64 or not all(letter in "0123456789abcdef" for letter in words[0]):
+            raise ConfigError(f"{path}: line {number} is no SHA-256; make a key with `ossia serve --new-key NAME`")
+        digests.append((words[0], words[1] if len(words) > 1 else "unnamed"))
+    return digests
+
+
+def _state(path: Path | None) -> tuple[int, ...]:
+    """What changes when a file is written or replaced."""
+    try:
+        found = path.stat() if path is not None else None
+    except OSError:
+        return (0,)
+    return () if found is None else (found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def _digest(key: str) -> bytes:
