@@ -100,7 +100,9 @@ def test_exercises_that_are_kept_are_not_done_again(tmp_path):
         Log(path, {**how, "seed": 1})
 
 
-@pytest.mark.parametrize("text", ["no JSON\n", "[1]\n", '{"how": {}}\n{"task": "odd"}\n', '{"how": {}}\n5\n'])
+@pytest.mark.parametrize(
+    "text", ["no JSON\n", "one line", "[1]\n", '{"how": {}}\n{"task": "odd"}\n', '{"how": {}}\n5\n']
+)
 def test_a_file_of_something_else_is_left_alone(tmp_path, text):
     path = tmp_path / "notes.txt"
     path.write_text(text)

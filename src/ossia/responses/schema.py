@@ -13,6 +13,7 @@ import json
 import secrets
 import time
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from json.encoder import encode_basestring
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
@@ -69,7 +70,7 @@ class TextFormat(_Tolerant):
     syntax: Literal["lark", "regex"] | None = None
     definition: str | None = None
 
-    @property
+    @cached_property
     def is_strict(self) -> bool:
         """Whether the schema is enforced; of one that does not say, where it can be."""
         if self.strict is not None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,10 +82,9 @@ class Log:
         first = json.dumps({"how": how})
         data = path.read_bytes() if path.exists() else b""
         # The last line may have been broken off.
-        whole = data[: data.rfind(b"\n") + 1]
-        lines = whole.decode("utf-8", "replace").splitlines()
+        *lines, rest = data.split(b"\n")
         try:
-            before = json.loads(lines[0])["how"] if lines else how
+            before = json.loads(lines[0])["how"] if data else how
             for line in lines[1:]:
                 self._note(json.loads(line))
         except (ValueError, LookupError, TypeError):
@@ -94,7 +94,10 @@ class Log:
             said = ", ".join(f"{name} was {before.get(name)!r}, now {how.get(name)!r}" for name in changed)
             raise ConfigError(f"{path} holds exercises that were done otherwise: {said}; give another name")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(whole or f"{first}\n".encode())
+        if rest:
+            os.truncate(path, len(data) - len(rest))
+        elif not data:
+            path.write_text(f"{first}\n", encoding="utf-8")
 
     def done(self, task: str, effort: Effort) -> Mapping[int, Done]:
         """Those of a task at an effort, by their numbers."""
