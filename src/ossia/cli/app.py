@@ -30,6 +30,7 @@ _HOMES = {
     "train": "train",
     "checkpoint": "checkpoint",
     "data": "data",
+    "eval": "evals",
 }
 
 

@@ -1,0 +1,128 @@
+"""`ossia eval`: the model card's evaluations, asked of a server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, get_args
+
+import typer
+
+from ossia.cli.progress import count_progress
+from ossia.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from ossia.evals.benchmarks import Benchmark, Question
+    from ossia.evals.run import How, Score
+
+
+def eval(
+    benchmark: Annotated[str, typer.Argument(help="aime24, aime25, gpqa or mmlu.")],
+    model: Annotated[str, typer.Option(help="The model's name at the server.")] = "gpt-oss-20b",
+    url: Annotated[
+        str, typer.Option(help="The server's API; `ossia serve` has it there.")
+    ] = "http://127.0.0.1:8000/v1",
+    api: Annotated[str, typer.Option(help="responses, or chat for servers without Responses.")] = "responses",
+    efforts: Annotated[str, typer.Option(help="Efforts, commas between.")] = "low,medium,high",
+    python: Annotated[bool, typer.Option("--python", help="Let the model use the server's python tool.")] = False,
+    count: Annotated[int, typer.Option(min=0, help="Ask this many questions, the same ones each time; 0: all.")] = 0,
+    repeats: Annotated[int, typer.Option(min=0, help="Ask each so many times; 0: as OpenAI's own runs do.")] = 0,
+    concurrency: Annotated[int, typer.Option(min=1, help="Questions that are asked at once.")] = 16,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="The card's scores are drawn at 1.")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, its reasoning included.")] = 131_072,
+    data: Annotated[
+        list[Path] | None, typer.Option(help="The questions' files; by default they are downloaded.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="A folder to keep all answers in, and to go on from.")] = None,
+    key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="The server's key.")] = "none",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure a model on a benchmark of the model card, through the API of ossia's server or any other.
+
+    Scores are printed beside those that the card and others report.
+
+    Example: ossia eval aime25 --model gpt-oss-20b --efforts low --out runs/aime25
+    """
+    import asyncio
+    import json
+    import random
+
+    from ossia.evals.benchmarks import BENCHMARKS
+    from ossia.evals.data import read_questions
+    from ossia.evals.run import Api, How
+
+    if (asked := BENCHMARKS.get(benchmark)) is None:
+        raise ConfigError(f"there is no benchmark {benchmark!r}; expected one of: {', '.join(BENCHMARKS)}")
+    asked_by = next((one for one in get_args(Api) if one == api), None)
+    if asked_by is None or (python and api == "chat"):
+        raise ConfigError(f"--api is {api!r}; expected responses, or chat, which has no python tool of the server's")
+    wanted = [one.strip() for one in efforts.split(",") if one.strip()]
+    if not wanted or set(wanted) - {"low", "medium", "high"}:
+        raise ConfigError(f"--efforts is {efforts!r}; expected some of: low, medium, high")
+    questions = read_questions(asked, data or ())
+    if count and count < len(questions):
+        questions = random.Random(0).sample(questions, count)
+    elif len(questions) != asked.num_questions:
+        typer.echo(f"{asked.title} has {asked.num_questions:,} questions, {len(questions):,} are here", err=True)
+    hows = [How(asked.name, url, model, effort, asked_by, python, temperature, max_tokens) for effort in wanted]
+    scores = asyncio.run(_ask(asked, questions, hows, key, out, repeats or asked.num_repeats, concurrency))
+    if as_json:
+        print(json.dumps({effort: one._asdict() for effort, one in scores.items()}, indent=1))
+    else:
+        _print(hows[0], scores)
+
+
+async def _ask(
+    benchmark: Benchmark,
+    questions: Sequence[Question],
+    hows: Sequence[How],
+    key: str,
+    out: Path | None,
+    num_repeats: int,
+    concurrency: int,
+) -> dict[str, Score]:
+    from openai import AsyncOpenAI
+
+    from ossia.evals.run import Log, run
+
+    scores = {}
+    # A long thought takes hours on a laptop.
+    async with AsyncOpenAI(base_url=hows[0].url, api_key=key, timeout=86_400, max_retries=4) as client:
+        for how in hows:
+            name = f"{how.benchmark}{'-python' if how.python else ''}-{how.effort}.jsonl"
+            with count_progress(f"{how.benchmark} {how.effort}") as progress:
+                scores[how.effort] = await run(
+                    client,
+                    benchmark,
+                    questions,
+                    how,
+                    num_repeats=num_repeats,
+                    concurrency=concurrency,
+                    log=Log(None if out is None else out / name, how),
+                    progress=progress,
+                )
+    return scores
+
+
+def _print(how: How, scores: Mapping[str, Score]) -> None:
+    """The scores, beside those that were reported of the same model."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ossia.evals.card import EFFORTS, REPORTED, size_of
+
+    reported = REPORTED.get((how.benchmark, how.python, size_of(how.model) or ""), ())
+    names = ("effort", "score", "95 %", "cut off", "tokens", *(one.by for one in reported))
+    table = Table(*names, box=None, padding=(0, 2, 0, 0))
+    for effort, one in scores.items():
+        others = [each.scores[EFFORTS.index(effort)] for each in reported]
+        table.add_row(
+            effort,
+            f"{one.mean:.1f} %",
+            f"± {one.half_width:.1f}",
+            f"{one.unfinished:.1f} %",
+            f"{one.output_tokens:,.0f}",
+            *("" if value is None else f"{value:.1f}" for value in others),
+        )
+    Console().print(table)

@@ -1,0 +1,52 @@
+"""The answer in what a model said: a whole number, or the letter of a choice."""
+
+from __future__ import annotations
+
+import re
+
+_BOXED = re.compile(r"\\(?:boxed|framebox)\s*\{")
+_WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|textrm|,|;|!)\s*|[{}$*_`\s]")
+_NUMBER = re.compile(r"\d[\d,]*")
+
+
+def boxed(text: str) -> str | None:
+    """What stands in the last \\boxed{...}, braces within it included; None without one that is closed."""
+    for match in reversed(list(_BOXED.finditer(text))):
+        depth = 1
+        for i in range(match.end(), len(text)):
+            depth += {"{": 1, "}": -1}.get(text[i], 0)
+            if not depth:
+                return text[match.end() : i]
+    return None
+
+
+def whole_number(text: str) -> int | None:
+    """The number of the last box, or else the last whole number of the text; None where there is none.
+
+    Thousands may be parted by commas. Of several numbers in a box, as "x = 12", the last counts.
+    """
+    box = boxed(text)
+    found = _NUMBER.findall((box if box is not None else text).replace("{,}", ","))
+    return int(found[-1].replace(",", "")) if found else None
+
+
+# From the plainest to the vaguest; of one kind the last counts, since people and models correct themselves.
+_LETTER = r"[(\[*_`\s]*([A-Z])(?![A-Za-z0-9'’])"
+_SAID = (
+    re.compile(rf"(?i:answers?|option|choice)\b(?:\s+(?i:is|would\s+be|must\s+be))?[\s:*_\-–]*{_LETTER}"),
+    re.compile(r"(?<![A-Za-z0-9])[(\[]\s*([A-Z])\s*[)\]](?![A-Za-z0-9])"),
+    re.compile(r"(?<![A-Za-z0-9*_])(?:\*{1,2}|_{1,2})\s*([A-Z])(?:[).:][^*_\n]*)?\s*(?:\*{1,2}|_{1,2})(?![A-Za-z0-9])"),
+    re.compile(r"^\s*([A-Z])\s*(?:[).:\-–].*)?$", re.MULTILINE),
+)
+
+
+def letter(text: str, letters: str = "ABCD") -> str | None:
+    """The choice that a text names: in a box, behind the word answer, in brackets, bold, or on a line of its own."""
+    box = boxed(text)
+    if box is not None and (match := re.match(rf"\(?([{letters}])(?![A-Za-z])", _WRAPPED.sub("", box))):
+        return match[1]
+    for pattern in _SAID:
+        found = [match[1] for match in pattern.finditer(text) if match[1] in letters]
+        if found:
+            return found[-1]
+    return None

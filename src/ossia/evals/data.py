@@ -1,0 +1,43 @@
+"""The questions of a benchmark: from a file, or downloaded once from where they are published."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import httpx
+
+from ossia.config import data_folder
+from ossia.errors import InputError, UnavailableError
+from ossia.evals.benchmarks import Benchmark, Question
+
+
+def read_questions(benchmark: Benchmark, files: Sequence[Path] = (), *, folder: Path | None = None) -> list[Question]:
+    """All questions of a benchmark, of ``files`` if any are given; else of its downloads in ``folder``.
+
+    Raises InputError for a file of something else, UnavailableError when it cannot be downloaded.
+    """
+    if files:
+        found = benchmark.questions([path.read_bytes() for path in files])
+    else:
+        folder = folder or data_folder() / "evals"
+        places = [folder / f"{benchmark.name}-{i}" for i in range(1, len(benchmark.urls) + 1)]
+        found = benchmark.questions([_downloaded(*one) for one in zip(benchmark.urls, places, strict=True)])
+    if len({one.key for one in found}) != len(found) or not found:
+        raise InputError(f"{benchmark.title} has {len(found)} questions here, some of them twice; expected each once")
+    return found
+
+
+def _downloaded(url: str, path: Path) -> bytes:
+    if path.is_file():
+        return path.read_bytes()
+    try:
+        answer = httpx.get(url, follow_redirects=True, timeout=60).raise_for_status()
+    except httpx.HTTPError as error:
+        met = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else type(error).__name__
+        raise UnavailableError(f"{url} cannot be downloaded ({met}); give the file with --data") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(answer.content)
+    partial.rename(path)
+    return answer.content

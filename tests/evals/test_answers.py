@@ -1,0 +1,66 @@
+"""Answers found in what models say."""
+
+from __future__ import annotations
+
+import pytest
+
+from ossia.evals.answers import boxed, letter, whole_number
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (r"So \boxed{204}.", "204"),
+        (r"\boxed{\frac{1}{2}} and then \boxed{x = {3}}", "x = {3}"),
+        (r"\framebox {7}", "7"),
+        (r"\boxed{1} then \boxed{2", "1"),
+        ("no box", None),
+    ],
+)
+def test_the_last_box_that_is_closed_counts(text, found):
+    assert boxed(text) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (r"The answer is $\boxed{073}$.", 73),
+        (r"\boxed{1{,}024}", 1024),
+        (r"\boxed{m+n = 12}", 12),
+        (r"\boxed{\text{none}}", None),
+        ("It is 12, so 1,024.", 1024),
+        ("none", None),
+        ("", None),
+    ],
+)
+def test_a_whole_number(text, found):
+    assert whole_number(text) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("A", "A"),
+        ("**C**", "C"),
+        ("(D)", "D"),
+        ("Answer: B", "B"),
+        ("**Answer:** A", "A"),
+        ("The correct answer is (C).", "C"),
+        ("the final answer is **D**, not A.", "D"),
+        ("Answer: A. No, wait.\n\nAnswer: B", "B"),
+        (r"Hence $\boxed{\textbf{(B)}}$", "B"),
+        (r"\boxed{C) 3.2 m}", "C"),
+        ("Option C is right", "C"),
+        ("I rule out (A) and (B); it must be (D)", "D"),
+        ("**B) 2.08 m**", "B"),
+        ("The reasons are long.\nB", "B"),
+        ("C. Because it is hot", "C"),
+        ("A cat sat on the mat", None),
+        ("I don't know", None),
+        ("Answer: none of them", None),
+        ("Answer: E", None),
+        ("", None),
+    ],
+)
+def test_a_letter(text, found):
+    assert letter(text) == found

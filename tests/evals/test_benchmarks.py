@@ -1,0 +1,115 @@
+"""What benchmarks ask, from files in the forms in which they are published."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from ossia.errors import InputError, UnavailableError
+from ossia.evals.benchmarks import BENCHMARKS
+from ossia.evals.card import EFFORTS, REPORTED, size_of
+from ossia.evals.data import read_questions
+
+AIME24 = {"rows": [{"row_idx": 0, "row": {"ID": "2024-I-1", "Problem": "How many?", "Solution": "x", "Answer": 204}}]}
+AIME25 = [
+    {"question": "Find the sum.\u2028Then stop.", "answer": "70"},
+    {"question": "An angle?", "answer": "336^\\circ"},
+]
+GPQA = {
+    "Question": "What, then?\n\nSay it.",
+    "Correct Answer": "right ",
+    "Incorrect Answer 1": "wrong, one",
+    "Incorrect Answer 2": "wrong two",
+    "Incorrect Answer 3": "wrong three",
+    "High-level domain": "Physics",
+}
+MMLU = {"Question": "2+2?", "A": "1", "B": "4", "C": "5", "D": "6", "Answer": "B", "Subject": "elementary_mathematics"}
+
+
+def table(*rows: dict[str, str]) -> bytes:
+    out = io.StringIO(newline="")
+    made = csv.DictWriter(out, list(rows[0]))
+    made.writeheader()
+    made.writerows(rows)
+    return out.getvalue().encode()
+
+
+def lines(*rows: dict) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def test_whole_numbers_are_asked_for_in_a_box():
+    (first,) = BENCHMARKS["aime24"].questions([json.dumps(AIME24).encode()])
+    asked = BENCHMARKS["aime24"].ask(first, 0)
+    assert asked.prompt == "How many?\nPlease reason step by step, and put your final answer within \\boxed{}."
+    assert asked.answer == "204" and BENCHMARKS["aime24"].is_right("So \\boxed{204}", asked.answer)
+    made = BENCHMARKS["aime25"].questions([lines(AIME25[0]), lines(AIME25[1])])
+    assert [(one.text, one.answer) for one in made] == [(AIME25[0]["question"], "70"), ("An angle?", "336")]
+    assert BENCHMARKS["aime25"].is_right("\\boxed{070}", "70") and not BENCHMARKS["aime25"].is_right("none", "70")
+
+
+def test_choices_are_shuffled_by_the_question_and_the_repeat():
+    (question,) = BENCHMARKS["gpqa"].questions([table(GPQA)])
+    assert (question.group, question.choices[0]) == ("Physics", "right")
+    asked = [BENCHMARKS["gpqa"].ask(question, repeat) for repeat in range(40)]
+    assert asked == [BENCHMARKS["gpqa"].ask(question, repeat) for repeat in range(40)]
+    assert {one.answer for one in asked} == set("ABCD")
+    for one in asked:
+        assert f"\n({one.answer}) right\n" in one.prompt and one.prompt.startswith("What, then?\n\nSay it.\n\n(A) ")
+        assert one.prompt.endswith("\n\nExpress your final answer as the corresponding option 'A', 'B', 'C', or 'D'.")
+
+
+def test_choices_that_have_letters_keep_them():
+    (question,) = BENCHMARKS["mmlu"].questions([table(MMLU)])
+    asked = BENCHMARKS["mmlu"].ask(question, 3)
+    assert asked.answer == "B" and "(A) 1\n(B) 4\n(C) 5\n(D) 6" in asked.prompt
+    assert BENCHMARKS["mmlu"].is_right("**B**", "B")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("aime25", lines(AIME25[0], {"question": "x"}), r"row 2 is no question of AIME 2025 \(KeyError"),
+        ("aime25", lines({"question": "x", "answer": "none"}), "row 1 is no question.*the answer is 'none'"),
+        ("aime25", b'{"question": ', "no JSON lines"),
+        ("gpqa", table({**GPQA, "Incorrect Answer 2": " "}), "row 1 is no question of GPQA Diamond.*empty"),
+        ("mmlu", table({**MMLU, "Answer": "E"}), "the answer is 'E'"),
+        ("mmlu", table(GPQA), "row 1 is no question of MMLU"),
+        ("mmlu", b"\xff\xfe", "no UTF-8"),
+        ("mmlu", table(MMLU, MMLU), "2 questions here, some of them twice"),
+        ("mmlu", b"", "0 questions"),
+    ],
+)
+def test_a_file_of_something_else_is_named(name, data, words, tmp_path):
+    (tmp_path / "data").write_bytes(data)
+    with pytest.raises(InputError, match=words):
+        read_questions(BENCHMARKS[name], [tmp_path / "data"])
+
+
+def test_questions_are_downloaded_once(tmp_path, monkeypatch):
+    asked = []
+
+    def get(url: str, **settings: object) -> object:
+        import httpx
+
+        asked.append(url)
+        status = 404 if "mmlu" in url else 200
+        return httpx.Response(status, content=lines(AIME25["-II" in url]), request=httpx.Request("GET", url))
+
+    monkeypatch.setattr("httpx.get", get)
+    for _ in range(2):
+        assert [one.answer for one in read_questions(BENCHMARKS["aime25"], folder=tmp_path)] == ["70", "336"]
+    assert len(asked) == 2 and sorted(path.name for path in Path(tmp_path).iterdir()) == ["aime25-1", "aime25-2"]
+    with pytest.raises(UnavailableError, match=r"mmlu\.csv cannot be downloaded \(404\); give the file with --data"):
+        read_questions(BENCHMARKS["mmlu"], folder=tmp_path)
+
+
+def test_reported_scores_belong_to_benchmarks():
+    assert {name for name, _, _ in REPORTED} == set(BENCHMARKS)
+    assert all(len(one.scores) == len(EFFORTS) for each in REPORTED.values() for one in each)
+    names = ("openai/gpt-oss-120b", "gpt-oss:20b", "gpt-oss-20b-GGUF:Q8_0", "nano")
+    assert [size_of(name) for name in names] == ["120b", "20b", "20b", None]

@@ -1,0 +1,144 @@
+"""Benchmarks asked of a server: a real one, whose model is scripted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+from tests.responses.scripts import TOKENIZER, Scripted, model, tokens
+from tests.server.conftest import Served
+
+from ossia.cli import main
+from ossia.errors import ConfigError
+from ossia.evals import run as evals_run
+from ossia.evals.run import How, Log, Said, score
+from ossia.server.store import Store
+
+THOUGHT = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>{}<|return|>"
+
+
+@pytest.fixture
+def server() -> Iterator[Served]:
+    made = Served(model(engine=Scripted(THOUGHT.format("\\boxed{7}"))), Store("sqlite://"))
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def questions(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    rows = [{"question": f"Question {i}?", "answer": str(7 if i % 2 else 8)} for i in range(6)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def evaluate(server: Served, questions, *more: str) -> int:
+    return main(
+        [
+            "eval",
+            "aime25",
+            "--url",
+            f"{server.url}/v1",
+            "--data",
+            str(questions),
+            "--efforts",
+            "low,high",
+            "--repeats",
+            "2",
+            "--max-tokens",
+            "100",
+            *more,
+        ]
+    )
+
+
+@pytest.mark.parametrize("api", ["responses", "chat"])
+def test_scores_are_printed_beside_those_that_were_reported(server, questions, capsys, api):
+    assert evaluate(server, questions, "--api", api) == 0
+    out, err = capsys.readouterr()
+    low, high = (line.split() for line in out.splitlines()[1:3])
+    # Half of the questions are right in both repeats: the error is that of six questions, and not of twelve.
+    assert low[:5] == ["low", "50.0", "%", "±", "43.8"] and high[:2] == ["high", "50.0"]
+    assert (low[-3:], high[-3:]) == (["37.1", "38.8", "34.2"], ["91.7", "85.8", "84.2"])
+    assert "AIME 2025 has 30 questions, 6 are here" in err
+    efforts = [server.engine.prompts[i] for i in (0, -1)]
+    assert [("Reasoning: low" in text, "Reasoning: high" in text) for text in map(TOKENIZER.decode, efforts)] == [
+        (True, False),
+        (False, True),
+    ]
+
+
+def test_answers_are_kept_and_not_asked_for_again(server, questions, tmp_path, capsys):
+    out = ["--out", str(tmp_path / "runs"), "--json"]
+    assert evaluate(server, questions, *out, "--count", "2") == 0
+    assert len(server.engine.prompts) == 2 * 2 * 2
+    capsys.readouterr()
+    with open(tmp_path / "runs" / "aime25-low.jsonl", "a") as file:
+        file.write('{"key": "broken of')
+    assert evaluate(server, questions, *out) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(server.engine.prompts) == 6 * 2 * 2
+    assert found["low"]["num_questions"] == 6 and found["low"]["num_repeats"] == 2
+    assert found["low"]["output_tokens"] == len(tokens(THOUGHT.format("\\boxed{7}")))
+    lines = (tmp_path / "runs" / "aime25-low.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["how"]["effort"] == "low" and len(lines) == 13
+    assert evaluate(server, questions, *out, "--temperature", "0.5") == 1
+    assert "temperature was 1.0, now 0.5; give another name" in capsys.readouterr().err
+
+
+def test_what_the_limit_cuts_off_is_told(server, questions, capsys):
+    server.play("<|channel|>analysis<|message|>Hm" + " and so on" * 200)
+    assert evaluate(server, questions, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["low"]["unfinished"] == 100
+
+
+def test_what_cannot_be_asked_is_told(server, questions, capsys):
+    for more, words in (
+        (["--python"], "offers no python tool; serve with it"),
+        (["--python", "--api", "chat"], "--api is 'chat'"),
+        (["--model", "gpt-5"], "answers with status 404"),
+        (["--efforts", "extreme"], "--efforts is 'extreme'"),
+        (["--url", "http://127.0.0.1:9/v1"], "http://127.0.0.1:9/v1 cannot be asked: "),
+    ):
+        assert evaluate(server, questions, *more) == 1
+        err = capsys.readouterr().err
+        assert words in err and "Traceback" not in err
+    assert main(["eval", "aime26"]) == 1
+    assert "expected one of: aime24, aime25, gpqa, mmlu" in capsys.readouterr().err
+
+
+def test_a_score_and_its_error_are_those_of_the_questions():
+    def said(key: str, *rights: bool) -> list[Said]:
+        return [Said(key, i, right, "7", "7", True, 10, 5) for i, right in enumerate(rights)]
+
+    made = score([*said("a", True, True), *said("b", True, False), *said("c", False, False), *said("d", True, True)])
+    assert (made.mean, made.num_questions, made.num_repeats, made.unfinished) == (62.5, 4, 2, 0)
+    # Of the means 1, 0.5, 0 and 1.
+    assert made.half_width == pytest.approx(196 * (0.22916667 / 4) ** 0.5, abs=0.01)
+
+
+def test_a_file_of_something_else_is_left_alone(tmp_path):
+    path = tmp_path / "notes"
+    for text in ("one line", "two\nlines\n", '{"how": 1}\n{"key": 2}\n'):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="no file of a benchmark's answers"):
+            Log(path, How("aime25", "http://a", "m", "low"))
+        assert path.read_text() == text
+
+
+def test_an_interrupt_keeps_what_was_answered(server, questions, tmp_path, monkeypatch):
+    server.play(THOUGHT.format("\\boxed{7}"), delay_s=0.02)
+
+    answer, asked = evals_run._answer, []
+
+    async def interrupted(*given: object) -> object:
+        asked.append(1)
+        if len(asked) > 4:
+            raise KeyboardInterrupt
+        return await answer(*given)
+
+    monkeypatch.setattr(evals_run, "_answer", interrupted)
+    assert evaluate(server, questions, "--out", str(tmp_path / "runs"), "--concurrency", "1") == 130
+    lines = (tmp_path / "runs" / "aime25-low.jsonl").read_text().splitlines()
+    assert len(lines) == 1 + 4
