@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterator
 
 import pytest
-from tests.responses.scripts import TOKENIZER, Scripted, model, tokens
+from tests.responses.scripts import REASONED, TOKENIZER, Scripted, model, tokens
+from tests.responses.tool_scripts import PYTHON_LOOP, final, make_boxes
 from tests.server.conftest import Served
 
 from ossia.cli import main
@@ -91,6 +92,37 @@ def test_what_the_limit_cuts_off_is_told(server, questions, capsys):
     server.play("<|channel|>analysis<|message|>Hm" + " and so on" * 200)
     assert evaluate(server, questions, "--json") == 0
     assert json.loads(capsys.readouterr().out)["low"]["unfinished"] == 100
+
+
+def test_the_model_may_use_the_server_s_python(tmp_path, capsys):
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"question": "What is 1 + ... + 11?", "answer": "66"}\n')
+    server = Served(
+        model(engine=Scripted(*PYTHON_LOOP, REASONED + final("The sum is 66."))),
+        Store("sqlite://"),
+        tools=make_boxes(tmp_path),
+    )
+    try:
+        if server.service.tools.python is None:
+            pytest.skip(f"no sandbox works on this machine: {server.service.tools.off['python']}")
+        one = [
+            "--python",
+            "--repeats",
+            "1",
+            "--efforts",
+            "low",
+            "--max-tokens",
+            "9999",
+            "--out",
+            str(tmp_path / "runs"),
+        ]
+        assert evaluate(server, path, *one) == 0
+    finally:
+        server.stop()
+    low = capsys.readouterr().out.splitlines()[1].split()
+    assert low[:2] == ["low", "100.0"] and low[-1] == "57.5"
+    (kept,) = (tmp_path / "runs").iterdir()
+    assert kept.name == "aime25-python-low.jsonl" and "The sum is 66." in kept.read_text()
 
 
 def test_what_cannot_be_asked_is_told(server, questions, capsys):
