@@ -23,7 +23,7 @@ LAYERS = [
     {"engine"},
     {"model"},
     {"ops", "harmony"},
-    {"config"},
+    {"config", "kept_lines"},
     {"errors"},
 ]
 # The package's own `__init__` loads its public names lazily and is above everything.

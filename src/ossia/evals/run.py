@@ -7,9 +7,7 @@ The score is the mean over the questions of each one's mean over its repeats. It
 from __future__ import annotations
 
 import asyncio
-import json
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,6 +16,7 @@ from openai import APIError, APIStatusError, AsyncOpenAI
 
 from ossia.errors import ConfigError, UnavailableError
 from ossia.evals.benchmarks import Asked, Benchmark, Question
+from ossia.kept_lines import KeptLines
 
 Api = Literal["responses", "chat"]
 
@@ -61,40 +60,22 @@ class Score(NamedTuple):
 
 
 class Log:
-    """Answers in a file, a JSON line each behind one that tells how they were got: what is there is not asked again."""
+    """Answers, in memory or in a file: what stands in it is not asked again (`ossia.kept_lines`)."""
 
     def __init__(self, path: Path | None, how: How) -> None:
-        """None keeps them in memory. Raises ConfigError for a file of something else."""
-        self._path = path
-        self.said: dict[tuple[str, int], Said] = {}
-        if path is None:
-            return
-        data = path.read_bytes() if path.exists() else b""
-        # The last line may have been broken off.
-        *lines, rest = data.split(b"\n")
-        told = how._asdict()
+        """Raises ConfigError for a file of something else, or of answers that were got otherwise."""
+        self._kept = None if path is None else KeptLines(path, how._asdict(), "a benchmark's answers")
         try:
-            before = json.loads(lines[0])["how"] if data else told
-            for line in lines[1:]:
-                one = Said(**json.loads(line))
-                self.said[one.key, one.repeat] = one
-        except (ValueError, LookupError, TypeError):
+            said = [Said(**line) for line in self._kept.lines] if self._kept is not None else []
+        except TypeError:
             raise ConfigError(f"{path} is no file of a benchmark's answers; give another name") from None
-        if before != told:
-            names = sorted(name for name in {*before, *told} if before.get(name) != told.get(name))
-            changed = ", ".join(f"{name} was {before.get(name)!r}, now {told.get(name)!r}" for name in names)
-            raise ConfigError(f"{path} holds answers that were got otherwise: {changed}; give another name")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if rest:
-            os.truncate(path, len(data) - len(rest))
-        elif not data:
-            path.write_text(json.dumps({"how": told}) + "\n", encoding="utf-8")
+        self.said = {(one.key, one.repeat): one for one in said}
 
     def add(self, one: Said) -> None:
+        """Keep one more."""
         self.said[one.key, one.repeat] = one
-        if self._path is not None:
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(one._asdict(), ensure_ascii=False) + "\n")
+        if self._kept is not None:
+            self._kept.add([one._asdict()])
 
 
 async def run(

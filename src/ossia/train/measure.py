@@ -11,9 +11,7 @@ inference*, 1927).
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any, NamedTuple
 
 from ossia.errors import ConfigError, InputError
 from ossia.harmony import Effort, Tokenizer
+from ossia.kept_lines import KeptLines
 from ossia.local import load
 from ossia.train.rollout import Exercise, Rollout, RolloutConfig, Rollouts, rollout_seed
 from ossia.train.tasks import Task, TaskMix
@@ -70,34 +69,17 @@ class Done(NamedTuple):
 
 
 class Log:
-    """Exercises that were done, in a file: a JSON line each, behind one that tells how they were.
-
-    What stands in it is not done again, so that a measurement that was broken off goes on.
-    """
+    """Exercises that were done, in a file: what stands in it is not done again (`ossia.kept_lines`)."""
 
     def __init__(self, path: Path, how: Mapping[str, Any]) -> None:
         """Raises ConfigError for a file of something else, or of exercises that were done otherwise."""
-        self._path = path
+        self._kept = KeptLines(path, how, "measured exercises")
         self._done: dict[tuple[str, str], dict[int, Done]] = {}
-        first = json.dumps({"how": how})
-        data = path.read_bytes() if path.exists() else b""
-        # The last line may have been broken off.
-        *lines, rest = data.split(b"\n")
         try:
-            before = json.loads(lines[0])["how"] if data else how
-            for line in lines[1:]:
-                self._note(json.loads(line))
-        except (ValueError, LookupError, TypeError):
+            for line in self._kept.lines:
+                self._note(line)
+        except (LookupError, TypeError):
             raise ConfigError(f"{path} is no file of measured exercises; give another name") from None
-        if before != json.loads(first)["how"]:
-            changed = sorted(name for name in {*before, *how} if before.get(name) != how.get(name))
-            said = ", ".join(f"{name} was {before.get(name)!r}, now {how.get(name)!r}" for name in changed)
-            raise ConfigError(f"{path} holds exercises that were done otherwise: {said}; give another name")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if rest:
-            os.truncate(path, len(data) - len(rest))
-        elif not data:
-            path.write_text(f"{first}\n", encoding="utf-8")
 
     def done(self, task: str, effort: Effort) -> Mapping[int, Done]:
         """Those of a task at an effort, by their numbers."""
@@ -105,11 +87,10 @@ class Log:
 
     def add(self, task: str, effort: Effort, done: Iterable[Done]) -> None:
         """Keep more of them."""
-        with open(self._path, "a", encoding="utf-8") as file:
-            for one in done:
-                line = {"task": task, "effort": str(effort), **one._asdict()}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                self._note(line)
+        lines = [{"task": task, "effort": str(effort), **one._asdict()} for one in done]
+        self._kept.add(lines)
+        for line in lines:
+            self._note(line)
 
     def _note(self, line: Mapping[str, Any]) -> None:
         one = Done(**{name: line[name] for name in Done._fields})
