@@ -43,12 +43,9 @@ class KeptLines:
         if rest:
             os.truncate(path, len(data) - len(rest))
         elif not data:
-            self._append([{"how": dict(how)}])
+            self.add([{"how": dict(how)}])
 
     def add(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Keep more of them."""
-        self._append(lines)
-
-    def _append(self, lines: Iterable[Mapping[str, Any]]) -> None:
         with open(self._path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

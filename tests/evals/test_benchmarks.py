@@ -80,14 +80,19 @@ def test_choices_that_have_letters_keep_them():
         ("mmlu", table({**MMLU, "Answer": "E"}), "the answer is 'E'"),
         ("mmlu", table(GPQA), "row 1 is no question of MMLU"),
         ("mmlu", b"\xff\xfe", "no UTF-8"),
-        ("mmlu", table(MMLU, MMLU), "2 questions here, some of them twice"),
-        ("mmlu", b"", "0 questions"),
+        ("mmlu", b"", "no question of MMLU here; expected 14,042"),
     ],
 )
 def test_a_file_of_something_else_is_named(name, data, words, tmp_path):
     (tmp_path / "data").write_bytes(data)
     with pytest.raises(InputError, match=words):
         read_questions(BENCHMARKS[name], [tmp_path / "data"])
+
+
+def test_a_question_that_stands_there_twice_is_asked_twice(tmp_path):
+    (tmp_path / "data").write_bytes(table(MMLU, MMLU, {**MMLU, "A": "0"}))
+    keys = [one.key for one in read_questions(BENCHMARKS["mmlu"], [tmp_path / "data"])]
+    assert len(set(keys)) == 3 and keys[1] == f"{keys[0]}-2"
 
 
 def test_questions_are_downloaded_once(tmp_path, monkeypatch):

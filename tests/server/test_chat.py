@@ -509,7 +509,7 @@ def formats(served, **fields: Any) -> Any:
         ({"guided_json": '{"type": "object"}'}, "json_schema", {"type": "object"}),
         ({"structured_outputs": {"json": {"type": "object"}}}, "json_schema", {"type": "object"}),
         ({"response_format": {"type": "json_object", "schema": {"type": "object"}}}, "json_schema", {"type": "object"}),
-        ({"structured_outputs": {"json_object": True}}, "json_object", None),
+        ({"structured_outputs": {"json_object": True, "disable_any_whitespace": True}}, "json_object", None),
         ({"guided_regex": "[0-9]+"}, "grammar", "[0-9]+"),
         ({"structured_outputs": {"grammar": 'start: "a"'}}, "grammar", 'start: "a"'),
         ({"guided_choice": ["yes", 'n"o']}, "grammar", 'start: "yes" | "n\\"o"'),
@@ -539,6 +539,7 @@ def test_the_form_of_an_answer_is_heard_from_every_side(served, fields, kind, bo
         ({"guided_choice": []}, "guided_choice", "guided_choice is '[]'"),
         ({"guided_json": "{"}, "guided_json", "guided_json is no JSON"),
         ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag", "not offered"),
+        ({"structured_outputs": {"jsn": {}}}, "structured_outputs.jsn", "not offered"),
     ],
 )
 def test_a_form_that_cannot_be_is_named_as_the_client_names_it(served, fields, param, words):

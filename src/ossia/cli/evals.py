@@ -49,23 +49,24 @@ def eval(
     import random
 
     from ossia.evals.benchmarks import BENCHMARKS
+    from ossia.evals.card import EFFORTS
     from ossia.evals.data import read_questions
     from ossia.evals.run import Api, How
 
     if (asked := BENCHMARKS.get(benchmark)) is None:
         raise ConfigError(f"there is no benchmark {benchmark!r}; expected one of: {', '.join(BENCHMARKS)}")
-    asked_by = next((one for one in get_args(Api) if one == api), None)
-    if asked_by is None or (python and api == "chat"):
+    form = next((one for one in get_args(Api) if one == api), None)
+    if form is None or (python and api == "chat"):
         raise ConfigError(f"--api is {api!r}; expected responses, or chat, which has no python tool of the server's")
     wanted = [one.strip() for one in efforts.split(",") if one.strip()]
-    if not wanted or set(wanted) - {"low", "medium", "high"}:
-        raise ConfigError(f"--efforts is {efforts!r}; expected some of: low, medium, high")
+    if not wanted or set(wanted) - set(EFFORTS):
+        raise ConfigError(f"--efforts is {efforts!r}; expected some of: {', '.join(EFFORTS)}")
     questions = read_questions(asked, data or ())
     if count and count < len(questions):
         questions = random.Random(0).sample(questions, count)
     elif len(questions) != asked.num_questions:
         typer.echo(f"{asked.title} has {asked.num_questions:,} questions, {len(questions):,} are here", err=True)
-    hows = [How(asked.name, url, model, effort, asked_by, python, temperature, max_tokens) for effort in wanted]
+    hows = [How(asked.name, url, model, effort, form, python, temperature, max_tokens) for effort in wanted]
     scores = asyncio.run(_ask(asked, questions, hows, key, out, repeats or asked.num_repeats, concurrency))
     if as_json:
         print(json.dumps({effort: one._asdict() for effort, one in scores.items()}, indent=1))

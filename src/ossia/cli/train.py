@@ -9,8 +9,7 @@ import dataclasses
 import inspect
 import sys
 import types
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin, get_type_hints
@@ -22,6 +21,7 @@ from ossia.train.config import DpoConfig, Settings, SftConfig, read_settings
 from ossia.train.rollout_config import DistillConfig, RlConfig, by_effort, read_options
 
 if TYPE_CHECKING:
+    from ossia.train.measure import Measured
     from ossia.train.run import Outcome
 
 app = typer.Typer(help="Fine-tune a model; `recipes/` has examples.", no_args_is_help=True)
@@ -225,11 +225,6 @@ def measure(
 
     Example: ossia train measure gpt-oss-20b --task arithmetic --efforts low,high --count 500
     """
-    import json
-
-    from rich.console import Console
-    from rich.table import Table
-
     from ossia.train.measure import Log, open_rollouts
     from ossia.train.measure import measure as measured
     from ossia.train.rollout import RolloutConfig
@@ -251,40 +246,36 @@ def measure(
         "seed": seed,
     }
     log = None if out is None else Log(out, how)
-    table = Table(
-        "task",
-        "effort",
-        "right",
-        "95 % interval",
-        "valid",
-        "cut off",
-        "tokens",
-        "thought",
-        box=None,
-        padding=(0, 2, 0, 0),
-    )
-    found: list[dict[str, Any]] = []
-
-    def tell() -> None:
-        if found and as_json:
-            print(json.dumps(found, indent=1))
-        elif found:
-            Console().print(table)
-
-    with ExitStack() as stack:
+    found: list[Measured] = []
+    try:
+        with open_rollouts(model, config, adapter=adapter, threads=threads, kv_memory="512MiB") as rollouts:
+            for one in tasks:
+                for effort in wanted or one.efforts:
+                    result = measured(rollouts, one, effort, count, seed=seed, log=log)
+                    found.append(result)
+                    _say(f"{one.name} {effort}: {100 * result.exact:.1f} %")
+                    if result.unfinished:
+                        _say(f"{100 * result.unfinished:.1f} % were cut off by --max-tokens {max_tokens}; give more")
+    finally:
         # Also when the rest is broken off.
-        stack.callback(tell)
-        rollouts = stack.enter_context(
-            open_rollouts(model, config, adapter=adapter, threads=threads, kv_memory="512MiB")
-        )
-        for one in tasks:
-            for effort in wanted or one.efforts:
-                result = measured(rollouts, one, effort, count, seed=seed, log=log)
-                found.append(result._asdict())
-                _say(f"{one.name} {effort}: {100 * result.exact:.1f} %")
-                if result.unfinished:
-                    _say(f"{100 * result.unfinished:.1f} % were cut off by --max-tokens {max_tokens}; give more")
-                interval = f"{100 * result.low:.1f}-{100 * result.high:.1f}"
-                shares = [f"{100 * share:.1f} %" for share in (result.exact, result.valid, result.unfinished)]
-                means = f"{result.sampled:.0f}", f"{result.reasoning:.0f}"
-                table.add_row(one.name, str(effort), shares[0], interval, *shares[1:], *means)
+        if found:
+            _print_measured(found, as_json=as_json)
+
+
+def _print_measured(found: Sequence[Measured], *, as_json: bool) -> None:
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    if as_json:
+        print(json.dumps([one._asdict() for one in found], indent=1))
+        return
+    names = ("task", "effort", "right", "95 % interval", "valid", "cut off", "tokens", "thought")
+    table = Table(*names, box=None, padding=(0, 2, 0, 0))
+    for one in found:
+        interval = f"{100 * one.low:.1f}-{100 * one.high:.1f}"
+        right, valid, cut_off = (f"{100 * share:.1f} %" for share in (one.exact, one.valid, one.unfinished))
+        means = f"{one.sampled:.0f}", f"{one.reasoning:.0f}"
+        table.add_row(one.task, one.effort, right, interval, valid, cut_off, *means)
+    Console().print(table)

@@ -1,7 +1,7 @@
 """What the model card reports (arXiv:2508.10925, table 3), and what others have measured of the same weights.
 
 Accuracies in percent at low, medium and high effort. Reproductions lie a few points apart from the card and from each
-other, for AIME 2025 of the 20b at high effort always below it: a score is to be compared with both.
+other, for AIME 2025 of the 20b at high effort six to eight below it: a score is to be compared with both.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,9 +24,15 @@ def read_questions(benchmark: Benchmark, files: Sequence[Path] = (), *, folder: 
         folder = folder or data_folder() / "evals"
         places = [folder / f"{benchmark.name}-{i}" for i in range(1, len(benchmark.urls) + 1)]
         found = benchmark.questions([_downloaded(*one) for one in zip(benchmark.urls, places, strict=True)])
-    if len({one.key for one in found}) != len(found) or not found:
-        raise InputError(f"{benchmark.title} has {len(found)} questions here, some of them twice; expected each once")
-    return found
+    if not found:
+        raise InputError(f"there is no question of {benchmark.title} here; expected {benchmark.num_questions:,}")
+    # A question may stand there twice, and is then asked twice.
+    times: Counter[str] = Counter()
+    numbered = []
+    for one in found:
+        times[one.key] += 1
+        numbered.append(one if times[one.key] == 1 else one._replace(key=f"{one.key}-{times[one.key]}"))
+    return numbered
 
 
 def _downloaded(url: str, path: Path) -> bytes:

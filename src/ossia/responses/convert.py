@@ -169,8 +169,7 @@ def uncovered(entries: Sequence[Entry], seal: Seal) -> Sequence[Entry]:
 
 # What may stand in a history and says nothing to the model; and each call of another server's tools, with its answer.
 _PASSED_BY = re.compile(
-    "[a-z0-9_]+_call(_output)?|mcp_list_tools|configuration_update|compaction_trigger|program|program_output|"
-    "tool_search_output"
+    "[a-z0-9_]+_call(_output)?|mcp_list_tools|configuration_update|compaction_trigger|program|program_output"
 )
 _CONTENT = re.compile("(input|output)_(text|image|file|audio)|text|image_url|refusal|summary_text|reasoning_text")
 

@@ -4,7 +4,7 @@ A request is a pydantic model, tolerant as the API is: unknown fields are kept a
 are plain JSON values in the shape of the openai package's own types (`openai.types.responses`), which the tests hold
 each of them to; a response has every key of the API, null where there is nothing to say.
 
-Items stay JSON objects: there are more kinds than any server knows, and what is not known is passed by.
+Items stay JSON objects: there are more kinds than any server knows. Calls of tools that are not known are passed by.
 """
 
 from __future__ import annotations

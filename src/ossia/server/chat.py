@@ -348,8 +348,8 @@ def _flat_choice(choice: str | Json | None) -> str | Json | None:
     return _flat(choice)
 
 
-# What vLLM's `structured_outputs` may hold; the rest of its fields are about spaces.
-_GUIDES = ("json", "json_object", "regex", "choice", "grammar", "structural_tag")
+# Fields of vLLM's `structured_outputs` that say nothing of what the answer must be.
+_STYLE = ("disable_any_whitespace", "disable_additional_properties", "disable_fallback", "whitespace_pattern")
 
 
 def _format(body: ChatRequest) -> Json | None:
@@ -366,8 +366,10 @@ def _format(body: ChatRequest) -> Json | None:
         "guided_regex": body.guided_regex,
         "guided_choice": body.guided_choice,
         "guided_grammar": body.guided_grammar,
-        **{f"structured_outputs.{name}": (body.structured_outputs or {}).get(name) for name in _GUIDES},
+        **{f"structured_outputs.{name}": value for name, value in (body.structured_outputs or {}).items()},
     }
+    for name in _STYLE:
+        guided.pop(f"structured_outputs.{name}", None)
     asked = {name: value for name, value in guided.items() if value is not None and value is not False}
     if len(asked) + (shape is not None) > 1:
         names = ["response_format"] * (shape is not None) + list(asked)

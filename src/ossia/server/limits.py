@@ -34,20 +34,24 @@ class Keys:
     Those of a file are read again when it has changed: a key that is deleted there is not known any more.
     """
 
-    def __init__(self, digests: Sequence[tuple[str, str]] = (), path: Path | None = None) -> None:
-        """``digests`` are (SHA-256 in hexadecimal, name), ``path`` the file that they were read from."""
+    def __init__(
+        self, digests: Sequence[tuple[str, str]] = (), path: Path | None = None, state: tuple[int, ...] = ()
+    ) -> None:
+        """``digests`` are (SHA-256 in hexadecimal, name), of the file ``path`` as it was in ``state``."""
         self._digests = [(bytes.fromhex(digest), name) for digest, name in digests]
         self._is_needed = bool(digests)
         self._path = path
-        self._state = _state(path)
+        self._state = state
 
     @classmethod
     def read(cls, path: Path) -> Keys:
         """Raises ConfigError if the file cannot be read or is no key file."""
+        # Before it is read: what changes meanwhile is read again.
+        state = _state(path)
         digests = _read(path)
         if not digests:
             raise ConfigError(f"{path}: the key file holds no key; make one with `ossia serve --new-key NAME`")
-        return cls(digests, path)
+        return cls(digests, path, state)
 
     @staticmethod
     def make(path: Path, name: str) -> str:
@@ -83,8 +87,7 @@ class Keys:
         return names[0]
 
     def _refresh(self) -> None:
-        state = _state(self._path)
-        if self._path is None or state == self._state:
+        if self._path is None or (state := _state(self._path)) == self._state:
             return
         self._state = state
         try:
@@ -112,13 +115,13 @@ def _read(path: Path) -> list[tuple[str, str]]:
     return digests
 
 
-def _state(path: Path | None) -> tuple[int, ...]:
-    """What changes when a file is written or replaced."""
+def _state(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written, replaced or removed."""
     try:
-        found = path.stat() if path is not None else None
+        found = path.stat()
     except OSError:
-        return (0,)
-    return () if found is None else (found.st_ino, found.st_size, found.st_mtime_ns)
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _digest(key: str) -> bytes:

@@ -43,7 +43,7 @@ KINDS = {
     ".text": "text", ".rst": "text", ".adoc": "text", ".pdf": "pdf",
 }  # fmt: skip
 MAX_FILE_BYTES = 128 << 20
-# Wall time of one document, which is read once: a PDF of a thousand pages takes most of it.
+# Wall time of one document, which is read once, and nobody waits for it as for a page.
 TIMEOUT_S = 60.0
 _REFRESH_S = 60.0
 _RETRY_S = 3600.0
