@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from ossia.errors import CheckpointError, InputError
+from ossia.errors import CheckpointError, InputError, UnavailableError
 from ossia.harmony.tokenizer import Tokenizer
 from ossia.model.checkpoint_files import find_files
 from ossia.model.config import ModelConfig, RopeConfig
@@ -253,6 +253,43 @@ def test_a_file_with_rounded_dense_tensors_gives_the_logits_of_the_rounded_numbe
     assert_same_logits(got, logits_of(rounded, IDS), tolerance=1e-6)
 
 
+@pytest.mark.parametrize("dense", [Type.Q4_0, Type.Q5_0])
+def test_a_file_of_fewer_bits_gives_the_logits_of_its_numbers(dense, folder, tmp_path, logits_of, assert_same_logits):
+    path = write_gguf(tmp_path / "model.gguf", folder, dense)
+    rounded = write_gguf(tmp_path / "rounded.gguf", rounded_checkpoint(path, folder, tmp_path), Type.F32)
+    assert_same_logits(logits_of(path, IDS), logits_of(rounded, IDS), tolerance=1e-6)
+
+
+def test_a_file_of_fewer_bits_is_inspected_verified_and_exported(folder, tmp_path, logits_of):
+    path = write_gguf(tmp_path / "model.gguf", folder, Type.Q5_1, vocabulary=small_vocabulary())
+    inspection = inspect_checkpoint(path)
+    assert inspection.problems == () and inspection.dtype_bytes["Q5_1"] > inspection.dtype_bytes["F32"]
+    assert verify_checkpoint(path) == ()
+    export(path, tmp_path / "again.gguf", "gguf", measure=False)
+    np.testing.assert_array_equal(logits_of(tmp_path / "again.gguf", IDS), logits_of(path, IDS))
+    export(path, tmp_path / "same", "merged", measure=False)
+    assert (tmp_path / "same" / "model.gguf").read_bytes() == path.read_bytes()
+
+    changed = {"layers.1.o.weight": np.zeros((CONFIG.hidden_size, CONFIG.num_heads * CONFIG.head_dim), np.float32)}
+    save_file(changed, tmp_path / "changed.safetensors")
+    with pytest.raises(UnavailableError, match=r"blk\.1\.attn_output\.weight is changed, and Q5_1, .* Export as gguf"):
+        export(path, tmp_path / "changed", "merged", weights=tmp_path / "changed.safetensors", measure=False)
+    assert not (tmp_path / "changed").exists()
+    export(path, tmp_path / "changed.gguf", "gguf", weights=tmp_path / "changed.safetensors", measure=False)
+    got = Checkpoint.open(tmp_path / "changed.gguf")
+    assert not got.array("blk.1.attn_output.weight").values.any() and got.array("blk.0.attn_output.weight").values.any()
+
+
+def test_scales_of_fewer_bits_that_are_not_finite_are_found(folder, tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", folder, Type.Q5_1)
+    data = bytearray(path.read_bytes())
+    start = Checkpoint.open(path).tensors["output.weight"].offset
+    data[start : start + 2] = np.float16(np.inf).tobytes()
+    path.write_bytes(data)
+    (problem,) = verify_checkpoint(path)
+    assert "output.weight has" in problem
+
+
 def rounded_checkpoint(path: Path, source: Path, tmp_path: Path) -> Path:
     """The checkpoint ``source`` with the dense numbers that the gguf package reads from ``path``."""
     copy = shutil.copytree(source, tmp_path / "rounded")
@@ -464,7 +501,10 @@ FAULTS: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "another size of heads": ({"change": {"gpt-oss.attention.key_length": 15}}, ["head_dim 15 is odd"]),
     "a missing tensor": ({"drop": "blk.1.attn_q.weight"}, ["lacks the tensor blk.1.attn_q.weight", "[128, 64]"]),
-    "an unsupported quantisation": ({"dense": Type.Q4_0}, ["is Q4_0 [", "Q8_0", "Get a GGUF file"]),
+    "an unsupported quantisation": (
+        {"dense": Type.MXFP4},
+        ["is MXFP4 [", "F32 or Q8_0 or a quantised type of llama.cpp's", "Get a GGUF file"],
+    ),
     "experts in 8 bits": ({"experts": Type.Q8_0}, ["is Q8_0 [8,", "expected MXFP4"]),
 }
 

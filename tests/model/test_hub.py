@@ -38,8 +38,6 @@ OTHERS = {
         "Q8_0/gpt-oss-Q8_0-00001-of-00002.gguf": b"Q8",
         "Q8_0/gpt-oss-Q8_0-00002-of-00002.gguf": b"_0",
     },
-    "me/few": {"few-F16.gguf": b"F16", "few-Q4_K_M.gguf": b"", "few-IQ2_XS.gguf": b""},
-    "me/small": {"small-Q4_K_M.gguf": b""},
     "me/onnx": {"config.json": b"{}", "onnx/model.onnx": b"x"},
 }
 
@@ -165,11 +163,9 @@ def test_of_several_gguf_files_one_has_to_be_chosen(hub, monkeypatch):
         pull("me/many")
     assert hub.downloads == []
     message = caught.value.message
-    assert "4 GGUF files" in message and "many-Q8_0 (0.0 GiB)" in message and "`ossia pull me/many:BF16`" in message
-    with pytest.raises(NotFoundError, match=r"no GGUF file Q2_K\. It has: many-BF16, many-F16, many-Q8_0,"):
+    assert "5 GGUF files" in message and "many-Q8_0 (0.0 GiB)" in message and "`ossia pull me/many:BF16`" in message
+    with pytest.raises(NotFoundError, match=r"no GGUF file Q2_K\. It has: many-BF16, many-F16, many-Q4_K_M,"):
         pull("me/many:Q2_K")
-    with pytest.raises(NotFoundError, match=r"has many-Q4_K_M, which ossia does not read\. It has: many-BF16,"):
-        pull("me/many:Q4_K_M")
     with pytest.raises(NotFoundError, match=r"openai/gpt-oss-20b has no GGUF file F16\. It has none"):
         pull("gpt-oss-20b:F16")
 
@@ -179,6 +175,7 @@ def test_of_several_gguf_files_one_has_to_be_chosen(hub, monkeypatch):
     assert [part.read_bytes() for part in parts] == [b"Q8", b"_0"]
     assert resolve_model("me/many:Q8_0") == parts[0]
     assert resolve_model("me/many:many-BF16.gguf") == chosen
+    assert pull("me/many:q4_k_m").read_bytes() == b"Q4_K_M"
     with pytest.raises(NotFoundError, match=r"has no GGUF file F16\. Run `ossia pull me/many:F16`"):
         resolve_model("me/many:F16")
 
@@ -186,13 +183,6 @@ def test_of_several_gguf_files_one_has_to_be_chosen(hub, monkeypatch):
     assert pull("me/many:BF16") == chosen
     with pytest.raises(UnavailableError, match=r"cannot be reached.*has no GGUF file F16"):
         pull("me/many:F16")
-
-
-def test_gguf_files_with_fewer_bits_are_no_choice(hub):
-    assert find_files(pull("me/few"))[0].read_bytes() == b"F16"
-    assert hub.downloads == ["few-F16.gguf"]
-    with pytest.raises(NotFoundError, match=r"no weights that ossia reads; it has small-Q4_K_M\. Get a GGUF file"):
-        pull("me/small")
 
 
 def test_a_repository_without_weights_that_ossia_reads_is_not_downloaded(hub):

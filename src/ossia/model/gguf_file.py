@@ -36,9 +36,7 @@ from ossia.model.config_file import Fields, check_consistency, sampling_fields
 from ossia.model.safetensors_file import TensorEntry, refuse_lfs_pointer
 
 ARCHITECTURE, OLLAMA_ARCHITECTURE = "gpt-oss", "gptoss"
-GGUF_REMEDY = (
-    "Get a GGUF file of gpt-oss with MXFP4 experts and F32, F16, BF16 or Q8_0 for the rest, or a safetensors one."
-)
+GGUF_REMEDY = "Get a GGUF file of gpt-oss whose experts are in MXFP4, as they were published, or a safetensors one."
 
 _MAGIC = b"GGUF"
 _STRING, _ARRAY = 8, 9
@@ -49,11 +47,18 @@ TYPES = {
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 4: ("MXFP4_PAIRS", 32, 17), 8: ("Q8_0", 32, 34), 30: ("BF16", 1, 2),
     39: ("MXFP4", 32, 17),
 }  # fmt: skip
+# The same of those that dense matrices may have, which are unpacked when they are loaded: `gguf_quants.py`.
+QUANTISED = {
+    2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24), 10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210),
+    16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136),
+    29: ("IQ1_M", 256, 56),
+}  # fmt: skip
+QUANTISED_NAMES = frozenset(name for name, _, _ in QUANTISED.values())
 # Those that are only named, to say what was found.
 _OTHER_TYPES = {
-    2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K",
-    16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS",
-    24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 40: "NVFP4",
+    9: "Q8_1", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 34: "TQ1_0", 35: "TQ2_0", 40: "NVFP4",
 }  # fmt: skip
 
 
@@ -249,11 +254,14 @@ class _Reader:
         return name, tuple(reversed(innermost_first)), self.number("<u4"), self.number("<u8")
 
     def entry(self, name: str, shape: tuple[int, ...], type_number: int, offset: int) -> TensorEntry:
-        if type_number not in TYPES:
+        known = TYPES.get(type_number) or QUANTISED.get(type_number)
+        if known is None:
             return TensorEntry(self.path, _OTHER_TYPES.get(type_number, f"type {type_number}"), shape, offset, 0)
-        dtype, block_values, block_bytes = TYPES[type_number]
+        dtype, block_values, block_bytes = known
         if shape and shape[-1] % block_values:
-            raise self.error(f"describes tensor {name} as {dtype} {list(shape)}, which is not whole blocks of 32")
+            raise self.error(
+                f"describes tensor {name} as {dtype} {list(shape)}, which is not whole blocks of {block_values}"
+            )
         size_bytes = math.prod(shape) // block_values * block_bytes
         if offset + size_bytes > len(self.data):
             raise self.error(

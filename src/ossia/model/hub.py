@@ -19,15 +19,12 @@ from typing import Any
 from ossia.config import EMBEDDED
 from ossia.errors import InputError, NotFoundError, OssiaError, UnavailableError
 from ossia.model.checkpoint_files import find_files
-from ossia.model.gguf_file import GGUF_REMEDY
 
 # Names that need no owner.
 PUBLISHED = ("gpt-oss-20b", "gpt-oss-120b", "gpt-oss-safeguard-20b", "gpt-oss-safeguard-120b")
 _EMBEDDED_FOLDER = Path(__file__).parent.parent / EMBEDDED
 # The same weights again in two other layouts: twice the download, and nothing here needs them.
 _SKIPPED = ("original/", "metal/")
-# How GGUF files are called whose dense matrices have fewer than 8 bits.
-_UNREAD = re.compile(r"(^|[-_.])(I?Q[1-6]|TQ[12])_", re.IGNORECASE)
 # Of a user, and of the service on Linux.
 _OLLAMA_STORES = ("~/.ollama/models", "/usr/share/ollama/.ollama/models")
 # As gpt-oss:20b.
@@ -246,27 +243,23 @@ def _wanted(sizes: Mapping[str, int], repository: str, ending: str) -> list[str]
     files = [path for path in sizes if not path.startswith(_SKIPPED)]
     gguf_files = [path for path in files if path.endswith(".gguf")]
     names = sorted({_name(path) for path in gguf_files})
-    read = [name for name in names if not _UNREAD.search(name)]
     if ending:
-        chosen = _of_ending(gguf_files, ending)
-        if chosen and _name(chosen[0]) in read:
+        if chosen := _of_ending(gguf_files, ending):
             return chosen
-        fault = f"has no GGUF file {ending}" if not chosen else f"has {_name(chosen[0])}, which ossia does not read"
-        has = f"It has: {', '.join(read)}." if read else "It has none that ossia reads: leave the colon out."
-        raise NotFoundError(f"{repository} {fault}. {has}")
+        has = f"It has: {', '.join(names)}." if names else "It has none at all: leave the colon out."
+        raise NotFoundError(f"{repository} has no GGUF file {ending}. {has}")
     if any(path.endswith(".safetensors") for path in files):
         return [path for path in files if path not in gguf_files]
-    if not read:
-        found = f"; it has {', '.join(names)}. {GGUF_REMEDY}" if names else ": neither .safetensors nor .gguf files."
-        raise NotFoundError(f"{repository} has no weights that ossia reads{found}")
-    if len(read) > 1:
-        gibibytes = {name: sum(sizes[path] for path in gguf_files if _name(path) == name) / 2**30 for name in read}
-        choices = ", ".join(f"{name} ({gibibytes[name]:.1f} GiB)" for name in read)
+    if not names:
+        raise NotFoundError(f"{repository} has no weights that ossia reads: neither .safetensors nor .gguf files.")
+    if len(names) > 1:
+        gibibytes = {name: sum(sizes[path] for path in gguf_files if _name(path) == name) / 2**30 for name in names}
+        choices = ", ".join(f"{name} ({gibibytes[name]:.1f} GiB)" for name in names)
         raise InputError(
-            f"{repository} has {len(read)} GGUF files that ossia reads, each of them a model: {choices}. Choose one by "
-            f"its ending: `ossia pull {repository}:{read[0].rpartition('-')[2]}`."
+            f"{repository} has {len(names)} GGUF files, each of them a model: {choices}. Choose one by its ending: "
+            f"`ossia pull {repository}:{names[0].rpartition('-')[2]}`."
         )
-    return [path for path in files if path not in gguf_files or _name(path) in read]
+    return files
 
 
 def _name(path: str) -> str:

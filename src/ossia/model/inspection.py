@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ossia.model.config import ModelConfig
+from ossia.model.gguf_file import QUANTISED_NAMES
 from ossia.model.layouts import FLOATS
 from ossia.model.weights import Checkpoint
 from ossia.ops.mxfp4 import SCALE_NAN
@@ -145,7 +146,7 @@ def published_shape(config: ModelConfig) -> str | None:
 def _part_that_can_be_wrong(checkpoint: Checkpoint, name: str, dtype: str) -> npt.NDArray[Any] | None:
     if dtype in FLOATS or (dtype == "U8" and name.endswith("scales")):
         return checkpoint.array(name)
-    if dtype in ("MXFP4", "MXFP4_PAIRS", "Q8_0"):
+    if dtype in ("MXFP4", "MXFP4_PAIRS", "Q8_0", *QUANTISED_NAMES):
         return checkpoint.array(name).scales
     return None
 

@@ -3,11 +3,11 @@
     "hf"        Hugging Face, experts in MXFP4: [E, 2F, D/32, 16] blocks, [E, 2F, D/32] scales
     "hf-bf16"   Hugging Face, experts in bfloat16 (or float16, float32), transposed against MXFP4: [E, D, 2F], [E, F, D]
     "original"  the original/ folder: other names; q, k and v are the rows of one matrix; experts as in "hf"
-    "gguf"      llama.cpp's files: gate and up are two tensors, or the halves of one; dense matrices may be Q8_0
+    "gguf"      llama.cpp's files: gate and up are two tensors, or the halves of one; dense matrices may be quantised
     "ollama"    Ollama's own GGUF files: names of their own; q, k and v may be the rows of one matrix
 
 In the first three, and in "ollama" where they are one tensor, the rows of gate and up alternate, gate first. Everything
-here is a view: no layout costs a copy.
+here is a view: no layout costs a copy, but for GGUF's matrices of fewer than 8 bits.
 
 Sources: model.safetensors.index.json of openai/gpt-oss-20b; `gpt_oss/torch/weights.py` of openai/gpt-oss for original/;
 GptOssForCausalLM in llama.cpp's conversion to GGUF; `convert_gptoss.go` and the gptoss model of ollama/ollama.
@@ -20,6 +20,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from ossia.errors import CheckpointError
 from ossia.model.config import ModelConfig
+from ossia.model.gguf_file import QUANTISED_NAMES
 from ossia.ops import Array, ExpertArrays, Mxfp4
 
 LayoutName = Literal["hf", "hf-bf16", "original", "gguf", "ollama"]
@@ -28,7 +29,7 @@ Get = Callable[[str], Array]
 
 FLOATS = ("BF16", "F16", "F32")
 BYTES = ("U8",)
-FLOATS_OR_Q8 = (*FLOATS, "Q8_0")
+FLOATS_OR_QUANTISED = (*FLOATS, "Q8_0", *sorted(QUANTISED_NAMES))
 MXFP4_OR_FLOATS = ("MXFP4", *FLOATS)
 
 
@@ -240,16 +241,16 @@ class Gguf:
     def expected(self, config: ModelConfig) -> dict[str, Expected]:
         D, F, V, E = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_experts
         gate_up = {"ffn_gate_up_exps": 2 * F} if self.fused else {"ffn_gate_exps": F, "ffn_up_exps": F}
-        tensors = {"token_embd.weight": Expected((V, D), FLOATS_OR_Q8)}
+        tensors = {"token_embd.weight": Expected((V, D), FLOATS_OR_QUANTISED)}
         for i in range(config.num_layers):
             layer = {
                 "attn_norm.weight": Expected((D,)),
                 **self.attention_inputs(config),
-                f"{self.output}.weight": Expected((D, config.num_heads * config.head_dim), FLOATS_OR_Q8),
+                f"{self.output}.weight": Expected((D, config.num_heads * config.head_dim), FLOATS_OR_QUANTISED),
                 f"{self.output}.bias": Expected((D,)),
                 self.sinks: Expected((config.num_heads,)),
                 self.moe_norm: Expected((D,)),
-                "ffn_gate_inp.weight": Expected((E, D), FLOATS_OR_Q8),
+                "ffn_gate_inp.weight": Expected((E, D), FLOATS_OR_QUANTISED),
                 "ffn_gate_inp.bias": Expected((E,)),
                 "ffn_down_exps.weight": Expected((E, D, F), self.expert_types),
                 "ffn_down_exps.bias": Expected((E, D)),
@@ -259,7 +260,7 @@ class Gguf:
                 layer[f"{name}.bias"] = Expected((E, rows))
             tensors |= {self.layer_prefix(i) + name: expected for name, expected in layer.items()}
         tensors["output_norm.weight"] = Expected((D,))
-        tensors["output.weight"] = Expected((V, D), FLOATS_OR_Q8)
+        tensors["output.weight"] = Expected((V, D), FLOATS_OR_QUANTISED)
         return tensors
 
     def attention_inputs(self, config: ModelConfig) -> dict[str, Expected]:
@@ -267,7 +268,7 @@ class Gguf:
         q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         tensors = {}
         for name, rows in (("attn_q", q_rows), ("attn_k", kv_rows), ("attn_v", kv_rows)):
-            tensors[f"{name}.weight"] = Expected((rows, config.hidden_size), FLOATS_OR_Q8)
+            tensors[f"{name}.weight"] = Expected((rows, config.hidden_size), FLOATS_OR_QUANTISED)
             tensors[f"{name}.bias"] = Expected((rows,))
         return tensors
 

@@ -21,6 +21,7 @@ from ossia.model.config import ModelConfig
 from ossia.model.config_file import CONFIG_REMEDY, RANDOM_WEIGHTS, read_config, read_json, read_sampling
 from ossia.model.gguf_file import (
     GGUF_REMEDY,
+    QUANTISED_NAMES,
     GgufHeader,
     gguf_config,
     gguf_sampling,
@@ -28,6 +29,7 @@ from ossia.model.gguf_file import (
     read_gguf,
     tokenizer_document,
 )
+from ossia.model.gguf_quants import to_q8
 from ossia.model.layouts import Dense, Expected, LayerArrays, Layout, ModelArrays, detect_layout
 from ossia.model.safetensors_file import DTYPES, TensorEntry, map_file, read_header
 from ossia.model.transformer import Layer, Weights
@@ -110,7 +112,10 @@ class Checkpoint:
         ]
 
     def array(self, name: str) -> Array:
-        """A tensor as a read-only numpy view of the mapped file, bfloat16 by `ml_dtypes`; GGUF's as `Mxfp4` or `Q8`."""
+        """A tensor as a read-only numpy view of the mapped file, bfloat16 by `ml_dtypes`; GGUF's as `Mxfp4` or `Q8`.
+
+        GGUF's matrices of fewer than 8 bits are unpacked to a `Q8` in memory, anew each time.
+        """
         file, dtype, shape, offset, size_bytes = self.tensors[name]
         values = self.maps[file][offset : offset + size_bytes]
         if dtype in ("MXFP4", "MXFP4_PAIRS"):
@@ -119,6 +124,8 @@ class Checkpoint:
         if dtype == "Q8_0":
             blocks = values.reshape(*shape[:-1], shape[-1] // 32, 34)
             return Q8(blocks[..., 2:].view(np.int8), blocks[..., :2].view(np.float16)[..., 0])
+        if dtype in QUANTISED_NAMES:
+            return to_q8(dtype, values.reshape(shape[0], -1), shape)
         if offset % DTYPES[dtype].itemsize:
             # A file is free to put a tensor at an odd byte; kernels are not made for that.
             values = values.copy()
@@ -266,4 +273,6 @@ def _layer_number(name: str, layout: Layout) -> int | None:
 
 
 def _described(expected: Expected) -> str:
-    return f"{' or '.join(expected.dtypes)} {list(expected.shape)}"
+    dtypes = [dtype for dtype in expected.dtypes if dtype not in QUANTISED_NAMES]
+    others = ["a quantised type of llama.cpp's"] if len(dtypes) < len(expected.dtypes) else []
+    return f"{' or '.join(dtypes + others)} {list(expected.shape)}"

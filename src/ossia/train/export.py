@@ -23,7 +23,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from ossia.errors import CheckpointError, ConfigError, InputError
+from ossia.errors import CheckpointError, ConfigError, InputError, UnavailableError
 from ossia.harmony.tokenizer import Tokenizer
 from ossia.model.adapter import Adapter, read_adapter, write_adapter
 from ossia.model.checkpoint_writer import (
@@ -42,7 +42,7 @@ from ossia.model.checkpoint_writer import (
     Tensors as Plan,
 )
 from ossia.model.config_file import RANDOM_WEIGHTS, generation_config, hugging_face_config, read_json
-from ossia.model.gguf_file import tokenizer_document
+from ossia.model.gguf_file import QUANTISED_NAMES, tokenizer_document
 from ossia.model.gguf_writer import gguf_bytes, gpt_oss_metadata, write_gguf
 from ossia.model.layouts import BYTES, HF, HF_BF16, Gguf, Layout
 from ossia.model.safetensors_file import TensorEntry
@@ -186,6 +186,12 @@ class _Writer:
     def write_in_place(self, out: Path, *, replace: bool) -> None:
         """The base's files with the same names, headers and order; tensors that changed are made anew."""
         tensors = self._tensors(self.base.layout)
+        for name, entry in self.base.tensors.items():
+            if entry.dtype in QUANTISED_NAMES and tensors.keys(name) & self.model.changed:
+                raise UnavailableError(
+                    f"tensor {name} is changed, and {entry.dtype}, as the base has it, is read here and not written. "
+                    "Export as gguf, mxfp4 or bf16."
+                )
         self._total_bytes = self.base.size_bytes
         with new_path(out, self._total_bytes + _SIDE_FILES_BYTES, replace=replace) as place:
             place.mkdir()
