@@ -78,6 +78,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/rounding.py
 	@test -d build/bench/shape-20b-4 || $(BIN)/ossia checkpoint new build/bench/shape-20b-4 --shape 20b --layers 4
 	$(BIN)/python benchmarks/adapters.py --model build/bench/shape-20b-4
+	$(BIN)/python benchmarks/drafts.py --model build/bench/shape-20b-4
 	$(BIN)/python benchmarks/vs_llamacpp.py
 	$(BIN)/python benchmarks/server.py
 	$(BIN)/python benchmarks/python_tool.py

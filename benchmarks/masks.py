@@ -173,7 +173,7 @@ def engine(tokenizer: Tokenizer, folder: Path, backend: str, num_tokens: int) ->
     never = tuple(tokenizer.special(stop) for stop in ("<|return|>", "<|call|>", "<|end|>"))
     engines = {}
     for name, grammar in grammars.items():
-        engines[name] = Engine(Runner(ops, checkpoint.config, weights, EngineConfig(max_context=2_048)))
+        engines[name] = Engine(Runner(ops, checkpoint.config, weights, EngineConfig(max_context=2_048, draft_tokens=0)))
         constraint = None if grammar is None else compiler.constraint(grammar)
         params = SamplingParams(
             seed=1, constraint=constraint, max_tokens=num_tokens + 8, ignore_eos=True, banned_token_ids=never

@@ -108,7 +108,7 @@ def serve_engine(port: int, folder: str, pipe: Connection) -> None:
     from ossia.server.service import Service
     from ossia.server.store import Store
 
-    local = LocalModel.open(Config(model=folder, max_context=2_048))
+    local = LocalModel.open(Config(model=folder, max_context=2_048, draft_tokens=0))
     constrain = Grammars(GrammarCompiler(local.tokenizer))
     made = Model("model", AsyncEngine(local.engine), local.tokenizer, constrain=constrain)
     threading.Thread(target=_obey, args=(pipe, made, local.engine), daemon=True).start()

@@ -689,6 +689,7 @@ def test_the_guide_names_every_metric_and_only_these(served):
     known = set(re.findall(r"^# TYPE (ossia_\w+)", told, re.MULTILINE))
     # The engine's are added by `ossia serve`.
     known |= {"ossia_engine_running", "ossia_engine_waiting", "ossia_kv_blocks", "ossia_kv_blocks_free"}
+    known |= {"ossia_drafted_tokens_total", "ossia_accepted_tokens_total"}
     named = set(re.findall(r"`(ossia_\w+)", PAGES["serving.md"]))
     assert named == {name for name in known if not name.endswith(("_created", "ossia_tasks"))}
 

@@ -206,6 +206,7 @@ KNOBS = {
         "max_num_seqs",
         "max_context",
         "adapter_memory_bytes",
+        "draft_tokens",
         "record_routing",
     ],
     SamplingParams: [

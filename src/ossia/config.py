@@ -102,6 +102,8 @@ class Config:
     """GPUs that share one model, each with a process of torchrun's; 0 takes as many as torchrun started."""
     max_context: int = 0
     """Longest prompt and answer together, in tokens; 0 takes what the model allows and kv_memory holds."""
+    draft_tokens: int = 15
+    """Tokens computed ahead where an answer seems to repeat what stands in it or its prompt; 0 for none."""
     adapters: Mapping[str, str] = field(default_factory=dict)
     """LoRA adapters by name, each the path of a folder that PEFT or ossia wrote."""
     adapter_dir: str = ""

@@ -417,4 +417,5 @@ def _engine_options(config: Config) -> EngineConfig:
         kv_memory_bytes=config.kv_memory,
         max_context=config.max_context or None,
         adapter_memory_bytes=config.adapter_memory,
+        draft_tokens=config.draft_tokens,
     )

@@ -75,9 +75,11 @@ class FakeRunner(Runner):
             tokens = self.full_BS[full, full_slots[:, 1]]
             assert (tokens[first:] == self.window_BS[window, window_slots[:, 1]]).all()
             assert (tokens // 1000 == offsets[n] // 1000).all(), "a key was computed through another adapter"
-            if batch.query_starts_N1[n + 1] - 1 in batch.logit_rows_R:
-                digest = hashlib.shake_128(tokens.tobytes()).digest(2 * self.config.vocab_size)
-                rows.append(np.frombuffer(digest, np.uint16).astype(np.float32) / 8192)
+            for row in batch.logit_rows_R:
+                if batch.query_starts_N1[n] <= row < batch.query_starts_N1[n + 1]:
+                    seen = tokens[: batch.positions_T[row] + 1]
+                    digest = hashlib.shake_128(seen.tobytes()).digest(2 * self.config.vocab_size)
+                    rows.append(np.frombuffer(digest, np.uint16).astype(np.float32) / 8192)
         return np.array(rows, np.float32).reshape(len(rows), self.config.vocab_size)
 
     def hold(self, adapter: Adapter) -> HeldAdapter:

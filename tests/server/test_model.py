@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 
 import jsonschema
@@ -95,6 +96,21 @@ def test_an_answer_of_a_few_words_is_one_of_them(real):
     made = real.http.post("/v1/chat/completions", json={**body, "reasoning": {"max_tokens": 1}}, timeout=60).json()
     choice = made["choices"][0]
     assert choice["finish_reason"] == "length" or choice["message"]["content"] in ("yes", "no")
+
+
+def counted(real) -> list[float]:
+    text = real.http.get("/metrics").text
+    return [float(re.search(rf"^ossia_{name}_tokens_total (\S+)$", text, re.MULTILINE)[1])
+            for name in ("drafted", "accepted")]  # fmt: skip
+
+
+def test_what_is_computed_ahead_is_counted(real):
+    begin = counted(real)
+    # One token, again and again.
+    asked = {"prompt": "Hi", "max_tokens": 60, "temperature": 0, "logit_bias": {"100": 100}}
+    assert real.http.post("/v1/completions", json=asked, timeout=60).json()["usage"]["completion_tokens"] == 60
+    drafted, accepted = (after - before for before, after in zip(begin, counted(real), strict=True))
+    assert 40 < accepted <= drafted < 60
 
 
 def test_what_cannot_be_enforced_is_refused_by_feature_and_place(real):

@@ -15,10 +15,11 @@ from ossia.ops import Batch
 
 
 class Scheduled(NamedTuple):
-    """A sequence's part in one step: its next ``num_tokens`` tokens are computed."""
+    """A sequence's part in one step: its next ``num_tokens`` tokens are computed, and behind its last one a draft."""
 
     sequence: Sequence
     num_tokens: int
+    draft: tuple[int, ...] = ()
 
     @property
     def scored_rows(self) -> range:
@@ -37,20 +38,26 @@ class Scheduled(NamedTuple):
 
 
 def make_batch(scheduled: SequenceOf[Scheduled]) -> Batch:
-    """The batch of one step; its logit rows are those that are scored or sampled, in order of the sequences."""
+    """The batch of one step; its logit rows are those that are scored or sampled, in order of the sequences.
+
+    A sequence that is sampled has a row for each token of its draft as well.
+    """
     token_ids: list[int] = []
     positions: list[npt.NDArray[np.int32]] = []
-    for sequence, num_tokens in scheduled:
+    ends: list[int] = []
+    for sequence, num_tokens, draft in scheduled:
         start = sequence.blocks.num_tokens
         token_ids += sequence.token_ids[start : start + num_tokens]
-        positions.append(np.arange(start, start + num_tokens, dtype=np.int32))
+        token_ids += draft
+        ends.append(start + num_tokens + len(draft))
+        positions.append(np.arange(start, ends[-1], dtype=np.int32))
     adapters = tuple(one.sequence.adapter for one in scheduled)
-    starts = [0, *accumulate(one.num_tokens for one in scheduled)]
+    starts = [0, *accumulate(map(len, positions))]
     return Batch(
         token_ids_T=np.array(token_ids, np.int32),
         positions_T=np.concatenate(positions),
         query_starts_N1=np.array(starts, np.int32),
-        key_lengths_N=np.array([s.blocks.num_tokens + n for s, n in scheduled], np.int32),
+        key_lengths_N=np.array(ends, np.int32),
         full_table_NB=_stack([one.sequence.blocks.full for one in scheduled]),
         window_table_NB=_stack([one.sequence.blocks.window for one in scheduled]),
         logit_rows_R=np.array(
@@ -59,7 +66,7 @@ def make_batch(scheduled: SequenceOf[Scheduled]) -> Batch:
                 for i, one in enumerate(scheduled)
                 for row in (
                     *(starts[i] + row for row in one.scored_rows),
-                    *((starts[i + 1] - 1,) if one.is_sampled else ()),
+                    *(range(starts[i + 1] - 1 - len(one.draft), starts[i + 1]) if one.is_sampled else ()),
                 )
             ],
             np.int32,

@@ -23,6 +23,9 @@ class EngineConfig:
     max_context: int | None = None
     # Bytes that all adapters may take together; one that would not fit is refused.
     adapter_memory_bytes: int = 2 << 30
+    # Tokens that a step may compute ahead for all sequences together, where what comes next seems to stand earlier in
+    # them (`ossia.engine.drafts`); 0: none. What is sampled is the same.
+    draft_tokens: int = 15
     # Whether the experts that each token goes to are kept beside its keys and values, for requests that ask for them.
     record_routing: bool = False
 
@@ -31,8 +34,6 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1", param=name)
-        if self.adapter_memory_bytes < 0:
-            raise ConfigError(
-                f"adapter_memory_bytes is {self.adapter_memory_bytes}; it must be at least 0",
-                param="adapter_memory_bytes",
-            )
+        for name in ("adapter_memory_bytes", "draft_tokens"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0", param=name)

@@ -12,9 +12,9 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable
 from collections.abc import Sequence as SequenceOf
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -188,7 +188,7 @@ class Engine:
     # Steps -----------------------------------------------------------------------------------------------------------
 
     def step(self) -> list[TokenOutput]:
-        """Advance every request that can be: at most one token for each.
+        """Advance every request that can be: by a token each, or by more where a draft of what comes next was right.
 
         If the model fails, its exception comes out here; all requests are then forgotten and new ones may be added.
         """
@@ -202,7 +202,10 @@ class Engine:
         """Forget all requests and all that is cached: after a failed step, or when the weights have changed."""
         options, num_blocks = self._runner.options, self._runner.num_blocks
         self._blocks = BlockManager(num_blocks.full, num_blocks.window, options.block_size, self._runner.window)
-        self._scheduler = Scheduler(self._blocks, options.max_batch_tokens, options.max_num_seqs, self._totals)
+        draft_tokens = options.draft_tokens if self._runner.takes_drafts else 0
+        self._scheduler = Scheduler(
+            self._blocks, options.max_batch_tokens, options.max_num_seqs, self._totals, draft_tokens
+        )
         self._sequences: dict[int, Sequence] = {}
         # Requests that ended between steps.
         self._ended: list[TokenOutput] = []
@@ -241,29 +244,46 @@ class Engine:
             return outputs
         batch = make_batch(scheduled)
         # Masks are filled beside the forward pass.
-        masks = self._fill_masks(one.sequence for one in scheduled if one.is_sampled)
-        scored, asked, draws = _wanted(scheduled, masks)
+        scored, asked, draws = _wanted(scheduled)
+        draws = self._fill_masks(draws)
         logits_RV = self._runner.run(batch)
         if asked:
             for sequence, logprobs in zip(scored, self._runner.score(logits_RV, asked), strict=True):
                 sequence.prompt_logprobs.append(logprobs)
-        for sequence, num_tokens in scheduled:
+        for sequence, num_tokens, _ in scheduled:
             self._blocks.commit(sequence.blocks, sequence.token_ids, num_tokens)
         self._totals.num_steps += 1
         self._totals.num_computed_tokens += len(batch.token_ids_T)
-        for draw, token in zip(draws, self._runner.sample(logits_RV, draws), strict=True):
-            outputs.append(self._append(draw.sequence, token))
+        self._totals.num_drafted_tokens += sum(len(one.draft) for one in scheduled)
+        while draws:
+            tokens = self._runner.sample(logits_RV, draws)
+            new = [self._append(draw.sequence, token) for draw, token in zip(draws, tokens, strict=True)]
+            outputs += new
+            draws = self._fill_masks(self._drafted(draws, new))
         return outputs
 
-    def _fill_masks(self, sequences: Iterable[Sequence]) -> dict[int, Future[Mask]]:
-        masks: dict[int, Future[Mask]] = {}
-        for sequence in sequences:
-            if sequence.constraint is not None:
+    def _drafted(self, draws: Iterable[Draw], outputs: Iterable[TokenOutput]) -> list[Draw]:
+        """The next draws of sequences whose last token was drafted: its logits are there."""
+        following = []
+        for (row, sequence, _, draft), output in zip(draws, outputs, strict=True):
+            if output.finish_reason is None and draft and output.token_id == draft[0]:
+                self._blocks.commit(sequence.blocks, sequence.token_ids, 1)
+                self._totals.num_accepted_tokens += 1
+                following.append(Draw(row + 1, sequence, draft=draft[1:]))
+        return following
+
+    def _fill_masks(self, draws: Iterable[Draw]) -> list[Draw]:
+        """The same draws with their masks, which are filled meanwhile."""
+        filled = []
+        for draw in draws:
+            constraint = draw.sequence.constraint
+            if constraint is not None:
                 if self._mask_thread is None:
                     self._mask_thread = ThreadPoolExecutor(1, thread_name_prefix="ossia-masks")
                 num_words = -(-self._runner.config.vocab_size // 32)
-                masks[sequence.request_id] = self._mask_thread.submit(_filled, sequence.constraint, num_words)
-        return masks
+                draw = draw._replace(mask=self._mask_thread.submit(_filled, constraint, num_words))
+            filled.append(draw)
+        return filled
 
     def _append(self, sequence: Sequence, token: Sampled | Exception) -> TokenOutput:
         try:
@@ -307,22 +327,22 @@ class Engine:
         del self._sequences[sequence.request_id]
 
 
-def _wanted(
-    scheduled: Iterable[Scheduled], masks: Mapping[int, Future[Mask]]
-) -> tuple[list[Sequence], list[Asked], list[Draw]]:
+def _wanted(scheduled: Iterable[Scheduled]) -> tuple[list[Sequence], list[Asked], list[Draw]]:
     """What becomes of each row of the logits: whose prompts are scored, by which rows, and who gets a token."""
     scored: list[Sequence] = []
     asked: list[Asked] = []
     draws: list[Draw] = []
+    row = 0
     for one in scheduled:
         sequence = one.sequence
         place = (sequence.params.score_from or 0) + len(sequence.prompt_logprobs)
         for i in range(len(one.scored_rows)):
             scored.append(sequence)
-            row = len(asked) + len(draws)
             asked.append(Asked(row, sequence.token_ids[place + i], sequence.params.top_logprobs))
+            row += 1
         if one.is_sampled:
-            draws.append(Draw(len(asked) + len(draws), sequence, masks.get(sequence.request_id)))
+            draws.append(Draw(row, sequence, draft=one.draft))
+            row += 1 + len(one.draft)
     return scored, asked, draws
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ossia.engine.block_manager import SequenceBlocks
+from ossia.engine.drafts import Drafts
 from ossia.engine.stops import Stop, StopMatcher
 from ossia.errors import InputError, OssiaError
 from ossia.model.adapted import HeldAdapter
@@ -30,9 +31,9 @@ _LARGEST = 1e30
 class Constraint(Protocol):
     """Says which tokens may come next in one sequence: a grammar, a cap on reasoning, or both.
 
-    The engine calls ``fill`` once before each token and ``accept`` once after it, in turn. ``fill`` runs beside the
-    forward pass, in another thread than ``accept``, never at the same time. An exception from either ends this
-    sequence, and no other, with finish_reason "error".
+    The engine calls ``fill`` once before each token and ``accept`` once after it, in turn. ``fill`` runs in another
+    thread than ``accept``, beside the forward pass as a rule, and never at the same time. An exception from either ends
+    this sequence, and no other, with finish_reason "error".
     """
 
     def fill(self, mask: npt.NDArray[np.uint32]) -> None:
@@ -196,6 +197,7 @@ class Sequence:
         "biases",
         "blocks",
         "constraint",
+        "drafts",
         "eos_token_ids",
         "max_tokens",
         "num_cached_tokens",
@@ -222,6 +224,7 @@ class Sequence:
         self.request_id = request_id
         self.token_ids = list(map(int, token_ids))
         self.num_prompt_tokens = len(self.token_ids)
+        self.drafts = Drafts(self.token_ids)
         self.params = params
         self.max_tokens = max_tokens
         self.seed = secrets.randbits(63) if params.seed is None else params.seed

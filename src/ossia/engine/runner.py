@@ -35,6 +35,9 @@ class NumBlocks(NamedTuple):
 class Runner:
     """One model with its weights and its paged caches."""
 
+    # Whether a few tokens more cost less than passes of their own.
+    takes_drafts = True
+
     def __init__(self, ops: AdapterOps, config: ModelConfig, weights: Weights, options: EngineConfig) -> None:
         self.config = config
         self.options = options

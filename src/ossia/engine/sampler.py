@@ -51,6 +51,8 @@ class Draw(NamedTuple):
     sequence: Sequence
     # Filled beside the pass; see `Constraint.fill`.
     mask: Future[Mask] | None = None
+    # What the pass computed behind it: if the first of these is drawn, the next row has the logits of what follows.
+    draft: tuple[int, ...] = ()
 
 
 class Asked(NamedTuple):

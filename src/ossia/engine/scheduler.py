@@ -6,6 +6,9 @@ three quarters of what is left, so that a short one behind a long one is not hel
 that came last gives up its blocks and waits; its tokens are computed again later, as far as they cannot be found again.
 The sequence that came first can therefore always go on, and every sequence becomes the first one at some time: none
 starves.
+
+What the step has to spare then goes to drafts of what may come next: few tokens in all, since each costs a part of a
+pass and may be for nothing.
 """
 
 from __future__ import annotations
@@ -29,18 +32,24 @@ class Totals:
     # Tokens that went through the model, those computed again after a preemption included.
     num_computed_tokens: int = 0
     num_sampled_tokens: int = 0
+    # Tokens of drafts, which are computed too, and how many of them were then sampled.
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
     num_preemptions: int = 0
 
 
 class Scheduler:
     """Holds the sequences under way; `waiting` and `running` are in order of arrival."""
 
-    def __init__(self, blocks: BlockManager, max_batch_tokens: int, max_num_seqs: int, totals: Totals) -> None:
+    def __init__(
+        self, blocks: BlockManager, max_batch_tokens: int, max_num_seqs: int, totals: Totals, draft_tokens: int = 0
+    ) -> None:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self._totals = totals
         self._blocks = blocks
         self._max_batch_tokens = max_batch_tokens
+        self._draft_tokens = draft_tokens
         # Each running sequence can then decode in every step.
         self._max_num_running = min(max_num_seqs, max_batch_tokens)
 
@@ -74,7 +83,7 @@ class Scheduler:
             i += 1
         if num_preemptions == self._totals.num_preemptions:
             budget = self._admit(scheduled, budget)
-        return self._spend(scheduled, budget)
+        return self._draft(*self._spend(scheduled, budget))
 
     def _share(self, sequence: Sequence, budget: int) -> int:
         """The tokens of a prompt that may be computed now."""
@@ -141,9 +150,9 @@ class Scheduler:
                     return True
         return False
 
-    def _spend(self, scheduled: list[Scheduled], budget: int) -> list[Scheduled]:
+    def _spend(self, scheduled: list[Scheduled], budget: int) -> tuple[list[Scheduled], int]:
         """Give what is left of the budget to the prompts in the step, first come first served."""
-        for i, (sequence, num_tokens) in enumerate(scheduled):
+        for i, (sequence, num_tokens, _) in enumerate(scheduled):
             if budget < 1:
                 break
             if num_tokens < sequence.num_uncomputed:
@@ -153,6 +162,25 @@ class Scheduler:
                     self._blocks.reserve(sequence.blocks, total)
                     scheduled[i] = Scheduled(sequence, total)
                     budget -= total - num_tokens
+        return scheduled, budget
+
+    def _draft(self, scheduled: list[Scheduled], budget: int) -> list[Scheduled]:
+        """Add drafts where the next token is sampled, each sequence with its share."""
+        num_sampled = sum(one.is_sampled for one in scheduled)
+        # The more sequences there are, the less is gained: their own tokens have the weights read already.
+        share = (self._draft_tokens + 1) // max(1, num_sampled) - 1
+        if share < 1:
+            return scheduled
+        for i, one in enumerate(scheduled):
+            sequence = one.sequence
+            if one.is_sampled:
+                room = self._blocks.capacity(sequence.blocks, len(self.running)) - one.num_tokens
+                still_asked = sequence.max_tokens - sequence.num_output_tokens
+                draft = sequence.drafts.propose(min(share, budget, room, still_asked - 1))
+                if draft:
+                    self._blocks.reserve(sequence.blocks, one.num_tokens + len(draft))
+                    scheduled[i] = one._replace(draft=tuple(draft))
+                    budget -= len(draft)
         return scheduled
 
 

@@ -133,6 +133,9 @@ class Service:
         gauge("ossia_adapters", "Adapters that may be chosen", lambda: stats().num_adapters)
         gauge("ossia_adapter_bytes", "Memory that adapters take", lambda: stats().adapter_bytes)
         gauge("ossia_kv_blocks_free", "Blocks that hold nothing needed", lambda: stats().num_free_full_blocks)
+        counter = self.metrics.counter
+        counter("ossia_drafted_tokens", "Tokens computed ahead", lambda: stats().totals.num_drafted_tokens)
+        counter("ossia_accepted_tokens", "Of these, those sampled then", lambda: stats().totals.num_accepted_tokens)
 
     @property
     def names(self) -> set[str]:
