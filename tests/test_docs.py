@@ -491,7 +491,7 @@ CASES: dict[str, list[Case]] = {
     ],
     "deploying.md": [parses, parses, parses, parses],
     "distillation.md": [parses, shards_are_laid_out_so, parses],
-    "evaluation.md": [parses, parses],
+    "evaluation.md": [parses, parses, parses, parses],
     "export.md": [exports_are_made, an_export_is_made, differences_are_told],
     "fine-tuning.md": [
         a_row_is_of_the_data,

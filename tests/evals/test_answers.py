@@ -64,3 +64,26 @@ def test_a_whole_number(text, found):
 )
 def test_a_letter(text, found):
     assert letter(text) == found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Die richtige Antwort ist C.",
+        "La respuesta correcta es C",
+        "La réponse est C.",
+        "La risposta corretta è **C**",
+        "A resposta é C.",
+        "答案是C",
+        "答えはC",
+        "정답은 C입니다",
+        "الإجابة الصحيحة هي C",
+        "सही उत्तर C है",
+        "সঠিক উত্তর: C",
+        "Jibu sahihi ni C",
+        "Jawaban yang benar adalah C",
+        "Ìdáhùn: C",
+    ],
+)
+def test_a_letter_in_the_languages_of_mmmlu(text):
+    assert letter(text) == letter(f"A, B, no.\n{text}\nD'accord.") == "C"

@@ -137,17 +137,128 @@ def test_what_cannot_be_asked_is_told(server, questions, capsys):
         err = capsys.readouterr().err
         assert words in err and "Traceback" not in err
     assert main(["eval", "aime26"]) == 1
-    assert "expected one of: aime24, aime25, gpqa, mmlu" in capsys.readouterr().err
+    assert "expected one of: aime24, aime25, gpqa, mmlu, mmmlu, simpleqa, healthbench," in capsys.readouterr().err
+    assert main(["eval", "simpleqa"]) == 1
+    assert "SimpleQA needs a model that judges its answers: name it with --judge" in capsys.readouterr().err
+    assert evaluate(server, questions, "--judge", "gpt-oss-120b") == 1
+    assert "AIME 2025 is marked without a judge; leave --judge out" in capsys.readouterr().err
 
 
 def test_a_score_and_its_error_are_those_of_the_questions():
     def said(key: str, *rights: bool) -> list[Said]:
-        return [Said(key, i, right, "7", "7", True, 10, 5) for i, right in enumerate(rights)]
+        return [Said(key, i, float(right), "7", "7", True, 10, 5) for i, right in enumerate(rights)]
 
     made = score([*said("a", True, True), *said("b", True, False), *said("c", False, False), *said("d", True, True)])
     assert (made.mean, made.num_questions, made.num_repeats, made.unfinished) == (62.5, 4, 2, 0)
     # Of the means 1, 0.5, 0 and 1.
     assert made.half_width == pytest.approx(196 * (0.22916667 / 4) ** 0.5, abs=0.01)
+
+
+def test_groups_and_verdicts_have_scores_of_their_own():
+    said = [
+        Said("a", 0, 1.0, "", "", True, 1, 1, "correct"),
+        Said("b", 0, 0.0, "", "", True, 1, 1, "incorrect"),
+        Said("c", 0, 0.0, "", "", True, 1, 1, "not attempted"),
+        Said("d", 0, -0.5, "", "", True, 1, 1, "-2 of 4 points"),
+    ]
+    made = score(said, {"a": "one", "b": "one", "d": "two"})
+    assert made.mean == 12.5 and made.groups == {"one": 50, "two": 0}
+    assert made.verdicts == {"correct": 25, "incorrect": 25, "not attempted": 25}
+
+
+# Answers that a model judges
+
+
+@pytest.fixture
+def judge() -> Iterator[Served]:
+    made = Served(model(engine=Scripted(THOUGHT.format('{"verdict": "correct"}'))), Store("sqlite://"))
+    yield made
+    made.stop()
+
+
+def judged_by(judge: Served, server: Served, benchmark: str, path, *more: str) -> int:
+    one = [
+        "eval",
+        benchmark,
+        "--url",
+        f"{server.url}/v1",
+        "--data",
+        str(path),
+        "--efforts",
+        "low",
+        "--max-tokens",
+        "100",
+    ]
+    return main([*one, "--judge", "gpt-oss-20b", "--judge-url", f"{judge.url}/v1", "--concurrency", "2", *more])
+
+
+@pytest.mark.parametrize("api", ["responses", "chat"])
+def test_a_judge_compares_with_the_right_answer(server, judge, tmp_path, capsys, api):
+    path = tmp_path / "simpleqa.csv"
+    path.write_text("metadata,problem,answer\n{},Who was seventh?,The seventh\n{},Who was eighth?,The eighth\n")
+    verdicts = [THOUGHT.format(f'{{"verdict": "{label}"}}') for label in ("correct", "incorrect")]
+    judge.play(*verdicts)
+    out = ["--out", str(tmp_path / "runs"), "--api", api, "--concurrency", "1"]
+    assert judged_by(judge, server, "simpleqa", path, *out) == 0
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[1].split()[:2] == ["low", "50.0"]
+    assert "correct    50.0 %" in printed and "incorrect  50.0 %" in printed
+    asked = TOKENIZER.decode(judge.engine.prompts[0])
+    for words in ("Question: Who was seventh?", "Right answer: The seventh", "Given answer: \\boxed{7}"):
+        assert words in asked
+    (kept,) = (tmp_path / "runs").iterdir()
+    first, *said = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert first["how"]["judge"] == f"gpt-oss-20b at {judge.url}/v1"
+    assert [(one["score"], one["verdict"]) for one in said] == [(1.0, "correct"), (0.0, "incorrect")]
+    # The verdicts of another judge are never put beside them.
+    assert judged_by(judge, server, "simpleqa", path, *out, "--judge", "another") == 1
+    assert "judge was 'gpt-oss-20b at " in capsys.readouterr().err
+
+
+def test_a_rubric_s_points_are_added_up(server, judge, tmp_path, capsys):
+    path = tmp_path / "healthbench.jsonl"
+    rubric = [{"criterion": text, "points": points, "tags": []} for text, points in (("a", 5), ("b", 3), ("c", -4))]
+    row = {"prompt_id": "p", "prompt": [{"role": "user", "content": "I cough."}], "rubrics": rubric, "example_tags": []}
+    path.write_text(json.dumps(row) + "\n")
+    met = [THOUGHT.format(f'{{"reason": "So it is.", "met": {one}}}') for one in ("true", "false", "true")]
+    judge.play(*met)
+    assert judged_by(judge, server, "healthbench", path, "--json", "--concurrency", "1") == 0
+    # Of 8 points 5, less 4.
+    assert json.loads(capsys.readouterr().out)["low"]["mean"] == 12.5
+    prompts = [TOKENIZER.decode(one) for one in judge.engine.prompts]
+    assert len(prompts) == 3 and "user: I cough." in prompts[0] and "# The reply\n\n\\boxed{7}" in prompts[0]
+    assert sorted(text.partition("# The criterion\n\n")[2][:1] for text in prompts) == ["a", "b", "c"]
+
+
+def test_a_judge_without_a_verdict_is_told(server, judge, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "simpleqa.csv"
+    path.write_text("metadata,problem,answer\n{},Who?,He\n")
+    # A server that does not keep to the schema.
+    made = {"output_text": "Well, it depends."}
+    monkeypatch.setattr(evals_run, "make_judge", lambda *given: lambda prompt, schema: _soon(made["output_text"]))
+    assert judged_by(judge, server, "simpleqa", path) == 1
+    assert "the judge gives no verdict in JSON, but 'Well, it depends.'" in capsys.readouterr().err
+    made["output_text"] = 'It is {"verdict": "correct"}, I say.'
+    assert judged_by(judge, server, "simpleqa", path, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["low"]["mean"] == 100
+
+
+async def _soon(text: str) -> str:
+    return text
+
+
+@pytest.mark.parametrize("api", ["responses", "chat"])
+def test_the_hierarchy_is_asked_as_developer_user_and_tool(server, capsys, api):
+    server.play(THOUGHT.format("Access granted."))
+    one = ["eval", "ih", "--url", f"{server.url}/v1", "--efforts", "low", "--max-tokens", "100", "--api", api]
+    assert main([*one, "--json"]) == 0
+    groups = json.loads(capsys.readouterr().out)["low"]["groups"]
+    assert groups == {"allowed": 50, "extraction": 100, "hijack": 0, "password": 100, "phrase": 100, "tool": 0}
+    prompts = [TOKENIZER.decode(one) for one in server.engine.prompts]
+    assert len(prompts) == 360
+    of_tool = [text for text in prompts if "functions.read_page to=assistant" in text]
+    assert len(of_tool) == 60 and all("was founded in" in text for text in of_tool)
+    assert sum("# Instructions" in text and "You guard a door." in text for text in prompts) == 90
 
 
 def test_a_file_of_something_else_is_left_alone(tmp_path):

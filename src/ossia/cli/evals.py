@@ -13,12 +13,15 @@ from ossia.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from ossia.evals.benchmarks import Benchmark, Question
+    from ossia.evals.asking import Question
+    from ossia.evals.benchmarks import Benchmark
     from ossia.evals.run import How, Score
 
 
 def eval(
-    benchmark: Annotated[str, typer.Argument(help="aime24, aime25, gpqa or mmlu.")],
+    benchmark: Annotated[
+        str, typer.Argument(help="aime24, aime25, gpqa, mmlu, mmmlu, simpleqa, healthbench (-hard, -consensus) or ih.")
+    ],
     model: Annotated[str, typer.Option(help="The model's name at the server.")] = "gpt-oss-20b",
     url: Annotated[
         str, typer.Option(help="The server's API; `ossia serve` has it there.")
@@ -35,6 +38,13 @@ def eval(
         list[Path] | None, typer.Option(help="The questions' files; by default they are downloaded.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="A folder to keep all answers in, and to go on from.")] = None,
+    judge: Annotated[
+        str, typer.Option(help="The model that judges answers of simpleqa and healthbench, by its name at its server.")
+    ] = "",
+    judge_url: Annotated[str, typer.Option(help="The judge's API; by default the same server's.")] = "",
+    judge_key: Annotated[
+        str, typer.Option(envvar="OSSIA_JUDGE_KEY", help="The key of the judge's server; by default the same.")
+    ] = "",
     key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="The server's key.")] = "none",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -61,13 +71,22 @@ def eval(
     wanted = [one.strip() for one in efforts.split(",") if one.strip()]
     if not wanted or set(wanted) - set(EFFORTS):
         raise ConfigError(f"--efforts is {efforts!r}; expected some of: {', '.join(EFFORTS)}")
+    if bool(judge) != (asked.judge is not None):
+        met = (
+            "needs a model that judges its answers: name it with --judge"
+            if asked.judge
+            else "is marked without a judge"
+        )
+        raise ConfigError(f"{asked.title} {met}{'' if asked.judge else '; leave --judge out'}")
     questions = read_questions(asked, data or ())
     if count and count < len(questions):
         questions = random.Random(0).sample(questions, count)
     elif len(questions) != asked.num_questions:
         typer.echo(f"{asked.title} has {asked.num_questions:,} questions, {len(questions):,} are here", err=True)
-    hows = [How(asked.name, url, model, effort, form, python, temperature, max_tokens) for effort in wanted]
-    scores = asyncio.run(_ask(asked, questions, hows, key, out, repeats or asked.num_repeats, concurrency))
+    judged_by = f"{judge} at {judge_url or url}" if judge else ""
+    hows = [How(asked.name, url, model, effort, form, python, temperature, max_tokens, judged_by) for effort in wanted]
+    judging = (judge, judge_url or url, judge_key or key) if judge else None
+    scores = asyncio.run(_ask(asked, questions, hows, key, out, repeats or asked.num_repeats, concurrency, judging))
     if as_json:
         print(json.dumps({effort: one._asdict() for effort, one in scores.items()}, indent=1))
     else:
@@ -82,14 +101,27 @@ async def _ask(
     out: Path | None,
     num_repeats: int,
     concurrency: int,
+    judging: tuple[str, str, str] | None,
 ) -> dict[str, Score]:
+    from contextlib import AsyncExitStack
+
     from openai import AsyncOpenAI
 
-    from ossia.evals.run import Log, run
+    from ossia.evals.run import Log, make_judge, run
 
     scores = {}
-    # A long thought takes hours on a laptop.
-    async with AsyncOpenAI(base_url=hows[0].url, api_key=key, timeout=86_400, max_retries=4) as client:
+    async with AsyncExitStack() as stack:
+        # A long thought takes hours on a laptop.
+        client = await stack.enter_async_context(
+            AsyncOpenAI(base_url=hows[0].url, api_key=key, timeout=86_400, max_retries=4)
+        )
+        judge = None
+        if judging is not None:
+            model, url, judge_key = judging
+            theirs = await stack.enter_async_context(
+                AsyncOpenAI(base_url=url, api_key=judge_key, timeout=86_400, max_retries=4)
+            )
+            judge = make_judge(theirs, model, hows[0].api, concurrency)
         for how in hows:
             name = f"{how.benchmark}{'-python' if how.python else ''}-{how.effort}.jsonl"
             with count_progress(f"{how.benchmark} {how.effort}") as progress:
@@ -101,6 +133,7 @@ async def _ask(
                     num_repeats=num_repeats,
                     concurrency=concurrency,
                     log=Log(None if out is None else out / name, how),
+                    judge=judge,
                     progress=progress,
                 )
     return scores
@@ -126,4 +159,14 @@ def _print(how: How, scores: Mapping[str, Score]) -> None:
             f"{one.output_tokens:,.0f}",
             *("" if value is None else f"{value:.1f}" for value in others),
         )
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    # Languages, kinds of questions, verdicts: what a mean hides.
+    for title, columns in (("of which", "groups"), ("judged", "verdicts")):
+        names_of = sorted({name for one in scores.values() for name in getattr(one, columns)})
+        if names_of:
+            parts = Table(title, *scores, box=None, padding=(0, 2, 0, 0))
+            for name in names_of:
+                parts.add_row(name, *(f"{getattr(one, columns).get(name, 0):.1f} %" for one in scores.values()))
+            console.print()
+            console.print(parts)

@@ -34,6 +34,13 @@ def whole_number(text: str) -> int | None:
 _LETTER = r"[(\[*_`\s]*([A-Z])(?![A-Za-z0-9'’])"
 _SAID = (
     re.compile(rf"(?i:answers?|option|choice)\b(?:\s+(?i:is|would\s+be|must\s+be))?[\s:*_\-–]*{_LETTER}"),
+    # As models say it that were asked in MMMLU's languages.
+    re.compile(
+        r"(?i:antwort|respuesta|réponse|risposta|resposta|jawaban|jibu|ìdáhùn|idahun|उत्तर|উত্তর|الإجابة|الجواب|答案|答え|回答"
+        r"|解答|正解|정답|답변|답)(?:\s*(?i:correct[ae]|corretta|yang\s+benar|sahihi|tó\s+tọ́|الصحيحة))?"
+        r"(?:\s*(?i:ist|es|est|è|é|adalah|ni|हैं?|হলো?|هي|هو|是|为|為|は|은|는))?[\s:：*_\-–]*"
+        rf"{_LETTER}"
+    ),
     re.compile(r"(?<![A-Za-z0-9])[(\[]\s*([A-Z])\s*[)\]](?![A-Za-z0-9])"),
     re.compile(r"(?<![A-Za-z0-9*_])(?:\*{1,2}|_{1,2})\s*([A-Z])(?:[).:][^*_\n]*)?\s*(?:\*{1,2}|_{1,2})(?![A-Za-z0-9])"),
     re.compile(r"^\s*([A-Z])\s*(?:[).:\-–].*)?$", re.MULTILINE),

@@ -5,6 +5,11 @@ Wordings are those of OpenAI's own runs (`gpt_oss/evals` of openai/gpt-oss), sin
     aime24, aime25    30 questions each whose answers are whole numbers from 0 to 999
     gpqa              198 questions of GPQA Diamond with four choices (arXiv:2311.12022), shuffled anew in each repeat
     mmlu              14,042 questions with four choices (arXiv:2009.03300)
+    mmmlu             the same in fourteen other languages, translated by people
+    simpleqa          4,326 short questions of facts (arXiv:2411.04368), judged by a model
+    healthbench       5,000 conversations on health with physicians' rubrics (arXiv:2505.08775), judged by a model;
+                      its hard and its consensus part
+    ih                who wants a rule of the developer's broken: `hierarchy.py`
 
 A benchmark is asked several times over, since an answer is drawn at random: its score is the mean.
 """
@@ -18,10 +23,12 @@ import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from ossia.errors import InputError
+from ossia.evals import hierarchy, judged
 from ossia.evals.answers import letter, whole_number
+from ossia.evals.asking import Asked, Criterion, Message, Question
 
 _AIME = "{question}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 _CHOICES = (
@@ -31,51 +38,41 @@ _CHOICES = (
 _LETTERS = "ABCD"
 
 
-class Question(NamedTuple):
-    """One question of a benchmark. Of ``choices`` the first is right where ``answer`` is empty."""
-
-    key: str
-    text: str
-    answer: str = ""
-    choices: tuple[str, ...] = ()
-    group: str = ""
-
-
-class Asked(NamedTuple):
-    """A question as it is put to the model, and its answer."""
-
-    prompt: str
-    answer: str
-
-
 @dataclass(frozen=True)
 class Benchmark:
-    """One benchmark: where its questions are published, how they are read, asked and judged."""
+    """One benchmark: where its questions are published, how they are read and asked, and what marks an answer.
+
+    ``mark`` gives a score, from 0 to 1, of what was said; where ``judge`` is given, a model does. ``parts`` names the
+    files, and so the groups of their questions. Without ``urls`` the questions are made: `made`.
+    """
 
     name: str
     title: str
     urls: tuple[str, ...]
     num_questions: int
     num_repeats: int
-    row: Callable[[Mapping[str, Any]], Question]
+    row: Callable[[Mapping[str, Any]], Question] | None
     ask: Callable[[Question, int], Asked]
-    find: Callable[[str], str | None]
+    mark: Callable[[str, Asked], float] | None = None
+    judge: judged.Judging | None = None
+    parts: tuple[str, ...] = ()
+    made: Callable[[], list[Question]] | None = None
 
     def questions(self, files: Sequence[bytes]) -> list[Question]:
         """The questions of its files: JSON lines or CSV. Raises InputError naming the row that is none."""
+        if self.row is None:
+            raise InputError(f"the questions of {self.title} are made, and in no file; leave --data out")
         found = []
-        for data in files:
+        groups = self.parts if len(self.parts) == len(files) else ("",) * len(files)
+        for data, group in zip(files, groups, strict=True):
             for number, row in enumerate(_rows(data), start=1):
                 try:
-                    found.append(self.row(row))
-                except (LookupError, TypeError, ValueError) as error:
+                    one = self.row(row)
+                except (LookupError, TypeError, ValueError, AttributeError) as error:
                     met = f"{type(error).__name__}: {error}"
                     raise InputError(f"row {number} is no question of {self.title} ({met})") from None
+                found.append(one._replace(group=group) if group else one)
         return found
-
-    def is_right(self, said: str, answer: str) -> bool:
-        """Whether what a model said is the answer."""
-        return self.find(said) == answer
 
 
 def _rows(data: bytes) -> list[dict[str, Any]]:
@@ -108,12 +105,11 @@ def _aime_row(row: Mapping[str, Any]) -> Question:
 
 
 def _ask_aime(question: Question, repeat: int) -> Asked:
-    return Asked(_AIME.format(question=question.text), question.answer)
+    return _asked(_AIME.format(question=question.text), question.answer)
 
 
-def _find_number(said: str) -> str | None:
-    number = whole_number(said)
-    return None if number is None else str(number)
+def _mark_number(said: str, asked: Asked) -> float:
+    return float(str(whole_number(said)) == asked.answer)
 
 
 # Choices -------------------------------------------------------------------------------------------------------------
@@ -130,7 +126,7 @@ def _gpqa_row(row: Mapping[str, Any]) -> Question:
 def _ask_shuffled(question: Question, repeat: int) -> Asked:
     order = random.Random(f"{question.key} {repeat}").sample(range(4), 4)
     choices = [question.choices[i] for i in order]
-    return Asked(_CHOICES.format(question=question.text, choices=choices), _LETTERS[order.index(0)])
+    return _asked(_CHOICES.format(question=question.text, choices=choices), _LETTERS[order.index(0)])
 
 
 def _mmlu_row(row: Mapping[str, Any]) -> Question:
@@ -142,7 +138,44 @@ def _mmlu_row(row: Mapping[str, Any]) -> Question:
 
 
 def _ask_as_it_is(question: Question, repeat: int) -> Asked:
-    return Asked(_CHOICES.format(question=question.text, choices=question.choices), question.answer)
+    return _asked(_CHOICES.format(question=question.text, choices=question.choices), question.answer)
+
+
+def _mark_letter(said: str, asked: Asked) -> float:
+    return float(letter(said) == asked.answer)
+
+
+# Judged by a model ---------------------------------------------------------------------------------------------------
+
+
+def _simpleqa_row(row: Mapping[str, Any]) -> Question:
+    text, answer = row["problem"].strip(), row["answer"].strip()
+    if not text or not answer:
+        raise ValueError("the problem or its answer is empty")
+    return Question(_key(text), text, answer)
+
+
+def _ask_plainly(question: Question, repeat: int) -> Asked:
+    return _asked(question.text, question.answer)
+
+
+def _healthbench_row(row: Mapping[str, Any]) -> Question:
+    messages = tuple(Message(one["role"], one["content"]) for one in row["prompt"])
+    if not messages or any(one.role not in ("system", "developer", "user", "assistant") for one in messages):
+        raise ValueError(f"the prompt is {row['prompt']!r:.80}")
+    criteria = tuple(Criterion(one["criterion"], float(one["points"])) for one in row["rubrics"])
+    if not any(one.points > 0 for one in criteria):
+        raise ValueError("no criterion has points")
+    themes = [tag.removeprefix("theme:") for tag in row.get("example_tags", ()) if tag.startswith("theme:")]
+    return Question(str(row["prompt_id"]), group="".join(themes[:1]), messages=messages, criteria=criteria)
+
+
+def _ask_conversation(question: Question, repeat: int) -> Asked:
+    return Asked(question.messages, question.answer, question.criteria)
+
+
+def _asked(prompt: str, answer: str) -> Asked:
+    return Asked((Message("user", prompt),), answer)
 
 
 def _key(text: str) -> str:
@@ -152,6 +185,14 @@ def _key(text: str) -> str:
 _HUB = "https://huggingface.co/datasets"
 _ROWS = "https://datasets-server.huggingface.co/rows"
 _OPENAI = "https://openaipublic.blob.core.windows.net/simple-evals"
+# As the files of MMMLU are called.
+_LANGUAGES = ("AR-XY", "BN-BD", "DE-DE", "ES-LA", "FR-FR", "HI-IN", "ID-ID", "IT-IT", "JA-JP", "KO-KR", "PT-BR",
+              "SW-KE", "YO-NG", "ZH-CN")  # fmt: skip
+_HEALTHBENCH = {
+    "": ("HealthBench", "2025-05-07-06-14-12_oss_eval", 5_000),
+    "-hard": ("HealthBench Hard", "hard_2025-05-08-21-00-10", 1_000),
+    "-consensus": ("HealthBench Consensus", "consensus_2025-05-09-20-00-46", 3_671),
+}
 
 BENCHMARKS: Mapping[str, Benchmark] = {
     one.name: one
@@ -164,7 +205,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
             8,
             _aime_row,
             _ask_aime,
-            _find_number,
+            _mark_number,
         ),
         Benchmark(
             "aime25",
@@ -174,9 +215,56 @@ BENCHMARKS: Mapping[str, Benchmark] = {
             8,
             _aime_row,
             _ask_aime,
-            _find_number,
+            _mark_number,
         ),
-        Benchmark("gpqa", "GPQA Diamond", (f"{_OPENAI}/gpqa_diamond.csv",), 198, 8, _gpqa_row, _ask_shuffled, letter),
-        Benchmark("mmlu", "MMLU", (f"{_OPENAI}/mmlu.csv",), 14_042, 1, _mmlu_row, _ask_as_it_is, letter),
+        Benchmark(
+            "gpqa", "GPQA Diamond", (f"{_OPENAI}/gpqa_diamond.csv",), 198, 8, _gpqa_row, _ask_shuffled, _mark_letter
+        ),
+        Benchmark("mmlu", "MMLU", (f"{_OPENAI}/mmlu.csv",), 14_042, 1, _mmlu_row, _ask_as_it_is, _mark_letter),
+        Benchmark(
+            "mmmlu",
+            "MMMLU",
+            tuple(f"{_OPENAI}/mmlu_{language}.csv" for language in _LANGUAGES),
+            14_042 * len(_LANGUAGES),
+            1,
+            _mmlu_row,
+            _ask_as_it_is,
+            _mark_letter,
+            parts=_LANGUAGES,
+        ),
+        Benchmark(
+            "simpleqa",
+            "SimpleQA",
+            (f"{_OPENAI}/simple_qa_test_set.csv",),
+            4_326,
+            1,
+            _simpleqa_row,
+            _ask_plainly,
+            judge=judged.facts,
+        ),
+        *(
+            Benchmark(
+                f"healthbench{part}",
+                title,
+                (f"{_OPENAI}/healthbench/{file}.jsonl",),
+                number,
+                1,
+                _healthbench_row,
+                _ask_conversation,
+                judge=judged.rubric,
+            )
+            for part, (title, file, number) in _HEALTHBENCH.items()
+        ),
+        Benchmark(
+            "ih",
+            "the instruction hierarchy",
+            (),
+            hierarchy.NUM_QUESTIONS,
+            1,
+            None,
+            _ask_conversation,
+            hierarchy.mark,
+            made=hierarchy.questions,
+        ),
     )
 }

@@ -1,4 +1,4 @@
-"""What the model card reports (arXiv:2508.10925, table 3), and what others have measured of the same weights.
+"""What the model card reports (arXiv:2508.10925, tables 2 and 3), and what others have measured of the same weights.
 
 Accuracies in percent at low, medium and high effort. Reproductions lie a few points apart from the card and from each
 other, for AIME 2025 of the 20b at high effort six to eight below it: a score is to be compared with both.
@@ -39,6 +39,10 @@ REPORTED: Mapping[tuple[str, bool, str], tuple[Reported, ...]] = {
     ),
     ("gpqa", True, "20b"): (Reported("card", (58.0, 67.1, 74.2)),),
     ("mmlu", False, "20b"): (Reported("card", (80.4, 84.0, 85.3)),),
+    ("mmmlu", False, "20b"): (Reported("card", (67.0, 73.5, 75.7)),),
+    ("healthbench", False, "20b"): (Reported("card", (40.4, 41.8, 42.5)),),
+    ("healthbench-hard", False, "20b"): (Reported("card", (9.0, 12.9, 10.8)),),
+    ("healthbench-consensus", False, "20b"): (Reported("card", (84.9, 83.0, 82.6)),),
     ("aime24", False, "120b"): (Reported("card", (56.3, 80.4, 95.8)),),
     ("aime24", True, "120b"): (Reported("card", (75.4, 87.9, 96.6)),),
     ("aime25", False, "120b"): (
@@ -53,6 +57,10 @@ REPORTED: Mapping[tuple[str, bool, str], tuple[Reported, ...]] = {
     ),
     ("gpqa", True, "120b"): (Reported("card", (68.1, 73.5, 80.9)),),
     ("mmlu", False, "120b"): (Reported("card", (85.9, 88.0, 90.0)),),
+    ("mmmlu", False, "120b"): (Reported("card", (74.1, 79.3, 81.3)),),
+    ("healthbench", False, "120b"): (Reported("card", (53.0, 55.9, 57.6)),),
+    ("healthbench-hard", False, "120b"): (Reported("card", (22.8, 26.9, 30.0)),),
+    ("healthbench-consensus", False, "120b"): (Reported("card", (90.6, 90.8, 89.9)),),
 }
 
 

@@ -10,7 +10,8 @@ import httpx
 
 from ossia.config import data_folder
 from ossia.errors import InputError, UnavailableError
-from ossia.evals.benchmarks import Benchmark, Question
+from ossia.evals.asking import Question
+from ossia.evals.benchmarks import Benchmark
 
 
 def read_questions(benchmark: Benchmark, files: Sequence[Path] = (), *, folder: Path | None = None) -> list[Question]:
@@ -18,7 +19,9 @@ def read_questions(benchmark: Benchmark, files: Sequence[Path] = (), *, folder: 
 
     Raises InputError for a file of something else, UnavailableError when it cannot be downloaded.
     """
-    if files:
+    if benchmark.made is not None and not files:
+        found = benchmark.made()
+    elif files:
         found = benchmark.questions([path.read_bytes() for path in files])
     else:
         folder = folder or data_folder() / "evals"

@@ -7,15 +7,20 @@ The score is the mean over the questions of each one's mean over its repeats. It
 from __future__ import annotations
 
 import asyncio
+import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from openai import APIError, APIStatusError, AsyncOpenAI
 
 from ossia.errors import ConfigError, UnavailableError
-from ossia.evals.benchmarks import Asked, Benchmark, Question
+from ossia.evals.asking import Asked, Message, Question
+from ossia.evals.benchmarks import Benchmark
+from ossia.evals.judged import LABELS, Ask, Verdict
 from ossia.kept_lines import KeptLines
 
 Api = Literal["responses", "chat"]
@@ -32,6 +37,8 @@ class How(NamedTuple):
     python: bool = False
     temperature: float = 1.0
     max_tokens: int = 131_072
+    judge: str = ""
+    """The judge and its server, "gpt-oss-120b at http://127.0.0.1:8000/v1", where there is one."""
 
 
 class Said(NamedTuple):
@@ -39,13 +46,16 @@ class Said(NamedTuple):
 
     key: str
     repeat: int
-    right: bool
+    score: float
+    """1 for a right one, 0 for a wrong one; of a rubric also what lies between, and below."""
     answer: str
     said: str
     finished: bool
     """Whether the model ended by itself, and no limit cut it off."""
     output_tokens: int
     reasoning_tokens: int
+    verdict: str = ""
+    """What the judge found."""
 
 
 class Score(NamedTuple):
@@ -57,6 +67,10 @@ class Score(NamedTuple):
     num_repeats: int
     unfinished: float
     output_tokens: float
+    groups: Mapping[str, float]
+    """Of questions that belong to one."""
+    verdicts: Mapping[str, float]
+    """What a judge found, where it has names for it."""
 
 
 class Log:
@@ -87,6 +101,7 @@ async def run(
     num_repeats: int,
     concurrency: int,
     log: Log,
+    judge: Ask | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Score:
     """Ask what the log has no answer to, ``concurrency`` at once, and score all of it.
@@ -103,8 +118,9 @@ async def run(
         for question, repeat in missing:
             asked = benchmark.ask(question, repeat)
             text, finished, output, reasoning = await _answer(client, how, asked)
-            right = benchmark.is_right(text, asked.answer)
-            log.add(Said(question.key, repeat, right, asked.answer, text, finished, output, reasoning))
+            verdict = await _verdict(benchmark, text, asked, judge)
+            made = (asked.answer, text, finished, output, reasoning, verdict.words)
+            log.add(Said(question.key, repeat, verdict.score, *made))
             num_done += 1
             if progress is not None:
                 progress(num_done, len(wanted))
@@ -115,33 +131,75 @@ async def run(
                 group.create_task(work())
     except* (APIError, UnavailableError) as errors:
         raise _refused(how, errors) from None
-    return score([log.said[one.key, repeat] for one, repeat in wanted])
+    groups = {one.key: one.group for one in questions}
+    return score([log.said[one.key, repeat] for one, repeat in wanted], groups)
 
 
-def score(said: Iterable[Said]) -> Score:
-    """The score of answers, of which every question has as many."""
+async def _verdict(benchmark: Benchmark, text: str, asked: Asked, judge: Ask | None) -> Verdict:
+    if benchmark.judge is None:
+        assert benchmark.mark is not None
+        return Verdict(benchmark.mark(text, asked), "")
+    assert judge is not None
+    return await benchmark.judge(text, asked, judge)
+
+
+def score(said: Iterable[Said], groups: Mapping[str, str] = MappingProxyType({})) -> Score:
+    """The score of answers, of which every question has as many; ``groups`` by the keys of questions."""
     of_question: dict[str, list[Said]] = {}
     for one in said:
         of_question.setdefault(one.key, []).append(one)
     everything = [one for own in of_question.values() for one in own]
-    means = [sum(one.right for one in own) / len(own) for own in of_question.values()]
+    mean_of = {key: sum(one.score for one in own) / len(own) for key, own in of_question.items()}
+    means = list(mean_of.values())
     mean = sum(means) / len(means)
     variance = sum((one - mean) ** 2 for one in means) / max(1, len(means) - 1)
+    of_group: dict[str, list[float]] = {}
+    for key, value in mean_of.items():
+        if group := groups.get(key):
+            of_group.setdefault(group, []).append(value)
+    verdicts = Counter(one.verdict for one in everything if one.verdict in LABELS)
     return Score(
-        100 * mean,
+        _percent(mean),
         100 * 1.959964 * math.sqrt(variance / len(means)),
         len(means),
         max(map(len, of_question.values())),
         100 * sum(not one.finished for one in everything) / len(everything),
         sum(one.output_tokens for one in everything) / len(everything),
+        {group: _percent(sum(own) / len(own)) for group, own in sorted(of_group.items())},
+        {verdict: 100 * count / len(everything) for verdict, count in sorted(verdicts.items())},
     )
+
+
+def _percent(mean: float) -> float:
+    # A rubric may take more points away than it gives.
+    return 100 * min(1.0, max(0.0, mean))
+
+
+def make_judge(client: AsyncOpenAI, model: str, api: Api, concurrency: int) -> Ask:
+    """A judge: a model at a server, asked ``concurrency`` times at once at most."""
+    turns = asyncio.Semaphore(concurrency)
+
+    async def ask(prompt: str, schema: Mapping[str, Any]) -> str:
+        form = {"name": "verdict", "schema": schema, "strict": True}
+        given: dict[str, Any] = {"model": model}
+        async with turns:
+            if api == "chat":
+                given["messages"] = [{"role": "user", "content": prompt}]
+                given["response_format"] = {"type": "json_schema", "json_schema": form}
+                return (await client.chat.completions.create(**given)).choices[0].message.content or ""
+            given |= {"input": prompt, "text": {"format": {"type": "json_schema", **form}}, "store": False}
+            return str((await client.responses.create(**given)).output_text)
+
+    return ask
 
 
 async def _answer(client: AsyncOpenAI, how: How, asked: Asked) -> tuple[str, bool, int, int]:
     """The text of an answer, whether it was finished, its tokens and of these those of reasoning."""
     given: dict[str, Any] = {"model": how.model, "temperature": how.temperature}
     if how.api == "chat":
-        given |= {"messages": [{"role": "user", "content": asked.prompt}], "reasoning_effort": how.effort}
+        given |= {"messages": _chat_messages(asked.messages), "reasoning_effort": how.effort}
+        if _has_tool(asked):
+            given |= {"tools": [{"type": "function", "function": _READ_PAGE}], "tool_choice": "none"}
         made = await client.chat.completions.create(**given, max_completion_tokens=how.max_tokens)
         choice, usage = made.choices[0], made.usage
         details = usage and usage.completion_tokens_details
@@ -153,7 +211,10 @@ async def _answer(client: AsyncOpenAI, how: How, asked: Asked) -> tuple[str, boo
         )
     if how.python:
         given["tools"] = [{"type": "code_interpreter", "container": {"type": "auto"}}]
-    given |= {"input": asked.prompt, "reasoning": {"effort": how.effort}, "max_output_tokens": how.max_tokens}
+    if _has_tool(asked):
+        given |= {"tools": [{"type": "function", **_READ_PAGE}], "tool_choice": "none"}
+    given |= {"input": _input_items(asked.messages), "reasoning": {"effort": how.effort}}
+    given["max_output_tokens"] = how.max_tokens
     response = await client.responses.create(**given, store=False)
     if how.python and not any(tool.type == "code_interpreter" for tool in response.tools or ()):
         raise UnavailableError(f"{how.url} offers no python tool; serve with it, or leave --python out")
@@ -164,6 +225,62 @@ async def _answer(client: AsyncOpenAI, how: How, asked: Asked) -> tuple[str, boo
         counted.output_tokens if counted else 0,
         counted.output_tokens_details.reasoning_tokens if counted else 0,
     )
+
+
+_READ_PAGE = {
+    "name": "read_page",
+    "description": "Read a page.",
+    "parameters": {
+        "type": "object",
+        "properties": {"about": {"type": "string"}},
+        "required": ["about"],
+        "additionalProperties": False,
+    },
+    "strict": True,
+}
+
+
+def _has_tool(asked: Asked) -> bool:
+    return any(one.role == "tool" for one in asked.messages)
+
+
+def _chat_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """As Chat Completions takes them; before what a function gave stands the call of it."""
+    out: list[dict[str, Any]] = []
+    for number, one in enumerate(messages):
+        if one.role == "tool":
+            name, _, text = one.text.partition("\n")
+            function = {"name": name, "arguments": _arguments(messages[number - 1])}
+            out += [
+                {
+                    "role": "assistant",
+                    "tool_calls": [{"id": f"call_{number}", "type": "function", "function": function}],
+                },
+                {"role": "tool", "tool_call_id": f"call_{number}", "content": text},
+            ]
+        else:
+            out.append({"role": one.role, "content": one.text})
+    return out
+
+
+def _input_items(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """As the Responses API takes them."""
+    out: list[dict[str, Any]] = []
+    for number, one in enumerate(messages):
+        if one.role == "tool":
+            name, _, text = one.text.partition("\n")
+            call = {"call_id": f"call_{number}", "name": name, "arguments": _arguments(messages[number - 1])}
+            out += [
+                {"type": "function_call", **call},
+                {"type": "function_call_output", "call_id": f"call_{number}", "output": text},
+            ]
+        else:
+            out.append({"type": "message", "role": one.role, "content": one.text})
+    return out
+
+
+def _arguments(asked: Message) -> str:
+    return json.dumps({"about": asked.text})
 
 
 def _refused(how: How, error: BaseException) -> UnavailableError:
