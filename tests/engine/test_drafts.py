@@ -11,8 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.engine.test_schedules import random_requests, run_random_schedule
 
+from ossia.config import Config
 from ossia.engine import Engine, SamplingParams
 from ossia.engine.drafts import Drafts
+from ossia.local import LocalModel
+from ossia.model.random_checkpoint import write_random_checkpoint
+from ossia.ops import Ops, load
 
 # What is found
 
@@ -56,6 +60,12 @@ def test_the_last_place_counts_and_a_long_run_gives_more():
 
 
 # What is sampled
+
+
+@pytest.fixture(scope="session")
+def ops() -> Ops:
+    """That of the models here: the only one that takes drafts."""
+    return load("cpu", threads=2)
 
 
 class Oracle:
@@ -172,6 +182,17 @@ def test_an_answer_that_repeats_itself_takes_fewer_steps(tiny, answer):
     assert answer(drafting, requests) == answer(plain, requests)
     assert drafting.stats().totals.num_accepted_tokens > 0
     assert drafting.stats().totals.num_steps < plain.stats().totals.num_steps
+
+
+def test_numpy_takes_none(tmp_path):
+    """Its products of several rows need not have the bits of one."""
+    folder = write_random_checkpoint(tmp_path / "model", "tiny")
+    for backend, takes in (("reference", False), ("cpu", True)):
+        model = LocalModel.open(Config(model=str(folder), backend=backend))
+        model.engine.add_request([5, 6, 7] * 9, SamplingParams(max_tokens=3, logit_bias={5: 100}))
+        while model.engine.has_work:
+            model.engine.step()
+        assert (model.engine.stats().totals.num_drafted_tokens > 0) == takes
 
 
 def test_drafts_keep_to_the_step_the_answer_and_their_number(fake, finish, oracle):

@@ -58,6 +58,7 @@ def write_gguf(
     dense: Type = Type.F32,
     *,
     experts: Type = Type.MXFP4,
+    others: Type = Type.F32,
     fused: bool = False,
     change: dict[str, Any] | None = None,
     drop: str = "",
@@ -83,7 +84,8 @@ def write_gguf(
             writer.add_tensor(name, packed.reshape(*values.shape[:-1], -1), raw_dtype=experts)
             continue
         numbers = dequantize(values) if isinstance(values, Mxfp4) else values.astype(np.float32)
-        kind = experts if isinstance(values, Mxfp4) else dense if is_matrix(name) else Type.F32
+        kind = experts if isinstance(values, Mxfp4) else dense if is_matrix(name) else others
+        kind = kind if numbers.shape[-1] % 32 == 0 else Type.F32
         writer.add_tensor(name, gguf.quants.quantize(numbers, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -278,6 +280,17 @@ def test_a_file_of_fewer_bits_is_inspected_verified_and_exported(folder, tmp_pat
     export(path, tmp_path / "changed.gguf", "gguf", weights=tmp_path / "changed.safetensors", measure=False)
     got = Checkpoint.open(tmp_path / "changed.gguf")
     assert not got.array("blk.1.attn_output.weight").values.any() and got.array("blk.0.attn_output.weight").values.any()
+
+
+@pytest.mark.parametrize("options", [{"experts": Type.Q5_0}, {"others": Type.Q4_0}])
+def test_what_does_not_fit_is_told_without_being_unpacked(options, folder, tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", folder, **options)
+    assert verify_checkpoint(path) == inspect_checkpoint(path).problems != ()
+
+
+def test_matrices_are_unpacked_once(folder, tmp_path):
+    checkpoint = Checkpoint.open(write_gguf(tmp_path / "model.gguf", folder, Type.Q4_0))
+    assert checkpoint.array("output.weight") is checkpoint.array("output.weight")
 
 
 def test_scales_of_fewer_bits_that_are_not_finite_are_found(folder, tmp_path):
@@ -503,7 +516,7 @@ FAULTS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a missing tensor": ({"drop": "blk.1.attn_q.weight"}, ["lacks the tensor blk.1.attn_q.weight", "[128, 64]"]),
     "an unsupported quantisation": (
         {"dense": Type.MXFP4},
-        ["is MXFP4 [", "F32 or Q8_0 or a quantised type of llama.cpp's", "Get a GGUF file"],
+        ["is MXFP4 [", "F32 or Q8_0 or one of Q4_0 to Q6_K and IQ1 to IQ4 [", "Get a GGUF file"],
     ),
     "experts in 8 bits": ({"experts": Type.Q8_0}, ["is Q8_0 [8,", "expected MXFP4"]),
 }
@@ -541,6 +554,7 @@ DAMAGE = {
     "a git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid", "git-lfs pointer"),
     "an old version": (header(version=1), "has version 1 of GGUF"),
     "big endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "has version 50331648 of GGUF, little endian"),
+    "no dimension": (header(tensors=1, rest=info("a", (), 0, 0)), "describes tensor a without a dimension"),
     "cut off at once": (b"GGUF\x03", "cut off or damaged within its header"),
     "cut off in a string": (header(num_pairs=1, pairs=struct.pack("<Q", 2**63)), "cut off or damaged"),
     "no UTF-8": (header(num_pairs=1, pairs=struct.pack("<Q", 1) + b"\xff" + bytes(4)), "cut off or damaged"),

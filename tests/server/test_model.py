@@ -33,7 +33,7 @@ ADD = {"type": "function", "name": "add", "parameters": SCHEMA, "strict": True}
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
     folder = write_random_checkpoint(tmp_path_factory.mktemp("model") / "tiny", "tiny")
-    local = LocalModel.open(Config(model=str(folder), backend="reference"))
+    local = LocalModel.open(Config(model=str(folder)))
     engine = AsyncEngine(local.engine)
     made = Model("tiny", engine, local.tokenizer, constrain=Grammars(GrammarCompiler(local.tokenizer)))
     served = Served(made, Store("sqlite://"), admission=Admission(64, 64))

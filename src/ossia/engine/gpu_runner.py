@@ -63,9 +63,6 @@ class _Recorded(NamedTuple):
 class GpuRunner(Runner):
     """One model with its weights and its paged caches on a card."""
 
-    # Recorded passes are those of single tokens.
-    takes_drafts = False
-
     def __init__(self, ops: GpuOps, config: ModelConfig, weights: Weights, options: EngineConfig) -> None:
         super().__init__(ops, config, weights, options)
         self._gpu = ops

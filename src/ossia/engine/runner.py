@@ -35,7 +35,7 @@ class NumBlocks(NamedTuple):
 class Runner:
     """One model with its weights and its paged caches."""
 
-    # Whether a few tokens more cost less than passes of their own.
+    # Whether a few tokens more cost less than passes of their own, and have the same bits as alone.
     takes_drafts = True
 
     def __init__(self, ops: AdapterOps, config: ModelConfig, weights: Weights, options: EngineConfig) -> None:
@@ -46,6 +46,8 @@ class Runner:
         # None if no layer has one.
         self.window = config.sliding_window if num_window_layers(config) else None
         self._ops = ops
+        # numpy's products round otherwise beside other rows, and a card's recorded passes are those of single tokens.
+        self.takes_drafts = ops.name == "cpu"
         self._weights = weights
         try:
             self._caches = new_caches(ops, config, self.num_blocks.full, self.num_blocks.window, options.block_size)

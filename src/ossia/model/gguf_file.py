@@ -250,6 +250,8 @@ class _Reader:
         num_dimensions = self.number("<u4")
         if num_dimensions > 4:
             raise self.error(f"describes tensor {name} with {num_dimensions} dimensions, at most 4 are possible")
+        if not num_dimensions:
+            raise self.error(f"describes tensor {name} without a dimension")
         innermost_first = [self.number("<u8") for _ in range(num_dimensions)]
         return name, tuple(reversed(innermost_first)), self.number("<u4"), self.number("<u8")
 

@@ -146,7 +146,9 @@ def published_shape(config: ModelConfig) -> str | None:
 def _part_that_can_be_wrong(checkpoint: Checkpoint, name: str, dtype: str) -> npt.NDArray[Any] | None:
     if dtype in FLOATS or (dtype == "U8" and name.endswith("scales")):
         return checkpoint.array(name)
-    if dtype in ("MXFP4", "MXFP4_PAIRS", "Q8_0", *QUANTISED_NAMES):
+    shape = checkpoint.tensors[name].shape
+    # Of another shape it is no matrix of the model, which is told already, and cannot be unpacked.
+    if dtype in ("MXFP4", "MXFP4_PAIRS", "Q8_0") or (dtype in QUANTISED_NAMES and len(shape) == 2 and all(shape)):
         return checkpoint.array(name).scales
     return None
 

@@ -48,6 +48,7 @@ class Checkpoint:
     maps: Mapping[Path, npt.NDArray[np.uint8]] = field(repr=False, compare=False)
     # The metadata of a GGUF file; nothing for safetensors.
     metadata: Mapping[str, Any] = field(repr=False, compare=False)
+    _unpacked: dict[str, Q8] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -114,7 +115,7 @@ class Checkpoint:
     def array(self, name: str) -> Array:
         """A tensor as a read-only numpy view of the mapped file, bfloat16 by `ml_dtypes`; GGUF's as `Mxfp4` or `Q8`.
 
-        GGUF's matrices of fewer than 8 bits are unpacked to a `Q8` in memory, anew each time.
+        GGUF's matrices of fewer than 8 bits are unpacked to a `Q8` in memory, and kept for as long as the checkpoint.
         """
         file, dtype, shape, offset, size_bytes = self.tensors[name]
         values = self.maps[file][offset : offset + size_bytes]
@@ -125,7 +126,9 @@ class Checkpoint:
             blocks = values.reshape(*shape[:-1], shape[-1] // 32, 34)
             return Q8(blocks[..., 2:].view(np.int8), blocks[..., :2].view(np.float16)[..., 0])
         if dtype in QUANTISED_NAMES:
-            return to_q8(dtype, values.reshape(shape[0], -1), shape)
+            if name not in self._unpacked:
+                self._unpacked[name] = to_q8(dtype, values.reshape(shape[0], -1), shape)
+            return self._unpacked[name]
         if offset % DTYPES[dtype].itemsize:
             # A file is free to put a tensor at an odd byte; kernels are not made for that.
             values = values.copy()
@@ -274,5 +277,5 @@ def _layer_number(name: str, layout: Layout) -> int | None:
 
 def _described(expected: Expected) -> str:
     dtypes = [dtype for dtype in expected.dtypes if dtype not in QUANTISED_NAMES]
-    others = ["a quantised type of llama.cpp's"] if len(dtypes) < len(expected.dtypes) else []
+    others = ["one of Q4_0 to Q6_K and IQ1 to IQ4"] if len(dtypes) < len(expected.dtypes) else []
     return f"{' or '.join(dtypes + others)} {list(expected.shape)}"
