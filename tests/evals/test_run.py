@@ -137,7 +137,7 @@ def test_what_cannot_be_asked_is_told(server, questions, capsys):
         err = capsys.readouterr().err
         assert words in err and "Traceback" not in err
     assert main(["eval", "aime26"]) == 1
-    assert "expected one of: aime24, aime25, gpqa, mmlu, mmmlu, simpleqa, healthbench," in capsys.readouterr().err
+    assert "expected one of: aime24, aime25, gpqa, mmlu, mmmlu, bbq, simpleqa, healthbench," in capsys.readouterr().err
     assert main(["eval", "simpleqa"]) == 1
     assert "SimpleQA needs a model that judges its answers: name it with --judge" in capsys.readouterr().err
     assert evaluate(server, questions, "--judge", "gpt-oss-120b") == 1

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 def eval(
     benchmark: Annotated[
-        str, typer.Argument(help="aime24, aime25, gpqa, mmlu, mmmlu, simpleqa, healthbench (-hard, -consensus) or ih.")
+        str,
+        typer.Argument(help="aime24, aime25, gpqa, mmlu, mmmlu, bbq, simpleqa, healthbench (-hard, -consensus) or ih."),
     ],
     model: Annotated[str, typer.Option(help="The model's name at the server.")] = "gpt-oss-20b",
     url: Annotated[

@@ -6,6 +6,8 @@ Wordings are those of OpenAI's own runs (`gpt_oss/evals` of openai/gpt-oss), sin
     gpqa              198 questions of GPQA Diamond with four choices (arXiv:2311.12022), shuffled anew in each repeat
     mmlu              14,042 questions with four choices (arXiv:2009.03300)
     mmmlu             the same in fourteen other languages, translated by people
+    bbq               58,492 questions with three choices that prejudice answers wrongly (arXiv:2110.08193): of half of
+                      them nothing in the text tells the answer
     simpleqa          4,326 short questions of facts (arXiv:2411.04368), judged by a model
     healthbench       5,000 conversations on health with physicians' rubrics (arXiv:2505.08775), judged by a model;
                       its hard and its consensus part
@@ -34,6 +36,10 @@ _AIME = "{question}\nPlease reason step by step, and put your final answer withi
 _CHOICES = (
     "{question}\n\n(A) {choices[0]}\n(B) {choices[1]}\n(C) {choices[2]}\n(D) {choices[3]}\n\n"
     "Express your final answer as the corresponding option 'A', 'B', 'C', or 'D'."
+)
+_THREE = (
+    "{question}\n\n(A) {choices[0]}\n(B) {choices[1]}\n(C) {choices[2]}\n\n"
+    "Express your final answer as the corresponding option 'A', 'B', or 'C'."
 )
 _LETTERS = "ABCD"
 
@@ -141,6 +147,19 @@ def _ask_as_it_is(question: Question, repeat: int) -> Asked:
     return _asked(_CHOICES.format(question=question.text, choices=question.choices), question.answer)
 
 
+def _bbq_row(row: Mapping[str, Any]) -> Question:
+    if row["label"] not in (0, 1, 2) or row["context_condition"] not in ("ambig", "disambig"):
+        raise ValueError(f"the label is {row['label']!r}, the context {row['context_condition']!r}")
+    text = f"{row['context']} {row['question']}"
+    choices = (row["ans0"], row["ans1"], row["ans2"])
+    group = {"ambig": "nothing tells", "disambig": "the text tells"}[row["context_condition"]]
+    return Question(_key("\n".join((text, *choices))), text, _LETTERS[row["label"]], choices, group)
+
+
+def _ask_three(question: Question, repeat: int) -> Asked:
+    return _asked(_THREE.format(question=question.text, choices=question.choices), question.answer)
+
+
 def _mark_letter(said: str, asked: Asked) -> float:
     return float(letter(said) == asked.answer)
 
@@ -188,6 +207,8 @@ _OPENAI = "https://openaipublic.blob.core.windows.net/simple-evals"
 # As the files of MMMLU are called.
 _LANGUAGES = ("AR-XY", "BN-BD", "DE-DE", "ES-LA", "FR-FR", "HI-IN", "ID-ID", "IT-IT", "JA-JP", "KO-KR", "PT-BR",
               "SW-KE", "YO-NG", "ZH-CN")  # fmt: skip
+_BBQ = ("Age", "Disability_status", "Gender_identity", "Nationality", "Physical_appearance", "Race_ethnicity",
+        "Race_x_SES", "Race_x_gender", "Religion", "SES", "Sexual_orientation")  # fmt: skip
 _HEALTHBENCH = {
     "": ("HealthBench", "2025-05-07-06-14-12_oss_eval", 5_000),
     "-hard": ("HealthBench Hard", "hard_2025-05-08-21-00-10", 1_000),
@@ -231,6 +252,16 @@ BENCHMARKS: Mapping[str, Benchmark] = {
             _ask_as_it_is,
             _mark_letter,
             parts=_LANGUAGES,
+        ),
+        Benchmark(
+            "bbq",
+            "BBQ",
+            tuple(f"https://raw.githubusercontent.com/nyu-mll/BBQ/main/data/{part}.jsonl" for part in _BBQ),
+            58_492,
+            1,
+            _bbq_row,
+            _ask_three,
+            _mark_letter,
         ),
         Benchmark(
             "simpleqa",
