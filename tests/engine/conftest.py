@@ -39,6 +39,8 @@ class FakeRunner(Runner):
     A block that is lost, mixed up or overwritten too early changes the answer or fails an assertion.
     """
 
+    takes_drafts = True
+
     def __init__(self, num_blocks: NumBlocks, options: EngineConfig, window: int | None = 8, vocab_size: int = 64):
         layer_types = () if window else ("full_attention",) * 2
         self.config = ModelConfig(

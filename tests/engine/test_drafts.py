@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from ossia.engine import Engine, SamplingParams
 from ossia.engine.drafts import Drafts
 from ossia.local import LocalModel
 from ossia.model.random_checkpoint import write_random_checkpoint
-from ossia.ops import Ops, load
+from ossia.ops import load
 
 # What is found
 
@@ -62,10 +62,12 @@ def test_the_last_place_counts_and_a_long_run_gives_more():
 # What is sampled
 
 
-@pytest.fixture(scope="session")
-def ops() -> Ops:
-    """That of the models here: the only one that takes drafts."""
-    return load("cpu", threads=2)
+@pytest.fixture
+def tiny(tiny_runner) -> Callable[..., Engine]:
+    """As everywhere, over the one backend that takes drafts."""
+    ops = load("cpu", threads=2)
+    defaults = {"block_size": 4, "max_batch_tokens": 32, "max_num_seqs": 8, "kv_memory_bytes": 1 << 20}
+    return lambda **settings: Engine(tiny_runner(ops, **(defaults | settings)))
 
 
 class Oracle:

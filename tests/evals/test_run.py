@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
+import openai
 import pytest
 from tests.responses.scripts import REASONED, TOKENIZER, Scripted, model, tokens
 from tests.responses.tool_scripts import PYTHON_LOOP, final, make_boxes
@@ -228,6 +230,27 @@ def test_a_rubric_s_points_are_added_up(server, judge, tmp_path, capsys):
     prompts = [TOKENIZER.decode(one) for one in judge.engine.prompts]
     assert len(prompts) == 3 and "user: I cough." in prompts[0] and "# The reply\n\n\\boxed{7}" in prompts[0]
     assert sorted(text.partition("# The criterion\n\n")[2][:1] for text in prompts) == ["a", "b", "c"]
+
+
+def test_a_server_s_key_is_not_shown_to_another(server, judge, tmp_path, monkeypatch):
+    path = tmp_path / "simpleqa.csv"
+    path.write_text("metadata,problem,answer\n{},Who?,He\n")
+    keys: dict[str, str] = {}
+
+    class Client(openai.AsyncOpenAI):
+        def __init__(self, **given: Any) -> None:
+            keys[given["base_url"]] = given["api_key"]
+            super().__init__(**given)
+
+    monkeypatch.setattr(openai, "AsyncOpenAI", Client)
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    assert judged_by(judge, server, "simpleqa", path) == 0
+    assert keys == {f"{server.url}/v1": "secret", f"{judge.url}/v1": "none"}
+    assert judged_by(judge, server, "simpleqa", path, "--judge-key", "theirs") == 0
+    assert keys[f"{judge.url}/v1"] == "theirs"
+    # At the same server it is the same key; what this one says is no verdict.
+    assert judged_by(judge, server, "simpleqa", path, "--judge-url", "") == 1
+    assert keys == {f"{server.url}/v1": "secret", f"{judge.url}/v1": "theirs"}
 
 
 def test_a_judge_without_a_verdict_is_told(server, judge, tmp_path, capsys, monkeypatch):

@@ -44,7 +44,7 @@ def eval(
     ] = "",
     judge_url: Annotated[str, typer.Option(help="The judge's API; by default the same server's.")] = "",
     judge_key: Annotated[
-        str, typer.Option(envvar="OSSIA_JUDGE_KEY", help="The key of the judge's server; by default the same.")
+        str, typer.Option(envvar="OSSIA_JUDGE_KEY", help="The key of the judge's server, where it is another.")
     ] = "",
     key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="The server's key.")] = "none",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -72,13 +72,10 @@ def eval(
     wanted = [one.strip() for one in efforts.split(",") if one.strip()]
     if not wanted or set(wanted) - set(EFFORTS):
         raise ConfigError(f"--efforts is {efforts!r}; expected some of: {', '.join(EFFORTS)}")
-    if bool(judge) != (asked.judge is not None):
-        met = (
-            "needs a model that judges its answers: name it with --judge"
-            if asked.judge
-            else "is marked without a judge"
-        )
-        raise ConfigError(f"{asked.title} {met}{'' if asked.judge else '; leave --judge out'}")
+    if asked.judge is not None and not judge:
+        raise ConfigError(f"{asked.title} needs a model that judges its answers: name it with --judge")
+    if asked.judge is None and judge:
+        raise ConfigError(f"{asked.title} is marked without a judge; leave --judge out")
     questions = read_questions(asked, data or ())
     if count and count < len(questions):
         questions = random.Random(0).sample(questions, count)
@@ -86,7 +83,8 @@ def eval(
         typer.echo(f"{asked.title} has {asked.num_questions:,} questions, {len(questions):,} are here", err=True)
     judged_by = f"{judge} at {judge_url or url}" if judge else ""
     hows = [How(asked.name, url, model, effort, form, python, temperature, max_tokens, judged_by) for effort in wanted]
-    judging = (judge, judge_url or url, judge_key or key) if judge else None
+    # One server's key is no other's business.
+    judging = (judge, judge_url or url, judge_key or ("none" if judge_url else key)) if judge else None
     scores = asyncio.run(_ask(asked, questions, hows, key, out, repeats or asked.num_repeats, concurrency, judging))
     if as_json:
         print(json.dumps({effort: one._asdict() for effort, one in scores.items()}, indent=1))

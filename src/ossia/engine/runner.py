@@ -36,7 +36,7 @@ class Runner:
     """One model with its weights and its paged caches."""
 
     # Whether a few tokens more cost less than passes of their own, and have the same bits as alone.
-    takes_drafts = True
+    takes_drafts = False
 
     def __init__(self, ops: AdapterOps, config: ModelConfig, weights: Weights, options: EngineConfig) -> None:
         self.config = config

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Message(NamedTuple):
-    """One message of a conversation. A "tool" is what a function gave, whose name is the first line of ``text``."""
+    """One message of a conversation; of the role "tool" it is a page that the function read_page gave."""
 
     role: str
     text: str

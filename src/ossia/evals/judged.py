@@ -3,9 +3,9 @@
 What is asked of the judge is worded here, after what the two papers say of it: scores depend on the judge and on its
 wording, and are to be compared with others' only by and large.
 
-    facts     is the answer right, wrong, or none?             arXiv:2411.04368, section 2.2
+    facts     is the answer right, wrong, or none?             arXiv:2411.04368
     rubric    of every criterion, is it met? The score is the points of those that are, over all that can be had
-                                                               arXiv:2505.08775, section 3
+                                                               arXiv:2505.08775
 """
 
 from __future__ import annotations

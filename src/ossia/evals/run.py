@@ -249,14 +249,13 @@ def _chat_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     out: list[dict[str, Any]] = []
     for number, one in enumerate(messages):
         if one.role == "tool":
-            name, _, text = one.text.partition("\n")
-            function = {"name": name, "arguments": _arguments(messages[number - 1])}
+            function = {"name": _READ_PAGE["name"], "arguments": _arguments(messages[number - 1])}
             out += [
                 {
                     "role": "assistant",
                     "tool_calls": [{"id": f"call_{number}", "type": "function", "function": function}],
                 },
-                {"role": "tool", "tool_call_id": f"call_{number}", "content": text},
+                {"role": "tool", "tool_call_id": f"call_{number}", "content": one.text},
             ]
         else:
             out.append({"role": one.role, "content": one.text})
@@ -268,11 +267,14 @@ def _input_items(messages: Sequence[Message]) -> list[dict[str, Any]]:
     out: list[dict[str, Any]] = []
     for number, one in enumerate(messages):
         if one.role == "tool":
-            name, _, text = one.text.partition("\n")
-            call = {"call_id": f"call_{number}", "name": name, "arguments": _arguments(messages[number - 1])}
+            call = {
+                "call_id": f"call_{number}",
+                "name": _READ_PAGE["name"],
+                "arguments": _arguments(messages[number - 1]),
+            }
             out += [
                 {"type": "function_call", **call},
-                {"type": "function_call_output", "call_id": f"call_{number}", "output": text},
+                {"type": "function_call_output", "call_id": f"call_{number}", "output": one.text},
             ]
         else:
             out.append({"type": "message", "role": one.role, "content": one.text})

@@ -1,7 +1,7 @@
 """GGUF's quantised dense matrices other than Q8_0, turned into Q8_0 when they are loaded.
 
-Files of gpt-oss that are called Q4_K_M and the like hold the experts in MXFP4, as they were published; what their names
-speak of is attention, embedding and unembedding. The kernels compute with 8 bits, so these few are unpacked, by the
+Files of gpt-oss that are called Q4_K_M and the like may hold the experts in MXFP4, as they were published: then their
+names speak of attention, embedding and unembedding. The kernels compute with 8 bits, so these few are unpacked, by the
 `gguf` package, to what llama.cpp's own 8-bit files hold.
 """
 
