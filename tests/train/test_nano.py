@@ -60,6 +60,7 @@ def small(monkeypatch):
         Stage("deeper", "deepen", {"layers": (0, 1)}, ("mxfp4",)),
         Stage("on", "pretrain", {**supervised, "learning_rate": 1e-4, "fake_quant": True}, ("mxfp4",)),
         Stage("learns", "pretrain", {**supervised, "learning_rate": 1e-4, "teacher": "on"}, ("mxfp4",), after="rl"),
+        Stage("goes", "pretrain", {**supervised, "learning_rate": 1e-4}, ("mxfp4",), after="between"),
     )
     monkeypatch.setattr(recipe, "STAGES", stages)
     tasks = {"sums": make_task("sums", {"digits": 2}), "about": make_task("about")}
@@ -78,6 +79,7 @@ def test_the_pipeline_makes_a_model_a_report_and_nothing_twice(small, tmp_path):
         "stage deeper",
         "stage on",
         "stage learns",
+        "stage goes",
     ]
     local = ossia.load(model, kv_memory="16MiB", threads=1)
     assert local.checkpoint.config.num_layers == 2
@@ -97,19 +99,27 @@ def test_the_pipeline_makes_a_model_a_report_and_nothing_twice(small, tmp_path):
     )
     assert 0 < max((deeper[key] - on[key]).abs().max() for key in on) < 0.01
     assert 0 < max((rl[key] - learns[key]).abs().max() for key in rl) < 0.01
-    settings = json.loads((tmp_path / "out" / "learns" / "settings.json").read_text())
-    assert str(tmp_path / "out" / "on" / "mxfp4") in json.dumps(settings)
+    learns_with, sft_with, goes_with = (
+        json.loads((tmp_path / "out" / name / "settings.json").read_text()) for name in ("learns", "sft", "goes")
+    )
+    assert str(tmp_path / "out" / "on" / "mxfp4") in json.dumps(learns_with)
+    # No stage draws what another one has drawn.
+    assert len({one["seed"] for one in (learns_with, sft_with, goes_with)}) == 3
+    # What is behind an average goes on from what that is in MXFP4.
+    goes = load_file(tmp_path / "out" / "goes" / "weights.safetensors")
+    rounded = Model.open(tmp_path / "out" / "between" / "mxfp4", trainable="full").state()
+    assert 0 < max((goes[key] - rounded[key]).abs().max() for key in rounded) < 0.01
     page = write_report(tmp_path / "out", tmp_path / "docs").read_text()
     assert "| sft | 2 |" in page
     # Each measured stage with its three efforts.
     cell = r" \d+\.\d / \d+\.\d / \d+\.\d; \d+ / \d+ / \d+ tokens \|"
     assert re.search(
         r"^\| task \| sft, bf16 \| anneal, mxfp4 \| rl, mxfp4 \| between, mxfp4 \| deeper, mxfp4 \| on, mxfp4 "
-        r"\| learns, mxfp4 \|$",
+        r"\| learns, mxfp4 \| goes, mxfp4 \|$",
         page,
         re.MULTILINE,
     )
-    assert re.search(rf"^\| sums \|({cell}){{7}}$", page, re.MULTILINE)
+    assert re.search(rf"^\| sums \|({cell}){{8}}$", page, re.MULTILINE)
     assert (tmp_path / "docs" / "nano" / "loss.png").stat().st_size > 5000
     assert "| sums |" in (model / "README.md").read_text()
     said.clear()

@@ -138,7 +138,7 @@ class PretrainConfig(TrainConfig):
     )
     evenness: float = setting(
         0.0,
-        "How far conversations count alike, however long their answers are: 0 each token, 1 each conversation.",
+        "How far samples count alike, however long their answers are: 0 each token, 1 each sample.",
         low=0,
         high=1,
     )
@@ -310,7 +310,8 @@ def draw_sample(
     kind = rng.random()
     # Parts have no held-out side.
     if kind < settings.facts and split == "train":
-        return _facts(rng, mix, tokenizer, settings.max_tokens)
+        parts = _facts(rng, mix, tokenizer, settings.max_tokens)
+        return parts and _evened(parts, settings.evenness)
     if settings.facts <= kind < settings.facts + settings.language:
         text = _text(settings, rng, split, number)
         ids = [tokenizer.special("<|startoftext|>"), *tokenizer.encode(text), tokenizer.special("<|endoftext|>")]

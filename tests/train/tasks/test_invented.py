@@ -264,10 +264,11 @@ def test_a_call_is_made_up_phrase_by_phrase():
     assert len(pairs) > 20
     for asked, answer in pairs:
         name, errand, *lines, end, called = answer.removesuffix("<|call|>").splitlines()
+        assert errand.endswith("+")
         request, phrases, arguments = asked.splitlines()[-1], lines[0::2], lines[1::2]
         assert called == name + (arguments[-1] + "}" if arguments else "{}")
         assert f"type {name} = " in asked
-        said = errand[1:]
+        said = errand[1:-1]
         for line in phrases:
             word, _, phrase = line.partition(" ")
             assert said.endswith(word)
@@ -285,16 +286,65 @@ def test_requests_that_nothing_fits_are_told_from_those_that_something_does():
     rng = random.Random(3)
     told = Counter()
     for _ in range(60):
-        parts = functions.draw_facts(rng)
-        if len(parts) > 3:
-            declared = re.findall(r"^type (\w+)_(\w+) ", parts[0][0], re.MULTILINE)
-            for (request, _), (answer, _) in zip(parts[1::3], parts[2::3], strict=True):
-                wanted = [f"{verb}_{thing}" for verb, thing in declared if re.search(rf"\b{thing}\b", request)]
-                assert len(wanted) < 2
-                assert answer.endswith("_" if wanted else " the")
-                assert (wanted[0] if wanted else request.lower()).count(answer) == 1
-                told[bool(wanted)] += 1
-    assert min(told.values()) > 20
+        declarations, *parts = functions.draw_facts(rng)
+        if len(parts) == 2:
+            continue
+        declared = re.findall(r"^type (\w+) ", declarations[0], re.MULTILINE)
+        text = "".join(f"[{part}]" if is_answer else part for part, is_answer in parts)
+        for line in re.findall(r"(.*<\|message\|>\[.*\](?:\n.*\[.\])?)\n", text):
+            request, thought = line.split("<|message|>")
+            begun, _, compared = thought.partition("\n")
+            begun = begun.strip("[]")
+            (wanted,) = [name for name in declared if re.search(rf"\b{name.partition('_')[2]}\b", request)] or [""]
+            verb = begun.partition("_")[0].partition(" ")[0]
+            assert re.search(rf"(?i)\b{verb} the ", request)
+            if compared:
+                errand, sign = re.fullmatch(r"(.*)\[(.)\]", compared).groups()
+                assert begun == (wanted or next(name for name in declared if name.startswith(f"{verb}_")))
+                assert errand.lower() in request.lower()
+                assert sign == ("+" if wanted else "-")
+            else:
+                assert begun == f"{verb} the"
+                assert not any(name.startswith(f"{verb}_") for name in declared)
+                assert not wanted
+            told[compared[-2:-1]] += 1
+    assert set(told) == {"+", "-", ""}
+    # Its verb alone does not tell.
+    assert told["-"] > 2 * told[""] > 20
+
+
+def test_a_request_that_nothing_fits_is_compared_with_the_function_of_its_verb():
+    found = Counter()
+    for draw in draws("functions", "train", 100):
+        if draw.instance.data["wanted"] is None:
+            thought = draw.task.gold(draw.instance, Effort.HIGH)[0].text
+            *_, says_so = lines = thought.splitlines()
+            assert says_so == "No function fits."
+            asked = draw.instance.data["asked"]
+            declared = [one.name for one in draw.instance.data["functions"]]
+            with_its_verb = [name for name in declared if name.partition("_")[0] == asked.name.partition("_")[0]]
+            if with_its_verb:
+                assert lines[:-1] == [with_its_verb[0], f"{asked.errand}-"]
+            else:
+                (goes_on,) = lines[:-1]
+                assert goes_on.startswith(asked.errand)
+                assert goes_on.lower() in f"{draw.instance.prompt}.".lower()
+                assert len(goes_on) > len(asked.errand)
+            found[bool(with_its_verb)] += 1
+    assert min(found.values()) > 3
+
+
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_training_has_more_requests_that_only_the_name_of_a_thing_tells_not_to_fit(split):
+    found = Counter()
+    for draw in draws("functions", split, 300):
+        declared = {one.name for one in draw.instance.data["functions"]}
+        asked = draw.instance.data["asked"].name
+        if draw.instance.data["wanted"] is None:
+            assert asked not in declared
+            found[asked.partition("_")[0] in {name.partition("_")[0] for name in declared}] += 1
+    share = found[True] / found.total()
+    assert share > 0.6 if split == "train" else share < 0.4
 
 
 def test_facts_of_rules_lead_to_the_answer():
@@ -347,9 +397,12 @@ def test_facts_of_pages_are_a_plan_and_the_lines_up_to_its_fact():
             assert len(kinds) == 2
             num_links += 1
         else:
-            read, _, value = answer.partition("<|end|>\nIt is ")
+            read, noted, value, cited = re.fullmatch(
+                r"(?s)(.*) (【.†L.】)<\|end\|>\nIt is (.*) (【.†L.】)\.", answer
+            ).groups()
             lines = read.splitlines()
             assert value in lines[-1]
+            assert noted == cited == f"【{len(kinds)}†{lines[-1].partition(':')[0]}】"
             assert lines[-1].endswith(f" {kinds[-1]}")
         assert lines[0] == f"Find {page.splitlines()[1][4:]}: {sought}"
         assert [line.rpartition(" ")[0] for line in lines[1:]] == page.split("\n")[2 : len(lines) + 1]
@@ -379,6 +432,10 @@ def test_a_browser_reads_each_page_as_far_as_its_fact_and_follows_its_link():
             assert link.removeprefix("Open ")[: -len(', "id":0')] in shown
             assert call == {"id": int(link[-1])}
             assert again == f"Find {entry.name}: {' '.join(sought)}"
+            if fact is hops[-1][1]:
+                found[-1], _, cited = found[-1].rpartition(" ")
+                assert gold[-1].text.endswith(f" {cited}.")
+                assert cited == f"【{len(hops)}†{found[-1].partition(':')[0]}】"
             assert all(line.rpartition(" ")[0] in page for line in found)
             kinds = [one.kind for one in entry.facts[: len(found)]]
             assert [line.rpartition(" ")[2] for line in found] == [*kinds[:-1], kind]

@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -177,9 +178,13 @@ def run_stage(name: str, out: Path, say: Say) -> None:
     kind = PretrainConfig if stage.method == "pretrain" else RlConfig
     known = {one.name for one in fields(kind)}
     base = {key: value for key, value in recipe.BASE.items() if key in known}
-    settings: dict[str, Any] = {**base, **stage.settings, "out": str(folder), "model": str(start)}
+    # Each has exercises of its own.
+    seed = zlib.crc32(name.encode())
+    settings: dict[str, Any] = {**base, "seed": seed, **stage.settings, "out": str(folder), "model": str(start)}
     resume = (folder / "settings.json").exists()
-    if earlier is not None and earlier.method != "deepen":
+    if earlier is not None and earlier.method == "average":
+        settings["model"] = str(_exported(earlier, out))
+    elif earlier is not None and earlier.method != "deepen":
         settings["begin_with"] = str(out / earlier.name)
     if "teacher" in settings:
         settings["teacher"] = str(_exported(recipe.named(settings["teacher"]), out))

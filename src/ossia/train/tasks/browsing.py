@@ -99,7 +99,8 @@ async def _gold(instance: Instance, effort: Effort) -> list[Message]:
 
     Thoughts plan the facts that are needed, read the lines of each page up to the one that has such a fact, and repeat
     the link that is followed and its number. Behind the kind of fact that is sought stand the view's number, and a sign
-    that the way goes on or a period: whether to read on is found by copying.
+    that the way goes on or a period: whether to read on is found by copying. So is the citation, which stands behind
+    the last line that is read.
     """
     browser = Browser(instance.data["world"])
     quest: _Quest = instance.data["quest"]
@@ -117,18 +118,15 @@ async def _gold(instance: Instance, effort: Effort) -> list[Message]:
     say(_plan(quest, quest.hops[0][0]))
     shown = await use("search", query=quest.hops[0][0].name)
     read = ""
-    for hop, (entry, fact) in enumerate(quest.hops, 1):
+    for hop, (entry, _) in enumerate(quest.hops, 1):
         number = _link_to(shown, entry.name)
         opened = _OPEN.format(number=number, name=entry.name)
         say(f"{read}\n{opened}" if read else opened)
         shown = await use("open", id=number)
         # The facts are a page's last lines.
-        page = [(found[1], found[0]) for found in _LINE.finditer(shown)][-len(entry.facts) :]
-        read, line = _read(quest, hop, [text for _, text in page]), page[entry.facts.index(fact)][0]
+        read = _read(quest, hop, [found[0] for found in _LINE.finditer(shown)][-len(entry.facts) :])
     say(read)
-    cursor = _CURSOR.match(shown)
-    assert cursor is not None
-    out.append(final(f"{instance.answer} 【{cursor[1]}†L{line}】."))
+    out.append(final(f"{instance.answer} {_citation(read)}."))
     await browser.close()
     return out
 
@@ -145,13 +143,21 @@ def _wanted(quest: _Quest, hop: int) -> str:
 
 def _read(quest: _Quest, hop: int, lines: Sequence[str]) -> str:
     """The plan with the name of a page, and its lines up to the one that has what is sought; behind each what it is
-    about, and behind that of the last one its signs in the plan.
+    about, and behind that of the last one its signs in the plan, and its citation where it is the answer.
     """
     entry, wanted = quest.hops[hop - 1]
     kinds = [fact.kind for fact in entry.facts[: entry.facts.index(wanted)]]
     kinds.append(_wanted(quest, hop))
     read = [f"{line} {kind}" for line, kind in zip(lines[: len(kinds)], kinds, strict=True)]
+    if hop == len(quest.hops):
+        # The first page that is opened is view 1: view 0 has what was searched.
+        read[-1] += f" 【{hop}†{read[-1].partition(':')[0]}】"
     return "\n".join([_plan(quest, entry), *read])
+
+
+def _citation(read: str) -> str:
+    """The citation at the end of what was read of the last page."""
+    return read[read.rindex("【") :]
 
 
 def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
@@ -167,7 +173,7 @@ def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
     lines = [f"L{number}: {line}" for number, line in enumerate(world.lines(entry), 4)]
     page = "\n".join(lines)
     if hop == len(quest.hops):
-        follows = f"<|end|>\nIt is {fact.value}"
+        follows = f"<|end|>\nIt is {fact.value} {_citation(_read(quest, hop, lines))}."
     else:
         follows = f"\n{_OPEN.format(number=_link_to(page, fact.leads_to), name=fact.leads_to)}<|end|>"
     return [*asked, (f"\n[{hop}] {entry.name}\n{page}\n", False), (_read(quest, hop, lines) + follows, True)]

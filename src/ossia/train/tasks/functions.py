@@ -8,6 +8,7 @@ request in eight fits none of them (in training one in four), and some calls fai
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,13 +25,17 @@ OPENING = Phrases(
     "[Please |Can you |Could you |Now |I want to |I need to |Help me |Let us |Would you |I would like to |]"
     "{request}[.|| now.| today.|, please.|!]"
 )
+_FITS, _DIFFERS, _NONE = "+", "-", "No function fits."
 NONE_FITS = "None of my functions can do that."
 _NONE_FITS_SHARE = 0.12
-# In training more: whether something fits is the hardest of it.
+# In training more: whether something fits is the hardest of it. Most of those have the verb of a declared function, so
+# that the thing's name has to tell.
 _PRACTISED_NONE_FITS_SHARE = 0.25
+_SAME_VERB_SHARE = 0.7
 FAILED = "That did not work."
 _FAILED_SHARE = 0.06
 _ERROR = {"error": "not found"}
+_NEXT_WORD = re.compile(r"[^\w\s]|\s*\w+")
 
 
 class FunctionCalls(InventedTask):
@@ -46,14 +51,16 @@ class FunctionCalls(InventedTask):
         # Two functions of one name could not be told apart.
         functions = list({function.name: function for function in functions}.values())
         fits = _draw_fits(rng, held_out)
-        wanted = functions[0] if fits else draw_function(rng, held_out)
+        wanted = functions[0] if fits else _draw_other(rng, functions, held_out)
         rng.shuffle(functions)
         return self._instance(rng, tuple(functions), wanted, fits, held_out)
 
     def again(self, instance: Instance, rng: random.Random) -> Instance | None:
         functions, held_out = instance.data["functions"], instance.data["held_out"]
         fits = _draw_fits(rng, held_out)
-        wanted = rng.choice(functions).with_other_values(rng, held_out) if fits else draw_function(rng, held_out)
+        wanted = (
+            rng.choice(functions).with_other_values(rng, held_out) if fits else _draw_other(rng, functions, held_out)
+        )
         return self._instance(rng, functions, wanted, fits, held_out)
 
     def _instance(
@@ -94,38 +101,64 @@ class FunctionCalls(InventedTask):
     def gold(self, instance: Instance, effort: Effort) -> Sequence[Message]:
         wanted: Function | None = instance.data["wanted"]
         assert isinstance(instance.prompt, str)
-        fits = wanted is not None
-        thought = "" if effort is Effort.LOW else thoughts(instance.data["asked"], instance.prompt, fits)
+        functions, asked_for = instance.data["functions"], instance.data["asked"]
+        thought = "" if effort is Effort.LOW else thoughts(functions, asked_for, instance.prompt)
         if wanted is None:
             return (*think(thought), final(NONE_FITS))
         asked = call(f"functions.{wanted.name}", compact(instance.data["arguments"]))
         return (*think(thought), asked, result(asked, instance.data["found"].text), final(instance.answer))
 
 
+def _draw_other(rng: random.Random, functions: Sequence[Function], held_out: bool) -> Function:
+    """A function that is not among those; on the training side most have the verb of one of them."""
+    action = None
+    if not held_out and rng.random() < _SAME_VERB_SHARE:
+        action = rng.choice(functions).name.partition("_")[0]
+    names = {one.name for one in functions}
+    while (other := draw_function(rng, held_out, action)).name in names:
+        pass
+    return other
+
+
 def _draw_fits(rng: random.Random, held_out: bool) -> bool:
     return rng.random() >= (_NONE_FITS_SHARE if held_out else _PRACTISED_NONE_FITS_SHARE)
 
 
-def thoughts(wanted: Function, message: str, fits: bool) -> str:
-    """The chain of thought before a call: the function, what the message asks for, and under each phrase of the request
-    the arguments so far.
+def thoughts(functions: Sequence[Function], wanted: Function, message: str) -> str:
+    """The chain of thought before a call: the function, what is asked for and whether that is what the function does,
+    and under each phrase of the request the arguments so far.
 
-    Behind the verb goes on what does so in the declarations, or where nothing fits what does so in the request, to its
-    end. Phrases and arguments are in the order of the request. Each phrase stands behind the last word of the one
+    The function is the one that fits, or else the first with the verb of the request: what has to be compared stands
+    one below the other. Where none has even that, the request goes on behind its verb, by a word more than the thing.
+
+    Phrases and arguments are in the order of the request. Each phrase stands behind the last word of the one
     before, and the message's end behind the last one, a period where it has none: what comes next, or that nothing
     does, is found by copying on.
     """
-    end = message[message.lower().rindex(wanted.request.lower()) + len(wanted.request) :] or "."
-    if not fits:
-        return f"{wanted.request}{end}\nNo function fits."
+    start = message.lower().rindex(wanted.request.lower())
+    end = message[start + len(wanted.request) :] or "."
+    found = _nearest(functions, wanted)
+    if found is None:
+        follows = _NEXT_WORD.match(message[start + len(wanted.errand) :] or end)
+        assert follows is not None
+        return f"{wanted.errand}{follows[0]}\n{_NONE}"
+    if found.name != wanted.name:
+        return f"{found.name}\n{wanted.errand}{_DIFFERS}\n{_NONE}"
     given: dict[str, Any] = {}
-    lines = [wanted.name, wanted.errand]
+    lines = [wanted.name, f"{wanted.errand}{_FITS}"]
     last = wanted.errand.split()[-1]
     for parameter in wanted.asked:
         given[parameter.key] = parameter.value
         lines += [f"{last} {parameter.phrase}", compact(given)[:-1]]
         last = parameter.phrase.split()[-1]
     return "\n".join([*lines, last + end])
+
+
+def _nearest(functions: Sequence[Function], wanted: Function) -> Function | None:
+    """The function that is wanted, or else the first that has its verb."""
+    named = {one.name: one for one in functions}
+    verb = wanted.name.partition("_")[0]
+    return named.get(wanted.name) or next((one for one in functions if one.name.partition("_")[0] == verb), None)
 
 
 class _Outcome(NamedTuple):
@@ -260,9 +293,11 @@ _KINDS: tuple[tuple[str, str, str], ...] = (
 _UNITS = ("meters", "miles", "grams", "liters", "degrees", "seconds")
 
 
-def draw_function(rng: random.Random, held_out: bool) -> Function:
-    """A function about an invented thing, with one to three parameters and a request that gives their values."""
-    action = rng.choice(list(_ACTIONS))
+def draw_function(rng: random.Random, held_out: bool, action: str | None = None) -> Function:
+    """A function about an invented thing, with one to three parameters and a request that gives their values;
+    ``action`` is its verb, where it is not left to chance.
+    """
+    action = action or rng.choice(list(_ACTIONS))
     third, plain = _ACTIONS[action]
     thing = words.invented_word(rng, held_out)
     name = f"{action}_{thing}"
@@ -290,7 +325,7 @@ def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
     """Whether any of some functions fits, as the first thought of each of some requests tells it; or one call thought
     through. Which parts of the text are the answers.
     """
-    functions = [draw_function(rng, held_out=False) for _ in range(rng.randint(1, 3))]
+    functions = [draw_function(rng, held_out=False) for _ in range(rng.randint(1, 4))]
     declared = "".join(
         f"// {one.description}\ntype {one.name} = (_: {typescript(one.declaration().parameters)}) => any;\n\n"
         for one in functions
@@ -299,14 +334,19 @@ def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
     if rng.random() < 0.6:
         for _ in range(8):
             fits = rng.random() < 0.6
-            wanted = rng.choice(functions) if fits else draw_function(rng, held_out=False)
+            wanted = rng.choice(functions) if fits else _draw_other(rng, functions, held_out=False)
             request = _ask(rng, wanted)
-            begun = wanted.errand.split()[0] + ("_" if fits else " the")
-            parts += [(f"{request}<|message|>", False), (begun, True), ("\n", False)]
+            near = _nearest(functions, wanted)
+            parts.append((f"{request}<|message|>", False))
+            if near is None:
+                parts.append((f"{wanted.errand.split()[0]} the", True))
+            else:
+                parts += [(near.name, True), (f"\n{wanted.errand}", False), (_FITS if fits else _DIFFERS, True)]
+            parts.append(("\n", False))
         return parts
     wanted = rng.choice(functions)
     request = _ask(rng, wanted)
-    call_text = f"{thoughts(wanted, request, fits=True)}\n{wanted.name}{compact(wanted.arguments)}<|call|>"
+    call_text = f"{thoughts(functions, wanted, request)}\n{wanted.name}{compact(wanted.arguments)}<|call|>"
     return [*parts, (f"{request}\n", False), (call_text, True)]
 
 
