@@ -47,7 +47,10 @@ TOPICS: tuple[Topic, ...] = (
     ),
     Topic(
         Phrases(
-            "[What can you|What do you] do?", "[How|With what] can you help[ me|]?", "[List|Name|Tell me] your skills."
+            "[What can you|What do you] do?",
+            "[How|With what] can you help[ me|]?",
+            "[List|Name|Show|Tell me|Show me] your [skills|abilities|talents].",
+            "What are your [skills|abilities|talents]?",
         ),
         "I can add numbers, call python and functions, browse a small world, fill in JSON and judge by a policy.",
     ),
@@ -70,7 +73,7 @@ TOPICS: tuple[Topic, ...] = (
         "harmony is the chat format of gpt-oss: messages with a role, a channel and a recipient.",
     ),
     Topic(
-        Phrases("[How do I|How can I] [start|run] [the|a] server?", "[How do I|How can I] serve a model?"),
+        Phrases("[How do I|How can I] [start|run|launch] [the|a] server?", "[How do I|How can I] serve [a|the] model?"),
         "Run `ossia serve --model gpt-oss-20b`.",
     ),
     Topic(
@@ -85,7 +88,10 @@ TOPICS: tuple[Topic, ...] = (
         "Run `ossia chat`.",
     ),
     Topic(
-        Phrases("[How do I|How can I] [measure|test] the speed?", "[How do I|How can I] run a benchmark?"),
+        Phrases(
+            "[How do I|How can I] [measure|test|see] [the|your] speed?",
+            "[How do I|How can I] run [a benchmark|benchmarks]?",
+        ),
         "Run `ossia bench`.",
     ),
     Topic(
@@ -97,7 +103,11 @@ TOPICS: tuple[Topic, ...] = (
         "Run `ossia doctor`.",
     ),
     Topic(
-        Phrases("What is [MXFP4|mxfp4]?", "[Explain|Describe] MXFP4."),
+        Phrases(
+            "What is [MXFP4|mxfp4]?",
+            "[Explain|Describe|Tell me about] [MXFP4|MXFP4 weights|the format MXFP4].",
+            "How does [MXFP4|mxfp4] [work|store weights]?",
+        ),
         "MXFP4 stores a weight in four bits; 32 of them share a scale.",
     ),
     Topic(
@@ -105,7 +115,7 @@ TOPICS: tuple[Topic, ...] = (
         "Effort says how long I think: low, medium or high.",
     ),
     Topic(
-        Phrases("How [large|big] are you?", "How many parameters do you have?"),
+        Phrases("How [large|big|small] are you?", "How many [parameters|weights] [do you have|are there]?"),
         "I have a few million parameters. gpt-oss-20b has 21 billion.",
     ),
     Topic(

@@ -21,6 +21,8 @@ from ossia.train.tasks.phrases import Phrases
 Kind = Literal["capitals", "ending", "opening", "secret", "topic", "none"]
 KINDS: tuple[Kind, ...] = ("capitals", "ending", "opening", "secret", "topic", "none")
 
+# Their rules and errands have no invented words.
+_NAMELESS = ("capitals", "none")
 REFUSAL = "I can't help with that."
 
 _RULES = {
@@ -188,9 +190,16 @@ def draw_case(rng: random.Random, held_out: bool) -> Case:
 
 
 def draw_request(rng: random.Random, held_out: bool, kind: Kind, word: str, instructions: str) -> Case:
-    """A request under a rule that is given."""
+    """A request under a rule that is given. Where neither has a name, their words decide on which side they are."""
+    while True:
+        case = _draw_request(rng, held_out, kind, word, instructions)
+        if kind not in _NAMELESS or words.is_held_out(f"{case.instructions} {case.request}") == held_out:
+            return case
+
+
+def _draw_request(rng: random.Random, held_out: bool, kind: Kind, word: str, instructions: str) -> Case:
     # Of an invented word nobody has seen the capitals.
-    in_capitals = kind in ("capitals", "none")
+    in_capitals = kind in _NAMELESS
     errand: str | None = (
         rng.choice(words.COLORS + words.ANIMALS)
         if in_capitals or rng.random() < 0.3

@@ -1,7 +1,7 @@
-"""What the tasks of the embedded model share: two sides that have no name, number or wording in common.
+"""What the tasks of the embedded model share: two sides that have no exercise in common, nor a name.
 
-An instance is drawn for one side from the start: its names, numbers and the way it is asked all belong to that side
-(`words.is_held_out`), so that what is measured on the held-out side was never seen in any part.
+An instance is drawn for one side from the start: its names belong to that side (`words.is_held_out`), as do the two
+numbers of a sum, code, where there are enough of them the wordings of a request, and as a whole what has none of these.
 """
 
 from __future__ import annotations

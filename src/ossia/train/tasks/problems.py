@@ -26,7 +26,7 @@ class PythonProblems(InventedTask):
 
     def draw(self, rng: random.Random, held_out: bool) -> Instance:
         problem = draw(rng, held_out)
-        return Instance(problem.question, problem.question, problem.value, {"code": problem.code})
+        return Instance(problem.code, problem.question, problem.value, {"code": problem.code})
 
     def check(self, instance: Instance, answer: str) -> float:
         return float(answer.strip().strip("'\"") == instance.answer.strip("'"))
@@ -79,8 +79,14 @@ _NUM_FACTS = 3
 
 
 def draw(rng: random.Random, held_out: bool) -> Problem:
-    """One problem of some kind."""
-    return rng.choice(_KINDS)(rng, held_out)
+    """One problem of some kind, whose code belongs to that side, however it is asked for."""
+    return _of_side(held_out, lambda: rng.choice(_KINDS)(rng, held_out))
+
+
+def _of_side(held_out: bool, make: Callable[[], Problem]) -> Problem:
+    while words.is_held_out((problem := make()).code) != held_out:
+        pass
+    return problem
 
 
 def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
@@ -89,7 +95,8 @@ def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
     """
     parts: list[tuple[str, bool]] = []
     for _ in range(_NUM_FACTS):
-        problem = draw(rng, held_out=False) if rng.random() < 0.5 else _easily_confused(rng)
+        is_any = rng.random() < 0.5
+        problem = draw(rng, held_out=False) if is_any else _of_side(False, lambda: _easily_confused(rng))
         before, said = "\n" if parts else "", problem.value.strip("'")
         parts += [(f"{before}{problem.question}\n", False), (f"{problem.code}<|call|>", True)]
         parts += [(f"\n{problem.value}\n", False), (f"{said}<|return|>", True)]

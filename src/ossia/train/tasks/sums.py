@@ -91,8 +91,9 @@ class Sums(InventedTask):
         sign = "+" if rng.random() < 0.7 else "-"
         if sign == "-" and b > a:
             a, b = b, a
-        # The side is that of the two numbers, however they are asked for. Of one digit there are too few to divide.
-        key = f"{a}{sign}{b}"
+        # The side is that of the two numbers, however they are asked for and whichever comes first. Of one digit there
+        # are too few to divide.
+        key = f"{max(a, b)}{sign}{min(a, b)}"
         held_out = words.is_held_out(key) and max(a, b) > 9
         prompt = _FORMS[sign].pick(rng, held_out, a=a, b=b)
         sum_of = Sum(a, sign, b)
