@@ -373,6 +373,27 @@ def test_conversations_are_listed_searched_renamed_forked_and_deleted(tab, serve
     opened.until("document.querySelector('h1').innerText === 'New chat'")
 
 
+def test_what_more_has_shown_stays_where_an_answer_is_given(tab, serve):
+    served = serve()
+    for number in range(65):
+        made = served.http.post("/v1/conversations", json={"metadata": {"title": f"Kept {number}"}})
+        assert made.status_code == 200
+    opened = tab(served)
+    titles = "document.querySelectorAll('.sidebar .title').length"
+    opened.until(f"{titles} === 30")
+    opened.page.click("text=More")
+    opened.until(f"{titles} === 60")
+    opened.ask("First apples")
+    opened.wait()
+    opened.until("document.querySelector('.sidebar .title').innerText === 'First apples'")
+    assert opened.page.evaluate(titles) in (60, 61)
+    opened.page.click("text=More")
+    opened.until(f"{titles} === 66")
+    assert opened.page.query_selector("text=More") is None
+    opened.page.fill("#search", "Kept")
+    opened.until(f"{titles} === 30")
+
+
 def test_a_question_can_be_edited_which_leaves_the_old_answer_where_it_was(tab, serve):
     served = serve(REASONED + FINAL)
     opened = tab(served)

@@ -44,7 +44,11 @@ export const model = computed(() => {
 export const shown = computed(() => [...items.value, ...answer.value]);
 
 let abort: AbortController | null = null;
+/** Conversations that "More" adds. */
+const PAGE = 30;
 let requests = 0;
+/** What the list was last searched for. */
+let listed = "";
 /** Counts what puts a conversation in view: whoever asked last has it. */
 let visits = 0;
 /** Ends when the server has the last turn and the page its ids; what follows in a conversation waits for it. */
@@ -95,14 +99,25 @@ export async function useKey(key: string): Promise<void> {
 
 export async function list(more = false): Promise<void> {
   const number = ++requests;
-  const query = new URLSearchParams({ limit: "30", query: search.value });
-  const last = conversations.value.at(-1);
-  if (more && last) query.set("after", last.id);
-  const page = await call<{ data: Conversation[]; has_more: boolean }>("GET", `/v1/conversations?${query}`);
-  // Answers may overtake each other while somebody types.
-  if (number !== requests) return;
-  conversations.value = more ? [...conversations.value, ...page.data] : page.data;
-  hasMore.value = page.has_more;
+  const query = search.value;
+  // What was shown stays shown: an answer moves its conversation to the top of all.
+  const shown = query === listed ? conversations.value.length : 0;
+  const wanted = Math.max(PAGE, more ? shown + PAGE : shown);
+  const found: Conversation[] = [];
+  let goesOn = true;
+  while (goesOn && found.length < wanted) {
+    const asked = new URLSearchParams({ limit: `${Math.min(100, wanted - found.length)}`, query });
+    const last = found.at(-1);
+    if (last) asked.set("after", last.id);
+    const page = await call<{ data: Conversation[]; has_more: boolean }>("GET", `/v1/conversations?${asked}`);
+    // Answers may overtake each other while somebody types.
+    if (number !== requests) return;
+    found.push(...page.data);
+    goesOn = page.has_more;
+  }
+  listed = query;
+  conversations.value = found;
+  hasMore.value = goesOn;
 }
 
 export function fresh(): void {
