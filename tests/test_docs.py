@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +37,8 @@ from ossia import config
 from ossia.cli import main
 from ossia.cli.app import app
 from ossia.engine.masks import GrammarCompiler
+from ossia.evals.benchmarks import BENCHMARKS
+from ossia.evals.data import read_questions
 from ossia.model.adapter import write_adapter
 from ossia.model.random_checkpoint import random_adapter
 from ossia.model.safetensors_file import header_bytes
@@ -376,6 +379,26 @@ def a_task_makes_exercises(block: Block, place: Place) -> None:
     assert one.prompt.endswith(one.key) and task.check(one, one.answer) == 1 and task.check(one, "?") == 0
 
 
+def questions_are_written(block: Block, place: Place) -> None:
+    """With rows of the published form in place of the hub's."""
+    row = {"id": "x", "question": "What is 7?", "answer": "7", "image": "", "category": "Math", "rationale": "So."}
+    datasets = types.ModuleType("datasets")
+    datasets.load_dataset = lambda name, split: _Rows([row])  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(place.folder):
+        patch.setitem(sys.modules, "datasets", datasets)
+        exec(compile(block.code, "evaluation.md", "exec"), {})
+    (question,) = read_questions(BENCHMARKS["hle"], [place.folder / "hle.jsonl"])
+    assert (question.answer, question.group) == ("7", "Math")
+
+
+class _Rows(list[dict[str, Any]]):
+    def select_columns(self, names: list[str]) -> _Rows:
+        return _Rows({name: row[name] for name in names} for row in self)
+
+    def to_json(self, path: str) -> None:
+        Path(path).write_text("".join(json.dumps(row) + "\n" for row in self))
+
+
 def requests_are_logged_so(block: Block, place: Place) -> None:
     served = place.server("served")
     caplog = place._request.getfixturevalue("caplog")
@@ -491,7 +514,7 @@ CASES: dict[str, list[Case]] = {
     ],
     "deploying.md": [parses, parses, parses, parses],
     "distillation.md": [parses, shards_are_laid_out_so, parses],
-    "evaluation.md": [parses, parses, parses, parses],
+    "evaluation.md": [parses, parses, parses, questions_are_written, parses],
     "export.md": [exports_are_made, an_export_is_made, differences_are_told],
     "fine-tuning.md": [
         a_row_is_of_the_data,

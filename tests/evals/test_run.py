@@ -139,7 +139,10 @@ def test_what_cannot_be_asked_is_told(server, questions, capsys):
         err = capsys.readouterr().err
         assert words in err and "Traceback" not in err
     assert main(["eval", "aime26"]) == 1
-    assert "expected one of: aime24, aime25, gpqa, mmlu, mmmlu, bbq, simpleqa, healthbench," in capsys.readouterr().err
+    assert (
+        "expected one of: aime24, aime25, gpqa, mmlu, mmmlu, bbq, simpleqa, hle, healthbench,"
+        in capsys.readouterr().err
+    )
     assert main(["eval", "simpleqa"]) == 1
     assert "SimpleQA needs a model that judges its answers: name it with --judge" in capsys.readouterr().err
     assert evaluate(server, questions, "--judge", "gpt-oss-120b") == 1
@@ -215,6 +218,25 @@ def test_a_judge_compares_with_the_right_answer(server, judge, tmp_path, capsys,
     # The verdicts of another judge are never put beside them.
     assert judged_by(judge, server, "simpleqa", path, *out, "--judge", "another") == 1
     assert "judge was 'gpt-oss-20b at " in capsys.readouterr().err
+
+
+def test_a_judge_finds_the_final_answer(server, judge, tmp_path, capsys):
+    path = tmp_path / "hle.jsonl"
+    rows = [{"question": f"What is {n}?", "answer": n, "image": "", "category": "Math"} for n in ("7", "8")]
+    path.write_text("\n".join(json.dumps(row) for row in [*rows, {**rows[0], "image": "data:image/png;base64,AA"}]))
+    found = [THOUGHT.format(f'{{"answer": "7", "reason": "So.", "right": {one}}}') for one in ("true", "false")]
+    judge.play(*found)
+    assert judged_by(judge, server, "hle", path, "--concurrency", "1") == 0
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[1].split()[:2] == ["low", "50.0"]
+    assert "Humanity's Last Exam has 2,158 questions, 2 are here" in printed.err
+    assert len(judge.engine.prompts) == 2
+    asked = TOKENIZER.decode(judge.engine.prompts[1])
+    for words in ("# The question\n\nWhat is 8?\n", "# The right answer\n\n8\n", "# The reply\n\n\\boxed{7}\n"):
+        assert words in asked
+    assert "Explanation: {your explanation" in TOKENIZER.decode(server.engine.prompts[0])
+    assert main(["eval", "hle", "--judge", "gpt-oss-20b"]) == 1
+    assert "given only to those who agree to their terms" in capsys.readouterr().err
 
 
 def test_a_rubric_s_points_are_added_up(server, judge, tmp_path, capsys):

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 def eval(
     benchmark: Annotated[
         str,
-        typer.Argument(help="aime24, aime25, gpqa, mmlu, mmmlu, bbq, simpleqa, healthbench (-hard, -consensus) or ih."),
+        typer.Argument(
+            help="aime24, aime25, gpqa, mmlu, mmmlu, bbq, simpleqa, hle, healthbench (-hard, -consensus) or ih."
+        ),
     ],
     model: Annotated[str, typer.Option(help="The model's name at the server.")] = "gpt-oss-20b",
     url: Annotated[
@@ -40,7 +42,7 @@ def eval(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="A folder to keep all answers in, and to go on from.")] = None,
     judge: Annotated[
-        str, typer.Option(help="The model that judges answers of simpleqa and healthbench, by its name at its server.")
+        str, typer.Option(help="The model that judges simpleqa, hle and healthbench, by its name at its server.")
     ] = "",
     judge_url: Annotated[str, typer.Option(help="The judge's API; by default the same server's.")] = "",
     judge_key: Annotated[

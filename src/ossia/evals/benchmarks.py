@@ -9,6 +9,8 @@ Wordings are those of OpenAI's own runs (`gpt_oss/evals` of openai/gpt-oss), sin
     bbq               58,492 questions with three choices that prejudice answers wrongly (arXiv:2110.08193): of half of
                       them nothing in the text tells the answer
     simpleqa          4,326 short questions of facts (arXiv:2411.04368), judged by a model
+    hle               2,158 questions of Humanity's Last Exam (arXiv:2501.14249), those without a picture, judged by a
+                      model
     healthbench       5,000 conversations on health with physicians' rubrics (arXiv:2505.08775), judged by a model;
                       its hard and its consensus part
     ih                who wants a rule of the developer's broken: `hierarchy.py`
@@ -41,6 +43,11 @@ _THREE = (
     "{question}\n\n(A) {choices[0]}\n(B) {choices[1]}\n(C) {choices[2]}\n\n"
     "Express your final answer as the corresponding option 'A', 'B', or 'C'."
 )
+# As the exam's own runs ask for it.
+_EXPLAINED = (
+    "Your response should be in the following format:\nExplanation: {your explanation for your answer choice}\n"
+    "Answer: {your chosen answer}\nConfidence: {your confidence score between 0% and 100% for your answer}"
+)
 _LETTERS = "ABCD"
 
 
@@ -49,7 +56,8 @@ class Benchmark:
     """One benchmark: where its questions are published, how they are read and asked, and what marks an answer.
 
     ``mark`` gives a score, from 0 to 1, of what was said; where ``judge`` is given, a model does. ``parts`` names the
-    files, and so the groups of their questions. Without ``urls`` the questions are made: `made`.
+    files, and so the groups of their questions. Without ``urls`` the questions are made (`made`), or whoever has
+    agreed to their terms gives their file; ``row`` gives None for one that is not asked.
     """
 
     name: str
@@ -57,7 +65,7 @@ class Benchmark:
     urls: tuple[str, ...]
     num_questions: int
     num_repeats: int
-    row: Callable[[Mapping[str, Any]], Question] | None
+    row: Callable[[Mapping[str, Any]], Question | None] | None
     ask: Callable[[Question, int], Asked]
     mark: Callable[[str, Asked], float] | None = None
     judge: judged.Judging | None = None
@@ -77,7 +85,8 @@ class Benchmark:
                 except (LookupError, TypeError, ValueError, AttributeError) as error:
                     met = f"{type(error).__name__}: {error}"
                     raise InputError(f"row {number} is no question of {self.title} ({met})") from None
-                found.append(one._replace(group=group) if group else one)
+                if one is not None:
+                    found.append(one._replace(group=group) if group else one)
         return found
 
 
@@ -178,6 +187,19 @@ def _ask_plainly(question: Question, repeat: int) -> Asked:
     return _asked(question.text, question.answer)
 
 
+def _hle_row(row: Mapping[str, Any]) -> Question | None:
+    text, answer = row["question"].strip(), str(row["answer"]).strip()
+    if not text or not answer:
+        raise ValueError("the question or its answer is empty")
+    if row["image"]:
+        return None
+    return Question(_key(text), text, answer, group=row.get("category") or "")
+
+
+def _ask_for_an_explanation(question: Question, repeat: int) -> Asked:
+    return Asked((Message("system", _EXPLAINED), Message("user", question.text)), question.answer)
+
+
 def _healthbench_row(row: Mapping[str, Any]) -> Question:
     messages = tuple(Message(one["role"], one["content"]) for one in row["prompt"])
     if not messages or any(one.role not in ("system", "developer", "user", "assistant") for one in messages):
@@ -272,6 +294,16 @@ BENCHMARKS: Mapping[str, Benchmark] = {
             _simpleqa_row,
             _ask_plainly,
             judge=judged.facts,
+        ),
+        Benchmark(
+            "hle",
+            "Humanity's Last Exam",
+            (),
+            2_158,
+            1,
+            _hle_row,
+            _ask_for_an_explanation,
+            judge=judged.exact,
         ),
         *(
             Benchmark(

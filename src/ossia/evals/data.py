@@ -23,6 +23,11 @@ def read_questions(benchmark: Benchmark, files: Sequence[Path] = (), *, folder: 
         found = benchmark.made()
     elif files:
         found = benchmark.questions([path.read_bytes() for path in files])
+    elif not benchmark.urls:
+        raise InputError(
+            f"the questions of {benchmark.title} are given only to those who agree to their terms; get them from "
+            "https://huggingface.co/datasets/cais/hle and give their file with --data (docs/evaluation.md says how)"
+        )
     else:
         folder = folder or data_folder() / "evals"
         places = [folder / f"{benchmark.name}-{i}" for i in range(1, len(benchmark.urls) + 1)]

@@ -1,9 +1,10 @@
-"""Answers that a model judges: SimpleQA's, and HealthBench's.
+"""Answers that a model judges: SimpleQA's, those of Humanity's Last Exam, and HealthBench's.
 
 What is asked of the judge is worded here, after what the two papers say of it: scores depend on the judge and on its
 wording, and are to be compared with others' only by and large.
 
     facts     is the answer right, wrong, or none?             arXiv:2411.04368
+    exact     is the final answer the right one?               arXiv:2501.14249
     rubric    of every criterion, is it met? The score is the points of those that are, over all that can be had
                                                                arXiv:2505.08775
 """
@@ -54,6 +55,28 @@ Given answer: {said}
 
 Answer in JSON: {{"verdict": "correct"}}, {{"verdict": "incorrect"}} or {{"verdict": "not attempted"}}."""
 
+_EXACT = """\
+An exam's question has one right answer. Say whether a reply's final answer is that one.
+
+Take the final answer as the reply has it, and do not solve the question yourself: the right answer is right. Another \
+way of writing the same thing is the same answer, as is a number that differs by rounding alone. Anything more, less \
+or else is wrong, as is a reply without a final answer, or with several.
+
+# The question
+
+{question}
+
+# The right answer
+
+{answer}
+
+# The reply
+
+{said}
+
+Answer in JSON: first "answer", the reply's final answer or "none", then "reason", one sentence, then "right", true or \
+false."""
+
 _RUBRIC = """\
 A conversation with an assistant follows, and a criterion for its last reply. Say whether the reply meets the criterion.
 
@@ -86,6 +109,14 @@ async def facts(said: str, asked: Asked, ask: Ask) -> Verdict:
         lambda value: value in LABELS,
     )
     return Verdict(float(label == "correct"), str(label))
+
+
+async def exact(said: str, asked: Asked, ask: Ask) -> Verdict:
+    """That of Humanity's Last Exam: right answers count 1, others 0."""
+    prompt = _EXACT.format(question=asked.messages[-1].text, answer=asked.answer, said=said or "(nothing)")
+    fields = {"answer": {"type": "string"}, "reason": {"type": "string"}, "right": {"type": "boolean"}}
+    is_right = bool(await _told(ask, prompt, fields, "right", lambda value: isinstance(value, bool)))
+    return Verdict(float(is_right), "correct" if is_right else "incorrect")
 
 
 async def rubric(said: str, asked: Asked, ask: Ask) -> Verdict:
