@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import signal
 import sys
 import tomllib
@@ -128,6 +129,7 @@ def test_a_model_is_measured_on_held_out_exercises(folder, capsys, monkeypatch):
         (task, effort, 3) for task in ("arithmetic", "sums") for effort in ("low", "high")
     ]
     assert "arithmetic low: 0.0 %" in err
+    assert re.search(r"the format was broken by \w+ \(\d+\.\d %\)", err)
     kept = ["--efforts", "low", "--out", str(folder / "measured.jsonl")]
     assert main([*words, *kept]) == 0
     out, err = capsys.readouterr()

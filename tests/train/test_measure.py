@@ -68,7 +68,7 @@ def test_shares_and_means_are_those_of_the_exercises():
     assert found.num_exercises == 300
     assert found.exact == pytest.approx(0.9, abs=0.06)
     assert found.low < found.exact < found.high
-    assert (found.valid, found.unfinished) == (1, 0)
+    assert (found.valid, found.unfinished, found.defects) == (1, 0, {})
     assert found.sampled == len(tokens(SAID.format("odd")))
     assert found.reasoning == len(TOKENIZER.encode("Hm."))
     assert found.parts["exact"] == pytest.approx(found.exact)
@@ -123,3 +123,32 @@ def test_a_checkpoint_is_measured_by_the_engine(tmp_path):
     assert found.exact == 0
     assert found.valid == 0
     assert 1 <= found.sampled <= 8
+
+
+class Caller(Student):
+    """Calls twice what is not there, and then answers; where the number ends in 7 it ends with a call all the same."""
+
+    async def _read(self, prompt, params):
+        text = TOKENIZER.decode(prompt)
+        number = re.findall(r"message\|>(\d+)<", text)[0]
+        if text.count("Unknown tool") == 2 and number[-1] != "7":
+            said = SAID.format("odd")
+        else:
+            said = "<|channel|>commentary to=functions.odd <|constrain|>json<|message|>{}<|call|>"
+            if text.count("Unknown tool") == 2:
+                said = said.replace("<|call|>", "<|return|>")
+        self.scripts = [tokens(said)]
+        async for output in Scripted._read(self, prompt, params):
+            yield replace(output, drawn_logprob=-0.25)
+
+
+def test_what_broke_the_format_is_told_by_the_share_of_transcripts():
+    @asynccontextmanager
+    async def source():
+        yield Caller("<|return|>")
+
+    with Rollouts(source, TOKENIZER, RolloutConfig(temperature=0, max_tokens=500)) as rollouts:
+        found = measure(rollouts, Odd(), Effort.LOW, 40)
+    assert (found.valid, found.unfinished) == (0, 0)
+    assert found.defects.pop("unknown_tool") == 1
+    assert 0 < found.defects["no_answer"] < 0.4

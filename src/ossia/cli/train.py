@@ -254,6 +254,11 @@ def measure(
                     result = measured(rollouts, one, effort, count, seed=seed, log=log)
                     found.append(result)
                     _say(f"{one.name} {effort}: {100 * result.exact:.1f} %")
+                    if result.defects:
+                        _say(
+                            "the format was broken by "
+                            + ", ".join(f"{n} ({100 * s:.1f} %)" for n, s in result.defects.items())
+                        )
                     if result.unfinished:
                         _say(f"{100 * result.unfinished:.1f} % were cut off by --max-tokens {max_tokens}; give more")
     finally:

@@ -51,6 +51,8 @@ class Measured(NamedTuple):
     reasoning: float
     parts: dict[str, float]
     """Means of the parts of the reward."""
+    defects: dict[str, float]
+    """What broke the format (`Transcript.defects`), and the share of transcripts in which it did."""
 
 
 class Done(NamedTuple):
@@ -144,6 +146,10 @@ def measure(
         parts={
             name: mean(one.parts.get(name, 0.0) for one in done.values())
             for name in sorted({name for one in done.values() for name in one.parts})
+        },
+        defects={
+            name: mean(name in one.defects for one in done.values())
+            for name in sorted({name for one in done.values() for name in one.defects})
         },
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -186,15 +187,19 @@ def _cell(row: Mapping[str, Any]) -> str:
 
 
 def _table_of_format(lines: Iterable[Mapping[str, Any]]) -> str:
-    rows = ["| task | free | no end | with the grammar | no end |", "|---|---|---|---|---|"]
+    rows = ["| task | free | no end | with the grammar | no end | what broke it |", "|---|---|---|---|---|---|"]
     for name, found in _by_task(lines).items():
         cells = []
+        counts: Counter[str] = Counter()
+        for row in found:
+            counts.update({defect: round(share * row["num_exercises"]) for defect, share in row["defects"].items()})
         for grammar in (False, True):
             shown = [row for row in found if row["grammar"] is grammar]
             unfinished = sum(row["unfinished"] for row in shown) / max(1, len(shown))
             kept = unfinished + sum(row["valid"] for row in shown) / max(1, len(shown))
             cells += [f"{100 * kept:.2f} %", f"{100 * unfinished:.2f} %"]
-        rows.append(f"| {name} | {' | '.join(cells)} |")
+        told = ", ".join(f"{count} `{defect}`" for defect, count in counts.most_common())
+        rows.append(f"| {name} | {' | '.join(cells)} | {told} |")
     return "\n".join(rows) + "\n"
 
 
