@@ -12,17 +12,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.train.processes import environment, launch
+from tests.train.small import write_model as write_speaker
 from tests.train.tiny import preferences, stations, write_model, write_rows
 
-from ossia.errors import CheckpointError, UnavailableError
+from ossia.errors import CheckpointError, ConfigError
 from ossia.model.adapter import read_adapter
 from ossia.model.weights import Checkpoint
-from ossia.train import fit
 from ossia.train.checkpoint import Checkpoints
 from ossia.train.config import DpoConfig, SftConfig, read_settings
+from ossia.train.distill import distill
 from ossia.train.dpo import dpo
 from ossia.train.merged import read_tensors
 from ossia.train.metrics import read_metrics
+from ossia.train.rl import rl
+from ossia.train.rollout_config import DistillConfig, RlConfig
 from ossia.train.sft import sft
 from ossia.train.shards import read_shards
 
@@ -225,7 +228,87 @@ def test_an_error_of_one_process_ends_all_and_is_told(folder):
     assert "Traceback" not in said.partition("torch/distributed")[0]
 
 
-def test_methods_for_one_process_say_so_under_torchrun(folder, monkeypatch):
+# Methods that sample --------------------------------------------------------------------------------------------------
+
+SAMPLING = {
+    "rl": (RlConfig, rl, {"updates": 2, "kl": 0.1}),
+    "distill": (DistillConfig, distill, {"method": "on_policy"}),
+    "offline": (DistillConfig, distill, {"samples": 12, "min_reward": 0.0}),
+}
+
+
+@pytest.fixture(scope="module")
+def sampler(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sampling")
+    write_speaker(folder / "model")
+    write_speaker(folder / "teacher", seed=1)
+    return folder
+
+
+def sampling(folder, name, out, **more):
+    usual = {
+        "model": str(folder / "model"),
+        "out": str(folder / out),
+        "task": "tests.train.small:Vowels",
+        "trainable": "full",
+        "learning_rate": 3e-3,
+        "steps": 3,
+        "prompts": 3,
+        "rollout_tokens": 12,
+        "pass_tokens": 120,
+        "eval_every": 3,
+        "save_every": 2,
+        "eval_prompts": 5,
+        "threads": 1,
+        "replicate": True,
+        **({"teacher": str(folder / "teacher")} if name != "rl" else {"group": 3}),
+    }
+    return usual | SAMPLING[name][2] | more
+
+
+@pytest.mark.parametrize(
+    ("name", "trainable"),
+    [
+        ("rl", "full"),
+        pytest.param("rl", "lora", marks=pytest.mark.slow),
+        ("distill", "full"),
+        pytest.param("offline", "full", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_sample_and_learn_what_one_does(name, trainable, sampler):
+    kind, train, _ = SAMPLING[name]
+    flags = sampling(sampler, name, f"{name}-{trainable}-1", trainable=trainable)
+    outcome = train(read_settings(kind, None, flags), resume=False, say=lambda text: None)
+    flags["out"] = str(sampler / f"{name}-{trainable}-2")
+    words = []
+    for key, value in flags.items():
+        flag = key.replace("_", "-")
+        words += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
+    command = [*launch(2), "-m", "ossia", "train", "rl" if name == "rl" else "distill", *words]
+    process = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert process.returncode == 0, process.stderr[-3000:]
+    ours, theirs = (read_metrics(Path(out) / "metrics.jsonl") for out in (outcome.folder, flags["out"]))
+    assert [line["event"] for line in ours] == ["evaluation", "step", "step", "step", "evaluation"]
+    for our, their in zip(ours, theirs, strict=True):
+        assert our.keys() == their.keys()
+        for key in our.keys() - {"event", "tokens_per_s", "handover_s", "rollout_s", "train_s"}:
+            assert their[key] == pytest.approx(our[key], rel=1e-3, abs=1e-5), f"{key} of {our['event']} {our['step']}"
+    our, their = (trained(Path(out), sampler / "model") for out in (outcome.folder, flags["out"]))
+    for key, tensor in our.items():
+        np.testing.assert_allclose(their[key], tensor, rtol=1e-3, atol=2e-5, err_msg=key)
+    if name != "offline":
+        shown = [(Path(out) / "rollouts" / "step-00000001.jsonl").read_text() for out in (outcome.folder, flags["out"])]
+        assert shown[0] == shown[1]
+    # One goes on where two were, as if these had been killed after step 2.
+    shutil.rmtree(Path(flags["out"]) / "checkpoints" / "step-00000003")
+    train(read_settings(kind, None, flags), resume=True, say=lambda text: None)
+    for key, tensor in trained(Path(flags["out"]), sampler / "model").items():
+        np.testing.assert_allclose(tensor, our[key], rtol=1e-3, atol=2e-5, err_msg=key)
+
+
+def test_several_processes_that_sample_need_the_whole_model(sampler, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    with pytest.raises(UnavailableError, match=r"trains in one process.*`ossia train dpo` run in several"):
-        fit.set_up_torch(read_settings(SftConfig, None, flags_of(folder, "sft", "out")))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    flags = sampling(sampler, "rl", "divided", replicate=False)
+    with pytest.raises(ConfigError, match="replicate is off; expected it on for several processes"):
+        rl(read_settings(RlConfig, None, flags), resume=False, say=lambda text: None)

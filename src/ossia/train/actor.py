@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from ossia import ops as backends
@@ -58,7 +59,9 @@ def make_ops(settings: RolloutSettings) -> AdapterOps:
     """The backend that samples."""
     if settings.backend == "reference":
         return backends.load("reference")
-    return backends.load("cpu", threads=settings.threads or None, dense=settings.dense, kv=settings.kv)
+    # torchrun gives each of several processes its share of a machine's threads, or one.
+    threads = settings.threads or (torch.get_num_threads() if torch.distributed.is_torchelastic_launched() else None)
+    return backends.load("cpu", threads=threads, dense=settings.dense, kv=settings.kv)
 
 
 def engine_options(settings: RolloutSettings, *, record_routing: bool) -> EngineConfig:

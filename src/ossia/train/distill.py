@@ -43,14 +43,14 @@ from ossia.train.fit import (
     fingerprint,
     make_trainer,
     open_model,
-    set_up_torch,
+    set_up_whole,
     table,
     watched_router,
     with_balance,
 )
 from ossia.train.module import Model
 from ossia.train.packing import plan
-from ossia.train.parallel import Team
+from ossia.train.parallel import Team, extents
 from ossia.train.policy import (
     Batched,
     Lesson,
@@ -62,7 +62,7 @@ from ossia.train.policy import (
     rollout_config,
     write_rollouts,
 )
-from ossia.train.result import write_result
+from ossia.train.result import tell_nothing, write_result
 from ossia.train.rl import make_policy_trainer, tell_unread
 from ossia.train.rollout import Exercise, Rollout, Rollouts, rollout_seed
 from ossia.train.rollout_config import DistillConfig
@@ -82,7 +82,11 @@ _EVALUATION = -1
 
 def distill(settings: DistillConfig, *, resume: bool, say: Say) -> Outcome:
     """Collect and train as the settings say. Raises the errors of the teacher, the tasks, the model and the run."""
-    team = set_up_torch(settings)
+    with set_up_whole(settings) as team:
+        return _distill(settings, team, resume=resume, say=say if team.rank == 0 else tell_nothing)
+
+
+def _distill(settings: DistillConfig, team: Team, *, resume: bool, say: Say) -> Outcome:
     tell_unread(settings, say)
     path = resolve_model(settings.model)
     if settings.method == "on_policy":
@@ -95,7 +99,7 @@ def distill(settings: DistillConfig, *, resume: bool, say: Say) -> Outcome:
         check_resumed(settings)
     if settings.teacher:
         mix = make_mix(settings.task, settings.options_of_task, settings.effort_weights)
-        collect(settings, mix, tokenizer, folder, say=say)
+        team.first(lambda: collect(settings, mix, tokenizer, folder, say=say))
     if settings.collect_only:
         return Outcome(folder, 0, None, "done")
     return _offline(settings, folder, tokenizer, path, team, resume=resume, say=say)
@@ -289,7 +293,7 @@ def _offline(
     held_out = teachings.read("held_out", counts.get("held_out"))
     say(f"{len(train)} samples of {teachings.manifest.teacher}, {sum(len(one) for one in train)} tokens")
     inputs = {"model": fingerprint(path), "teachings": _contents(teachings, counts)}
-    with RunFolder(settings, resume=resume, inputs=inputs) as run_folder:
+    with RunFolder(settings, resume=resume, inputs=inputs, team=team) as run_folder:
         model = open_model(settings, path, team)
         table(model, say)
         objective = ForwardKl(model, settings.balance_weight)
@@ -302,14 +306,15 @@ def _offline(
             parameters=model.state(),
             evaluate=_held_out_kl(model, held_out, settings, team.device) if held_out and settings.eval_every else None,
             say=say,
+            held=extents(model),
         )
         model.train()
         outcome = run.train()
         if outcome.reason == "early":
             run.load_best()
-        draw_curves(run_folder.path, say)
+        team.first(lambda: draw_curves(run_folder.path, say))
         if not outcome.is_interrupted:
-            write_result(model, settings, say)
+            write_result(model, settings, say, team)
     return outcome
 
 
@@ -365,13 +370,14 @@ class TeacherJudge:
     """The student's rollouts, and what the teacher thinks of them."""
 
     def __init__(
-        self, settings: DistillConfig, mix: TaskMix, rollouts: Rollouts, teacher: Teacher, folder: Path
+        self, settings: DistillConfig, mix: TaskMix, rollouts: Rollouts, teacher: Teacher, folder: Path, team: Team
     ) -> None:
         self._settings = settings
         self._mix = mix
         self._rollouts = rollouts
         self._teacher = teacher
         self._folder = folder
+        self._team = team
 
     def __call__(self, step: int) -> Batched:
         settings = self._settings
@@ -384,9 +390,10 @@ class TeacherJudge:
             for member in range(settings.group)
         ]
         done = self._rollouts.run(exercises)
-        scores = self._teacher.score(done, settings.top)
+        scores = self._team.deal(done, lambda own: self._teacher.score(own, settings.top))
         lessons = [self._lesson(*pair) for pair in zip(done, scores, strict=True)]
-        write_rollouts(self._folder, step + 1, lessons, self._rollouts.tokenizer, settings.show_rollouts)
+        if self._team.rank == 0:
+            write_rollouts(self._folder, step + 1, lessons, self._rollouts.tokenizer, settings.show_rollouts)
         return Batched([lessons], describe(done) | divergences(done, scores))
 
     def _lesson(self, rollout: Rollout, scores: Scores) -> Lesson:
@@ -409,7 +416,8 @@ def divergences(rollouts: Sequence[Rollout], scores: Sequence[Scores]) -> dict[s
 
 def _on_policy(settings: DistillConfig, mix: TaskMix, path: Path, team: Team, *, resume: bool, say: Say) -> Outcome:
     with ExitStack() as stack:
-        folder = stack.enter_context(RunFolder(settings, resume=resume, inputs={"model": fingerprint(path)}))
+        inputs = {"model": fingerprint(path)}
+        folder = stack.enter_context(RunFolder(settings, resume=resume, inputs=inputs, team=team))
         teacher = open_teacher(settings, Checkpoint.open(path).tokenizer())
         stack.callback(teacher.close)
         model = open_model(settings, path, team)
@@ -422,6 +430,7 @@ def _on_policy(settings: DistillConfig, mix: TaskMix, path: Path, team: Team, *,
                 rollout_config(settings),
                 routing=settings.replay,
                 adapter=actor.adapter,
+                team=team,
             )
         )
         kind = ReverseKl if settings.estimate == "top" else PolicyObjective
@@ -431,8 +440,8 @@ def _on_policy(settings: DistillConfig, mix: TaskMix, path: Path, team: Team, *,
             temperature=settings.temperature,
             balance_weight=settings.balance_weight,
         )
-        judge = TeacherJudge(settings, mix, rollouts, teacher, folder.path / "rollouts")
-        feed = PolicyFeed(actor, judge, objective, settings, device=team.device)
+        judge = TeacherJudge(settings, mix, rollouts, teacher, folder.path / "rollouts", team)
+        feed = PolicyFeed(actor, judge, objective, settings, team=team)
         trainer: PolicyTrainer = make_policy_trainer(settings, model, objective, team)
         trainer.numbers = lambda: feed.numbers
         run = Run(
@@ -441,21 +450,22 @@ def _on_policy(settings: DistillConfig, mix: TaskMix, path: Path, team: Team, *,
             feed,
             num_steps=settings.steps,
             parameters=model.state(),
-            evaluate=_student_kl(settings, mix, actor, rollouts, teacher) if settings.eval_every else None,
+            evaluate=_student_kl(settings, mix, actor, rollouts, teacher, team) if settings.eval_every else None,
             say=say,
+            held=extents(model),
         )
         model.eval()
         outcome = run.train()
         if outcome.reason == "early":
             run.load_best()
-        draw_curves(folder.path, say)
+        team.first(lambda: draw_curves(folder.path, say))
         if not outcome.is_interrupted:
-            write_result(model, settings, say)
+            write_result(model, settings, say, team)
     return outcome
 
 
 def _student_kl(
-    settings: DistillConfig, mix: TaskMix, actor: Actor, rollouts: Rollouts, teacher: Teacher
+    settings: DistillConfig, mix: TaskMix, actor: Actor, rollouts: Rollouts, teacher: Teacher, team: Team
 ) -> Callable[[], Mapping[str, float]]:
     """The student on held-out prompts, the same ones each time, as its teacher and the tasks judge it."""
 
@@ -467,7 +477,7 @@ def _student_kl(
                 for i in range(settings.eval_prompts)
             ]
         )
-        numbers = divergences(done, teacher.score(done, 1)) | describe(done)
+        numbers = divergences(done, team.deal(done, lambda own: teacher.score(own, 1))) | describe(done)
         return {"loss": numbers["kl"], **numbers}
 
     return evaluate

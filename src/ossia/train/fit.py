@@ -9,6 +9,7 @@ write the result, and try it                       `result.py`
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
@@ -115,21 +116,23 @@ def fit(
 # The machine and the model --------------------------------------------------------------------------------------------
 
 
-def set_up_torch(settings: TrainConfig) -> Team:
-    """Threads, seed and device, for a method that one process does; a team of one.
-
-    Raises ConfigError for a device that torch does not find, UnavailableError where torchrun started several processes.
+def set_up_whole(settings: TrainConfig) -> Team:
+    """As `set_up_team`, for a method that needs the whole model in every process, since the policy that is trained
+    samples too. Raises ConfigError where several processes would divide it.
     """
-    if torch.distributed.is_torchelastic_launched():
-        raise UnavailableError(
-            "this command trains in one process, and torchrun started it; start it alone. `ossia train sft` and `ossia "
-            "train dpo` run in several"
+    if torch.distributed.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1 and not settings.replicate:
+        raise ConfigError(
+            "replicate is off; expected it on for several processes: each samples with the whole model, and trains on "
+            "a part of what all have sampled"
         )
     return set_up_team(settings)
 
 
 def set_up_team(settings: TrainConfig) -> Team:
-    """As `set_up_torch`, for a method that several processes may do together: those that torchrun started."""
+    """Threads, seed and device, and the processes that torchrun started; a team of one where it started none.
+
+    Raises ConfigError for a device that torch does not find.
+    """
     name = settings.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

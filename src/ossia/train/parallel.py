@@ -34,6 +34,7 @@ from ossia.train.module import Model
 from ossia.train.shards import Extent, is_sharded, local
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 # The others wait while the first process reads all data. One that has ended is told by torchrun, not by the clock.
 _LONGEST_WAIT = timedelta(days=1)
@@ -134,6 +135,16 @@ class Team:
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value)
         return found
+
+    def deal(self, items: Sequence[T], do: Callable[[Sequence[T]], Sequence[R]]) -> list[R]:
+        """What ``do`` makes of all items, in order, on all processes, each of which does a block of them. It must be
+        picklable.
+        """
+        if self.size == 1:
+            return list(do(items))
+        block = -(-len(items) // self.size)
+        own = do(items[self.rank * block : (self.rank + 1) * block])
+        return [one for made in self.each(list(own)) for one in made]
 
     # What travels ---------------------------------------------------------------------------------------------------
 

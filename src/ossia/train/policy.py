@@ -32,6 +32,7 @@ from ossia.train.advantage import Mismatch, Objective, mismatch, policy_loss, ro
 from ossia.train.data import TrainBatch, to_batch
 from ossia.train.fit import watched_router, with_balance
 from ossia.train.module import Model
+from ossia.train.parallel import Team
 from ossia.train.rollout import Rollout, RolloutConfig
 from ossia.train.rollout_config import RolloutSettings
 from ossia.train.trainer import StepReport, Terms, Trainer, memory_errors, to_device
@@ -273,11 +274,14 @@ class PolicyObjective:
         engine_R = batch.model_R if self.temperature == 1 else batch.drawn_R
         self.noted.append(Noted(engine_R.cpu().numpy(), old_R.cpu().numpy()))
 
-    def take_notes(self) -> tuple[Mismatch, float]:
-        """How far engine and trainer are apart, and the entropy, since the last time; both over sampled tokens."""
-        engine_R = np.concatenate([one.engine_R for one in self.noted]) if self.noted else np.empty(0, np.float32)
-        trainer_R = np.concatenate([one.trainer_R for one in self.noted]) if self.noted else np.empty(0, np.float32)
-        self.noted.clear()
+    def take_notes(self, team: Team) -> tuple[Mismatch, float]:
+        """How far engine and trainer are apart, and the entropy, since the last time; both over the sampled tokens of
+        all processes.
+        """
+        noted = [one for notes in team.each(self.noted) for one in notes]
+        self.noted = []
+        engine_R = np.concatenate([one.engine_R for one in noted]) if noted else np.empty(0, np.float32)
+        trainer_R = np.concatenate([one.trainer_R for one in noted]) if noted else np.empty(0, np.float32)
         # The mean of - log p over what was drawn from p is an estimate of its entropy.
         return mismatch(engine_R, trainer_R), float(-trainer_R.mean()) if len(trainer_R) else 0.0
 
@@ -298,6 +302,7 @@ class PolicyTrainer(Trainer[PolicyPass]):
     """What the log is told of the rollouts besides."""
 
     def step(self, passes: Sequence[PolicyPass]) -> StepReport:
+        assert isinstance(self.objective, PolicyObjective)
         began_s = time.perf_counter()
         done = self.num_steps_done
         reports: list[StepReport] = []
@@ -307,6 +312,9 @@ class PolicyTrainer(Trainer[PolicyPass]):
                 # All updates of a step have the step's learning rate.
                 self.num_steps_done = done
                 reports.append(super().step(part))
+                if not self.team.share(part)[-1][1]:
+                    # It was computed for the others' sake alone.
+                    self.objective.noted.pop()
         self.num_steps_done = done + 1
         shown: dict[str, float] = {}
         for report in reports:
@@ -315,8 +323,7 @@ class PolicyTrainer(Trainer[PolicyPass]):
         # Rows that have no gradient were left out; what is shown is of those that were not.
         share = shown.get(_SHARE, 1.0)
         shown = {name: value if name == _SHARE else value / share for name, value in shown.items()}
-        assert isinstance(self.objective, PolicyObjective)
-        apart, entropy = self.objective.take_notes()
+        apart, entropy = self.objective.take_notes(self.team)
         shown |= {"entropy": entropy, "mismatch": apart.mean, "mismatch_max": apart.largest}
         shown |= {"mismatch_kl": apart.kl, "mismatch_tenth": apart.share_over_tenth}
         shown |= dict(self.numbers())
@@ -354,7 +361,7 @@ class PolicyFeed:
         average: str = "token",
         reuse: int = 1,
         reference: Callable[[PolicyPass], Floats] | None = None,
-        device: torch.device,
+        team: Team,
     ) -> None:
         self._actor = actor
         self._judge = judge
@@ -363,7 +370,7 @@ class PolicyFeed:
         self._average = average
         self._reuse = reuse
         self._reference = reference
-        self._device = device
+        self._team = team
         self._num_done = 0
         self.numbers: dict[str, float] = {}
 
@@ -398,13 +405,19 @@ class PolicyFeed:
                 keep_all=self._reference is not None,
             )
             if self._reference is not None:
-                passes = [replace(one, reference_R=self._reference(one)) for one in passes]
+                found = self._of_all(passes, self._reference)
+                passes = [replace(one, reference_R=logprobs_R) for one, logprobs_R in zip(passes, found, strict=True)]
             made.append(passes)
         if len(made) * self._reuse > 1:
             # Once the policy has moved, it is compared with what it was when it sampled.
-            made = [[replace(p, old_R=self._objective.logprobs(p, self._device)) for p in one] for one in made]
+            for passes in made:
+                found = self._of_all(passes, lambda one: self._objective.logprobs(one, self._team.device))
+                passes[:] = [replace(one, old_R=logprobs_R) for one, logprobs_R in zip(passes, found, strict=True)]
         numbered = [one for _ in range(self._reuse) for one in made]
         return [replace(one, update=update) for update, passes in enumerate(numbered) for one in passes]
+
+    def _of_all(self, passes: Sequence[PolicyPass], compute: Callable[[PolicyPass], Floats]) -> list[Floats]:
+        return self._team.deal(passes, lambda own: [compute(one) for one in own])
 
 
 _NONE_R = np.empty(0, np.float32)

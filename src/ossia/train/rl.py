@@ -21,10 +21,10 @@ from ossia.model.hub import resolve_model
 from ossia.train.actor import Actor
 from ossia.train.advantage import Objective, group_advantages, overlong_penalty
 from ossia.train.curves import draw_curves
-from ossia.train.fit import fingerprint, make_optimizer, make_schedule, open_model, set_up_torch, table
+from ossia.train.fit import fingerprint, make_optimizer, make_schedule, open_model, set_up_whole, table
 from ossia.train.lora import pairs_off
 from ossia.train.module import Model
-from ossia.train.parallel import Team
+from ossia.train.parallel import Team, extents
 from ossia.train.policy import (
     Batched,
     Floats,
@@ -37,7 +37,7 @@ from ossia.train.policy import (
     rollout_config,
     write_rollouts,
 )
-from ossia.train.result import write_result
+from ossia.train.result import tell_nothing, write_result
 from ossia.train.rollout import Exercise, Rollout, Rollouts, rollout_seed
 from ossia.train.rollout_config import RlConfig, RolloutSettings, by_effort
 from ossia.train.run import Outcome, Run, RunFolder, Say
@@ -49,12 +49,14 @@ _EVALUATION = -1
 
 def rl(settings: RlConfig, *, resume: bool, say: Say) -> Outcome:
     """Train as the settings say. Raises the errors of the tasks, the model and the run, each saying what to do."""
-    team = set_up_torch(settings)
-    tell_unread(settings, say)
-    mix = make_mix(settings.task, settings.options_of_task, settings.effort_weights)
-    path = resolve_model(settings.model)
     with ExitStack() as stack:
-        folder = stack.enter_context(RunFolder(settings, resume=resume, inputs={"model": fingerprint(path)}))
+        team = stack.enter_context(set_up_whole(settings))
+        say = say if team.rank == 0 else tell_nothing
+        tell_unread(settings, say)
+        mix = make_mix(settings.task, settings.options_of_task, settings.effort_weights)
+        path = resolve_model(settings.model)
+        inputs = {"model": fingerprint(path)}
+        folder = stack.enter_context(RunFolder(settings, resume=resume, inputs=inputs, team=team))
         model = open_model(settings, path, team)
         table(model, say)
         actor = Actor(path, settings, model)
@@ -65,6 +67,7 @@ def rl(settings: RlConfig, *, resume: bool, say: Say) -> Outcome:
                 rollout_config(settings),
                 routing=settings.replay,
                 adapter=actor.adapter,
+                team=team,
             )
         )
         objective = PolicyObjective(
@@ -75,13 +78,13 @@ def rl(settings: RlConfig, *, resume: bool, say: Say) -> Outcome:
         )
         feed = PolicyFeed(
             actor,
-            GroupJudge(settings, mix, rollouts, folder.path / "rollouts"),
+            GroupJudge(settings, mix, rollouts, folder.path / "rollouts" if team.rank == 0 else None),
             objective,
             settings,
             average=settings.average,
             reuse=settings.reuse,
             reference=reference_logprobs(settings, path, model, objective, team) if settings.kl else None,
-            device=team.device,
+            team=team,
         )
         trainer = make_policy_trainer(settings, model, objective, team)
         trainer.numbers = lambda: feed.numbers
@@ -93,15 +96,16 @@ def rl(settings: RlConfig, *, resume: bool, say: Say) -> Outcome:
             parameters=model.state(),
             evaluate=held_out(settings, mix, actor, rollouts) if settings.eval_every else None,
             say=say,
+            held=extents(model),
         )
         # There is no dropout, and the policy that is trained is the one that samples.
         model.eval()
         outcome = run.train()
         if outcome.reason == "early":
             run.load_best()
-        draw_curves(folder.path, say)
+        team.first(lambda: draw_curves(folder.path, say))
         if not outcome.is_interrupted:
-            write_result(model, settings, say)
+            write_result(model, settings, say, team)
     return outcome
 
 
@@ -116,7 +120,7 @@ def make_policy_trainer(
 ) -> PolicyTrainer:
     return PolicyTrainer(
         objective,
-        make_optimizer(settings, model),
+        make_optimizer(settings, model, team),
         make_schedule(settings, settings.steps),
         highest_rate=settings.highest_rate,
         clip=settings.clip,
@@ -157,9 +161,12 @@ def reference_logprobs(
 
 
 class GroupJudge:
-    """Groups of rollouts of one prompt; a rollout's advantage is its reward less the group's mean."""
+    """Groups of rollouts of one prompt; a rollout's advantage is its reward less the group's mean.
 
-    def __init__(self, settings: RlConfig, mix: TaskMix, rollouts: Rollouts, folder: Path) -> None:
+    Some of each step are written into ``folder``, if there is one.
+    """
+
+    def __init__(self, settings: RlConfig, mix: TaskMix, rollouts: Rollouts, folder: Path | None) -> None:
         self._settings = settings
         self._mix = mix
         self._rollouts = rollouts
@@ -182,7 +189,8 @@ class GroupJudge:
             num_drawn += missing
             num_rounds += 1
         lessons = [lesson for group in groups for lesson in group]
-        write_rollouts(self._folder, step + 1, lessons, self._rollouts.tokenizer, settings.show_rollouts)
+        if self._folder is not None:
+            write_rollouts(self._folder, step + 1, lessons, self._rollouts.tokenizer, settings.show_rollouts)
         numbers = describe(seen) | {
             "reward_shaped": float(np.mean([self.shaped(one) for one in seen])),
             "groups_equal": num_equal / num_drawn,

@@ -18,9 +18,9 @@ import asyncio
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +48,9 @@ from ossia.tools.python import PythonSessions
 from ossia.tools.registry import find
 from ossia.train.data import Sample
 from ossia.train.tasks.base import Draw, Reward, Transcript, conversation, namespaces
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,13 @@ class RolloutConfig:
                 raise InputError(f"{name} is {getattr(self, name)}; expected at least {least}", param=name)
         if not self.temperature >= 0:
             raise InputError(f"temperature is {self.temperature}; expected at least 0", param="temperature")
+
+
+class Dealer(Protocol):
+    """Processes that do a part each: `ossia.train.parallel.Team`."""
+
+    def deal(self, items: Sequence[T], do: Callable[[Sequence[T]], Sequence[R]]) -> list[R]:
+        """What ``do`` makes of all items, in order, in every process."""
 
 
 class Exercise(NamedTuple):
@@ -110,6 +120,10 @@ class Rollout:
     def num_sampled(self) -> int:
         return int(self.sampled_L.sum())
 
+    def without_draw(self) -> Rollout:
+        """What another process is told of it, which knows the exercise."""
+        return replace(self, draw=None)  # type: ignore[arg-type]
+
     def sample(self) -> Sample:
         """The rollout as training data: sampled tokens weigh 1, all others nothing."""
         return Sample(self.token_ids_L, self.sampled_L.astype(np.float32), self.draw.effort, origin=self.draw.task.name)
@@ -136,8 +150,9 @@ class Rollouts:
         routing: bool = False,
         top_logprobs: int = 0,
         adapter: str | None = None,
+        team: Dealer | None = None,
     ) -> None:
-        """``adapter`` is the engine's name of the one that all rollouts go through.
+        """``adapter`` is the engine's name of the one that all go through; exercises are dealt out to ``team``.
 
         ``routing`` asks the engine for the experts of each token; it must have been set up with record_routing.
         """
@@ -147,6 +162,7 @@ class Rollouts:
         self._routing = routing
         self._top_logprobs = top_logprobs
         self._adapter = adapter
+        self._team = team
         self._opening = render_for_completion([], tokenizer)
         self._compiler = GrammarCompiler(tokenizer) if config.grammar else None
         self._runner = asyncio.Runner()
@@ -170,7 +186,13 @@ class Rollouts:
 
     def run(self, exercises: Sequence[Exercise]) -> list[Rollout]:
         """All of them, in order. Raises the first error of the engine or of a task, ending the others."""
-        return self._runner.run(self._run(exercises))
+        if self._team is None:
+            return self._runner.run(self._run(exercises))
+        # A task's instances may be such as cannot travel, and every process has them.
+        travels = self._team.deal(
+            exercises, lambda own: [one.without_draw() for one in self._runner.run(self._run(own))]
+        )
+        return [replace(one, draw=exercise.draw) for one, exercise in zip(travels, exercises, strict=True)]
 
     async def _run(self, exercises: Sequence[Exercise]) -> list[Rollout]:
         if self._sessions is None and any(one.draw.task.python for one in exercises):
