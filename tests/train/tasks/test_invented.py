@@ -356,6 +356,16 @@ def test_training_has_more_requests_that_only_the_name_of_a_thing_tells_not_to_f
     assert share > 0.6 if split == "train" else share < 0.4
 
 
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_training_has_more_functions_of_one_verb(split):
+    verbs = [
+        [one.name.partition("_")[0] for one in draw.instance.data["functions"]]
+        for draw in draws("functions", split, 300)
+    ]
+    share = sum(len(set(each)) < len(each) for each in verbs) / 300
+    assert share > 0.3 if split == "train" else share < 0.25
+
+
 def test_facts_of_rules_lead_to_the_answer():
     checked = 0
     for asked, answer in answers_of(hierarchy.draw_facts, 60):

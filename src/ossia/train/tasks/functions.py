@@ -32,6 +32,7 @@ _NONE_FITS_SHARE = 0.12
 # that the thing's name has to tell.
 _PRACTISED_NONE_FITS_SHARE = 0.25
 _SAME_VERB_SHARE = 0.7
+_ALIKE_SHARE = 0.5
 FAILED = "That did not work."
 _FAILED_SHARE = 0.06
 _ERROR = {"error": "not found"}
@@ -47,7 +48,7 @@ class FunctionCalls(InventedTask):
         self.most = most
 
     def draw(self, rng: random.Random, held_out: bool) -> Instance:
-        functions = [draw_function(rng, held_out) for _ in range(rng.randint(1, self.most))]
+        functions = draw_functions(rng, held_out, self.most)
         # Two functions of one name could not be told apart.
         functions = list({function.name: function for function in functions}.values())
         fits = _draw_fits(rng, held_out)
@@ -293,6 +294,16 @@ _KINDS: tuple[tuple[str, str, str], ...] = (
 _UNITS = ("meters", "miles", "grams", "liters", "degrees", "seconds")
 
 
+def draw_functions(rng: random.Random, held_out: bool, most: int) -> list[Function]:
+    """One to ``most`` of them. On the training side half of the time with two verbs at most, so that names have to be
+    told apart by the thing.
+    """
+    actions = list(_ACTIONS)
+    if not held_out and rng.random() < _ALIKE_SHARE:
+        actions = rng.sample(actions, 2)
+    return [draw_function(rng, held_out, rng.choice(actions)) for _ in range(rng.randint(1, most))]
+
+
 def draw_function(rng: random.Random, held_out: bool, action: str | None = None) -> Function:
     """A function about an invented thing, with one to three parameters and a request that gives their values;
     ``action`` is its verb, where it is not left to chance.
@@ -325,7 +336,7 @@ def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
     """Whether any of some functions fits, as the first thought of each of some requests tells it; or one call thought
     through. Which parts of the text are the answers.
     """
-    functions = [draw_function(rng, held_out=False) for _ in range(rng.randint(1, 4))]
+    functions = draw_functions(rng, held_out=False, most=4)
     declared = "".join(
         f"// {one.description}\ntype {one.name} = (_: {typescript(one.declaration().parameters)}) => any;\n\n"
         for one in functions
