@@ -143,10 +143,11 @@ def test_plain_language_is_mixed_in(settings, tokenizer):
 
 
 def test_of_facts_the_answers_alone_are_learned(settings, tokenizer):
-    """An answer stands behind "=" in sums, behind the header of a message or the name of what is asked for where it is
-    practised whether a function fits, behind ":" or in a line of its own elsewhere.
+    """An answer stands behind "=" in sums, behind the name of what is asked for where it is practised whether a
+    function fits, behind ":" or in a line of its own elsewhere.
     """
-    forms = {"=": r"[01]\d", ">": r"[a-z]+(_[a-z]+| the)", "name": r"[+-]", ":": r" [^\n]+", "\n": r"(?s).+\S"}
+    told = r"[^\n]*(\n[a-z]+_[a-z]+-)*\n([a-z]+_[a-z]+\+|No function fits\.)"
+    forms = {"=": r"[01]\d", "name": told, ":": r" [^\n]+", "\n": r"(?s).+\S"}
     long = replace(settings, facts=1.0, max_tokens=8192, pass_tokens=8192)
     mix = make_mix(["sums", "policies", "structured", "functions", "about"])
     kinds = set()

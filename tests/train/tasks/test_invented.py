@@ -272,12 +272,17 @@ def test_a_call_is_made_up_phrase_by_phrase():
     pairs = [pair for pair in answers_of(functions.draw_facts, 80) if "<|call|>" in pair[1]]
     assert len(pairs) > 20
     for asked, answer in pairs:
-        name, errand, *lines, end, called = answer.removesuffix("<|call|>").splitlines()
-        assert errand.endswith("+")
+        errand, *lines, end, called = answer.removesuffix("<|call|>").splitlines()
+        compared = list(itertools.takewhile(lambda line: line[-1] == "-", lines))
+        name = lines[len(compared)].removesuffix("+")
+        lines = lines[len(compared) + 1 :]
+        verb = errand.split()[0]
+        declared = [one for one in re.findall(r"^type (\w+) ", asked, re.MULTILINE) if one.startswith(f"{verb}_")]
+        assert [one.removesuffix("-") for one in compared] == declared[: declared.index(name)]
         request, phrases, arguments = asked.splitlines()[-1], lines[0::2], lines[1::2]
         assert called == name + (arguments[-1] + "}" if arguments else "{}")
         assert f"type {name} = " in asked
-        said = errand[1:-1]
+        said = errand[1:]
         for line in phrases:
             word, _, phrase = line.partition(" ")
             assert said.endswith(word)
@@ -299,30 +304,29 @@ def test_requests_that_nothing_fits_are_told_from_those_that_something_does():
         if len(parts) == 2:
             continue
         declared = re.findall(r"^type (\w+) ", declarations[0], re.MULTILINE)
-        text = "".join(f"[{part}]" if is_answer else part for part, is_answer in parts)
-        for line in re.findall(r"(.*<\|message\|>\[.*\](?:\n.*\[.\])?)\n", text):
-            request, thought = line.split("<|message|>")
-            begun, _, compared = thought.partition("\n")
-            begun = begun.strip("[]")
-            (wanted,) = [name for name in declared if re.search(rf"\b{name.partition('_')[2]}\b", request)] or [""]
-            verb = begun.partition("_")[0].partition(" ")[0]
-            assert re.search(rf"(?i)\b{verb} the ", request)
-            if compared:
-                errand, sign = re.fullmatch(r"(.*)\[(.)\]", compared).groups()
-                assert begun == (wanted or next(name for name in declared if name.startswith(f"{verb}_")))
-                assert errand.lower() in request.lower()
-                assert sign == ("+" if wanted else "-")
+        for (asked, _), (answer, _), (between, _) in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
+            assert between == "\n"
+            request, errand = asked.split("<|message|>")
+            verb, thing = errand.split()[0], errand.split()[-1]
+            with_its_verb = [name for name in declared if name.startswith(f"{verb}_")]
+            if f"{verb}_{thing}" in declared:
+                *others, fits = answer.removeprefix("\n").splitlines()
+                assert fits == f"{verb}_{thing}+"
+                told["+"] += 1
             else:
-                assert begun == f"{verb} the"
-                assert not any(name.startswith(f"{verb}_") for name in declared)
-                assert not wanted
-            told[compared[-2:-1]] += 1
-    assert set(told) == {"+", "-", ""}
+                goes_on, *others, says_so = answer.split("\n")
+                assert says_so == "No function fits."
+                # By a word where no name is to be compared.
+                assert bool(goes_on) == (not with_its_verb)
+                assert (errand + goes_on).lower() in f"{request}.".lower()
+                told["-" if with_its_verb else ""] += 1
+            assert others == [f"{name}-" for name in with_its_verb[: len(others)]]
     # Its verb alone does not tell.
     assert told["-"] > 2 * told[""] > 20
+    assert told["+"] > 20
 
 
-def test_a_request_that_nothing_fits_is_compared_with_the_function_of_its_verb():
+def test_a_request_that_nothing_fits_is_compared_with_the_functions_of_its_verb():
     found = Counter()
     for draw in draws("functions", "train", 100):
         if draw.instance.data["wanted"] is None:
@@ -333,7 +337,7 @@ def test_a_request_that_nothing_fits_is_compared_with_the_function_of_its_verb()
             declared = [one.name for one in draw.instance.data["functions"]]
             with_its_verb = [name for name in declared if name.partition("_")[0] == asked.name.partition("_")[0]]
             if with_its_verb:
-                assert lines[:-1] == [with_its_verb[0], f"{asked.errand}-"]
+                assert lines[:-1] == [asked.errand, *(f"{name}-" for name in with_its_verb)]
             else:
                 (goes_on,) = lines[:-1]
                 assert goes_on.startswith(asked.errand)

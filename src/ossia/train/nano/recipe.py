@@ -56,9 +56,6 @@
     learns     the same, while the rate falls
     calms      the same, until the rate has fallen
     meets      weights halfway between what the student began with and where it ended
-    tells      the rate rises, without a teacher: whether a function fits is told by its thing's name, and most of those
-               that do not have the verb of one that was declared; thoughts end with the line that is cited
-    names      functions with one verb stand beside each other, until the rate has fallen
 
 Forms of thoughts are named where they were new; all stages have today's.
 
@@ -238,16 +235,6 @@ REWARDED = {
     "browsing": 1,
     "python": 1,
 }
-TELLS = {
-    "about": 8,
-    "sums": 26,
-    "functions": 44,
-    "hierarchy": 11,
-    "policies": 14,
-    "python": 28,
-    "structured": 32,
-    "browsing": 30,
-}
 FAILS = {**LINES, "about": 9, "sums": 20, "functions": 22, "hierarchy": 14, "python": 15, "browsing": 9}
 
 
@@ -351,9 +338,6 @@ _LISTENS: Mapping[str, Any] = {
     "weight_mean": 6.0,
     "learning_rate": 1.6e-3,
 }
-
-# The same without one, mostly on what is not known yet.
-_TELLS: Mapping[str, Any] = {**_CLOSES, "tasks": mix(TELLS), "facts": 0.3, "hardest": 0.4, "weight_mean": 3.0}
 
 STAGES: tuple[Stage, ...] = (
     Stage("warm-up", "pretrain", {**_COPYING, "growth": 8000, "warmup": 0.03, "steps": 700}),
@@ -996,17 +980,6 @@ STAGES: tuple[Stage, ...] = (
         },
     ),
     Stage("meets", "average", {"lands": 0.5, "calms": 0.5}, ("mxfp4",)),
-    Stage(
-        "tells",
-        "pretrain",
-        {**_EVEN, **_WIDE, **_TELLS, "learning_rate": 1.6e-3, "warmup": 0.02, "final_rate": 0.281, "steps": 4314},
-    ),
-    Stage(
-        "names",
-        "pretrain",
-        {**_EVEN, **_WIDE, **_TELLS, "learning_rate": 9e-4, "warmup": 0.03, "final_rate": 0.0, "steps": 1800},
-        ("mxfp4",),
-    ),
 )
 
 

@@ -126,11 +126,11 @@ def _draw_fits(rng: random.Random, held_out: bool) -> bool:
 
 
 def thoughts(functions: Sequence[Function], wanted: Function, message: str) -> str:
-    """The chain of thought before a call: the function, what is asked for and whether that is what the function does,
+    """The chain of thought before a call: what is asked for, the functions with its verb up to the one that does it,
     and under each phrase of the request the arguments so far.
 
-    The function is the one that fits, or else the first with the verb of the request: what has to be compared stands
-    one below the other. Where none has even that, the request goes on behind its verb, by a word more than the thing.
+    Behind each of these names stands whether it is the one: what has to be compared stands together. Where no function
+    has even the verb, the request goes on, by a word more than the thing.
 
     Phrases and arguments are in the order of the request. Each phrase stands behind the last word of the one
     before, and the message's end behind the last one, a period where it has none: what comes next, or that nothing
@@ -138,15 +138,15 @@ def thoughts(functions: Sequence[Function], wanted: Function, message: str) -> s
     """
     start = message.lower().rindex(wanted.request.lower())
     end = message[start + len(wanted.request) :] or "."
-    found = _nearest(functions, wanted)
-    if found is None:
+    compared = _compared(functions, wanted)
+    if not compared:
         follows = _NEXT_WORD.match(message[start + len(wanted.errand) :] or end)
         assert follows is not None
         return f"{wanted.errand}{follows[0]}\n{_NONE}"
-    if found.name != wanted.name:
-        return f"{found.name}\n{wanted.errand}{_DIFFERS}\n{_NONE}"
+    if compared[-1].endswith(_DIFFERS):
+        return "\n".join([wanted.errand, *compared, _NONE])
     given: dict[str, Any] = {}
-    lines = [wanted.name, f"{wanted.errand}{_FITS}"]
+    lines = [wanted.errand, *compared]
     last = wanted.errand.split()[-1]
     for parameter in wanted.asked:
         given[parameter.key] = parameter.value
@@ -155,11 +155,11 @@ def thoughts(functions: Sequence[Function], wanted: Function, message: str) -> s
     return "\n".join([*lines, last + end])
 
 
-def _nearest(functions: Sequence[Function], wanted: Function) -> Function | None:
-    """The function that is wanted, or else the first that has its verb."""
-    named = {one.name: one for one in functions}
-    verb = wanted.name.partition("_")[0]
-    return named.get(wanted.name) or next((one for one in functions if one.name.partition("_")[0] == verb), None)
+def _compared(functions: Sequence[Function], wanted: Function) -> list[str]:
+    """The names of the functions with the wanted one's verb, in their order and up to that one, each with a sign."""
+    names = [one.name for one in functions if one.name.partition("_")[0] == wanted.name.partition("_")[0]]
+    walked = names[: names.index(wanted.name) + 1] if wanted.name in names else names
+    return [f"{name}{_FITS if name == wanted.name else _DIFFERS}" for name in walked]
 
 
 class _Outcome(NamedTuple):
@@ -347,13 +347,10 @@ def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
             fits = rng.random() < 0.6
             wanted = rng.choice(functions) if fits else _draw_other(rng, functions, held_out=False)
             request = _ask(rng, wanted)
-            near = _nearest(functions, wanted)
-            parts.append((f"{request}<|message|>", False))
-            if near is None:
-                parts.append((f"{wanted.errand.split()[0]} the", True))
-            else:
-                parts += [(near.name, True), (f"\n{wanted.errand}", False), (_FITS if fits else _DIFFERS, True)]
-            parts.append(("\n", False))
+            found = thoughts(functions, wanted, request).removeprefix(wanted.errand)
+            if fits:
+                found = found[: found.index(_FITS) + 1]
+            parts += [(f"{request}<|message|>{wanted.errand}", False), (found, True), ("\n", False)]
         return parts
     wanted = rng.choice(functions)
     request = _ask(rng, wanted)
