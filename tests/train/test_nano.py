@@ -111,6 +111,8 @@ def test_the_pipeline_makes_a_model_a_report_and_nothing_twice(small, tmp_path):
     assert 0 < max((goes[key] - rounded[key]).abs().max() for key in rounded) < 0.01
     page = write_report(tmp_path / "out", tmp_path / "docs").read_text()
     assert "| sft | 2 |" in page
+    assert re.search(r"^\| task \| free \|.*\| what broke it \|$", page, re.MULTILINE)
+    assert re.search(r"^\| sums \|.*\| (\d+ `\w+`(, )?)* \|$", page, re.MULTILINE)
     # Each measured stage with its three efforts.
     cell = r" \d+\.\d / \d+\.\d / \d+\.\d; \d+ / \d+ / \d+ tokens \|"
     assert re.search(

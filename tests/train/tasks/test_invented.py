@@ -15,6 +15,7 @@ from ossia.harmony import Channel, Effort, Message, Role
 from ossia.train.tasks import (
     Transcript,
     browsing,
+    draw_instance,
     functions,
     gold_conversation,
     gold_conversation_of_turns,
@@ -73,6 +74,19 @@ def test_no_held_out_request_is_a_trained_one(name):
 
     is_short = name in ("about", "hierarchy", "python", "sums")
     assert not keys("train", 4000 if is_short else 300) & keys("held_out", 400 if is_short else 100)
+
+
+def test_no_held_out_policy_and_message_of_seen_rules_are_trained_ones():
+    """By all of their words, since a message may have no name."""
+    trained, seen = (make("policies", {"combinations": one}) for one in (True, False))
+    for draw in draws("policies", "train", 200):
+        assert not is_held_out(draw.instance.key)
+    rng = random.Random(5)
+    for _ in range(60):
+        instance = draw_instance(seen, "held_out", rng)
+        assert is_held_out(instance.key)
+        assert is_held_out(seen.again(instance, rng).key)
+    assert not is_held_out(trained.again(draw_instance(trained, "train", rng), rng).key)
 
 
 def test_everything_that_can_be_asked_about_itself_has_a_wording_that_no_training_has():

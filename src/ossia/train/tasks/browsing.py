@@ -172,11 +172,12 @@ def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
     entry, fact = quest.hops[hop - 1]
     lines = [f"L{number}: {line}" for number, line in enumerate(world.lines(entry), 4)]
     page = "\n".join(lines)
+    read = _read(quest, hop, lines)
     if hop == len(quest.hops):
-        follows = f"<|end|>\nIt is {fact.value} {_citation(_read(quest, hop, lines))}."
+        follows = f"<|end|>\nIt is {fact.value} {_citation(read)}."
     else:
         follows = f"\n{_OPEN.format(number=_link_to(page, fact.leads_to), name=fact.leads_to)}<|end|>"
-    return [*asked, (f"\n[{hop}] {entry.name}\n{page}\n", False), (_read(quest, hop, lines) + follows, True)]
+    return [*asked, (f"\n[{hop}] {entry.name}\n{page}\n", False), (read + follows, True)]
 
 
 def _says(text: str, fact: Fact) -> bool:

@@ -65,6 +65,13 @@ class Policies(InventedTask):
         return self._instance(rng, instance.data["rules"], instance.data["held_out"])
 
     def _instance(self, rng: random.Random, rules: Sequence[Rule], held_out: bool) -> Instance:
+        """An exercise of that side. Where a rule does not tell, all of its words do: a message may have no name."""
+        while True:
+            drawn = self._draw_instance(rng, rules, held_out)
+            if (held_out and self.combinations) or words.is_held_out(drawn.key) == held_out:
+                return drawn
+
+    def _draw_instance(self, rng: random.Random, rules: Sequence[Rule], held_out: bool) -> Instance:
         # Half of the messages break a rule, as far as a few tries can tell.
         breaks = rng.random() < 0.5
         for _ in range(20):
