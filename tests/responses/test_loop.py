@@ -279,7 +279,7 @@ def test_the_next_prompt_is_the_prompt_and_the_sampled_tokens_of_a_pending_turn_
     )
 
 
-@pytest.mark.parametrize("shown", ["everything", "without reasoning", "call alone", "encrypted"])
+@pytest.mark.parametrize("shown", ["everything", "without reasoning", "call alone", "encrypted", "without phase"])
 def test_the_next_prompt_is_the_same_when_the_client_sends_the_history_itself(shown):
     made = model(SAMPLED_ODDLY, FINAL)
     first = run_of(made, tools=[ADD], include=["reasoning.encrypted_content"])
@@ -287,12 +287,23 @@ def test_the_next_prompt_is_the_same_when_the_client_sends_the_history_itself(sh
     output = [entry.item for entry in first.output]
     if shown == "encrypted":
         output[0] = {key: value for key, value in output[0].items() if key != "content"}
+    if shown == "without phase":
+        output[1] = {"role": "assistant", "content": output[1]["content"]}
     kept = {"without reasoning": output[1:], "call alone": output[2:]}.get(shown, output)
     items = [{"role": "user", "content": "2+2?"}, *kept, _answer(output[-1])]
     events_of(run_of(made, tools=[ADD], input=items))
     prompt, after = made.engine.prompts
     sampled = tokens(SAMPLED_ODDLY)
     assert after[: len(prompt) + len(sampled)] == prompt + sampled
+
+
+def test_words_before_a_call_are_its_preamble_also_where_nothing_is_remembered():
+    call = {"type": "function_call", "call_id": "c", "name": "add", "arguments": "{}"}
+    items = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "Let me add."}, call, _answer(call)]
+    made = model(FINAL)
+    events_of(run_of(made, tools=[ADD], input=items))
+    prompt = TOKENIZER.decode(made.engine.prompts[0])
+    assert "<|start|>assistant<|channel|>commentary<|message|>Let me add.<|end|>" in prompt
 
 
 def test_a_client_that_changes_its_history_is_taken_at_its_word():

@@ -16,6 +16,7 @@ import httpx
 import openai
 import pytest
 from starlette.types import Message
+from tests.responses.lint import lint, read_sse
 from tests.responses.scripts import FINAL, REASONED, TOKENIZER, Scripted
 
 from ossia.errors import AuthError, ConfigError, LimitError
@@ -130,6 +131,95 @@ def test_a_turn_given_to_a_caller_who_leaves_goes_on():
     asyncio.run(go())
 
 
+def test_those_who_leave_the_queue_at_once_leave_nothing_behind():
+    async def go() -> list[BaseException | bool | None]:
+        admission = Admission(1, 4)
+        async with admission.slot():
+            waiting = [asyncio.create_task(admission.slot().__aenter__()) for _ in range(3)]
+            await asyncio.sleep(0)
+            # Their tasks wake when the turn was given on already.
+            for task in waiting:
+                task.cancel()
+        left = await asyncio.gather(*waiting, return_exceptions=True)
+        assert admission.num_running == admission.num_queued == 0
+        async with admission.slot():
+            return left
+
+    assert [type(one) for one in asyncio.run(go())] == [asyncio.CancelledError] * 3
+
+
+def test_a_reserved_turn_is_taken_or_given_back():
+    async def go() -> None:
+        admission = Admission(1, 1)
+        first, second = admission.reserve(), admission.reserve()
+        with pytest.raises(LimitError):
+            admission.reserve()
+        admission.give_back(first)
+        assert second.done() and admission.num_running == 1
+        async with admission.slot(second):
+            unused = admission.reserve()
+            admission.give_back(unused)
+            assert (admission.num_running, admission.num_queued) == (1, 0)
+        assert admission.num_running == 0
+
+    asyncio.run(go())
+
+
+def test_a_burst_of_background_requests_is_refused_before_it_is_taken(serve):
+    served = serve(engine=Scripted(REASONED + FINAL, delay_s=0.01), admission=Admission(1, 2))
+
+    async def burst() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=served.url, timeout=60) as client:
+            body = {"input": "?", "background": True}
+            return await asyncio.gather(*(client.post("/v1/responses", json=body) for _ in range(12)))
+
+    answers = asyncio.run(burst())
+    taken = [answer.json()["id"] for answer in answers if answer.status_code == 200]
+    assert {answer.status_code for answer in answers} == {200, 429} and len(taken) >= 3
+    for response_id in taken:
+        ended = served.http.get(f"/v1/responses/{response_id}?stream=true").text
+        assert "response.completed" in ended
+    served.until_idle()
+
+
+def test_a_queue_that_is_cancelled_together_is_cancelled(serve):
+    served = serve(engine=Scripted(REASONED + FINAL, delay_s=0.05), admission=Admission(1, 8))
+
+    async def cancel_all() -> list[str]:
+        async with httpx.AsyncClient(base_url=served.url, timeout=60) as client:
+            made = [await client.post("/v1/responses", json={"input": "?", "background": True}) for _ in range(6)]
+            ids = [one.json()["id"] for one in made]
+            ended = await asyncio.gather(*(client.post(f"/v1/responses/{one}/cancel") for one in ids))
+            return [one.json()["status"] for one in ended]
+
+    for _ in range(3):
+        assert set(asyncio.run(cancel_all())) <= {"cancelled", "completed"}
+    served.until_idle()
+
+
+def test_a_response_that_is_being_stored_is_not_cancelled_any_more(serve, monkeypatch):
+    served = serve(REASONED + FINAL)
+    store = served.service.store
+    save, is_saving = store.save, threading.Event()
+
+    def slow(stored: Any) -> None:
+        if stored.response["status"] == "completed":
+            is_saving.set()
+            time.sleep(0.3)
+        save(stored)
+
+    monkeypatch.setattr(store, "save", slow)
+    conversation = served.openai.conversations.create()
+    made = served.openai.responses.create(model="gpt-oss-20b", input="?", background=True, conversation=conversation.id)
+    assert is_saving.wait(20)
+    assert served.openai.responses.cancel(made.id).status == "completed"
+    kept = served.openai.responses.retrieve(made.id)
+    assert kept.status == "completed" and kept.output_text
+    events = read_sse(served.http.get(f"/v1/responses/{made.id}?stream=true").text)
+    assert lint(events)["status"] == "completed"
+    assert len(served.openai.conversations.items.list(conversation.id).data) == 3
+
+
 def test_without_the_key_nothing_but_health_is_told(serve, tmp_path):
     key = Keys.make(tmp_path / "keys", "me")
     served = serve(keys=Keys.read(tmp_path / "keys"))
@@ -216,6 +306,9 @@ def test_a_response_that_cannot_be_stored_has_failed(serve, monkeypatch, is_back
     ]
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     failed = events[-1]["response"]
+    assert [event["type"] for event in events if event.get("response", {}).get("status") == "failed"] == [
+        "response.failed"
+    ]
     assert (events[-1]["type"], failed["status"], failed["completed_at"]) == ("response.failed", "failed", None)
     assert "could not be stored" in failed["error"]["message"]
     assert served.http.get(f"/v1/responses/{failed['id']}").json() == failed

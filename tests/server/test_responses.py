@@ -213,6 +213,27 @@ def test_conversations_grow_by_their_responses(served):
         served.openai.conversations.retrieve(conversation.id)
 
 
+def test_a_response_whose_conversation_was_deleted_meanwhile_has_failed(served):
+    served.play(REASONED + FINAL, delay_s=0.02)
+    conversation = served.openai.conversations.create().id
+    made = served.openai.responses.create(model="gpt-oss-20b", input="?", background=True, conversation=conversation)
+    served.openai.conversations.delete(conversation)
+    failed = lint(read_sse(served.http.get(f"/v1/responses/{made.id}?stream=true").text))
+    assert failed["status"] == "failed" and "conversation" in failed["error"]["message"]
+
+
+def test_an_item_stands_in_a_conversation_once(served):
+    conversation = served.openai.conversations.create(items=[{"id": "u0", "role": "user", "content": "?"}]).id
+    again = {"items": [{"id": "u0", "role": "user", "content": "??"}]}
+    refused = served.http.post(f"/v1/conversations/{conversation}/items", json=again)
+    assert refused.status_code == 400 and "'u0' stands there already" in refused.json()["error"]["message"]
+    first = create(served).json()
+    refers = [{"type": "item_reference", "id": first["output"][-1]["id"]}]
+    assert create(served, input=refers).status_code == 200
+    assert create(served, input=refers, previous_response_id=first["id"]).status_code == 400
+    assert create(served, input=[*refers, *refers]).status_code == 400
+
+
 def test_many_turns_at_once_do_not_mix(served):
     served.play(REASONED + FINAL, delay_s=0.001)
     with ThreadPoolExecutor(8) as pool:

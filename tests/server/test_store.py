@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -159,6 +160,30 @@ def test_conversations_keep_the_order_of_what_was_added(store):
         store.append_items(made["id"], [])
 
 
+def test_nothing_is_kept_in_a_conversation_that_was_deleted(store):
+    made = store.create_conversation({}, [entry("0")])
+    store.delete_conversation(made["id"])
+    one, said = response(1), entry("1")
+    with pytest.raises(NotFoundError):
+        store.save(Stored(one, [said], conversation_id=made["id"], tool_state={"pages": []}))
+    assert store.references([said.item["id"]]) == {} and store.tool_state(made["id"]) is None
+    with pytest.raises(NotFoundError):
+        store.response(one["id"])
+
+
+def test_a_chain_that_leaves_a_conversation_knows_what_was_said_before(store):
+    made = store.create_conversation({}, [entry("0")])
+    inside = [response(number, conversation={"id": made["id"]}) for number in (1, 2, 3)]
+    for number, one in enumerate(inside):
+        store.save(Stored(one, [entry(f"in {number}")], [entry(f"out {number}")], conversation_id=made["id"]))
+    after = response(4, inside[1]["id"], conversation=None)
+    store.save(Stored(after, [entry("in 3")]))
+    texts = [e.item["text"] for e in store.history(after["id"]).entries]
+    assert texts == ["0", "in 0", "out 0", "in 1", "out 1", "in 3"]
+    store.delete_conversation(made["id"])
+    assert [e.item["text"] for e in store.history(after["id"]).entries] == ["in 1", "out 1", "in 3"]
+
+
 def test_responses_that_end_together_do_not_lose_each_others_items(store):
     made = store.create_conversation({}, [])
     work = [lambda i=i: store.append_items(made["id"], [entry(f"{i}")]) for i in range(8)]
@@ -171,15 +196,17 @@ def test_responses_that_end_together_do_not_lose_each_others_items(store):
     assert len(store.conversation_entries(made["id"])) == expected
 
 
-def test_what_has_expired_is_swept_and_what_is_continued_lives_on(url):
-    store = Store(url, ttl_s=0.4)
+def test_what_has_expired_is_swept_and_what_is_continued_lives_on(url, monkeypatch):
+    now = [1_000.0]
+    monkeypatch.setattr("ossia.server.store.time", SimpleNamespace(time=lambda: now[0]))
+    store = Store(url, ttl_s=40)
     old, chained = response(1), response(2)
     store.save(Stored(old, [entry("in")]))
     store.save(Stored(chained))
     gone = store.create_conversation({}, [])
-    time.sleep(0.3)
+    now[0] += 30
     store.history(chained["id"])
-    time.sleep(0.2)
+    now[0] += 20
     store.sweep()
     assert store.response(chained["id"])
     for method, one in ((store.response, old["id"]), (store.conversation, gone["id"])):
@@ -201,6 +228,22 @@ def test_the_oldest_go_when_all_together_are_too_large(url):
         with suppress(NotFoundError):
             kept.append(store.response(one)["id"])
     assert kept and kept == ids[-len(kept) :] and len(kept) <= 3
+    store.close()
+
+
+def test_conversations_are_within_the_bounds_too(url):
+    store = Store(url, max_bytes=40_000)
+    made = []
+    for number in range(8):
+        item = Entry({"id": f"msg_{number}", "type": "message", "text": "x" * 10_000})
+        made.append(store.create_conversation({}, [item])["id"])
+        time.sleep(0.002)
+    store.sweep()
+    kept = []
+    for one in made:
+        with suppress(NotFoundError):
+            kept.append(store.conversation(one)["id"])
+    assert kept and kept == made[-len(kept) :] and len(kept) <= 3
     store.close()
 
 

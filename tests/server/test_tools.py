@@ -123,6 +123,16 @@ def test_a_loop_of_many_calls_runs_in_every_form(tooled, kind, form):
         assert link.startswith("([") and one["url"] in link
 
 
+def test_the_packages_helper_streams_an_answer_that_cites_twice(tooled):
+    tooled.play(*BROWSER_LOOP, REASONED + final(CITED))
+    messages: Any = [{"role": "user", "content": "What?"}]
+    with tooled.openai.chat.completions.stream(
+        model="gpt-oss-20b", messages=messages, extra_body={"web_search_options": {}}
+    ) as stream:
+        made = stream.get_final_completion()
+    assert len(made.choices[0].message.model_dump()["annotations"]) == 2
+
+
 def test_all_tools_work_beside_each_other_and_beside_a_function(tooled):
     needs_python(tooled)
     tooled.play(PYTHON_LOOP[0], BROWSER_LOOP[0], NOTES_LOOP[0], CALL)
@@ -178,6 +188,10 @@ def test_files_of_a_container_are_uploaded_listed_fetched_and_deleted(tooled):
     assert files["/mnt/data/out.txt"].source == "assistant"
     fetched = client.files.content.retrieve(files["/mnt/data/out.txt"].id, container_id=container.id)
     assert fetched.read() == b"1\n2\n1\n2\n"
+    named = client.files.create(container.id, file=("日本 é.csv", b"1"))
+    told = tooled.http.get(f"/v1/containers/{container.id}/files/{named.id}/content").headers["content-disposition"]
+    assert told == """attachment; filename="__ _.csv"; filename*=UTF-8''%E6%97%A5%E6%9C%AC%20%C3%A9.csv"""
+    client.files.delete(named.id, container_id=container.id)
     client.files.delete(put.id, container_id=container.id)
     assert [file.path for file in client.files.list(container.id)] == ["/mnt/data/out.txt"]
     assert container.id in [one.id for one in client.list()]

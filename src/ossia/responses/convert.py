@@ -212,12 +212,22 @@ class Reader:
             for entry in self.history.entries
             if "call_id" in entry.item and not entry.item["type"].endswith("_output")
         }
+        known = {_identity(entry.item) for entry in self.history.entries}
         out: list[Entry] = []
         for i, item in enumerate(items):
             where = f"input[{i}]"
             if not isinstance(item, dict):
                 raise InputError(f"{where} is {str(item)[:80]!r}; expected an object", param=where)
+            if _is_preamble(item, items[i + 1 :]):
+                item = {**item, "phase": "commentary"}
             entry = self._entry(item, where, calls, out)
+            if _identity(entry.item) in known:
+                raise InputError(
+                    f"{where}: item {entry.item['id'][:80]!r} stands there already, in this input or in what it "
+                    "continues; send each item once",
+                    param=where,
+                )
+            known.add(_identity(entry.item))
             if not isinstance(entry.item.get("call_id"), str | None):
                 met = str(entry.item["call_id"])[:80]
                 raise InputError(f"{where}.call_id is {met!r}; expected a text", param=f"{where}.call_id")
@@ -500,6 +510,19 @@ def _goes_before_call(item: Json) -> bool:
     if is_call(kind):
         return False
     return isinstance(kind, str) and (kind == "reasoning" or kind.endswith("_call"))
+
+
+def _identity(item: Json) -> tuple[str, str]:
+    # The output of a local shell has the id of its call.
+    return item["type"], item["id"]
+
+
+def _is_preamble(item: Json, following: Sequence[Any]) -> bool:
+    """Whether a message of the assistant, of which nobody says so, is what it said before a call of the same turn."""
+    if item.get("role") != "assistant" or item.get("type", "message") != "message" or item.get("phase") is not None:
+        return False
+    kinds = (one.get("type") for one in following if isinstance(one, dict))
+    return is_call(next((kind for kind in kinds if kind != "reasoning"), None))
 
 
 def _is_talk(message: Message, channel: Channel) -> bool:

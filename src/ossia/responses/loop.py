@@ -302,7 +302,8 @@ class Run:
         except Exception:
             _log.exception("response=%s failed", self.response["id"])
             self.error = OssiaError("the server met an error of its own; its log tells more")
-        if self.error is not None:
+        # One that could not be kept has been told as failed already, by `fail`.
+        if self.error is not None and self.response["status"] in ("queued", "in_progress"):
             for event in self._builder.end("failed", self._usage, error=self.error):
                 yield event
 

@@ -309,8 +309,9 @@ def _items(message: Json, where: str) -> Iterator[tuple[str, Json]]:
         yield where, {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": thoughts}]}
     calls = message.get("tool_calls") or []
     if content or not calls:
-        phase = "commentary" if calls else "final_answer"
-        yield where, {"type": "message", "role": "assistant", "content": content or "", "phase": phase}
+        # Without calls, the message behind it tells: another of the assistant's may have them.
+        phase = {"phase": "commentary"} if calls else {}
+        yield where, {"type": "message", "role": "assistant", "content": content or "", **phase}
     for i, call in enumerate(calls if isinstance(calls, list) else ()):
         kind = (call.get("type") or "function") if isinstance(call, dict) else None
         called = call.get(kind) if isinstance(call, dict) and kind in ("function", "custom") else None
@@ -495,6 +496,7 @@ class _Deltas:
         self._has_begun = False
         # Characters of the content, and where the open message begins in it.
         self._num_chars = self._begin = 0
+        self._annotations: list[Json] = []
 
     def of(self, event: Event) -> Json | None:
         """The choice for one event; None if it says nothing."""
@@ -520,13 +522,21 @@ class _Deltas:
                 place = self._calls[fields["output_index"]] = len(self._calls)
                 delta = {"tool_calls": [{"index": place, **_call(item)}]}
             case "response.output_text.annotation.added" if not self._is_thought:
-                delta = {"annotations": [_annotation(fields["annotation"], self._begin)]}
+                self._annotations.append(_annotation(fields["annotation"], self._begin))
+                return None
             case "response.function_call_arguments.delta":
                 delta = self._more(fields, "function", "arguments")
             case "response.custom_tool_call_input.delta":
                 delta = self._more(fields, "custom", "input")
             case _:
                 return None
+        return self._choice(delta, logprobs)
+
+    def cited(self) -> Json | None:
+        """The choice for all citations of the answer: clients add up what a list has in one chunk alone."""
+        return self._choice({"annotations": self._annotations}) if self._annotations else None
+
+    def _choice(self, delta: Json, logprobs: Json | None = None) -> Json:
         return {"index": self._index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
 
     def _spaced(self, text: str) -> str:
@@ -610,6 +620,8 @@ async def _chunks(
                     yield error_chunk(error)
                     yield DONE
                     return
+                if (cited := deltas[index].cited()) is not None:
+                    yield frame.delta(cited)
                 ended = _finish_reason(event.fields["response"])
                 choice = {"index": index, "delta": {}, "logprobs": None, "finish_reason": ended}
             else:

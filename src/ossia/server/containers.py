@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from typing import Annotated, Any, Literal
+from urllib.parse import quote
 
 from fastapi import APIRouter, Query
 from openai.types import ContainerCreateResponse
@@ -147,8 +148,11 @@ async def _file_id_of(request: Request) -> Any:
 
 def attachment(filename: str, data: bytes) -> HttpResponse:
     """A file for downloading: neither a model's nor a client's is to be shown as a page of this server."""
-    name = json.dumps(filename)
-    disposition = f"attachment; filename={name}" if name.isprintable() else "attachment"
+    # RFC 6266: the name in ASCII, and for others as it is besides.
+    name = json.dumps("".join(char if " " <= char <= "~" else "_" for char in filename))
+    disposition = f"attachment; filename={name}"
+    if not filename.isascii():
+        disposition += f"; filename*=UTF-8''{quote(filename, safe='', errors='replace')}"
     headers = {"content-disposition": disposition, "x-content-type-options": "nosniff"}
     return HttpResponse(data, media_type="application/octet-stream", headers=headers)
 

@@ -224,24 +224,37 @@ class Admission:
                 retry_after_s=min(max(wait_s, 1.0), 120.0),
             )
 
-    @asynccontextmanager
-    async def slot(self) -> AsyncIterator[None]:
-        """Wait for a turn, and have it for the length of the block. Raises LimitError."""
+    def reserve(self) -> asyncio.Future[None]:
+        """A turn, which is done once it is given: for `slot`, or to `give_back`. Raises LimitError."""
         self.check()
+        turn = asyncio.get_running_loop().create_future()
         if self.num_running >= self._max_running or self._waiting:
-            turn = asyncio.get_running_loop().create_future()
             self._waiting.append(turn)
-            try:
-                await turn
-            except BaseException:
-                # The turn may have been given to a caller who leaves at the same moment.
-                if turn.done() and not turn.cancelled():
-                    self._leave()
-                else:
-                    self._waiting.remove(turn)
-                raise
         else:
             self.num_running += 1
+            turn.set_result(None)
+        return turn
+
+    def give_back(self, turn: asyncio.Future[None]) -> None:
+        """For a turn that nobody takes, given already or not."""
+        if turn.done() and not turn.cancelled():
+            self._leave()
+        elif turn in self._waiting:
+            self._waiting.remove(turn)
+
+    @asynccontextmanager
+    async def slot(self, turn: asyncio.Future[None] | None = None) -> AsyncIterator[None]:
+        """Wait for a turn, one that was reserved or a new one, and have it for the length of the block.
+
+        Raises LimitError.
+        """
+        turn = turn if turn is not None else self.reserve()
+        try:
+            await turn
+        except BaseException:
+            # It may have been given to a caller who leaves at the same moment.
+            self.give_back(turn)
+            raise
         began_s = time.monotonic()
         try:
             yield

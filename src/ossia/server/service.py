@@ -47,6 +47,8 @@ class Live:
         self.run = run
         self.sent: list[bytes] = []
         self.task: asyncio.Task[None] | None = None
+        # Whether the response is complete and being stored.
+        self.is_ending = False
         self.is_done = False
         self._news = asyncio.Event()
 
@@ -57,6 +59,11 @@ class Live:
     def end(self) -> None:
         self.is_done = True
         self._wake()
+
+    def leave(self) -> None:
+        """Stop making the response, unless it is complete."""
+        if self.task is not None and not self.is_ending:
+            self.task.cancel()
 
     async def follow(self, begin: int) -> AsyncGenerator[bytes, None]:
         """Events from number ``begin`` on, as they come, to the end."""
@@ -306,19 +313,25 @@ class Service:
 
     async def start(self, run: Run) -> Live:
         """Make a response in the background. It is in the store when this returns."""
-        self.admission.check()
-        await self.store.run(self.store.save, Stored(run.response, run.input, owner=run.owner))
+        # Taken before anything is waited for: of a burst each is refused here, or made.
+        turn = self.admission.reserve()
+        try:
+            await self.store.run(self.store.save, Stored(run.response, run.input, owner=run.owner))
+        except BaseException:
+            self.admission.give_back(turn)
+            raise
         live = self.live[run.response["id"]] = Live(run)
-        live.task = asyncio.create_task(self._make(live))
+        live.task = asyncio.create_task(self._make(live, turn))
         return live
 
-    async def _make(self, live: Live) -> None:
+    async def _make(self, live: Live, turn: asyncio.Future[None]) -> None:
         run, watch = live.run, Watch(self.metrics)
         try:
-            async with aclosing(run.events(self.admission.slot())) as events:
+            async with aclosing(run.events(self.admission.slot(turn))) as events:
                 async for event in events:
                     data = sse(event, pads=run.request.wants_padding)
                     if event.is_terminal:
+                        live.is_ending = True
                         _, data = await self._kept(run, event, data, live.sent)
                     elif event.type.endswith(".delta"):
                         watch.token()
@@ -336,9 +349,9 @@ class Service:
             del self.live[run.response["id"]]
 
     async def cancel(self, live: Live) -> None:
-        """Stop a background response; it is stored as cancelled when this returns."""
+        """Stop a background response; it is stored when this returns, as cancelled if it was not complete yet."""
         assert live.task is not None
-        live.task.cancel()
+        live.leave()
         await asyncio.wait([live.task])
 
     async def _kept(self, run: Run, last: Event, data: bytes, sent: list[bytes] | None) -> tuple[Event, bytes]:
@@ -390,11 +403,11 @@ class Service:
     async def stop(self, patience_s: float) -> None:
         """Let background responses finish, and cancel those that take longer."""
         self.is_stopping = True
-        tasks = [live.task for live in self.live.values() if live.task is not None]
-        if tasks:
-            _, late = await asyncio.wait(tasks, timeout=patience_s)
+        lives = {live.task: live for live in self.live.values() if live.task is not None}
+        if lives:
+            _, late = await asyncio.wait(lives, timeout=patience_s)
             for task in late:
-                task.cancel()
+                lives[task].leave()
             if late:
                 await asyncio.wait(late)
         await self.tools.close()

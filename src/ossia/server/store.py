@@ -162,7 +162,10 @@ class Store:
     # Responses -------------------------------------------------------------------------------------------------------
 
     def save(self, stored: Stored) -> None:
-        """Keep a response, or its new state; durable on return."""
+        """Keep a response, or its new state; durable on return.
+
+        Raises NotFoundError, with nothing changed, if its conversation was deleted meanwhile.
+        """
         response = stored.response
         body = dumps(response)
         events = None if stored.events is None else zlib.compress(stored.events, 1)
@@ -195,10 +198,10 @@ class Store:
             )
             if rows:
                 db.execute(sa.insert(_ITEMS), rows)
-            for kept_by in (response["id"], stored.conversation_id):
-                _keep_tool_state(db, kept_by, left)
             if stored.conversation_id is not None:
                 self._append(db, stored.conversation_id, [*stored.input, *stored.output], stored.current_date)
+            for kept_by in (response["id"], stored.conversation_id):
+                _keep_tool_state(db, kept_by, left)
         self._count_saved()
 
     def response(self, response_id: str, owner: str = "") -> Json:
@@ -260,7 +263,7 @@ class Store:
                 current = row.previous_id
             db.execute(sa.update(_RESPONSES).where(_RESPONSES.c.id.in_(chain)).values(expires_at=self._expiry(now)))
             entries = [entry for one in reversed(chain) for entry in _entries(db, one)]
-        return History(entries, pending_date)
+            return History([*_said_before(db, chain[-1]), *entries], pending_date)
 
     def references(self, ids: Iterable[str], owner: str = "") -> Mapping[str, Entry]:
         """Entries of an owner's stored items, by id. Clients may name items themselves, so no other's is found."""
@@ -486,7 +489,7 @@ class Store:
     # Bounds ----------------------------------------------------------------------------------------------------------
 
     def sweep(self) -> None:
-        """Forget what has expired, and the oldest responses beyond the size bound."""
+        """Forget what has expired, and beyond the size bound what was not used for longest."""
         now = time.time()
         with self._db.begin() as db:
             gone = _RESPONSES.c.expires_at < now
@@ -494,8 +497,14 @@ class Store:
             for table in (_CONVERSATIONS, _CHATS, _FILES):
                 ids += db.execute(sa.select(table.c.id).where(table.c.expires_at < now)).scalars()
             if self._max_bytes:
+                size = sa.func.sum(sa.func.length(_ITEMS.c.body) + sa.func.length(_ITEMS.c.spoken))
+                of_conversations = sa.select(_ITEMS.c.owner_id, size.label("size_bytes")).where(
+                    _ITEMS.c.kind == "conversation"
+                )
+                said = of_conversations.group_by(_ITEMS.c.owner_id).subquery()
                 sizes = [
-                    sa.select(sa.func.coalesce(sa.func.sum(t.c.size_bytes), 0)) for t in (_RESPONSES, _CHATS, _FILES)
+                    sa.select(sa.func.coalesce(sa.func.sum(t.c.size_bytes), 0))
+                    for t in (_RESPONSES, _CHATS, _FILES, said)
                 ]
                 total = sum(int(db.execute(size).scalar_one()) for size in sizes)
                 kept = sa.union_all(
@@ -504,6 +513,9 @@ class Store:
                     ),
                     sa.select(_CHATS.c.id, _CHATS.c.size_bytes, _CHATS.c.expires_at),
                     sa.select(_FILES.c.id, _FILES.c.size_bytes, _FILES.c.expires_at),
+                    sa.select(_CONVERSATIONS.c.id, said.c.size_bytes, _CONVERSATIONS.c.expires_at).join(
+                        said, said.c.owner_id == _CONVERSATIONS.c.id
+                    ),
                 )
                 oldest = kept.order_by("expires_at")
                 for row in db.execute(oldest) if total > self._max_bytes else ():
@@ -583,7 +595,8 @@ class Store:
     def _append(self, db: Connection, owner_id: str, entries: Sequence[Entry], current_date: str | None) -> None:
         # The row is locked first: two responses may end at the same time.
         values = {"current_date": current_date, "expires_at": self._expiry(time.time())}
-        db.execute(sa.update(_CONVERSATIONS).where(_CONVERSATIONS.c.id == owner_id).values(**values))
+        if not db.execute(sa.update(_CONVERSATIONS).where(_CONVERSATIONS.c.id == owner_id).values(**values)).rowcount:
+            raise _not_found("conversation", owner_id)
         last = sa.select(sa.func.coalesce(sa.func.max(_ITEMS.c.position), -1)).where(_ITEMS.c.owner_id == owner_id)
         rows = _rows(owner_id, "conversation", entries, db.execute(last).scalar_one() + 1)
         if rows:
@@ -657,6 +670,18 @@ def _entries(db: Connection, owner_id: str) -> list[Entry]:
     # "input" comes before "output".
     query = sa.select(_ITEMS).where(_ITEMS.c.owner_id == owner_id).order_by(_ITEMS.c.kind, _ITEMS.c.position)
     return [_entry(row) for row in db.execute(query)]
+
+
+def _said_before(db: Connection, response_id: str) -> list[Entry]:
+    """What a conversation had said before a response that was made in it, as far as it still has that."""
+    response = _json(db.execute(sa.select(_RESPONSES.c.body).where(_RESPONSES.c.id == response_id)).scalar_one())
+    conversation_id = (response.get("conversation") or {}).get("id")
+    if conversation_id is None:
+        return []
+    own = {entry.item["id"] for entry in _entries(db, response_id)}
+    said = _entries(db, conversation_id)
+    begin = next((i for i, entry in enumerate(said) if entry.item["id"] in own), 0)
+    return said[:begin]
 
 
 def _entry(row: Any) -> Entry:
