@@ -688,6 +688,33 @@ def test_where_only_seen_links_may_be_opened_no_other_url_is(backend):
     assert call(later, "open", id="https://example.com/other").is_error
 
 
+@pytest.mark.parametrize(
+    ("said_by_user", "url"),
+    [
+        ("Read https://en.wikipedia.org/wiki/Mercury_(planet).", "https://en.wikipedia.org/wiki/Mercury_(planet)"),
+        ("请总结https://example.com/a。", "https://example.com/a"),
+        ("请打开 https://example.com/a，然后总结", "https://example.com/a"),
+        ("https://example.com/aを要約して", "https://example.com/a"),
+        ("读 https://zh.example.org/wiki/北京，然后总结", "https://zh.example.org/wiki/北京"),
+        ("读 https://zh.example.org/wiki/北京。", "https://zh.example.org/wiki/%E5%8C%97%E4%BA%AC"),
+        ("See **https://example.com/a**", "https://example.com/a"),
+        ("Compare https://example.org/b;https://example.com/a", "https://example.com/a"),
+        ("Compare https://example.com/a;https://example.org/b", "https://example.com/a"),
+        ("[it](https://example.com/a)", "https://example.com/a"),
+        ("Open example.com/a!", "https://example.com/a"),
+        ("Open HTTPS://Example.com/a", "https://example.com/a"),
+        ("Open https://example.com", "https://example.com/"),
+        ("Open https://example.com/a#part", "https://example.com/a"),
+    ],
+)
+def test_a_url_that_the_user_gave_may_be_opened_however_it_stands_there(backend, said_by_user, url):
+    browser = Browser(backend, BrowserRules(seen_links_only=True))
+    assert "only links" in said(browser, "open", id=url)
+    browser.note_text(said_by_user)
+    assert "only links" not in said(browser, "open", id=url)
+    assert "only links" in said(browser, "open", id=url + "?q=SECRET")
+
+
 def test_the_settings_make_back_end_and_rules(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     (tmp_path / "docs").mkdir()

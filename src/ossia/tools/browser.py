@@ -22,10 +22,11 @@ import logging
 import math
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
 from ossia.config import Config
 from ossia.errors import InputError, OssiaError
@@ -52,6 +53,13 @@ _STATE_VERSION = 1
 _MAX_SEARCH_RESULTS = 20
 _MAX_VIEWS = 2000
 _MAX_SEEN_URLS = 50_000
+# What may be a URL in a user's words, with the words behind it: https://host/path, or host.name/path.
+_URL_RUN = re.compile(
+    r"(?:https?://|(?<![\w@/.-])(?=(?:[a-z0-9-]+\.)+[a-z]{2,}))[^\s<>\"'`【】\]]+", re.IGNORECASE | re.ASCII
+)
+# Where it may have ended before: at a mark or a letter of a script without spaces.
+_URL_END = re.compile(r"(?<=[!-~])[^!-~]|[。，、；：！？）」』》…]")
+_BEHIND_URL = tuple(".,;:!?)*_|~\"'»”’。，、；：！？）」』》…")
 _MAX_HELD_CHARS = 8_000_000
 
 
@@ -161,8 +169,16 @@ class Browser:
 
     def note_text(self, text: str) -> None:
         """What the user has said: the URLs in it may be opened where only seen ones may."""
-        for url in re.findall(r"https?://[^\s<>\"'`【】\]]+", text):
-            self._note((url, url.rstrip(".,;:!?)")))
+        for match in _URL_RUN.finditer(text):
+            run = match[0] if match[0].lower().startswith("http") and "://" in match[0] else f"https://{match[0]}"
+            # The next URL may stand right behind the first.
+            for one in [*re.split(r"(?<=.)(?=https?://)", run, flags=re.IGNORECASE), run]:
+                for end in (len(one), *(found.start() for found in _URL_END.finditer(one))):
+                    url = one[:end]
+                    self._note(_spellings(url))
+                    while url.endswith(_BEHIND_URL):
+                        url = url[:-1]
+                        self._note(_spellings(url))
 
     # Citations -------------------------------------------------------------------------------------------------------
 
@@ -576,6 +592,17 @@ def _flag(name: str, value: Any) -> bool:
     if named is None:
         raise _UsageError(f"`{name}` should be a boolean, not `{type(value).__name__}`")
     return named
+
+
+def _spellings(url: str) -> Iterator[str]:
+    """A URL as it stands, and as a model may write the same one."""
+    yield url
+    with suppress(ValueError):
+        parts = urlsplit(url)
+        plain = parts._replace(scheme=parts.scheme.lower(), netloc=parts.netloc.lower(), path=parts.path or "/")
+        for one in (plain, plain._replace(fragment=""), plain._replace(path=parts.path)):
+            yield one.geturl()
+            yield quote(one.geturl(), safe="%/:?#[]@!$&'()*+,;=~")
 
 
 def _digest(url: str) -> str:

@@ -11,6 +11,7 @@ import sys
 import pytest
 from tests.tools.web.pages import PAGES
 
+from ossia.tools.web.page import merge_space
 from ossia.tools.web.page_text import MAX_CHARS, decode, render
 from ossia.tools.web.parse_child import ParseError, Parser
 
@@ -158,6 +159,22 @@ def test_a_hostile_document_loses_no_text_or_is_refused_in_time(parser, name):
     rendered = parser.render("html", body, URL)
     assert word in rendered.text and "root:" not in rendered.text
     assert len(rendered.text) <= MAX_CHARS + 100
+
+
+def test_a_row_of_a_table_goes_through_nothing_of_the_rows_before_it(monkeypatch):
+    """White space between cells had been kept, and joined again at each row's end."""
+    num_chars = 0
+
+    def counted(text: str) -> str:
+        nonlocal num_chars
+        num_chars += len(text)
+        return merge_space(text)
+
+    monkeypatch.setattr("ossia.tools.web.page_text.merge_space", counted)
+    row = "<tr>\n  <td>a</td>\n  <td>b</td>\n  <td>c</td>\n</tr>\n"
+    body = f"<table>\n<tr><th>x</th></tr>\n{row * 500}</table>".encode()
+    assert render("html", body, URL, "", 60).text.count("a | b | c") == 500
+    assert 0 < num_chars < 2 * len(body)
 
 
 def test_a_document_that_takes_too_long_costs_its_child_and_no_more():

@@ -442,10 +442,12 @@ class _Renderer:
         """Write the row that is open, and what stands in the table beside its cells."""
         if table.is_layout:
             return
-        rest = merge_space("".join(self._buffer).replace(_BREAK, " ")) if not self._has_outer_text() else ""
-        if rest:
+        if not self._has_outer_text():
+            rest = merge_space("".join(self._buffer).replace(_BREAK, " "))
+            # White space between cells too: each row would go through that of all rows before it.
             self._buffer.clear()
-            self._write([rest])
+            if rest:
+                self._write([rest])
         if any(table.row):
             self._write([" | ".join(table.row)])
             if table.num_rows == 0 and table.is_head and len(table.row) > 1:
