@@ -166,7 +166,8 @@ def write_rows(path: Any, rows: list[Json]) -> Any:
 
 def jumble(seed: int) -> list[Json]:
     """Messages of the chat format in an order that no application would choose: answers without questions, calls that
-    nobody answers, instructions in the middle."""
+    nobody answers, instructions in the middle. An answer right before a call would be its preamble: none stands there.
+    """
     chance = random.Random(seed)
     messages: list[Json] = [{"role": "user", "content": "go"}]
     open_call = ""
@@ -176,6 +177,8 @@ def jumble(seed: int) -> list[Json]:
         if kind == "answer":
             messages.append({"role": "assistant", "content": f"answer {i}", **thoughts})
         elif kind == "call":
+            while messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]:
+                messages.pop()
             open_call = f"call_{i}"
             call = {"id": open_call, "type": "function", "function": {"name": "f", "arguments": f'{{"n": {i}}}'}}
             preamble = f"wait {i}" if chance.random() < 0.3 else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -716,6 +717,53 @@ def test_a_harmony_row_brings_its_own_system_message_or_gets_ours(read, tokenize
     )
     with pytest.raises(InputError, match=r"messages\[0\] says effort 'high' and the row 'low'"):
         read([{"messages": [own, *said], "effort": "low"}])
+
+
+def test_a_text_as_system_message_of_a_harmony_row_is_what_the_developer_says(read, tokenizer):
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "channel": "final", "content": "b"}]
+    told = {"role": "system", "content": "Be brief."}
+    assert_equal(
+        read([{"messages": [told, *said], "reasoning_effort": "high"}]),
+        read([chat(("system", "Be brief."), ("user", "a"), ("assistant", "b"), effort="high")]),
+    )
+    rendered = whole(read([{"messages": said, "effort": "low"}])[0], tokenizer)
+    own = {"role": "system", "content": rendered.partition("<|message|>")[2].partition("<|end|>")[0]}
+    made = read([{"messages": [own, *said]}])
+    assert whole(made[0], tokenizer) == rendered and made[0].effort == "low"
+    with pytest.raises(InputError, match=r"messages\[0\] says effort 'low' and the row 'high'"):
+        read([{"messages": [own, *said], "effort": "high"}])
+
+
+@pytest.mark.parametrize("thoughts", [{}, {"reasoning": "Hm."}])
+def test_words_and_the_call_behind_them_are_one_turn_also_as_two_messages(read, tokenizer, thoughts):
+    call = {"type": "function", "id": "c", "function": {"name": "f", "arguments": "{}"}}
+    rest = [{"role": "tool", "tool_call_id": "c", "content": "1"}, {"role": "assistant", "content": "It is 1."}]
+    openai = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "I look."}]
+    openai += [{"role": "assistant", "tool_calls": [call], **thoughts}, *rest]
+    sharegpt = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "I look."}]
+    sharegpt += [{"from": "function_call", "value": '{"name": "f", "arguments": {}}', **thoughts}]
+    sharegpt += [{"from": "observation", "value": "1"}, {"from": "gpt", "value": "It is 1."}]
+    for row in ({"messages": openai}, {"conversations": sharegpt}):
+        (sample,) = read([row])
+        text = trained(sample, tokenizer)
+        assert text.startswith("<|channel|>commentary<|message|>I look.<|end|>")
+        assert text.count("<|channel|>final") == text.count("<|call|>") == text.count("<|return|>") == 1
+        prompt = server_prompt({"messages": openai[:4]}, tokenizer)
+        assert sample.token_ids_L.tolist()[: len(prompt)] == prompt
+
+
+def test_nulls_of_other_functions_are_left_out_of_a_call(read, tokenizer):
+    def tool(name: str, *keys: str) -> dict[str, Any]:
+        schema = {"type": "object", "properties": {key: {"type": ["string", "null"]} for key in keys}}
+        return {"type": "function", "function": {"name": name, "parameters": schema}}
+
+    given = {"city": "Rome", "unit": None, "query": None}
+    call = {"type": "function", "id": "c", "function": {"name": "weather", "arguments": given}}
+    row = {
+        "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [call]}],
+        "tools": [tool("weather", "city", "unit"), tool("search", "query")],
+    }
+    assert '<|message|>{"city":"Rome","unit":null}<|call|>' in trained(read([row])[0], tokenizer)
 
 
 # -- reading in parts ----------------------------------------------------------------------------------------------

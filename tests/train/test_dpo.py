@@ -82,6 +82,27 @@ def test_rewards_count_the_answers_alone_against_the_model_without_its_pairs(fol
     assert terms.loss_sum.item() == pytest.approx(expected, rel=1e-4)
 
 
+def test_the_weight_of_a_row_multiplies_the_loss_of_its_pair(folder, tmp_path):
+    rows = preferences(3)
+    weights = [1.0, 4.0, 0.5]
+    losses, loss = [], None
+    for chosen in (*range(3), None):
+        some = rows if chosen is None else rows[chosen : chosen + 1]
+        given = weights if chosen is None else [1.0]
+        path = write_rows(tmp_path / f"{chosen}.jsonl", [{**r, "weight": w} for r, w in zip(some, given, strict=True)])
+        settings = _settings(folder, tmp_path / "out", data=str(path), beta=0.5, sft_weight=0.5)
+        model, aim = _open(settings)
+        with torch.no_grad():
+            for name, parameter in model.state().items():
+                if name.endswith(".b"):
+                    parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(name)))
+            (one,) = _passes(settings)
+            loss = aim.terms(to_device(one, torch.device("cpu"))).loss_sum.item()
+        losses.append(loss)
+    assert aim.weight(one) == pytest.approx(5.5)
+    assert loss == pytest.approx(sum(w * each for w, each in zip(weights, losses[:3], strict=True)), rel=1e-4)
+
+
 def test_what_is_remembered_is_what_the_model_without_pairs_says(folder, tmp_path):
     settings = _settings(folder, tmp_path / "out")
     model, aim = _open(settings)

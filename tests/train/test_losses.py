@@ -24,7 +24,13 @@ def test_rows_are_summed_by_their_sequence():
 def test_dpo_is_the_formula_of_its_paper(smoothing):
     chosen, rejected = torch.tensor([-10.0, -5.0]), torch.tensor([-11.0, -3.0])
     terms = dpo(
-        chosen, rejected, torch.tensor([-12.0, -5.0]), torch.tensor([-10.0, -4.0]), beta=0.5, smoothing=smoothing
+        chosen,
+        rejected,
+        torch.tensor([-12.0, -5.0]),
+        torch.tensor([-10.0, -4.0]),
+        torch.tensor([1.0, 3.0]),
+        beta=0.5,
+        smoothing=smoothing,
     )
     margins = [0.5 * ((-10 + 12) - (-11 + 10)), 0.5 * ((-5 + 5) - (-3 + 4))]
     assert margins == [1.5, -0.5]
@@ -32,16 +38,16 @@ def test_dpo_is_the_formula_of_its_paper(smoothing):
     def log_sigmoid(x):
         return -math.log1p(math.exp(-x))
 
-    expected = sum(-(1 - smoothing) * log_sigmoid(m) - smoothing * log_sigmoid(-m) for m in margins)
-    assert terms.loss_sum.item() == pytest.approx(expected, rel=1e-6)
-    assert terms.margin_sum == pytest.approx(1.0)
-    assert terms.num_right == 1
-    assert (terms.chosen_reward_sum, terms.rejected_reward_sum) == (pytest.approx(1.0), pytest.approx(0.0))
+    losses = [-(1 - smoothing) * log_sigmoid(m) - smoothing * log_sigmoid(-m) for m in margins]
+    assert terms.loss_sum.item() == pytest.approx(losses[0] + 3 * losses[1], rel=1e-6)
+    assert terms.margin_sum == pytest.approx(1.5 - 3 * 0.5)
+    assert terms.right_sum == 1
+    assert (terms.chosen_reward_sum, terms.rejected_reward_sum) == (pytest.approx(1.0), pytest.approx(1.0))
 
 
 def test_dpo_raises_the_chosen_and_lowers_the_rejected():
     chosen, rejected = torch.tensor([-1.0], requires_grad=True), torch.tensor([-1.0], requires_grad=True)
-    dpo(chosen, rejected, torch.tensor([-1.0]), torch.tensor([-1.0]), beta=0.1).loss_sum.backward()
+    dpo(chosen, rejected, torch.tensor([-1.0]), torch.tensor([-1.0]), torch.ones(1), beta=0.1).loss_sum.backward()
     assert chosen.grad.item() == pytest.approx(-0.05)
     assert rejected.grad.item() == pytest.approx(0.05)
 

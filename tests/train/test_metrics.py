@@ -37,6 +37,15 @@ def test_a_resumed_run_takes_back_what_it_will_do_again(tmp_path):
     assert [(line["step"], line["loss"]) for line in read_metrics(path)] == [(1, 0.1), (2, 0.2), (3, 0.9)]
 
 
+def test_a_full_disk_is_told_with_what_to_do_and_not_once_more_at_the_end(tmp_path):
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    metrics._file.close()
+    metrics._file = open("/dev/full", "w")  # noqa: SIM115
+    with pytest.raises(UnavailableError, match="free some space and go on with --resume"):
+        metrics.write("step", 1, {"loss": 0.5})
+    metrics.close()
+
+
 def test_numbers_go_to_the_other_sinks(tmp_path):
     class Sink:
         points, closed = [], False

@@ -156,6 +156,28 @@ def test_an_answer_of_a_tool_that_leaves_no_room_ends_the_exercise_with_what_was
     assert rollout.sampled_L[-1] and len(rollout.token_ids_L) == first + len(tokens(CALL))
 
 
+def test_a_server_that_tells_its_context_only_by_refusing_ends_that_exercise_alone():
+    class Server(Script):
+        def check(self, token_ids, params):
+            return 1 << 30
+
+        async def generate(self, token_ids, params, **_):
+            super().check(token_ids, params)
+            async for output in self._read(token_ids, params):
+                yield output
+
+    first = len(play(CALL, FINAL)[1].prompts[0])
+    engine = Server(CALL, FINAL, context=first + len(tokens(CALL)) + 3)
+
+    @asynccontextmanager
+    async def source():
+        yield engine
+
+    with Rollouts(source, O200K, RolloutConfig(), top_logprobs=2) as rollouts:
+        rollout = rollouts.run([Exercise(DRAW, 1)])[0]
+    assert rollout.transcript.is_truncated and rollout.num_sampled == len(tokens(CALL))
+
+
 def test_a_prompt_that_never_fits_is_an_error():
     with pytest.raises(ContextLengthError):
         play(FINAL, context=5)

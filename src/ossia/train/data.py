@@ -109,6 +109,8 @@ class PairSample:
     rejected: Sample
     line: int | None = None
     origin: str = ""
+    # What the pair's loss is multiplied by.
+    weight: float = 1.0
 
     def __len__(self) -> int:
         return len(self.chosen) + len(self.rejected)
@@ -125,6 +127,8 @@ class TrainBatch:
     samples_R: npt.NDArray[np.int32]
     # What the target belongs to, as an index into KINDS.
     kinds_R: npt.NDArray[np.uint8]
+    # By pair, [S / 2]; none where the samples are no pairs.
+    pair_weights_P: npt.NDArray[np.float32]
     num_tokens: int
 
     @property
@@ -162,6 +166,7 @@ def to_batch(samples: Sequence[Sample | PairSample]) -> TrainBatch:
         weights_R=weights_T[targets_at],
         samples_R=documents_T[targets_at],
         kinds_R=np.concatenate([_kinds(sample) for sample in flat])[targets_at],
+        pair_weights_P=np.array([one.weight for one in samples if isinstance(one, PairSample)], np.float32),
         num_tokens=num_tokens,
     )
 
@@ -293,7 +298,7 @@ class SampleReader:
                 self._too_long(line, longest)
                 return []
         chosen, rejected = (self._sample(*side, line) for side in zip(sides, pair[:2], strict=True))
-        return [PairSample(chosen, rejected, line.number, line.file)]
+        return [PairSample(chosen, rejected, line.number, line.file, pair.weight)]
 
     def format_of(self, file: str) -> Format:
         """The format of a file: the configured one, or that of its first row that has one. Raises InputError."""

@@ -2,7 +2,7 @@
 
     reward(answer) = beta * (log p(answer) - log p of the model that training began with)
     loss           = - log sigmoid(reward(chosen) - reward(rejected))
-                     - sft_weight * log p(chosen) / its trained tokens                        mean over the pairs
+                     - sft_weight * log p(chosen) / its trained tokens           mean over the pairs by their weights
 
 The model that training began with is the same model with its pairs off, so that there is no second one in memory. In
 full training, where the weights themselves move, its log-probabilities are computed before the first step, and kept.
@@ -80,7 +80,7 @@ class Preference:
         self._remembered: dict[bytes, float] = {}
 
     def weight(self, batch: TrainBatch) -> float:
-        return batch.num_samples / 2
+        return float(batch.pair_weights_P.sum())
 
     def terms(self, batch: TrainBatch) -> Terms:
         with watched_router(self._model, is_wanted=self._balance_weight > 0) as seen:
@@ -92,12 +92,13 @@ class Preference:
             answers_S[1::2],
             reference_S[0::2],
             reference_S[1::2],
+            torch.as_tensor(batch.pair_weights_P),
             beta=self._beta,
             smoothing=self._smoothing,
         )
         shown = {
             "margin": found.margin_sum,
-            "accuracy": float(found.num_right),
+            "accuracy": found.right_sum,
             "chosen_reward": found.chosen_reward_sum,
             "rejected_reward": found.rejected_reward_sum,
         }
@@ -105,7 +106,7 @@ class Preference:
         if self._sft_weight:
             # A mean over each answer, so that how a step is cut into passes changes nothing.
             weights_S = _answers(batch, torch.ones_like(logprobs_R))
-            nll = -(answers_S[0::2] / weights_S[0::2]).sum()
+            nll = -(answers_S[0::2] / weights_S[0::2] * torch.as_tensor(batch.pair_weights_P)).sum()
             loss_sum = loss_sum + self._sft_weight * nll
             shown["chosen_nll"] = nll.item()
         terms = Terms(loss_sum, shown)

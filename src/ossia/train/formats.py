@@ -23,6 +23,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
 from ossia.errors import InputError
@@ -72,11 +73,12 @@ class Dialogue:
 
 
 class Pair(NamedTuple):
-    """Two dialogues that are equal up to their first ``num_prompt`` messages."""
+    """Two dialogues that are equal up to their first ``num_prompt`` messages, and what their loss is multiplied by."""
 
     chosen: Dialogue
     rejected: Dialogue
     num_prompt: int
+    weight: float = 1.0
 
 
 # Where the messages of a row may stand, in the order in which they are looked for.
@@ -143,6 +145,11 @@ def read_pair(row: object, form: Format, defaults: Defaults) -> Pair:
         chosen, rejected = fields["chosen"], fields["rejected"]
     else:
         raise InputError(f"a row with {_some(fields)}; expected 'prompt', 'chosen' and 'rejected'")
+    weight = 1.0 if fields.get("weight") is None else _weight(fields, "weight")
+    if not weight:
+        raise InputError("a pair of weight 0; expected a larger one, or no such row")
+    # Of tokens it would change how strongly the pair's answers are told apart.
+    fields = {key: value for key, value in fields.items() if key != "weight"}
     answers = [_spoken(one, Role.ASSISTANT) for one in (chosen, rejected)]
     if prompt is None:
         if isinstance(chosen, str) or isinstance(rejected, str):
@@ -164,7 +171,7 @@ def read_pair(row: object, form: Format, defaults: Defaults) -> Pair:
     num_prompt = len(only_prompt.messages)
     if any(one.messages[:num_prompt] != only_prompt.messages for one in made):
         raise InputError("the answers change what the prompt says; expected the results of its calls in it")
-    return Pair(made[0], made[1], num_prompt)
+    return Pair(made[0], made[1], num_prompt, weight)
 
 
 def _dialogue(fields: Json, key: str, messages: object, form: Format, defaults: Defaults) -> Dialogue:
@@ -191,6 +198,9 @@ def _dialogue(fields: Json, key: str, messages: object, form: Format, defaults: 
     )
 
 
+# A line of each system message of harmony, and how it tells the effort.
+_IN_SYSTEM = "# Valid channels"
+_EFFORT_IN_SYSTEM = re.compile(r"^Reasoning: (low|medium|high)\s*$", re.MULTILINE)
 # What else may stand in a row is the author's own; what is spelt nearly so was to be read.
 _READ_OF_ROWS = (
     *("messages", "conversations", "conversation", "prompt", "completion", "chosen", "rejected", "system", "weight"),
@@ -219,6 +229,9 @@ def _harmony(raw: list[Any], key: str, effort: Effort | None, told: Defaults) ->
         message = Message.from_dict(plain, where)
         weight = _weight(one, where)
         weights.append(weight if message.role is Role.ASSISTANT else 0.0)
+        if message.role is Role.SYSTEM and _is_instructions(message):
+            # As in the other formats: what a developer says, behind the system message that a server writes.
+            message = Message(Role.DEVELOPER, DeveloperContent(instructions=message.text))
         if message.role is Role.SYSTEM:
             message = _with_effort(message, one.get("content"), effort, where)
         if message.role is Role.ASSISTANT:
@@ -227,18 +240,35 @@ def _harmony(raw: list[Any], key: str, effort: Effort | None, told: Defaults) ->
     if not any(message.role is Role.SYSTEM for message in messages):
         messages.insert(0, _system(told))
         weights.insert(0, 0.0)
-    says = [p.effort for m in messages for p in m.content if isinstance(p, SystemContent)]
+    says = [_effort_of(part) for m in messages if m.role is Role.SYSTEM for part in m.content]
     return Dialogue(tuple(messages), tuple(weights), says[0] if says else None, _declared(messages))
+
+
+def _is_instructions(message: Message) -> bool:
+    """Whether a system message is a text, and not the whole one that harmony begins with."""
+    return not any(isinstance(part, SystemContent) for part in message.content) and _IN_SYSTEM not in message.text
+
+
+def _effort_of(part: object) -> Effort | None:
+    if isinstance(part, SystemContent):
+        return part.effort
+    found = _EFFORT_IN_SYSTEM.search(str(part))
+    return Effort(found[1]) if found else None
 
 
 def _with_effort(message: Message, raw: object, effort: Effort | None, where: str) -> Message:
     """The system message with the row's own effort, unless it says another itself."""
     part = message.content[0] if message.content else ""
-    if effort is None or not isinstance(part, SystemContent):
+    if effort is None:
         return message
-    says = raw.get("effort") if isinstance(raw, dict) else None
+    if isinstance(part, SystemContent):
+        says = raw.get("effort") if isinstance(raw, dict) else None
+    else:
+        says = _effort_of(message.text)
     if says is not None and says != effort:
-        raise InputError(f"{where} says effort {says!r} and the row {str(effort)!r}; expected one of them")
+        raise InputError(f"{where} says effort {str(says)!r} and the row {str(effort)!r}; expected one of them")
+    if not isinstance(part, SystemContent):
+        return message
     told = SystemContent(
         part.model_identity,
         part.knowledge_cutoff,
@@ -277,6 +307,8 @@ class _Call(NamedTuple):
     given: str
     call_id: str | None
     is_custom: bool = False
+    # Arguments that stood there as an object and not as a text.
+    fields: Json | None = None
 
 
 @dataclass(frozen=True)
@@ -393,7 +425,7 @@ def _call(called: object, call_id: str | None, where: str, *, is_custom: bool = 
     if not isinstance(given, str):
         if is_custom or not isinstance(given, dict):
             raise InputError(f"{where} gives {name} {_shown(given)}; expected a text")
-        given = compact_json(given)
+        return _Call(name, compact_json(given), call_id, fields=given)
     return _Call(name, given, call_id, is_custom)
 
 
@@ -479,9 +511,16 @@ class _Builder:
     waiting: list[_Open] = field(default_factory=list)
     # From here on there are calls and their results alone.
     block: int = 0
+    # The parameters of each function.
+    parameters: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     def build(self, turns: Sequence[_Turn], fields: Json, told: Defaults) -> Dialogue:
         namespaces = _namespaces(fields)
+        self.parameters = {
+            tool.name: frozenset(known if isinstance(known := (tool.parameters or {}).get("properties"), dict) else ())
+            for space in namespaces
+            for tool in space.tools
+        }
         texts = []
         if system := fields.get("system"):
             texts.append(_text(system, "system"))
@@ -501,17 +540,19 @@ class _Builder:
             elif turn.role == "tool":
                 self._answer(turn)
             else:
-                goes_on = i + 1 < len(rest) and rest[i + 1].role == "assistant"
-                self._assistant(turn, goes_on)
+                behind = list(takewhile(lambda one: one.role == "assistant", rest[i + 1 :]))
+                self._assistant(turn, bool(behind), calls_later=any(one.calls for one in behind))
         unread = tuple(key for turn in turns for key in turn.unread)
         names = tuple(f"{n.name}.{tool.name}" for n in namespaces for tool in n.tools)
         return Dialogue(tuple(self.messages), tuple(self.weights), told.effort, names, unread)
 
-    def _assistant(self, turn: _Turn, goes_on: bool) -> None:
+    def _assistant(self, turn: _Turn, goes_on: bool, *, calls_later: bool) -> None:
         if turn.thoughts:
             self._say(turn.thoughts, Channel.ANALYSIS, turn.weight)
         if turn.text or (turn.has_text and not turn.calls and not turn.thoughts):
-            self._say(turn.text, Channel.COMMENTARY if turn.calls else Channel.FINAL, turn.weight)
+            # What is said before a call of the same turn does not end the turn.
+            is_preamble = turn.calls or calls_later
+            self._say(turn.text, Channel.COMMENTARY if is_preamble else Channel.FINAL, turn.weight)
         elif not turn.calls and not (turn.thoughts and goes_on):
             met = "only thoughts" if turn.thoughts else "neither content nor tool_calls"
             raise InputError(f"{turn.where} has {met}; expected an answer or a call of the assistant")
@@ -519,7 +560,7 @@ class _Builder:
         for call in turn.calls:
             message = Message(
                 Role.ASSISTANT,
-                call.given,
+                self._given(call),
                 channel=str(Channel.COMMENTARY),
                 recipient=f"functions.{call.name}",
                 content_type=None if call.is_custom else _JSON_CALL,
@@ -527,6 +568,13 @@ class _Builder:
             self.waiting.append(_Open(call, message))
             self.messages.append(message)
             self.weights.append(turn.weight)
+
+    def _given(self, call: _Call) -> str:
+        """The arguments of a call without what a table of all rows has put in: nulls of other functions."""
+        declared = self.parameters.get(call.name)
+        if call.fields is None or declared is None:
+            return call.given
+        return compact_json({key: value for key, value in call.fields.items() if value is not None or key in declared})
 
     def _answer(self, turn: _Turn) -> None:
         """A tool's result goes right behind its call where nothing else has been said since."""

@@ -28,11 +28,11 @@ def sum_by_sequence(values_R: Tensor, sequence_R: Tensor, num_sequences: int) ->
 
 
 class DpoTerms(NamedTuple):
-    """Sums over the pairs, and what shows whether the preferred answers gain."""
+    """Sums over the pairs by their weights, and what shows whether the preferred answers gain."""
 
     loss_sum: Tensor
     margin_sum: float  # of reward(chosen) - reward(rejected), where reward = beta * (log p - log p of the reference)
-    num_right: int  # pairs with a margin over 0
+    right_sum: float  # of pairs with a margin over 0
     chosen_reward_sum: float
     rejected_reward_sum: float
 
@@ -42,11 +42,12 @@ def dpo(
     rejected_P: Tensor,
     reference_chosen_P: Tensor,
     reference_rejected_P: Tensor,
+    weights_P: Tensor,
     *,
     beta: float,
     smoothing: float = 0.0,
 ) -> DpoTerms:
-    """Log-probabilities of P pairs' answers under the model and under the reference to the loss.
+    """Log-probabilities of P pairs' answers under the model and under the reference to the loss, summed by weights.
 
     ``smoothing`` is the share of pairs that are taken to be labelled the wrong way round.
     """
@@ -54,13 +55,16 @@ def dpo(
     rejected_reward_P = beta * (rejected_P - reference_rejected_P)
     margin_P = chosen_reward_P - rejected_reward_P
     loss_P = -(1 - smoothing) * F.logsigmoid(margin_P) - smoothing * F.logsigmoid(-margin_P)
-    shown_P = margin_P.detach()
+
+    def weighed(value_P: Tensor) -> float:
+        return float((value_P.detach() * weights_P).sum())
+
     return DpoTerms(
-        loss_P.sum(),
-        float(shown_P.sum()),
-        int((shown_P > 0).sum()),
-        float(chosen_reward_P.detach().sum()),
-        float(rejected_reward_P.detach().sum()),
+        (loss_P * weights_P).sum(),
+        weighed(margin_P),
+        weighed((margin_P > 0).float()),
+        weighed(chosen_reward_P),
+        weighed(rejected_reward_P),
     )
 
 

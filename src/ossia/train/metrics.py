@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -54,9 +55,7 @@ class Metrics:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
         except OSError as error:
-            raise UnavailableError(
-                f"{self.path}: cannot be written: {error.strerror}; free some space and go on with --resume"
-            ) from error
+            raise self._unwritten(error) from error
         numbers = {
             f"{event}/{key}": number for key, value in line.items() if (number := _number(key, value)) is not None
         }
@@ -65,11 +64,21 @@ class Metrics:
 
     def sync(self) -> None:
         """Wait until all lines are on the disk."""
-        os.fsync(self._file.fileno())
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._unwritten(error) from error
+
+    def _unwritten(self, error: OSError) -> UnavailableError:
+        return UnavailableError(
+            f"{self.path}: cannot be written: {error.strerror}; free some space and go on with --resume"
+        )
 
     def close(self) -> None:
         """Close the file and the sinks."""
-        self._file.close()
+        # What `write` could not write, it has told.
+        with suppress(OSError):
+            self._file.close()
         for sink in self._sinks:
             sink.close()
 

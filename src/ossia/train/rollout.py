@@ -322,14 +322,22 @@ class _Exercise:
         )
         parser = StreamParser(self._tokenizer)
         finish_reason: FinishReason | None = None
-        async with aclosing(self._source.generate(list(tokens.token_ids), params)) as outputs:
-            async for output in outputs:
-                finish_reason = output.finish_reason
-                if output.token_id != NO_TOKEN:
-                    tokens.take(output)
-                    parser.feed(output.token_id)
-                if output.routing is not None:
-                    tokens.note_routing(output.routing)
+        has_sampled = any(tokens.sampled)
+        try:
+            async with aclosing(self._source.generate(list(tokens.token_ids), params)) as outputs:
+                async for output in outputs:
+                    finish_reason = output.finish_reason
+                    if output.token_id != NO_TOKEN:
+                        tokens.take(output)
+                        parser.feed(output.token_id)
+                    if output.routing is not None:
+                        tokens.note_routing(output.routing)
+        except ContextLengthError:
+            # A server tells its context only so.
+            if not has_sampled:
+                raise
+            self._is_truncated = True
+            return None
         parser.close()
         return self._read(parser.messages, finish_reason)
 
