@@ -162,12 +162,13 @@ def test_a_server_that_tells_its_context_only_by_refusing_ends_that_exercise_alo
             return 1 << 30
 
         async def generate(self, token_ids, params, **_):
-            super().check(token_ids, params)
+            if len(token_ids) > self.context:
+                raise ContextLengthError("the prompt is too long")
             async for output in self._read(token_ids, params):
                 yield output
 
     first = len(play(CALL, FINAL)[1].prompts[0])
-    engine = Server(CALL, FINAL, context=first + len(tokens(CALL)) + 3)
+    engine = Server(CALL, FINAL, context=first + len(tokens(CALL)))
 
     @asynccontextmanager
     async def source():
