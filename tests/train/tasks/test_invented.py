@@ -107,7 +107,7 @@ def test_training_has_more_requests_that_no_function_fits_than_are_measured():
         split: sum(draw.instance.data["wanted"] is None for draw in draws("functions", split, 600)) / 600
         for split in ("train", "held_out")
     }
-    assert shares["train"] == pytest.approx(0.25, abs=0.06)
+    assert shares["train"] == pytest.approx(0.36, abs=0.06)
     assert shares["held_out"] == pytest.approx(0.12, abs=0.05)
 
 
@@ -286,13 +286,16 @@ def test_a_call_is_made_up_phrase_by_phrase():
     pairs = [pair for pair in answers_of(functions.draw_facts, 80) if "<|call|>" in pair[1]]
     assert len(pairs) > 20
     for asked, answer in pairs:
-        errand, *lines, end, called = answer.removesuffix("<|call|>").splitlines()
-        compared = list(itertools.takewhile(lambda line: line[-1] == "-", lines))
-        name = lines[len(compared)].removesuffix("+")
-        lines = lines[len(compared) + 1 :]
+        *lines, end, called = answer.removesuffix("<|call|>").splitlines()
+        errand = lines[1].rstrip("+-")
+        num_compared = lines[1::2].index(f"{errand}+")
+        compared = list(zip(lines[::2], lines[1::2], strict=False))[:num_compared]
+        assert all(sign == f"{errand}-" for _, sign in compared)
+        name = lines[2 * len(compared)]
+        lines = lines[2 * len(compared) + 2 :]
         verb = errand.split()[0]
         declared = [one for one in re.findall(r"^type (\w+) ", asked, re.MULTILINE) if one.startswith(f"{verb}_")]
-        assert [one.removesuffix("-") for one in compared] == declared[: declared.index(name)]
+        assert [one for one, _ in compared] == declared[: declared.index(name)]
         request, phrases, arguments = asked.splitlines()[-1], lines[0::2], lines[1::2]
         assert called == name + (arguments[-1] + "}" if arguments else "{}")
         assert f"type {name} = " in asked
@@ -320,23 +323,27 @@ def test_requests_that_nothing_fits_are_told_from_those_that_something_does():
         declared = re.findall(r"^type (\w+) ", declarations[0], re.MULTILINE)
         for (asked, _), (answer, _), (between, _) in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
             assert between == "\n"
-            request, errand = asked.split("<|message|>")
+            request, _ = asked.split("<|message|>")
+            lines = answer.splitlines()
+            if lines[-1] == "No function fits." and len(lines) == 2 and "_" not in lines[0]:
+                # By a word more, where no name is to be compared.
+                assert lines[0].lower() in f"{request}.".lower()
+                assert not any(name.startswith(f"{lines[0].split()[0]}_") for name in declared)
+                told[""] += 1
+                continue
+            errand = lines[1][:-1]
+            assert errand.lower() in request.lower()
             verb, thing = errand.split()[0], errand.split()[-1]
             with_its_verb = [name for name in declared if name.startswith(f"{verb}_")]
-            if f"{verb}_{thing}" in declared:
-                *others, fits = answer.removeprefix("\n").splitlines()
-                assert fits == f"{verb}_{thing}+"
-                told["+"] += 1
-            else:
-                goes_on, *others, says_so = answer.split("\n")
-                assert says_so == "No function fits."
-                # By a word where no name is to be compared.
-                assert bool(goes_on) == (not with_its_verb)
-                assert (errand + goes_on).lower() in f"{request}.".lower()
-                told["-" if with_its_verb else ""] += 1
-            assert others == [f"{name}-" for name in with_its_verb[: len(others)]]
+            fits = f"{verb}_{thing}" in declared
+            if not fits:
+                assert lines.pop() == "No function fits."
+            assert lines[::2] == with_its_verb[: len(lines) // 2]
+            assert lines[1::2] == [f"{errand}{'+' if name == f'{verb}_{thing}' else '-'}" for name in lines[::2]]
+            assert fits or len(lines) == 2 * len(with_its_verb)
+            told["+" if fits else "-"] += 1
     # Its verb alone does not tell.
-    assert told["-"] > 2 * told[""] > 20
+    assert told["-"] > told[""] > 10
     assert told["+"] > 20
 
 
@@ -351,7 +358,7 @@ def test_a_request_that_nothing_fits_is_compared_with_the_functions_of_its_verb(
             declared = [one.name for one in draw.instance.data["functions"]]
             with_its_verb = [name for name in declared if name.partition("_")[0] == asked.name.partition("_")[0]]
             if with_its_verb:
-                assert lines[:-1] == [asked.errand, *(f"{name}-" for name in with_its_verb)]
+                assert lines[:-1] == [line for name in with_its_verb for line in (name, f"{asked.errand}-")]
             else:
                 (goes_on,) = lines[:-1]
                 assert goes_on.startswith(asked.errand)
@@ -371,7 +378,7 @@ def test_training_has_more_requests_that_only_the_name_of_a_thing_tells_not_to_f
             assert asked not in declared
             found[asked.partition("_")[0] in {name.partition("_")[0] for name in declared}] += 1
     share = found[True] / found.total()
-    assert share > 0.6 if split == "train" else share < 0.4
+    assert share > 0.5 if split == "train" else share < 0.4
 
 
 @pytest.mark.parametrize("split", ["train", "held_out"])

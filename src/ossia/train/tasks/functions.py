@@ -28,10 +28,10 @@ OPENING = Phrases(
 _FITS, _DIFFERS, _NONE = "+", "-", "No function fits."
 NONE_FITS = "None of my functions can do that."
 _NONE_FITS_SHARE = 0.12
-# In training more: whether something fits is the hardest of it. Most of those have the verb of a declared function, so
-# that the thing's name has to tell.
-_PRACTISED_NONE_FITS_SHARE = 0.25
-_SAME_VERB_SHARE = 0.7
+# In training more: whether something fits is the hardest of it. Most of those have the verb of a declared function, half
+# by this share and others by chance: there the name of the thing has to tell.
+_PRACTISED_NONE_FITS_SHARE = 0.36
+_SAME_VERB_SHARE = 0.5
 _ALIKE_SHARE = 0.5
 FAILED = "That did not work."
 _FAILED_SHARE = 0.06
@@ -126,11 +126,12 @@ def _draw_fits(rng: random.Random, held_out: bool) -> bool:
 
 
 def thoughts(functions: Sequence[Function], wanted: Function, message: str) -> str:
-    """The chain of thought before a call: what is asked for, the functions with its verb up to the one that does it,
+    """The chain of thought before a call: the functions with the verb that is asked for, up to the one that does it,
     and under each phrase of the request the arguments so far.
 
-    Behind each of these names stands whether it is the one: what has to be compared stands together. Where no function
-    has even the verb, the request goes on, by a word more than the thing.
+    Below each of these names stands what is asked for, and a sign whether it is this: what has to be compared stands
+    together. Where no function has even the verb, the request is repeated, by a word more than the thing: whether
+    there is one is told behind the verb itself, where copying goes on, in a name or in the request.
 
     Phrases and arguments are in the order of the request. Each phrase stands behind the last word of the one
     before, and the message's end behind the last one, a period where it has none: what comes next, or that nothing
@@ -144,9 +145,9 @@ def thoughts(functions: Sequence[Function], wanted: Function, message: str) -> s
         assert follows is not None
         return f"{wanted.errand}{follows[0]}\n{_NONE}"
     if compared[-1].endswith(_DIFFERS):
-        return "\n".join([wanted.errand, *compared, _NONE])
+        return "\n".join([*compared, _NONE])
     given: dict[str, Any] = {}
-    lines = [wanted.errand, *compared]
+    lines = [*compared]
     last = wanted.errand.split()[-1]
     for parameter in wanted.asked:
         given[parameter.key] = parameter.value
@@ -156,10 +157,10 @@ def thoughts(functions: Sequence[Function], wanted: Function, message: str) -> s
 
 
 def _compared(functions: Sequence[Function], wanted: Function) -> list[str]:
-    """The names of the functions with the wanted one's verb, in their order and up to that one, each with a sign."""
+    """Two lines for each function with the wanted one's verb, up to that one: its name, and the errand with a sign."""
     names = [one.name for one in functions if one.name.partition("_")[0] == wanted.name.partition("_")[0]]
     walked = names[: names.index(wanted.name) + 1] if wanted.name in names else names
-    return [f"{name}{_FITS if name == wanted.name else _DIFFERS}" for name in walked]
+    return [line for name in walked for line in (name, f"{wanted.errand}{_FITS if name == wanted.name else _DIFFERS}")]
 
 
 class _Outcome(NamedTuple):
@@ -347,10 +348,10 @@ def draw_facts(rng: random.Random) -> list[tuple[str, bool]]:
             fits = rng.random() < 0.6
             wanted = rng.choice(functions) if fits else _draw_other(rng, functions, held_out=False)
             request = _ask(rng, wanted)
-            found = thoughts(functions, wanted, request).removeprefix(wanted.errand)
+            found = thoughts(functions, wanted, request)
             if fits:
                 found = found[: found.index(_FITS) + 1]
-            parts += [(f"{request}<|message|>{wanted.errand}", False), (found, True), ("\n", False)]
+            parts += [(f"{request}<|message|>", False), (found, True), ("\n", False)]
         return parts
     wanted = rng.choice(functions)
     request = _ask(rng, wanted)
