@@ -28,8 +28,8 @@ OPENING = Phrases(
 _FITS, _DIFFERS, _NONE = "+", "-", "No function fits."
 NONE_FITS = "None of my functions can do that."
 _NONE_FITS_SHARE = 0.12
-# In training more: whether something fits is the hardest of it. Most of those have the verb of a declared function, half
-# by this share and others by chance: there the name of the thing has to tell.
+# In training more: whether something fits is the hardest of it. Most have the verb of a declared function, half
+# of them by this share and others by chance: there the name of the thing has to tell.
 _PRACTISED_NONE_FITS_SHARE = 0.36
 _SAME_VERB_SHARE = 0.5
 _ALIKE_SHARE = 0.5
