@@ -84,6 +84,11 @@ def test_an_adapter_with_another_embedding_than_the_models_is_refused(model, tmp
         model.read_adapter(folder)
 
 
+@pytest.fixture(scope="module")
+def nano():
+    return ossia.load(threads=1)
+
+
 # Answers -------------------------------------------------------------------------------------------------------------
 
 
@@ -135,6 +140,39 @@ def test_the_checkpoint_says_how_to_sample_unless_it_is_said(tiny, tmp_path):
     assert say(seed=1, temperature=1.0) != say(seed=1)
 
 
+def test_stop_strings_end_the_answer_and_no_thought(nano):
+    def ask(**sampling):
+        return nano.generate("What is 1234 + 5678?", effort="high", temperature=0, **sampling)
+
+    whole = ask()
+    list(whole)
+    assert "91" in whole.reasoning and whole.text == "6912"
+    stopped = ask(stop_strings=("91",))
+    shown = "".join(delta.text for delta in stopped if delta.channel == "final")
+    assert (stopped.reasoning, stopped.text, shown, stopped.finish_reason) == (whole.reasoning, "6", "6", "stop")
+    assert stopped.messages[-1].channel == "final" and nano._outputs == {}
+    # What may begin a stop is shown at the end.
+    going_on = ask(stop_strings=("12!", "analysis"))
+    assert [d.text for d in going_on if d.channel == "final"][-1] == "12" and going_on.text == "6912"
+
+
+def test_a_conversation_goes_on_without_the_thoughts_of_answered_turns(nano):
+    said: list = []
+    for number in range(3):
+        said.append({"role": "user", "content": f"1{number}+34?"})
+        answer = nano.generate(said, effort="high", temperature=0)
+        list(answer)
+        assert nano.tokenizer.decode(answer.prompt_token_ids).count("<|channel|>analysis<|message|>") == 0
+        said += answer.messages
+    told = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "?"},
+    ]
+    prompt = nano.tokenizer.decode(nano.generate(told, max_tokens=1).prompt_token_ids)
+    assert "<|start|>assistant<|channel|>final<|message|>Hello<|end|>" in prompt
+
+
 def test_a_date_that_is_none_is_refused(model):
     assert model.generate("Hello", max_tokens=1, current_date="2026-02-28").prompt_token_ids
     for wrong in ("tomorrow", "2026-02-30", ""):
@@ -153,12 +191,29 @@ def test_an_answer_that_is_closed_ends_and_frees_its_memory(model):
     assert model.engine.stats().num_running == 0
 
 
-def test_a_loop_that_is_broken_off_frees_its_memory(model):
+def test_a_loop_that_is_broken_off_frees_its_memory_at_the_next_use(model):
     for _ in model.generate("Hello", seed=1):
         break
-    assert model._outputs == {}
-    model.engine.step()
-    assert not model.engine.has_work
+    list(model.generate("Hello", seed=2, max_tokens=2))
+    assert model._outputs == {} and not model.engine.has_work
+
+
+def test_an_answer_that_is_dropped_in_the_midst_of_a_step_changes_nothing_there(model, monkeypatch):
+    """The collector of cycles may run at any allocation."""
+    alone = [delta.text for delta in model.generate("Hello", max_tokens=8, seed=2)]
+    held = [model.generate("Hello there, my friend", seed=1)]
+    next(held[0])
+    run = model.engine._runner.run
+
+    def dropping(*args, **kwargs):
+        held.clear()
+        return run(*args, **kwargs)
+
+    other = model.generate("Hello", max_tokens=8, seed=2)
+    monkeypatch.setattr(model.engine._runner, "run", dropping)
+    assert [delta.text for delta in other] == alone
+    list(model.generate("Hello", max_tokens=1, seed=3))
+    assert model._outputs == {} and not model.engine.has_work
 
 
 class Interrupted(BaseException):

@@ -11,8 +11,11 @@ import ossia.local
 from ossia.config import Config
 from ossia.errors import UnavailableError
 from ossia.local import check_memory, tell_of_demonstration
-from ossia.model.memory import available_bytes, own_bytes, weight_bytes
-from ossia.model.random_checkpoint import SHAPES
+from ossia.model.memory import HeldBytes, available_bytes, own_bytes, weight_bytes
+from ossia.model.random_checkpoint import SHAPES, write_random_checkpoint
+from ossia.model.safetensors_file import TensorEntry
+from ossia.model.weights import Checkpoint
+from ossia.train.export import export
 
 GIB = 1 << 30
 
@@ -46,6 +49,32 @@ def test_weights_that_will_be_read_from_the_disk_are_told(free, caplog):
     free(weight_bytes(shape, "q8") + 2 * GIB)
     check_memory(Config(kv_memory=GIB), shape)
     assert caplog.text == ""
+
+
+def test_experts_count_as_they_lie_in_the_file(free, caplog, tmp_path):
+    shape = SHAPES["tiny"]
+    folder = write_random_checkpoint(tmp_path / "tiny", "tiny")
+    mxfp4 = Checkpoint.open(folder)
+    experts = 3 * shape.num_layers * shape.num_experts * shape.hidden_size * shape.intermediate_size
+    assert HeldBytes.of(mxfp4.tensors) == (experts * 17 // 32, 0)
+    assert weight_bytes(shape, "q8") == weight_bytes(shape, "q8", HeldBytes.of(mxfp4.tensors))
+    export(folder, tmp_path / "bf16", "bf16")
+    bf16 = HeldBytes.of(Checkpoint.open(tmp_path / "bf16").tensors)
+    assert bf16 == (experts * 2, 0)
+    large = SHAPES["20b"]
+    free(weight_bytes(large, "q8") + 2 * GIB)
+    check_memory(Config(kv_memory=GIB), large)
+    assert caplog.text == ""
+    check_memory(Config(kv_memory=GIB), large, HeldBytes(experts=36 * GIB))
+    assert "read from the disk" in caplog.text
+
+
+def test_matrices_that_are_unpacked_cannot_be_taken_back():
+    entry = TensorEntry(Path("m.gguf"), "Q4_K", (512, 256), 0, 0)
+    held = HeldBytes.of({"blk.0.attn_q.weight": entry})
+    assert held == (0, 512 * 256 * 34 // 32)
+    shape = SHAPES["tiny"]
+    assert own_bytes(shape, "bf16", 0, held) - own_bytes(shape, "bf16", 0) == held.unpacked
 
 
 def test_the_demonstration_says_what_it_is_and_how_to_get_more(monkeypatch, caplog):

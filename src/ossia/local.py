@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 from ossia import ops as backends
 from ossia.config import EMBEDDED, Config, from_arguments
 from ossia.engine import Engine, EngineConfig, FinishReason, Runner, SamplingParams, TokenOutput
+from ossia.engine.stops import TextStops
 from ossia.errors import ConfigError, InputError, OssiaError, UnavailableError
 from ossia.harmony import (
     Channel,
@@ -29,6 +30,7 @@ from ossia.harmony import (
     DeveloperContent,
     Effort,
     Event,
+    Header,
     Message,
     ParsedMessage,
     Role,
@@ -43,7 +45,7 @@ from ossia.model.adapted import check_base_copies
 from ossia.model.adapter import Adapter, read_adapter
 from ossia.model.config import ModelConfig
 from ossia.model.hub import downloaded, resolve_model
-from ossia.model.memory import available_bytes, own_bytes, weight_bytes
+from ossia.model.memory import MXFP4_EXPERTS, HeldBytes, available_bytes, own_bytes, weight_bytes
 from ossia.model.weights import Checkpoint, load_weights
 from ossia.ops import AdapterOps
 
@@ -76,6 +78,8 @@ class LocalModel:
         self.sampling: Mapping[str, Any] = checkpoint.sampling()
         """How an answer is sampled that does not say otherwise: what the checkpoint names of `SamplingParams`."""
         self._outputs: dict[int, deque[TokenOutput]] = {}
+        # Requests of answers that nobody holds any more.
+        self._dropped: deque[int] = deque()
 
     @classmethod
     def open(cls, config: Config) -> LocalModel:
@@ -131,12 +135,14 @@ class LocalModel:
         stands as it is, without the lines on reasoning and channels that the model was trained with, unless its content
         is a SystemContent. ``sampling`` are fields of `ossia.engine.SamplingParams`: max_tokens, temperature, top_p,
         seed, adapter, ...; those that the checkpoint's generation_config.json names hold unless they are given.
-        A call of a tool ends the answer: see ``Generation.messages``.
+        ``stop_strings`` are looked for in the final answer alone, and are no part of it. A call of a tool ends the
+        answer: see ``Generation.messages``. Of earlier turns that were answered, the chain of thought is left out.
 
         Raises InputError for what cannot be used and ContextLengthError for what cannot fit.
         """
         conversation = make_conversation(messages, effort, instructions, tools, current_date)
-        return self.complete(render_for_completion(conversation, self.tokenizer), **sampling)
+        prompt = render_for_completion(conversation, self.tokenizer, drop_analysis="past_turns")
+        return self.complete(prompt, **sampling)
 
     def complete(self, prompt_token_ids: Sequence[int], **sampling: Any) -> Generation:
         """Answer a rendered prompt, which ends in the opening of an assistant message."""
@@ -148,9 +154,12 @@ class LocalModel:
         if not params.ignore_eos:
             # Not every published generation_config.json names <|call|>: behind it the model would invent the result.
             params = replace(params, stop_token_ids=(*params.stop_token_ids, *self.tokenizer.stop_ids))
-        request_id = self.engine.add_request(prompt_token_ids, params)
+        self._abort_dropped()
+        # The engine would find them in thoughts and headers too.
+        stops = TextStops(params.stop_strings)
+        request_id = self.engine.add_request(prompt_token_ids, replace(params, stop_strings=()))
         self._outputs[request_id] = deque()
-        return Generation(self, request_id, prompt_token_ids)
+        return Generation(self, request_id, prompt_token_ids, stops)
 
     def _next_output(self, request_id: int) -> TokenOutput:
         """The next token of one request; tokens that other requests get meanwhile are kept for them."""
@@ -158,6 +167,7 @@ class LocalModel:
             raise OssiaError("this answer was lost when the model failed, or was interrupted, at another; ask again")
         own = self._outputs[request_id]
         while not own:
+            self._abort_dropped()
             try:
                 outputs = self.engine.step()
             except BaseException:
@@ -169,6 +179,10 @@ class LocalModel:
                     self._outputs[output.request_id].append(output)
         return own.popleft()
 
+    def _abort_dropped(self) -> None:
+        while self._dropped:
+            self._forget(self._dropped.popleft())
+
     def _forget(self, request_id: int) -> None:
         if self._outputs.pop(request_id, None) is not None:
             self.engine.abort(request_id)
@@ -178,11 +192,11 @@ class Generation(Iterator[Delta]):
     """One answer under way: an iterator of deltas, and what is known of it so far.
 
     A delta tells its ``channel`` ("analysis" is the chain of thought and not for end users, "final" the answer,
-    "commentary" a call of a tool or a word on what is being done). Leaving the iteration early, by ``close``, the end
-    of a ``with`` block or dropping the object, gives the engine's memory back.
+    "commentary" a call of a tool or a word on what is being done). Leaving the iteration early, by ``close`` or the end
+    of a ``with`` block, gives the engine's memory back; of an object that was dropped, the next use of the model does.
     """
 
-    def __init__(self, model: LocalModel, request_id: int, prompt_token_ids: Sequence[int]) -> None:
+    def __init__(self, model: LocalModel, request_id: int, prompt_token_ids: Sequence[int], stops: TextStops) -> None:
         self.prompt_token_ids = list(prompt_token_ids)
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
@@ -195,6 +209,10 @@ class Generation(Iterator[Delta]):
         self._request_id = request_id
         self._parser = StreamParser(model.tokenizer)
         self._pending: deque[Delta] = deque()
+        self._stops = stops
+        # Of the final message that is open, or was last: its beginning, and what was shown of it.
+        self._final: Header | None = None
+        self._shown = ""
 
     def __next__(self) -> Delta:
         while not self._pending:
@@ -206,7 +224,11 @@ class Generation(Iterator[Delta]):
     @property
     def messages(self) -> list[ParsedMessage]:
         """The finished messages of the answer: thoughts, calls of tools, the final text."""
-        return self._parser.messages
+        messages = self._parser.messages
+        if self._stops.stopped is None or self._final is None:
+            return messages
+        *before, last = messages
+        return [*before, ParsedMessage(self._final, self._shown, last.token_ids, last.start, None, last.defects)]
 
     @property
     def text(self) -> str:
@@ -239,8 +261,10 @@ class Generation(Iterator[Delta]):
         self.close()
 
     def __del__(self) -> None:
-        # A loop that was left by `break` drops its answer without closing it.
-        self.close()
+        # A loop that was left by `break` drops its answer without closing it. This may run anywhere, in the midst of a
+        # step of the engine too, where nothing may be taken from it.
+        if self.finish_reason is None:
+            self._model._dropped.append(self._request_id)
 
     def _advance(self) -> None:
         try:
@@ -255,6 +279,10 @@ class Generation(Iterator[Delta]):
         if output.finish_reason not in ("abort", "error"):
             self.token_ids.append(output.token_id)
             self._take(self._parser.feed(output.token_id))
+        if self._stops.stopped is not None:
+            self._model._forget(self._request_id)
+            self._finish("stop")
+            return
         if output.finish_reason is not None:
             self._model._forget(self._request_id)
             self._finish(output.finish_reason)
@@ -266,7 +294,20 @@ class Generation(Iterator[Delta]):
         self._take(self._parser.close())
 
     def _take(self, events: Sequence[Event]) -> None:
-        self._pending += [event for event in events if isinstance(event, Delta)]
+        for event in events:
+            if not isinstance(event, Delta):
+                self._show(self._stops.end())
+            elif event.channel != Channel.FINAL or event.recipient is not None:
+                self._pending.append(event)
+            else:
+                if self._final is not event.header:
+                    self._final, self._shown = event.header, ""
+                self._show(self._stops.feed(event.text))
+
+    def _show(self, text: str) -> None:
+        if text and self._final is not None:
+            self._shown += text
+            self._pending.append(Delta(text, self._final))
 
 
 def make_conversation(
@@ -280,7 +321,7 @@ def make_conversation(
 
     Raises InputError if ``messages`` bring their own and the arguments ask for another.
     """
-    given = _read_messages(messages)
+    given = [_with_channel(message) for message in _read_messages(messages)]
     roles = {message.role for message in given}
     opening: list[Message] = []
     if Role.SYSTEM in roles:
@@ -306,6 +347,13 @@ def _read_messages(messages: Messages) -> tuple[Message, ...]:
         message if isinstance(message, Message) else Message.from_dict(message, f"messages[{i}]")
         for i, message in enumerate(messages)
     )
+
+
+def _with_channel(message: Message) -> Message:
+    """What an assistant has said, and to nobody else, is its answer."""
+    if message.role is not Role.ASSISTANT or message.channel is not None or message.recipient is not None:
+        return message
+    return Message(Role.ASSISTANT, message.content, channel=str(Channel.FINAL), name=message.name)
 
 
 def checked_date(text: str) -> str:
@@ -338,11 +386,14 @@ def tell_of_demonstration(config: Config) -> None:
         _log.warning("%s", words)
 
 
-def check_memory(config: Config, shape: ModelConfig) -> None:
-    """Raise UnavailableError, with numbers, where a model cannot run; warn where it would be read from the disk."""
+def check_memory(config: Config, shape: ModelConfig, held: HeldBytes = MXFP4_EXPERTS) -> None:
+    """Raise UnavailableError, with numbers, where a model cannot run; warn where it would be read from the disk.
+
+    ``held`` is what its file holds in another form than the published ones.
+    """
     if config.backend != "cpu":
         return
-    own, weights = own_bytes(shape, config.dense, config.kv_memory), weight_bytes(shape, config.dense)
+    own, weights = own_bytes(shape, config.dense, config.kv_memory, held), weight_bytes(shape, config.dense, held)
     available, _ = available_bytes()
     if own > available:
         raise UnavailableError(
@@ -408,7 +459,7 @@ def _check_first(config: Config) -> None:
 def _open_checkpoint(config: Config) -> Checkpoint:
     tell_of_demonstration(config)
     checkpoint = Checkpoint.open(resolve_model(config.model))
-    check_memory(config, checkpoint.config)
+    check_memory(config, checkpoint.config, HeldBytes.of(checkpoint.tensors))
     return checkpoint
 
 

@@ -330,6 +330,13 @@ def test_commands_sample_as_the_checkpoint_says_unless_they_are_told(tiny, tmp_p
     assert first == second
 
 
+def test_an_answer_that_ends_in_a_call_is_no_success():
+    for more in ([], ["--json"]):
+        result = ossia("generate", "What is 17 factorial?", "--effort", "low", "--temperature", 0, *more)
+        assert result.returncode == 1 and "ended in a call of python, which nothing runs here" in result.stderr
+        assert bool(more) == ('"recipient": "python"' in result.stdout) == bool(result.stdout)
+
+
 def test_a_prompt_is_the_same_from_an_argument_and_from_a_pipe(tiny):
     arguments = ["--model", tiny, "--max-tokens", 1, "--seed", 1, "--json"]
     piped, given = ossia("generate", "-", *arguments, stdin="Hi\n"), ossia("generate", "Hi", *arguments)

@@ -51,6 +51,8 @@ def generate(
     Thoughts are hidden unless `--show-reasoning` is given. Settings may also come from OSSIA_* variables and
     ~/.config/ossia/config.toml.
 
+    Ends with 1 where no answer came, as where the model called a tool instead.
+
     Example: ossia generate "Why is the sky blue?" --model gpt-oss-20b --effort low
     """
     settings = options.settings_of(locals())
@@ -93,6 +95,9 @@ def generate(
             _stream(generation, console, show_reasoning)
     if not as_json:
         _print_summary(generation, console)
+    if not raw and generation.finish_reason == "stop" and not generation.text:
+        console.print(_without_answer(generation), style="yellow", highlight=False, soft_wrap=True)
+        raise typer.Exit(1)
 
 
 def _stream(generation: Generation, notes: Console, show_reasoning: bool) -> None:
@@ -143,6 +148,15 @@ def _print_tokens(generation: Generation, decoder: StreamDecoder, start: int) ->
 def _is_aside(delta: Delta) -> bool:
     """Whether a delta is not for end users: of a thought, or of a call."""
     return delta.channel == "analysis" or delta.recipient is not None
+
+
+def _without_answer(generation: Generation) -> str:
+    recipient = generation.messages[-1].recipient if generation.messages else None
+    if recipient is None:
+        return "The model ended without an answer."
+    return (
+        f"The answer ended in a call of {recipient}, which nothing runs here; `ossia chat` and `ossia serve` run tools."
+    )
 
 
 def _as_json(generation: Generation) -> dict[str, Any]:

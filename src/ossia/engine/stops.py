@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import AnyStr, NamedTuple
 
 from ossia.errors import InputError
 
@@ -98,7 +98,38 @@ class StopMatcher:
         return Stop(string, bisect_right(self._ends, num_bytes), num_bytes)
 
 
-def _overlap(text: bytes, stop: bytes) -> int:
+class TextStops:
+    """Texts that end an answer which comes piece by piece, as it is shown, without thoughts and headers."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        # The one that has ended the answer.
+        self.stopped: str | None = None
+        self._held = ""
+
+    def feed(self, text: str) -> str:
+        """What may be shown, now that ``text`` has come too: what may begin a stop is held back, a stop is left out."""
+        if not self._stops:
+            return text
+        if self.stopped is not None:
+            return ""
+        text = self._held + text
+        found = [(text.find(stop), stop) for stop in self._stops if stop in text]
+        if found:
+            begin, self.stopped = min(found)
+            self._held = ""
+            return text[:begin]
+        num_held = max(_overlap(text, stop) for stop in self._stops)
+        self._held = text[len(text) - num_held :]
+        return text[: len(text) - num_held]
+
+    def end(self) -> str:
+        """What was held back of an answer that has ended."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: AnyStr, stop: AnyStr) -> int:
     """The longest end of ``text`` that is a beginning of ``stop``, not the whole of it."""
     for size in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:size]):

@@ -8,26 +8,59 @@ matrices, keys and values, the program.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from math import prod
 from pathlib import Path
+from typing import NamedTuple, Self
 
 from ossia.model.config import ModelConfig
+from ossia.model.gguf_file import QUANTISED_NAMES
+from ossia.model.safetensors_file import TensorEntry
 from ossia.ops.control_group import memory_bounds
 
 # Interpreter, libraries, buffers, and the two tables' pages that are in use.
 PROGRAM_BYTES = 400 << 20
 
 
-def weight_bytes(shape: ModelConfig, dense: str) -> int:
+class HeldBytes(NamedTuple):
+    """What the file of a checkpoint says of its size in memory."""
+
+    # Its experts, None for MXFP4; and what of its dense matrices is unpacked to 8 bits, whatever is asked for.
+    experts: int | None = None
+    unpacked: int = 0
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, TensorEntry]) -> Self:
+        # The stacks of all experts of a layer are the tensors with more than two dimensions.
+        experts = sum(one.size_bytes for one in tensors.values() if len(one.shape) > 2)
+        packed = [prod(one.shape) for one in tensors.values() if one.dtype in QUANTISED_NAMES]
+        return cls(experts, sum(packed) * 34 // 32)
+
+
+MXFP4_EXPERTS = HeldBytes()
+
+
+def weight_bytes(shape: ModelConfig, dense: str, held: HeldBytes = MXFP4_EXPERTS) -> int:
     """What the weights of a model take in memory: experts as they lie in the file, and the dense matrices.
 
     The embedding table is left out: one row is read for each token.
     """
-    # MXFP4 is 17 bytes for 32 weights, and so are 34 bytes of 8-bit weights.
-    expert = 3 * shape.hidden_size * shape.intermediate_size * 17 / 32
+    return _expert_bytes(shape, held) + _dense_bytes(shape, dense, held)
+
+
+def _expert_bytes(shape: ModelConfig, held: HeldBytes) -> int:
+    if held.experts is not None:
+        return held.experts
+    # MXFP4 is 17 bytes for 32 weights.
+    return shape.num_layers * shape.num_experts * 3 * shape.hidden_size * shape.intermediate_size * 17 // 32
+
+
+def _dense_bytes(shape: ModelConfig, dense: str, held: HeldBytes) -> int:
     heads = shape.head_dim * (2 * shape.num_heads + 2 * shape.num_kv_heads)
     matrices = shape.num_layers * shape.hidden_size * heads + shape.vocab_size * shape.hidden_size
     routers = shape.num_layers * shape.num_experts * shape.hidden_size * 2
-    return int(shape.num_layers * shape.num_experts * expert + matrices * (34 / 32 if dense == "q8" else 2) + routers)
+    # 8-bit weights are 34 bytes for 32.
+    return int(matrices * (34 / 32 if dense == "q8" or held.unpacked else 2)) + routers
 
 
 def available_bytes(root: Path = Path("/")) -> tuple[int, int]:
@@ -47,8 +80,7 @@ def available_bytes(root: Path = Path("/")) -> tuple[int, int]:
     return available, total
 
 
-def own_bytes(shape: ModelConfig, dense: str, kv_memory: int) -> int:
+def own_bytes(shape: ModelConfig, dense: str, kv_memory: int, held: HeldBytes = MXFP4_EXPERTS) -> int:
     """What a model needs that the system cannot take back."""
-    experts = shape.num_layers * shape.num_experts * 3 * shape.hidden_size * shape.intermediate_size * 17 / 32
-    copies = weight_bytes(shape, dense) - int(experts) if dense == "q8" else 0
+    copies = _dense_bytes(shape, dense, held) if dense == "q8" else held.unpacked
     return copies + kv_memory + PROGRAM_BYTES

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from ossia.engine.stops import TextStops
 from ossia.errors import OssiaError
 from ossia.harmony import Channel, Header, Role
 from ossia.responses.client_tools import CLIENT_TOOLS, call_fields
@@ -75,12 +76,11 @@ class Builder:
         stops: Sequence[str] = (),
     ) -> None:
         self.response = response
-        self.stopped: str | None = None
         # Of the item that is open, or was last: what it calls.
         self.function: Function | None = None
         self._tools = tools
         self._toolbox = toolbox
-        self._stops = tuple(stops)
+        self._stops = TextStops(stops)
         self._num_events = 0
         # The open item.
         self._kind: _Kind | None = None
@@ -91,7 +91,6 @@ class Builder:
         # Whether the text of the open item is complete, while its tool runs.
         self._is_text_told = False
         self._texts: list[str] = []
-        self._held = ""
         self._logprobs: list[Json] = []
         self._scanner: Scanner | None = None
         self._annotations: list[Json] = []
@@ -144,6 +143,11 @@ class Builder:
         return self._item
 
     @property
+    def stopped(self) -> str | None:
+        """The stop text that ended the answer."""
+        return self._stops.stopped
+
+    @property
     def is_open(self) -> bool:
         return self._is_open
 
@@ -172,7 +176,7 @@ class Builder:
         events: list[Event] = []
         self._kind, self._is_open = kind, True
         self._is_answer = kind is _MESSAGE and fields["phase"] == "final_answer"
-        self._texts, self._held, self._logprobs, self._waiting_logprobs = [], "", [], []
+        self._texts, self._logprobs, self._waiting_logprobs = [], [], []
         self._annotations, self._scanner = [], None
         if kind is _MESSAGE and self._toolbox is not None:
             self._scanner = self._toolbox.scanner()
@@ -201,8 +205,8 @@ class Builder:
     def delta(self, text: str, logprobs: Sequence[Json] = ()) -> list[Event]:
         """More text of the open item."""
         self._waiting_logprobs += logprobs
-        if self._stops and self._is_answer:
-            text = self._until_stop(text)
+        if self._is_answer:
+            text = self._stops.feed(text)
         return self._tell(text) if text else []
 
     def close(self, status: str = "completed", *, fields: Json | None = None, text: str | None = None) -> list[Event]:
@@ -215,9 +219,8 @@ class Builder:
         if self._kind.name in _WHOLE_NAMES:
             return self._close_whole(status, fields or {})
         events = []
-        if self._held and self.stopped is None:
-            events += self._tell(self._held)
-        self._held = ""
+        if held := self._stops.end():
+            events += self._tell(held)
         events += self._end_text()
         done = self._whole(status) | (fields or {})
         self._item = done
@@ -370,20 +373,6 @@ class Builder:
             done[kind.field] = text
         return done
 
-    def _until_stop(self, text: str) -> str:
-        """What may be shown of the answer, now that ``text`` has come too; a stop text ends it."""
-        if self.stopped is not None:
-            return ""
-        text = self._held + text
-        found = [(text.find(stop), stop) for stop in self._stops if stop in text]
-        if found:
-            begin, self.stopped = min(found)
-            self._held = ""
-            return text[:begin]
-        num_held = max(_overlap(text, stop) for stop in self._stops)
-        self._held = text[len(text) - num_held :]
-        return text[: len(text) - num_held]
-
     def _steps(self, names: Sequence[str]) -> list[Event]:
         if not names or self._kind is None:
             return []
@@ -438,14 +427,6 @@ def _told_whole(item: Json, index: int) -> Iterator[tuple[str, Json]]:
         yield f"{_FUNCTION.text_event}.delta", {**place, "delta": item["arguments"]}
         yield f"{_FUNCTION.text_event}.done", {**place, "arguments": item["arguments"], "name": item["name"]}
     yield "response.output_item.done", {"output_index": index, "item": item}
-
-
-def _overlap(text: str, stop: str) -> int:
-    """The longest end of ``text`` that is a beginning of ``stop``, not the whole of it."""
-    for size in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:size]):
-            return size
-    return 0
 
 
 def replayed(response: Json) -> Iterator[Event]:
