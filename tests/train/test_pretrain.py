@@ -143,11 +143,12 @@ def test_plain_language_is_mixed_in(settings, tokenizer):
 
 
 def test_of_facts_the_answers_alone_are_learned(settings, tokenizer):
-    """An answer stands behind "=" in sums, behind the name of what is asked for where it is practised whether a
-    function fits, behind ":" or in a line of its own elsewhere.
+    """An answer stands behind "=" in sums, behind the whole request where it is practised whether a function fits,
+    behind ":" or in a line of its own elsewhere.
     """
-    told = r"[^\n]*(\n[a-z]+_[a-z]+-)*\n([a-z]+_[a-z]+\+|No function fits\.)"
-    forms = {"=": r"[01]\d", "name": told, ":": r" [^\n]+", "\n": r"(?s).+\S"}
+    compared = r"([a-z]+_[a-z]+\n[^\n]+-\n)*"
+    told = rf"{compared}([a-z]+_[a-z]+\n[^\n]+\+|No function fits\.)|[^\n]+\nNo function fits\."
+    forms = {"=": r"[01]\d", ">": told, ":": r" [^\n]+", "\n": r"(?s).+\S"}
     long = replace(settings, facts=1.0, max_tokens=8192, pass_tokens=8192)
     mix = make_mix(["sums", "policies", "structured", "functions", "about"])
     kinds = set()
@@ -161,9 +162,8 @@ def test_of_facts_the_answers_alone_are_learned(settings, tokenizer):
         ]
         for (_, asked), (is_learned, answer) in itertools.pairwise(runs):
             if is_learned:
-                kind = "name" if asked[-1].isalpha() else asked[-1]
-                assert re.fullmatch(forms[kind], answer)
-                kinds.add(kind)
+                assert re.fullmatch(forms[asked[-1]], answer)
+                kinds.add(asked[-1])
         assert sum(is_learned for is_learned, _ in runs) >= 6
     assert kinds == set(forms)
 
