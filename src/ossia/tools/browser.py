@@ -25,6 +25,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit, urlunsplit
 
@@ -173,12 +174,14 @@ class Browser:
             run = match[0] if match[0].lower().startswith("http") and "://" in match[0] else f"https://{match[0]}"
             # The next URL may stand right behind the first.
             for one in [*re.split(r"(?<=.)(?=https?://)", run, flags=re.IGNORECASE), run]:
-                for end in (len(one), *(found.start() for found in _URL_END.finditer(one))):
+                # Few of each, or a long text would take its square.
+                for end in (len(one), *(found.start() for found in islice(_URL_END.finditer(one), 8))):
                     url = one[:end]
                     self._note(_spellings(url))
-                    while url.endswith(_BEHIND_URL):
-                        url = url[:-1]
-                        self._note(_spellings(url))
+                    for _ in range(8):
+                        if url.endswith(_BEHIND_URL):
+                            url = url[:-1]
+                            self._note(_spellings(url))
 
     # Citations -------------------------------------------------------------------------------------------------------
 
