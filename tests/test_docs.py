@@ -123,6 +123,16 @@ def prints(pattern: str, server: str = "served") -> Case:
     return case
 
 
+def runs_as_it_stands(pattern: str) -> Case:
+    """The block prints what matches ``pattern``, with nothing in its way."""
+
+    def case(block: Block, place: Place) -> None:
+        printed = place.python(block.code)
+        assert re.search(pattern, printed, re.DOTALL), printed
+
+    return case
+
+
 def runs(block: Block, place: Place) -> None:
     """Each line is a command of ossia that is done in this process."""
     for words in commands(block.code):
@@ -529,6 +539,11 @@ CASES: dict[str, list[Case]] = {
     "functions.md": [a_function_is_a_tool],
     "mcp.md": [settings_name_servers, parses],
     "page.md": [parses],
+    "python.md": [
+        runs_as_it_stands(r"^5758\nstop, \d+ tokens\n$"),
+        runs_as_it_stands(r'^\{"kind": ?"(bug|wish)", ?"urgent": ?(true|false)\}\n$'),
+        runs_as_it_stands(r"^Done.*functions.close_valve \{.*65.*tool commentary assistant \{.*65.*final None"),
+    ],
     "reinforcement.md": [parses, a_task_makes_exercises, parses],
     "safeguard.md": [
         parses,

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import ossia
 from ossia.errors import CheckpointError, ConfigError, InputError, NotFoundError, OssiaError
+from ossia.harmony import DeveloperContent, Message, Role, ToolNamespace
 from ossia.model.adapter import write_adapter
 from ossia.model.random_checkpoint import random_adapter, write_random_checkpoint
 
@@ -171,6 +172,82 @@ def test_a_conversation_goes_on_without_the_thoughts_of_answered_turns(nano):
     ]
     prompt = nano.tokenizer.decode(nano.generate(told, max_tokens=1).prompt_token_ids)
     assert "<|start|>assistant<|channel|>final<|message|>Hello<|end|>" in prompt
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "kind": {"enum": ["low", "high"]},
+        "lines": {"type": "array", "items": {"enum": [1, 20, 300]}, "maxItems": 2},
+    },
+    "required": ["kind", "lines"],
+    "additionalProperties": False,
+}
+
+
+def soon(model):
+    """A bias that ends what may end: noise seldom does."""
+    return {model.tokenizer.special(name): 1000 for name in ("<|end|>", "<|return|>", "<|call|>")}
+
+
+def test_noise_itself_answers_in_the_schema(model):
+    for seed in range(3):
+        answer = model.generate("Report.", output_schema=SCHEMA, seed=seed, logit_bias=soon(model), max_tokens=300)
+        read = json.loads(answer.read())
+        assert read["kind"] in ("low", "high") and set(read["lines"]) <= {1, 20, 300}
+    freely = model.generate("Report.", output_schema=SCHEMA, enforce=False, seed=1, max_tokens=30)
+    freely.read()
+    assert freely.messages[0].defects and freely.prompt_token_ids == answer.prompt_token_ids
+
+
+def test_the_form_of_the_answer_is_told_as_the_model_was_trained(model):
+    answer = model.generate("Report.", output_schema=SCHEMA, max_tokens=1)
+    assert "# Response Formats\n\n## answer\n" in model.tokenizer.decode(answer.prompt_token_ids)
+
+
+@ossia.tool
+def close_barost(loud: bool) -> str:
+    """Closes the barost."""
+    return "ok"
+
+
+def test_no_other_tool_is_called_than_those_declared_and_arguments_fit(model):
+    seen = set()
+    for seed in range(6):
+        answer = model.generate("Close.", tools=[close_barost], seed=seed, logit_bias=soon(model), max_tokens=400)
+        answer.read()
+        last = answer.messages[-1]
+        seen.add(last.recipient)
+        if last.recipient is not None:
+            assert json.loads(last.text)["loud"] in (True, False) and last.content_type == "<|constrain|>json"
+        assert answer.finish_reason == "stop" and not any(m.defects for m in answer.messages)
+    assert "functions.close_barost" in seen and seen <= {None, "functions.close_barost"}
+
+
+def test_messages_with_tools_of_their_own_are_enforced_too(model):
+    declared = DeveloperContent(tools=(ToolNamespace.functions([close_barost.declaration]),))
+    messages = [Message(Role.DEVELOPER, declared), Message(Role.USER, "Close.")]
+    own, given = (
+        model.generate(*asked, seed=1, max_tokens=20, temperature=1, current_date="2026-01-01", **tools)
+        for asked, tools in (((messages,), {}), (("Close.",), {"tools": [close_barost]}))
+    )
+    assert own.prompt_token_ids == given.prompt_token_ids
+    own.read(), given.read()
+    assert own.token_ids == given.token_ids
+
+
+def test_a_tool_or_schema_that_is_none_is_refused(model):
+    with pytest.raises(InputError, match=r"tools\[0\] is <function.*@ossia.tool"):
+        model.generate("Hello", tools=[close_barost.function])
+    with pytest.raises(InputError, match="expected a JSON Schema") as wrong:
+        model.generate("Hello", output_schema="json")
+    assert wrong.value.param == "output_schema"
+    with pytest.raises(InputError, match="cannot be enforced") as wrong:
+        model.generate("Hello", output_schema={"type": "object", "not": {}})
+    assert wrong.value.param == "output_schema"
+    model.generate("Hello", output_schema={"not": {}}, enforce=False, max_tokens=1).read()
+    with pytest.raises(InputError, match="the messages have one"):
+        model.generate([Message(Role.DEVELOPER, "Be brief."), Message(Role.USER, "Hi")], output_schema=SCHEMA)
 
 
 def test_a_date_that_is_none_is_refused(model):

@@ -18,7 +18,7 @@ LAYERS = [
     {"cli"},
     {"server", "scale"},
     {"train", "evals", "safeguard"},
-    {"responses"},
+    {"responses", "agent"},
     {"tools", "local"},
     {"engine"},
     {"model"},

@@ -13,6 +13,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ossia.agent import Agent as Agent
+    from ossia.agent import Answer as Answer
     from ossia.errors import OssiaError as OssiaError
     from ossia.harmony import (
         Conversation as Conversation,
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 
 # Public names and the modules that hold them; a name costs its import when it is first used.
 _HOMES = {
+    "Agent": "ossia.agent",
+    "Answer": "ossia.agent",
     "Conversation": "ossia.harmony",
     "Delta": "ossia.harmony",
     "Effort": "ossia.harmony",

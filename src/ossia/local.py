@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Self
 from ossia import ops as backends
 from ossia.config import EMBEDDED, Config, from_arguments
 from ossia.engine import Engine, EngineConfig, FinishReason, Runner, SamplingParams, TokenOutput
+from ossia.engine.request import Constraint
 from ossia.engine.stops import TextStops
 from ossia.errors import ConfigError, InputError, OssiaError, UnavailableError
 from ossia.harmony import (
@@ -33,6 +35,7 @@ from ossia.harmony import (
     Header,
     Message,
     ParsedMessage,
+    ResponseFormat,
     Role,
     StreamParser,
     SystemContent,
@@ -41,6 +44,7 @@ from ossia.harmony import (
     ToolNamespace,
     render_for_completion,
 )
+from ossia.harmony.grammar import TRAINED_NAMESPACES, TurnGrammar, declared_grammar
 from ossia.model.adapted import check_base_copies
 from ossia.model.adapter import Adapter, read_adapter
 from ossia.model.config import ModelConfig
@@ -50,6 +54,7 @@ from ossia.model.weights import Checkpoint, load_weights
 from ossia.ops import AdapterOps
 
 if TYPE_CHECKING:
+    from ossia.engine.masks import GrammarCompiler
     from ossia.engine.parallel import TeamRunner
 
 _log = logging.getLogger(__name__)
@@ -71,10 +76,14 @@ def load(model: str | Path = EMBEDDED, **settings: Any) -> LocalModel:
 class LocalModel:
     """An opened checkpoint with its engine. For one thread at a time; several answers may be under way at once."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, checkpoint: Checkpoint) -> None:
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, checkpoint: Checkpoint, settings: Config | None = None
+    ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
         self.checkpoint = checkpoint
+        self.settings = settings or Config()
+        """What it was opened with."""
         self.sampling: Mapping[str, Any] = checkpoint.sampling()
         """How an answer is sampled that does not say otherwise: what the checkpoint names of `SamplingParams`."""
         self._outputs: dict[int, deque[TokenOutput]] = {}
@@ -89,7 +98,7 @@ class LocalModel:
         _check_first(config)
         tokenizer = checkpoint.tokenizer()
         runner = make_runner(config, ops, checkpoint, _engine_options(config))
-        model = cls(Engine(runner, token_bytes=tokenizer.token_bytes), tokenizer, checkpoint)
+        model = cls(Engine(runner, token_bytes=tokenizer.token_bytes), tokenizer, checkpoint, config)
         for name, path in config.adapters.items():
             model.load_adapter(path, name)
         return model
@@ -123,26 +132,54 @@ class LocalModel:
         *,
         effort: Effort | str | None = None,
         instructions: str | None = None,
-        tools: Sequence[ToolDescription] = (),
+        tools: Sequence[ToolDescription | ToolNamespace] = (),
+        output_schema: Mapping[str, Any] | None = None,
+        enforce: bool = True,
         current_date: str | None = None,
         **sampling: Any,
     ) -> Generation:
         """Answer ``messages``; iterate over the result for the deltas of the answer as they come.
 
         ``effort`` is "low", "medium" (the default) or "high"; ``current_date`` is YYYY-MM-DD and today's by default.
-        They, ``instructions`` and ``tools`` make the system and developer messages, which ``messages`` may hold
-        instead. What is elsewhere called the system prompt is ``instructions`` here: a system message of your own
-        stands as it is, without the lines on reasoning and channels that the model was trained with, unless its content
-        is a SystemContent. ``sampling`` are fields of `ossia.engine.SamplingParams`: max_tokens, temperature, top_p,
-        seed, adapter, ...; those that the checkpoint's generation_config.json names hold unless they are given.
-        ``stop_strings`` are looked for in the final answer alone, and are no part of it. A call of a tool ends the
-        answer: see ``Generation.messages``. Of earlier turns that were answered, the chain of thought is left out.
+        They, ``instructions``, ``tools`` and ``output_schema``, the JSON Schema of the final answer, make the system
+        and developer messages, which ``messages`` may hold instead. What is elsewhere called the system prompt is
+        ``instructions`` here: a system message of your own stands as it is, without the lines on reasoning and channels
+        that the model was trained with, unless its content is a SystemContent.
 
-        Raises InputError for what cannot be used and ContextLengthError for what cannot fit.
+        Where these messages declare tools or an output schema, the answer is sampled under their grammar: no other tool
+        is called, arguments are JSON that matches their schemas where these can be enforced, and a final answer matches
+        the output schema. ``enforce`` false tells the model of them and no more.
+
+        ``sampling`` are fields of `ossia.engine.SamplingParams`: max_tokens, temperature, top_p, seed, adapter, ...;
+        those that the checkpoint's generation_config.json names hold unless they are given. ``stop_strings`` are looked
+        for in the final answer alone, and are no part of it. A call of a tool ends the answer: see
+        ``Generation.messages``, and `ossia.Agent`, which runs tools. Of earlier turns that were answered, the chain of
+        thought is left out.
+
+        Raises InputError for what cannot be used or enforced and ContextLengthError for what cannot fit.
         """
-        conversation = make_conversation(messages, effort, instructions, tools, current_date)
+        conversation = make_conversation(messages, effort, instructions, tools, current_date, output_schema)
         prompt = render_for_completion(conversation, self.tokenizer, drop_analysis="past_turns")
+        is_bound = enforce and "constraint" not in sampling and not sampling.get("ignore_eos")
+        if is_bound and _declares(conversation):
+            sampling["constraint"] = self.constraint(
+                declared_grammar(conversation.messages, output_param="output_schema")
+            )
         return self.complete(prompt, **sampling)
+
+    def constraint(self, grammar: TurnGrammar) -> Constraint:
+        """What keeps one generation to a grammar: the field of that name of `SamplingParams`.
+
+        The first one takes about a second. Raises InputError for a grammar that cannot be enforced.
+        """
+        return self._compiler.constraint(grammar)
+
+    @cached_property
+    def _compiler(self) -> GrammarCompiler:
+        # Half a second to import, for what has tools or a schema.
+        from ossia.engine.masks import GrammarCompiler
+
+        return GrammarCompiler(self.tokenizer)
 
     def complete(self, prompt_token_ids: Sequence[int], **sampling: Any) -> Generation:
         """Answer a rendered prompt, which ends in the opening of an assistant message."""
@@ -246,6 +283,12 @@ class Generation(Iterator[Delta]):
         elapsed_s = self.last_token_s - self.first_token_s
         return (len(self.token_ids) - 1) / elapsed_s if elapsed_s > 0 else 0.0
 
+    def read(self) -> str:
+        """Read to the end; the final answer."""
+        for _ in self:
+            pass
+        return self.text
+
     def close(self) -> None:
         """Stop here."""
         if self.finish_reason is None:
@@ -314,33 +357,85 @@ def make_conversation(
     messages: Messages,
     effort: Effort | str | None = None,
     instructions: str | None = None,
-    tools: Sequence[ToolDescription] = (),
+    tools: Sequence[ToolDescription | ToolNamespace] = (),
     current_date: str | None = None,
+    output_schema: Mapping[str, Any] | None = None,
 ) -> Conversation:
     """A conversation that begins with a system message, and a developer message where there is something to say.
 
+    ``tools`` are functions, or whole namespaces, of which python and browser stand in the system message.
     Raises InputError if ``messages`` bring their own and the arguments ask for another.
     """
-    given = [_with_channel(message) for message in _read_messages(messages)]
+    given = [_with_channel(message) for message in read_messages(messages)]
     roles = {message.role for message in given}
+    trained, others = _namespaces(tools)
     opening: list[Message] = []
     if Role.SYSTEM in roles:
-        if effort is not None or current_date is not None:
-            raise InputError("effort and current_date belong to the system message, but the messages bring their own")
+        if effort is not None or current_date is not None or trained:
+            raise InputError(
+                "effort, current_date, python and browser belong to the system message, but the messages have one"
+            )
     else:
         date = checked_date(current_date) if current_date is not None else datetime.date.today().isoformat()
-        opening.append(Message(Role.SYSTEM, SystemContent(effort=_effort(effort), current_date=date)))
-    if instructions or tools:
+        opening.append(Message(Role.SYSTEM, SystemContent(effort=_effort(effort), current_date=date, tools=trained)))
+    if instructions or others or output_schema is not None:
         if Role.DEVELOPER in roles:
-            raise InputError("instructions and tools belong to the developer message, but the messages bring their own")
-        namespaces = (ToolNamespace.functions(tools),) if tools else ()
-        opening.append(Message(Role.DEVELOPER, DeveloperContent(instructions=instructions, tools=namespaces)))
+            raise InputError(
+                "instructions, tools and output_schema belong to the developer message, but the messages have one"
+            )
+        content = DeveloperContent(instructions, others, () if output_schema is None else (_format(output_schema),))
+        opening.append(Message(Role.DEVELOPER, content))
     system = [message for message in given if message.role is Role.SYSTEM]
     rest = [message for message in given if message.role is not Role.SYSTEM]
     return Conversation((*system, *opening, *rest))
 
 
-def _read_messages(messages: Messages) -> tuple[Message, ...]:
+def _namespaces(
+    tools: Sequence[ToolDescription | ToolNamespace],
+) -> tuple[tuple[ToolNamespace, ...], tuple[ToolNamespace, ...]]:
+    """Namespaces of the system message, and of the developer message."""
+    functions, spaces = [], []
+    for i, tool in enumerate(tools):
+        # A function with @ossia.tool has one.
+        tool = getattr(tool, "declaration", tool)
+        if isinstance(tool, ToolNamespace):
+            spaces.append(tool)
+        elif isinstance(tool, ToolDescription):
+            functions.append(tool)
+        else:
+            raise InputError(
+                f"tools[{i}] is {tool!r:.80}; expected a ToolDescription or a function with @ossia.tool",
+                param="tools",
+            )
+    if functions:
+        spaces.append(ToolNamespace.functions(functions))
+    trained = tuple(space for space in spaces if space.name in TRAINED_NAMESPACES)
+    return trained, tuple(space for space in spaces if space.name not in TRAINED_NAMESPACES)
+
+
+def _format(schema: Mapping[str, Any]) -> ResponseFormat:
+    if not isinstance(schema, Mapping):
+        raise InputError(
+            f"output_schema is {schema!r:.80}; expected a JSON Schema as a dict, as a pydantic model's "
+            "model_json_schema() gives it",
+            param="output_schema",
+        )
+    title = schema.get("title")
+    return ResponseFormat(title if isinstance(title, str) and title else "answer", schema)
+
+
+def _declares(conversation: Conversation) -> bool:
+    """Whether there are tools that may be called, or a form for the answer."""
+    parts = [part for message in conversation.messages for part in message.content]
+    return any(
+        (isinstance(part, SystemContent | DeveloperContent) and part.tools)
+        or (isinstance(part, DeveloperContent) and part.response_formats)
+        for part in parts
+    )
+
+
+def read_messages(messages: Messages) -> tuple[Message, ...]:
+    """Messages as they may be given to `LocalModel.generate`. Raises InputError naming the one at fault."""
     if isinstance(messages, str):
         return (Message(Role.USER, messages),)
     return tuple(

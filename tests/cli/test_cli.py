@@ -337,6 +337,30 @@ def test_an_answer_that_ends_in_a_call_is_no_success():
         assert bool(more) == ('"recipient": "python"' in result.stdout) == bool(result.stdout)
 
 
+def test_an_answer_is_made_to_match_the_schema_of_a_file(tmp_path):
+    schema = {
+        "type": "object",
+        "properties": {"sum": {"type": "integer", "minimum": 0, "maximum": 9}},
+        "required": ["sum"],
+        "additionalProperties": False,
+    }
+    file = tmp_path / "schema.json"
+    file.write_text(json.dumps(schema))
+    result = ossia("generate", "What is 2 + 2?", "--schema", file, "--effort", "low", "--temperature", 0)
+    assert result.returncode == 0 and json.loads(result.stdout)["sum"] in range(10)
+    for content, said in (
+        (None, "cannot be read: No such file"),
+        ("{", "is not JSON"),
+        ("[]", "holds list; expected an object"),
+        ('{"not": {}}', "cannot be enforced"),
+    ):
+        file.unlink(missing_ok=True)
+        if content is not None:
+            file.write_text(content)
+        result = ossia("generate", "Hi", "--schema", file)
+        assert result.returncode == 1 and said in result.stderr and result.stderr.count("\n") <= 2
+
+
 def test_a_prompt_is_the_same_from_an_argument_and_from_a_pipe(tiny):
     arguments = ["--model", tiny, "--max-tokens", 1, "--seed", 1, "--json"]
     piped, given = ossia("generate", "-", *arguments, stdin="Hi\n"), ossia("generate", "Hi", *arguments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -27,6 +28,9 @@ def generate(
     effort: options.Effort = "medium",
     instructions: Annotated[
         str | None, typer.Option(help="What the developer asks of the model, before the prompt.")
+    ] = None,
+    schema: Annotated[
+        Path | None, typer.Option(help="A file with the JSON Schema that the answer is made to match.")
     ] = None,
     show_reasoning: options.ShowReasoning = False,
     max_tokens: options.MaxTokens = None,
@@ -66,6 +70,7 @@ def generate(
     prompt = argument_or_stdin(prompt)
     if not prompt.strip():
         raise InputError("the prompt is empty; give what to ask, or `-` and a text in standard input")
+    output_schema = None if schema is None else _read_schema(schema)
     settings, adapter_name = options.with_adapter(settings, adapter)
     console = Console(stderr=True)
     with console.status("loading"):
@@ -78,6 +83,7 @@ def generate(
         prompt,
         effort=effort,
         instructions=instructions,
+        output_schema=output_schema,
         current_date=date,
         max_tokens=max_tokens,
         seed=seed,
@@ -98,6 +104,20 @@ def generate(
     if not raw and generation.finish_reason == "stop" and not generation.text:
         console.print(_without_answer(generation), style="yellow", highlight=False, soft_wrap=True)
         raise typer.Exit(1)
+
+
+def _read_schema(path: Path) -> dict[str, Any]:
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"--schema {path} cannot be read: {error.strerror or error}", param="schema") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"--schema {path} is not JSON: {error}", param="schema") from None
+    if not isinstance(read, dict):
+        raise InputError(
+            f"--schema {path} holds {type(read).__name__}; expected an object, a JSON Schema", param="schema"
+        )
+    return read
 
 
 def _stream(generation: Generation, notes: Console, show_reasoning: bool) -> None:

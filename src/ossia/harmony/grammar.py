@@ -29,13 +29,15 @@ from typing import Any, Literal
 
 from ossia.errors import InputError
 from ossia.harmony.client_grammar import regex_as_lark, safe_lark
-from ossia.harmony.messages import Channel, ToolNamespace
-from ossia.harmony.strict_schema import any_json, enforceable
+from ossia.harmony.messages import Channel, DeveloperContent, Message, SystemContent, ToolDescription, ToolNamespace
+from ossia.harmony.strict_schema import any_json, enforceable, is_enforceable
 
 MAX_TOOLS = 512
 MAX_TEXT_CHARS = 2_000_000
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
+# Tools that the model was trained with: in its system message, and called in its thoughts.
+TRAINED_NAMESPACES = ("python", "browser")
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,25 @@ class Tool:
             if wanted is None or tool.name in wanted
         )
 
+    @classmethod
+    def declared(cls, namespace: ToolNamespace, *, strict: bool = True) -> tuple[Tool, ...]:
+        """The calls of any namespace: python and browser as they were trained, others with JSON, or with text where
+        the parameters are declared as a string.
+
+        If ``strict``, arguments match the schema where it can be enforced, and are any JSON object where it cannot.
+        """
+        if namespace.name in TRAINED_NAMESPACES or not namespace.tools:
+            return cls.builtin(namespace)
+        return tuple(cls._of(tool, namespace.name, strict) for tool in namespace.tools)
+
+    @classmethod
+    def _of(cls, tool: ToolDescription, namespace: str, strict: bool) -> Tool:
+        parameters = tool.parameters
+        if parameters is not None and parameters.get("type") == "string":
+            return cls.custom(tool.name, namespace=namespace)
+        is_enforced = strict and is_enforceable(parameters or {}, root_type="object")
+        return cls.function(tool.name, parameters, strict=is_enforced, namespace=namespace)
+
 
 @dataclass(frozen=True)
 class ToolChoice:
@@ -229,6 +250,29 @@ def turn_grammar(
             param="tools",
         )
     return grammar
+
+
+def declared_grammar(
+    messages: Iterable[Message],
+    *,
+    tool_choice: ToolChoice = AUTO,
+    strict: bool = True,
+    output_param: str = "text.format",
+) -> TurnGrammar:
+    """The grammar of the next turn of a conversation, by what its system and developer messages declare.
+
+    Calls are those of `Tool.declared`. The answer matches the response format where there is one; of several nobody
+    knows which is meant, and none is enforced. Raises InputError for what cannot be enforced.
+    """
+    tools: list[Tool] = []
+    schemas: list[Mapping[str, Any]] = []
+    for part in (part for message in messages for part in message.content):
+        if isinstance(part, SystemContent | DeveloperContent):
+            tools += [tool for space in part.tools for tool in Tool.declared(space, strict=strict)]
+        if isinstance(part, DeveloperContent):
+            schemas += [one.schema for one in part.response_formats]
+    output = Schema(schemas[0]) if len(schemas) == 1 else None
+    return turn_grammar(tools, tool_choice=tool_choice, output=output, output_param=output_param)
 
 
 class _Frame:

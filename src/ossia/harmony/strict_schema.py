@@ -103,6 +103,15 @@ def enforceable(schema: object, param: str | None = None, *, root_type: str | No
     return _Reader(schema, param, root_type).read()
 
 
+def is_enforceable(schema: object, *, root_type: str | None = None) -> bool:
+    """Whether `enforceable` takes it."""
+    try:
+        enforceable(schema, root_type=root_type)
+    except InputError:
+        return False
+    return True
+
+
 def subschemas(schema: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any]]:
     """The schemas directly inside one that ``enforceable`` has given, each with its JSON pointer in the client's."""
     for inner in schema.get("$defs", {}).values():

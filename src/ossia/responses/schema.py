@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ossia.errors import InputError, OssiaError, UnsupportedError
 from ossia.harmony import Effort
-from ossia.harmony.strict_schema import enforceable
+from ossia.harmony.strict_schema import is_enforceable
 
 Json = dict[str, Any]
 
@@ -73,13 +73,7 @@ class TextFormat(_Tolerant):
     @cached_property
     def is_strict(self) -> bool:
         """Whether the schema is enforced; of one that does not say, where it can be."""
-        if self.strict is not None:
-            return self.strict
-        try:
-            enforceable(self.json_schema or {})
-        except InputError:
-            return False
-        return True
+        return is_enforceable(self.json_schema or {}) if self.strict is None else self.strict
 
 
 class Text(_Tolerant):

@@ -15,13 +15,14 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from ossia.errors import InputError
 from ossia.harmony import Message, ToolDescription, ToolNamespace
-from ossia.harmony.strict_schema import enforceable
+from ossia.harmony.grammar import TRAINED_NAMESPACES
+from ossia.harmony.strict_schema import is_enforceable
 from ossia.responses.client_tools import CLIENT_TOOLS
 from ossia.responses.schema import Json
 from ossia.tools.base import RESERVED_NAMESPACES
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
-_TRAINED = frozenset({"browser", "python"})
+
 _BUILTIN = {"code_interpreter": "python", "web_search": "browser"}
 # web_search_preview_2025_03_11 and its like.
 _DATED = re.compile(r"(_preview)?(_\d{4}_\d\d_\d\d)?$")
@@ -167,7 +168,7 @@ class Tools:
         def decide(function: Function) -> Function:
             if function.strict is not None:
                 return function
-            return replace(function, strict=strictly and _is_enforceable(function))
+            return replace(function, strict=strictly and is_enforceable(function.parameters or {}, root_type="object"))
 
         return replace(self, functions=tuple(map(decide, self.functions)), found=tuple(map(decide, self.found)))
 
@@ -243,8 +244,8 @@ def read_tools(tools: Sequence[Json], toolbox: Toolbox | None = None) -> Tools:
     return Tools(
         tuple(functions),
         descriptions=tuple(descriptions),
-        builtin=tuple(space for space in spaces if space.name in _TRAINED),
-        served=tuple(space for space in spaces if space.name not in _TRAINED),
+        builtin=tuple(space for space in spaces if space.name in TRAINED_NAMESPACES),
+        served=tuple(space for space in spaces if space.name not in TRAINED_NAMESPACES),
         ignored=tuple(dict.fromkeys(str(tool["type"]) for tool in others)),
     )
 
@@ -347,14 +348,6 @@ def _function(tool: Json, namespace: str | None, where: str) -> Function:
         raise InputError(f"{where}.parameters is no JSON Schema object", param=f"{where}.parameters")
     strict = None if tool.get("strict") is None else bool(tool["strict"])
     return Function(kind, name, namespace, description, parameters or None, strict, param=where)
-
-
-def _is_enforceable(function: Function) -> bool:
-    try:
-        enforceable(function.parameters or {}, function.param, root_type="object")
-    except InputError:
-        return False
-    return True
 
 
 def _is_client_run(tool: Json) -> bool:

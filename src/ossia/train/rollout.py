@@ -29,8 +29,6 @@ from ossia.engine import NO_TOKEN, AsyncEngine, Constraint, Engine, FinishReason
 from ossia.engine.masks import GrammarCompiler
 from ossia.errors import ContextLengthError, InputError
 from ossia.harmony import (
-    Conversation,
-    DeveloperContent,
     Message,
     ParsedMessage,
     StreamParser,
@@ -39,8 +37,7 @@ from ossia.harmony import (
     render_for_completion,
     render_message,
 )
-from ossia.harmony.grammar import Schema, TurnGrammar, turn_grammar
-from ossia.harmony.grammar import Tool as GrammarTool
+from ossia.harmony.grammar import TurnGrammar, declared_grammar
 from ossia.responses.convert import tool_message
 from ossia.responses.loop import TokenSource
 from ossia.tools.base import Tool
@@ -284,7 +281,7 @@ class _Exercise:
                 stack.push_async_callback(self._end_session)
             asked = conversation(self._draw, spaces)
             tokens = _Tokens(render_for_completion(asked, self._tokenizer))
-            grammar = _grammar(spaces, asked) if self._config.grammar else None
+            grammar = declared_grammar(asked.messages, strict=False) if self._config.grammar else None
             while (call := await self._turn(tokens, grammar)) is not None:
                 answer = tool_message(call.recipient or "", call.channel, await self._answer(call, tools))
                 self._messages.append(answer)
@@ -425,22 +422,6 @@ class _Exercise:
 def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
     first = errors.exceptions[0]
     return _first(first) if isinstance(first, BaseExceptionGroup) else first
-
-
-def _grammar(spaces: Sequence[ToolNamespace], asked: Conversation) -> TurnGrammar:
-    """What the server enforces: known tools with JSON for their arguments, and an answer that matches its schema."""
-    tools: list[GrammarTool] = []
-    for space in spaces:
-        if space.name in ("python", "browser"):
-            tools += GrammarTool.builtin(space)
-        else:
-            tools += [
-                GrammarTool.function(one.name, one.parameters, namespace=space.name, strict=False)
-                for one in space.tools
-            ]
-    parts = (part for message in asked.messages for part in message.content)
-    formats = [one for part in parts if isinstance(part, DeveloperContent) for one in part.response_formats]
-    return turn_grammar(tools, output=Schema(formats[0].schema) if len(formats) == 1 else None)
 
 
 def _namespace(tool: Tool) -> ToolNamespace:

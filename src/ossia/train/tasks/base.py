@@ -41,6 +41,7 @@ from ossia.harmony import (
     SystemContent,
     ToolNamespace,
 )
+from ossia.harmony.grammar import TRAINED_NAMESPACES
 from ossia.tools.base import Tool
 from ossia.tools.registry import merged
 
@@ -49,8 +50,6 @@ SPLITS: tuple[Split, ...] = ("train", "held_out")
 
 # An answer that keeps to the format, and is wrong: enough to learn the format from, too little to be content with.
 VALID_REWARD = 0.1
-# Namespaces that the model was trained to find in its system message.
-_TRAINED = ("browser", "python")
 _MAX_DRAWS = 10_000
 
 
@@ -232,8 +231,8 @@ def is_held_out(task: Task, instance: Instance) -> bool:
 
 def conversation(draw: Draw, namespaces: Sequence[ToolNamespace]) -> Conversation:
     """What the model is told before it answers; ``namespaces`` are those of its tools."""
-    trained = tuple(space for space in namespaces if space.name in _TRAINED)
-    others = tuple(space for space in namespaces if space.name not in _TRAINED)
+    trained = tuple(space for space in namespaces if space.name in TRAINED_NAMESPACES)
+    others = tuple(space for space in namespaces if space.name not in TRAINED_NAMESPACES)
     system = draw.task.system(draw.effort, trained)
     if system.current_date is None:
         system = replace(system, current_date=_day_of(draw.instance))
