@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,8 @@ from safetensors.numpy import load_file
 
 from ossia.errors import InputError, UnavailableError
 from ossia.model.checkpoint_writer import new_path, plan_shards, tensor_bytes, write_safetensors
+
+OLD = json.dumps({"model_type": "gpt_oss", "text": "old"})
 
 
 def test_shards_are_bounded_and_hold_every_tensor_once_in_order():
@@ -42,12 +46,16 @@ def test_a_file_is_what_the_safetensors_package_reads(tmp_path):
 def make(out, text="new", **options):
     with new_path(out, 10, **options) as partial:
         partial.mkdir()
-        (partial / "config.json").write_text(text)
+        (partial / "config.json").write_text(json.dumps({"model_type": "gpt_oss", "text": text}))
+
+
+def made(out):
+    return json.loads((out / "config.json").read_text())["text"]
 
 
 def test_what_is_made_appears_when_it_is_whole_and_leaves_nothing_else(tmp_path):
     make(tmp_path / "deep" / "out")
-    assert (tmp_path / "deep" / "out" / "config.json").read_text() == "new"
+    assert made(tmp_path / "deep" / "out") == "new"
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
     with pytest.raises(RuntimeError), new_path(tmp_path / "deep" / "half", 10) as partial:
         partial.mkdir()
@@ -61,13 +69,57 @@ def test_what_is_there_is_replaced_only_when_asked_and_only_when_it_is_a_checkpo
     with pytest.raises(InputError, match="is there already and not empty"):
         make(out)
     make(out, replace=True)
-    assert (out / "config.json").read_text() == "new"
+    assert made(out) == "new"
     home = tmp_path / "home"
     home.mkdir()
     (home / "letters.txt").write_text("dear")
-    with pytest.raises(InputError, match="holds no checkpoint, so it is not replaced"):
+    with pytest.raises(InputError, match="is not a checkpoint alone, so it is not replaced"):
         make(home, replace=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "out"]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"a.gguf": "", "b.gguf": ""},
+        {"a.gguf": "", "notes.txt": "dear"},
+        {"config.json": '{"name": "web app"}', "app.py": ""},
+        {"config.json": '{"model_type": "llama"}', "model.safetensors": ""},
+        {"config.json": "[]"},
+        {"config.json": '{"model_type": "gpt_oss"}', "deep/notes.txt": "dear"},
+        {"config.json": '{"model_type": "gpt_oss"}', "README.md/notes.txt": "dear"},
+    ],
+)
+def test_a_folder_with_anything_else_in_it_is_never_replaced(files, tmp_path):
+    for name, text in files.items():
+        path = tmp_path / "out" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    with pytest.raises(InputError, match="is not a checkpoint alone"):
+        make(tmp_path / "out", replace=True)
+    assert all((tmp_path / "out" / name).read_text() == text for name, text in files.items())
+
+
+def test_a_split_file_and_an_adapter_are_replaced(tmp_path):
+    for name, text in (("m-00001-of-00002.gguf", ""), ("adapter_config.json", '{"peft_type": "LORA"}')):
+        out = tmp_path / name[0]
+        out.mkdir()
+        (out / name).write_text(text)
+        make(out, replace=True)
+        assert made(out) == "new"
+
+
+def test_what_another_process_of_the_same_number_left_is_removed(tmp_path):
+    (tmp_path / f".out.{os.getpid()}.partial").mkdir()
+    make(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_file_takes_the_place_of_an_empty_folder(tmp_path):
+    (tmp_path / "out.gguf").mkdir()
+    with new_path(tmp_path / "out.gguf", 10) as partial:
+        partial.write_text("new")
+    assert (tmp_path / "out.gguf").read_text() == "new"
 
 
 def test_what_is_there_stays_when_its_replacement_fails(tmp_path):
@@ -76,10 +128,10 @@ def test_what_is_there_stays_when_its_replacement_fails(tmp_path):
     with pytest.raises(RuntimeError), new_path(out, 10, replace=True) as partial:
         partial.mkdir()
         raise RuntimeError
-    assert (out / "config.json").read_text() == "old"
+    assert made(out) == "old"
     with pytest.raises(FileNotFoundError), new_path(out, 10, replace=True):
         pass  # nothing was made
-    assert (out / "config.json").read_text() == "old"
+    assert made(out) == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -90,12 +142,12 @@ def test_what_a_killed_process_left_is_removed_or_put_back_and_what_a_living_one
     for name in (f".out[1].{gone}.partial", ".out[1].1.partial", ".out[1].notes"):
         (tmp_path / name).mkdir()
     (tmp_path / f".out[1].{gone}.old").mkdir()
-    (tmp_path / f".out[1].{gone}.old" / "config.json").write_text("old")
+    (tmp_path / f".out[1].{gone}.old" / "config.json").write_text(OLD)
     with pytest.raises(InputError, match="is there already"):
         make(out)
-    assert (out / "config.json").read_text() == "old"
+    assert made(out) == "old"
     make(out, replace=True)
-    assert (out / "config.json").read_text() == "new"
+    assert made(out) == "new"
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out[1].1.partial", ".out[1].notes", "out[1]"]
 
 
@@ -107,9 +159,9 @@ def test_behind_a_link_it_is_made_where_the_link_points(target, tmp_path):
     if target != "absent":
         (disk / "out").mkdir()
     if target == "checkpoint":
-        (disk / "out" / "config.json").write_text("old")
+        (disk / "out" / "config.json").write_text(OLD)
     make(link, replace=True)
-    assert link.is_symlink() and (disk / "out" / "config.json").read_text() == "new"
+    assert link.is_symlink() and made(disk / "out") == "new"
     assert [path.name for path in disk.iterdir()] == ["out"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
 

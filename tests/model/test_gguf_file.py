@@ -430,11 +430,13 @@ def test_ollama_s_vocabulary_is_split_by_its_architecture(folder, tmp_path):
     assert checkpoint.tokenizer().encode("abcab abc\nab") == want.encode("abcab abc\nab")
 
 
-def test_a_tokenizer_json_beside_the_file_goes_before_its_vocabulary(folder, tmp_path):
-    path = write_gguf(tmp_path / "model.gguf", folder, vocabulary=small_vocabulary())
+def test_a_tokenizer_json_beside_a_file_counts_where_that_has_no_vocabulary(folder, tmp_path):
+    own = small_vocabulary()
     other = Tokenizer({bytes([i]): i for i in range(256)}, {"<|start|>": 256})
     (tmp_path / "tokenizer.json").write_text(other.to_tokenizer_json(), encoding="utf-8")
-    assert Checkpoint.open(path).tokenizer().encode("abc") == [97, 98, 99]
+    for name, vocabulary, want in (("with.gguf", own, own), ("without.gguf", None, other)):
+        path = write_gguf(tmp_path / name, folder, **({"vocabulary": vocabulary} if vocabulary else {}))
+        assert Checkpoint.open(path).tokenizer().encode("abc") == want.encode("abc")
 
 
 def test_without_any_vocabulary_gpt_oss_s_own_is_taken_when_the_size_agrees(folder, tmp_path):

@@ -22,6 +22,7 @@ FILES = {"config.json": b"{}", "model.safetensors": bytes(1000), "original/confi
 OTHERS = {
     "me/both": {**FILES, "both-F16.gguf": b"F16"},
     "me/one": {"README.md": b"", "one-mxfp4.gguf": b"mxfp4"},
+    "me/deep": {"Q8/deep-q8-00001-of-00002.gguf": b"Q8", "Q8/deep-q8-00002-of-00002.gguf": b"_0"},
     "me/many": {
         "config.json": b"{}",
         "many-F16.gguf": b"F16",
@@ -158,6 +159,12 @@ def test_a_gguf_file_alone_needs_no_choice(hub):
     assert resolve_model("me/one:mxfp4") == pull("me/one:MXFP4") == folder / "one-mxfp4.gguf"
 
 
+def test_a_gguf_file_in_a_folder_of_its_own_needs_no_choice_either(hub):
+    folder = pull("me/deep")
+    parts = tuple(folder / "Q8" / f"deep-q8-0000{i}-of-00002.gguf" for i in (1, 2))
+    assert find_files(resolve_model("me/deep")) == parts
+
+
 def test_of_several_gguf_files_one_has_to_be_chosen(hub, monkeypatch):
     with pytest.raises(InputError) as caught:
         pull("me/many")
@@ -253,6 +260,23 @@ def test_progress_bars_are_drawn_when_asked_for_and_not_otherwise(hub, capfd):
 def test_without_network_a_complete_download_still_counts(hub, monkeypatch):
     folder = pull("gpt-oss-20b")
     set_endpoint(monkeypatch, "http://127.0.0.1:9")
+    assert pull("gpt-oss-20b") == folder
+
+
+def test_without_network_a_part_of_a_download_is_not_taken_for_the_whole(cache, monkeypatch):
+    """As it lies in a cache that an older huggingface_hub has filled, or that was copied."""
+    folder = cache / "models--openai--gpt-oss-20b" / "snapshots" / COMMIT
+    folder.mkdir(parents=True)
+    (cache / "models--openai--gpt-oss-20b" / "refs").mkdir()
+    (cache / "models--openai--gpt-oss-20b" / "refs" / "main").write_text(COMMIT)
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model-1.safetensors").write_bytes(b"")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UnavailableError, match="is not complete in") as caught:
+        pull("gpt-oss-20b")
+    assert "lacks 1 of its 2 shards" in caught.value.message
+    (folder / "model-2.safetensors").write_bytes(b"")
     assert pull("gpt-oss-20b") == folder
 
 

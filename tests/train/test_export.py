@@ -17,6 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -471,6 +472,74 @@ def test_the_vocabulary_and_the_mark_of_random_weights_travel_along(layout, base
         assert (tmp_path / "out/chat_template.jinja").read_text() == "{{ messages }}"
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_vocabulary_is_one_that_others_load(layout, bases, tmp_path):
+    export(base_of(bases, layout), tmp_path / "out", "mxfp4", measure=False)
+    loaded = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    text = "Grüße <|end|>"
+    assert loaded.decode(loaded.encode(text).ids, skip_special_tokens=False) == text
+    assert loaded.token_to_id("<|end|>") == VOCABULARY.special("<|end|>")
+
+
+def test_what_lies_beside_a_gguf_file_is_not_taken_for_its_own(bases, tmp_path):
+    models = tmp_path / "models"
+    models.mkdir()
+    shutil.copyfile(bases / "model.gguf", models / "model.gguf")
+    (models / "config.json").write_text('{"model_type": "llama"}')
+    (models / "generation_config.json").write_text('{"temperature": 0.1}')
+    (models / "chat_template.jinja").write_text("foreign")
+    other = Tokenizer({b"a": 0}, {"<|x|>": 1})
+    (models / "tokenizer.json").write_text(other.to_tokenizer_json())
+    checkpoint = Checkpoint.open(models / "model.gguf")
+    assert checkpoint.tokenizer().encode("Grüße") == VOCABULARY.encode("Grüße")
+    for format in ("bf16", "mxfp4", "merged"):
+        export(models / "model.gguf", tmp_path / format, format, measure=False)
+        written = Checkpoint.open(tmp_path / format)
+        assert written.tokenizer().vocab_size == VOCABULARY.vocab_size and written.sampling() == {}
+    assert read_json(tmp_path / "bf16/config.json")["model_type"] == "gpt_oss"
+    assert (tmp_path / "bf16/chat_template.jinja").read_text() == "{{ messages }}"
+    assert [path.name for path in (tmp_path / "merged").iterdir()] == ["model.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("said", "sampling"),
+    [
+        ({"temperature": 0.6, "top_p": 0.9, "top_k": 40}, {"temperature": 0.6, "top_p": 0.9, "top_k": 40}),
+        ({"do_sample": False}, {"temperature": 0.0}),
+    ],
+)
+def test_how_a_model_is_sampled_travels_through_gguf_and_back(said, sampling, bases, tmp_path):
+    base = shutil.copytree(bases / "hf", tmp_path / "base")
+    (base / "generation_config.json").write_text(json.dumps(said))
+    export(base, tmp_path / "model.gguf", "gguf", measure=False)
+    export(tmp_path / "model.gguf", tmp_path / "back", "mxfp4", measure=False)
+    assert Checkpoint.open(tmp_path / "model.gguf").sampling() == sampling
+    assert Checkpoint.open(tmp_path / "back").sampling() == sampling
+
+
+@pytest.mark.parametrize(
+    ("file", "template"),
+    [
+        ("tokenizer_config.json", "{{ old }}"),
+        ("tokenizer_config.json", [{"name": "tools", "template": "no"}, {"name": "default", "template": "{{ old }}"}]),
+        ("chat_template.json", "{{ old }}"),
+    ],
+)
+def test_a_template_in_an_older_place_goes_into_a_gguf_file(file, template, bases, tmp_path):
+    base = shutil.copytree(bases / "hf", tmp_path / "base")
+    (base / "chat_template.jinja").unlink()
+    (base / file).write_text(json.dumps({"chat_template": template}))
+    export(base, tmp_path / "model.gguf", "gguf", measure=False)
+    assert Checkpoint.open(tmp_path / "model.gguf").metadata["tokenizer.chat_template"] == "{{ old }}"
+
+
+def test_a_gguf_file_without_a_suffix_gets_one(bases, tmp_path):
+    shutil.copyfile(bases / "model.gguf", tmp_path / "sha256-abc")
+    export(tmp_path / "sha256-abc", tmp_path / "out", "merged", measure=False)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["sha256-abc.gguf"]
+    assert sha256(tmp_path / "out" / "sha256-abc.gguf") == sha256(bases / "model.gguf")
+
+
 # Adapters
 
 
@@ -486,6 +555,16 @@ def test_an_adapter_is_written_again_for_peft(bases, tmp_path, adapter_folder):
 
 
 # How much is lost
+
+
+def test_an_adapter_with_an_embedding_of_its_own_is_refused(bases, tmp_path, adapter_folder):
+    folder = adapter_folder(["embedding"])
+    tensors = load_file(folder / "adapter_model.safetensors")
+    other = {"base_model.model.model.embed_tokens.base_layer.weight": np.ones((300, 64), np.float32)}
+    save_file(tensors | other, folder / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="brings another embedding"):
+        export(bases / "hf", tmp_path / "out", "mxfp4", adapter=folder)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_change_beside_the_steps_of_the_grid_is_told_to_be_rounded_away(bases, tmp_path):
@@ -666,6 +745,8 @@ def test_inputs_that_are_missing_or_of_no_use_are_named(bases, tmp_path, monkeyp
         export(bases / "hf", tmp_path / "out", "gguf")
     with pytest.raises(OssiaError, match="expected one of: mxfp4, bf16"):
         export(bases / "hf", tmp_path / "out", "onnx")
+    with pytest.raises(InputError, match="no prompts to compare with"):
+        export(bases / "hf", tmp_path / "out", "mxfp4", prompts=["Hi", " "])
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**20))
     for format in ("mxfp4", "bf16", "merged"):

@@ -212,7 +212,8 @@ def look_at_memory(settings: Config, memory: tuple[int, int]) -> Iterator[Findin
             yield Finding("memory", "ok", words + "fits", details=details)
             continue
         advice = f"Free {_gib(need - available)}, or use a machine with {_gib(need)} free; it runs, but from the disk."
-        is_wanted = name in settings.model
+        # Also gpt-oss-safeguard-20b, and gpt-oss:20b of Ollama's.
+        is_wanted = "gpt-oss" in settings.model and name.rpartition("-")[2] in settings.model
         words += "does not fit; experts would be read from the disk for each token"
         yield Finding("memory", "warn" if is_wanted else "info", words, advice if is_wanted else "", details)
 

@@ -48,7 +48,8 @@ def find_files(path: Path) -> tuple[Path, ...]:
         return tuple(files)
     if (path / "original").is_dir():
         return find_files(path / "original")
-    if gguf_files := sorted(path.glob("*.gguf")):
+    # Parts of a split file often have a folder of their own.
+    if gguf_files := sorted(path.glob("*.gguf")) or sorted(path.glob("*/*.gguf")):
         parts = _gguf_parts(gguf_files[0])
         if set(gguf_files) != set(parts):
             names = ", ".join(file.name for file in gguf_files[:8])

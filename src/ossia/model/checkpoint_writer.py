@@ -26,8 +26,14 @@ Progress = Callable[[int, int], None]
 
 # As large as the published shards.
 SHARD_BYTES = 5_000_000_000
-# What a folder must hold to be taken for one that was written here, and may be replaced.
-_MARKS = ("config.json", "adapter_config.json")
+# What a folder must hold to be taken for a checkpoint that may be replaced: a file, and what stands in it.
+_MARKS = {"config.json": ("model_type", "gpt_oss"), "adapter_config.json": ("peft_type", "LORA")}
+# And what it may hold besides: anything else may be somebody's work.
+_PARTS = re.compile(
+    r".*\.safetensors|.*\.safetensors\.index\.json|.*\.gguf|(generation|tokenizer|preprocessor)_config\.json"
+    r"|tokenizer\.json|(special_tokens_map|added_tokens|vocab|dtypes)\.json|merges\.txt|chat_template\.(jinja|json)"
+    r"|LICENSE(\.\w+)?|USAGE_POLICY|README\.md|\.gitattributes"
+)
 
 
 def plan_shards(tensors: Tensors, shard_bytes: int = SHARD_BYTES) -> dict[str, Tensors]:
@@ -72,14 +78,17 @@ def new_path(out: Path, needed_bytes: int, *, replace: bool = False) -> Iterator
     if is_there and not replace:
         raise InputError(f"{out} is there already and not empty. Give a new name.")
     if is_there and not _may_be_replaced(out):
-        raise InputError(f"{out} is there and holds no checkpoint, so it is not replaced. Give another name.")
+        raise InputError(f"{out} is there and is not a checkpoint alone, so it is not replaced. Give another name.")
     check_disk(out, needed_bytes)
     partial, old = (out.parent / f".{out.name}.{os.getpid()}.{what}" for what in ("partial", "old"))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         yield partial
+        _sync_small_files(partial)
         if is_there:
             out.rename(old)
+        elif out.is_dir() and not partial.is_dir():
+            out.rmdir()
         partial.replace(out)
     except BaseException:
         if old.exists() and not out.exists():
@@ -148,10 +157,18 @@ def sync(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
+def _sync_small_files(made: Path) -> None:
+    """Weights are synced as they are written; without the rest, what a power cut leaves could not be read."""
+    for path in made.glob("*.json") if made.is_dir() else ():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+
 def _mend(out: Path) -> None:
     for path in out.parent.glob(f".{glob.escape(out.name)}.*"):
         match = re.fullmatch(rf"\.{re.escape(out.name)}\.(\d+)\.(partial|old)", path.name)
-        if match is None or _is_running(int(match[1])):
+        # Our own number was another's before: in a container each process may be the first.
+        if match is None or (int(match[1]) != os.getpid() and _is_running(int(match[1]))):
             continue
         if match[2] == "old" and not out.exists():
             path.rename(out)
@@ -179,4 +196,22 @@ def _remove(path: Path) -> None:
 def _may_be_replaced(out: Path) -> bool:
     if out.is_file():
         return out.suffix in (".gguf", ".safetensors")
-    return any((out / mark).is_file() for mark in _MARKS) or any(out.glob("*.gguf"))
+    names = [path.name for path in out.iterdir() if path.name not in _MARKS]
+    if not all(_PARTS.fullmatch(name) and (out / name).is_file() for name in names):
+        return False
+    gguf_names = [name for name in names if name.endswith(".gguf")]
+    return any(_is_marked(out / mark) for mark in _MARKS) or _is_one_model(gguf_names)
+
+
+def _is_marked(path: Path) -> bool:
+    try:
+        fields = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    field, value = _MARKS[path.name]
+    # The config.json of an original/ folder names no type.
+    return isinstance(fields, dict) and (fields.get(field) == value or "experts_per_token" in fields)
+
+
+def _is_one_model(gguf_names: list[str]) -> bool:
+    return len({re.sub(r"-\d{5}-of-\d{5}\.gguf$", "", name) for name in gguf_names}) == 1

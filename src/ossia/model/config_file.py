@@ -99,13 +99,13 @@ def sampling_fields(fields: Fields, names: Mapping[str, str]) -> dict[str, float
         if name == "top_k" and type(value) is int and value >= -1:
             # -1 and 0 keep all.
             found[name] = max(value, 0)
-        elif name != "top_k" and type(value) in (int, float) and 0 <= value <= _MOST[name] and value < math.inf:
+        elif name != "top_k" and type(value) in (int, float) and 0 <= value <= min(_MOST[name], 1e12):
             # GGUF keeps 0.6 in 32 bits, as 0.6000000238.
             found[name] = round(float(value), 6)
         else:
             kind = "a whole number, -1 or more" if name == "top_k" else "a number, 0 or more"
             upto = " and 1 at most" if _MOST[name] == 1 else ""
-            raise fields.error(f"{called} is {value!r}, expected {kind}{upto}")
+            raise fields.error(f"{called} is {_short(value)}, expected {kind}{upto}")
     return found
 
 
@@ -218,8 +218,8 @@ class Fields:
         value = self._required(names, default)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if type(value) is not int or value <= 0:
-            raise self.error(f"{self.within}{names[0]} is {value!r}, expected a whole number above 0")
+        if type(value) is not int or not 0 < value < 1e12:
+            raise self.error(f"{self.within}{names[0]} is {_short(value)}, expected a whole number above 0")
         return value
 
     def number(self, *names: str, default: float | None = None) -> float:
@@ -231,9 +231,12 @@ class Fields:
     def must_be(self, name: str, expected: Any, why: str) -> None:
         """Refuse a field that is there and says something else."""
         value = self.get(name)
-        same = math.isclose(value, expected, rel_tol=1e-6) if _both_numbers(value, expected) else value == expected
+        try:
+            same = math.isclose(value, expected, rel_tol=1e-6) if _both_numbers(value, expected) else value == expected
+        except OverflowError:
+            same = False
         if value is not None and not same:
-            raise self.error(f"{self.within}{name} is {value!r}, expected {expected!r}: {why}")
+            raise self.error(f"{self.within}{name} is {_short(value)}, expected {expected!r}: {why}")
 
     def error(self, message: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: {message}. {self.remedy}")
@@ -245,6 +248,11 @@ class Fields:
         if value is None:
             raise self.error(f"the field {self.within}{' or '.join(names)} is missing")
         return value
+
+
+def _short(value: object) -> str:
+    """A value in an error: Python writes out no number of thousands of digits."""
+    return "too large a number" if isinstance(value, int) and value.bit_length() > 4096 else repr(value)[:200]
 
 
 def _both_numbers(a: Any, b: Any) -> bool:

@@ -106,7 +106,7 @@ def read_gguf(path: Path, mapped: npt.NDArray[np.uint8]) -> GgufHeader:
 
 
 # Of `SamplingParams`, as llama.cpp spells them.
-_SAMPLING = {
+SAMPLING_KEYS = {
     "temperature": "general.sampling.temp",
     "top_p": "general.sampling.top_p",
     "top_k": "general.sampling.top_k",
@@ -117,7 +117,7 @@ _SAMPLING = {
 
 def gguf_sampling(path: Path, metadata: Mapping[str, Any]) -> dict[str, float]:
     """How to sample where a request does not say: fields of `SamplingParams`. Raises CheckpointError."""
-    return sampling_fields(Fields(path, dict(metadata), remedy=GGUF_REMEDY), _SAMPLING)
+    return sampling_fields(Fields(path, dict(metadata), remedy=GGUF_REMEDY), SAMPLING_KEYS)
 
 
 def gguf_config(path: Path, header: GgufHeader) -> ModelConfig:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from ossia.errors import UnavailableError
 from ossia.model.checkpoint_writer import Tensors, sync, write_pieces
 from ossia.model.config import ModelConfig
-from ossia.model.gguf_file import ARCHITECTURE, TYPES
+from ossia.model.gguf_file import ARCHITECTURE, SAMPLING_KEYS, TYPES
 
 _ALIGNMENT = 32
 _VERSION = 3
@@ -73,9 +73,14 @@ def gguf_bytes(tensor: tuple[str, tuple[int, ...]]) -> int:
 
 
 def gpt_oss_metadata(
-    config: ModelConfig, tokenizer: Mapping[str, Any], name: str, chat_template: str | None = None
+    config: ModelConfig,
+    tokenizer: Mapping[str, Any],
+    name: str,
+    chat_template: str | None = None,
+    sampling: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """What a file says of a model of this shape with this vocabulary (a tokenizer.json).
+    """What a file says of a model of this shape with this vocabulary (a tokenizer.json), and of how it is sampled
+    (fields of `SamplingParams`).
 
     Raises UnavailableError when llama.cpp could not compute the model: it knows the published models' alternation of
     windows and their limit of the gate alone.
@@ -124,6 +129,7 @@ def gpt_oss_metadata(
         **{f"{ARCHITECTURE}.{key}": value for key, value in fields.items()},
         **_vocabulary(config, tokenizer),
         **({} if chat_template is None else {"tokenizer.chat_template": chat_template}),
+        **{SAMPLING_KEYS[key]: value if key == "top_k" else float(value) for key, value in (sampling or {}).items()},
     }
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ossia.config import EMBEDDED
-from ossia.errors import InputError, NotFoundError, OssiaError, UnavailableError
+from ossia.errors import CheckpointError, InputError, NotFoundError, OssiaError, UnavailableError
 from ossia.model.checkpoint_files import find_files
 
 # Names that need no owner.
@@ -180,8 +180,12 @@ def pull(name: str, revision: str | None = None, *, show_progress: bool = False)
         # Where the hub does not answer, or does not know the name, this finds what is here, or tells why.
         folder = snapshot_download(repository, revision=revision, **patterns, **bars)
         try:
-            return resolve_model(name, revision) if ending else Path(folder)
-        except NotFoundError as error:
+            found = resolve_model(name, revision) if ending else Path(folder)
+            if sizes is None:
+                # Nobody has said what belongs to it, and what was begun has a folder too.
+                find_files(found)
+            return found
+        except (NotFoundError, CheckpointError) as error:
             raise LocalEntryNotFoundError(error.message) from None
     except OssiaError:
         raise

@@ -145,7 +145,8 @@ class Checkpoint:
     @property
     def tokenizer_path(self) -> Path | None:
         """The tokenizer.json that belongs to the checkpoint: beside it, or beside its original/ folder."""
-        return self._beside("tokenizer.json")
+        # A GGUF file has its own; what lies beside it may be another model's.
+        return None if "tokenizer.ggml.tokens" in self.metadata else self._beside("tokenizer.json")
 
     def sampling(self) -> dict[str, float]:
         """How those who published it would have it sampled, as fields of `SamplingParams`; of any, or none.

@@ -92,9 +92,14 @@ def _log_softmax(logits_V: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     return shifted_V - np.log(np.exp(shifted_V).sum())
 
 
-def _token_ids(checkpoint: Checkpoint, prompts: Sequence[str]) -> tuple[list[list[int]], str]:
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Raise InputError where there are none, or an empty one."""
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise InputError("no prompts to compare with, or an empty one. Give one prompt a line.")
+
+
+def _token_ids(checkpoint: Checkpoint, prompts: Sequence[str]) -> tuple[list[list[int]], str]:
+    check_prompts(prompts)
     try:
         tokenizer = checkpoint.tokenizer()
         return [

@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from ossia.errors import CheckpointError, ConfigError, InputError, UnavailableError
 from ossia.harmony.tokenizer import Tokenizer
+from ossia.model.adapted import check_base_copies
 from ossia.model.adapter import Adapter, read_adapter, write_adapter
 from ossia.model.checkpoint_writer import (
     SHARD_BYTES,
@@ -48,7 +49,7 @@ from ossia.model.layouts import BYTES, HF, HF_BF16, Gguf, Layout
 from ossia.model.safetensors_file import TensorEntry
 from ossia.model.weights import Checkpoint
 from ossia.ops.mapped import give_back
-from ossia.train.divergence import PROMPTS, Divergence, divergence
+from ossia.train.divergence import PROMPTS, Divergence, check_prompts, divergence
 from ossia.train.merged import Merged, read_tensors
 from ossia.train.tensors import Rounding, Tensors
 
@@ -120,6 +121,9 @@ def export(
     checkpoint, out = Checkpoint.open(base), Path(out)
     _refuse_inputs_place(out, [checkpoint.folder, *checkpoint.files, *(Path(x) for x in (adapter, weights) if x)])
     pairs = None if adapter is None else read_adapter(adapter, checkpoint.config)
+    if pairs is not None:
+        check_base_copies(pairs, checkpoint)
+    check_prompts(prompts)
     if format == "adapter":
         return _export_adapter(checkpoint, out, pairs, weights, replace=replace)
     if format == "merged" and checkpoint.layout.name == "ollama":
@@ -197,7 +201,7 @@ class _Writer:
             place.mkdir()
             for file, mapped in self.base.maps.items():
                 entries = [(name, entry) for name, entry in self.base.tensors.items() if entry.file == file]
-                with open(place / file.name, "wb") as target:
+                with open(place / _file_name(file, self.base), "wb") as target:
                     position = 0
                     for name, entry in sorted(entries, key=lambda item: item[1].offset):
                         write_pieces(target, _raw(mapped, position, entry.offset), self._written)
@@ -208,11 +212,12 @@ class _Writer:
                     sync(target)
             self._copy_side_files(place)
             for name in ("config.json", "model.safetensors.index.json"):
-                if (self.base.folder / name).is_file():
+                if (self.base.folder / name).is_file() and not self.base.metadata:
                     shutil.copyfile(self.base.folder / name, place / name)
             if self.base.has_random_weights and not self.model.is_random:
                 fields = read_json(place / "config.json")
                 write_json(place / "config.json", {k: value for k, value in fields.items() if k != RANDOM_WEIGHTS})
+            Checkpoint.open(place)
 
     # Hugging Face -----------------------------------------------------------------------------------------------------
 
@@ -234,13 +239,17 @@ class _Writer:
             self._copy_side_files(place)
             write_json(place / "config.json", self._hugging_face_config(mxfp4=layout is HF))
             if not (place / "generation_config.json").is_file():
-                write_json(place / "generation_config.json", generation_config(self.base.config))
+                sampling = self.base.sampling()
+                # How transformers says temperature 0.
+                how = {"do_sample": False} if sampling.get("temperature") == 0 else sampling
+                write_json(place / "generation_config.json", generation_config(self.base.config) | how)
             tokenizer = self._tokenizer_json()
             if tokenizer is not None and not (place / "tokenizer.json").is_file():
                 (place / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
             template = self._chat_template()
             if template is not None and not (place / "chat_template.jinja").is_file():
                 (place / "chat_template.jinja").write_text(template, encoding="utf-8")
+            Checkpoint.open(place)
 
     def _hugging_face_config(self, *, mxfp4: bool) -> dict[str, Any]:
         fields = hugging_face_config(self.base.config, mxfp4=mxfp4)
@@ -268,7 +277,8 @@ class _Writer:
         if tokenizer is None:
             self.base.tokenizer()  # says what is missing
             raise CheckpointError(f"{self.base.folder} has no tokenizer.json, which a GGUF file needs.")
-        metadata = gpt_oss_metadata(config, json.loads(tokenizer), out.stem, self._chat_template())
+        template, sampling = self._chat_template(), self.base.sampling()
+        metadata = gpt_oss_metadata(config, json.loads(tokenizer), out.stem, template, sampling)
         tensors = self._tensors(layout)
         plan: Plan = {}
         for name, expected in layout.expected(config).items():
@@ -314,7 +324,12 @@ class _Writer:
             self.progress(min(self._done_bytes, self._total_bytes), self._total_bytes)
 
     def _folders(self) -> list[Path]:
-        """Where the base's small files are: beside its weights, and beside its original/ folder."""
+        """Where the base's small files are: beside its weights, and beside its original/ folder.
+
+        A GGUF file has all in itself, and what lies beside it may be another model's.
+        """
+        if self.base.metadata:
+            return []
         folder = self.base.folder
         return [folder, folder.parent] if folder.name == "original" else [folder]
 
@@ -329,15 +344,33 @@ class _Writer:
             return self.base.tokenizer_path.read_text(encoding="utf-8")
         document = tokenizer_document(self.base.files[0], self.base.metadata)
         if document is not None:
-            return json.dumps(document, ensure_ascii=False)
+            return Tokenizer.from_document(document, str(self.base.files[0])).to_tokenizer_json()
         tokenizer = Tokenizer.o200k_harmony()
         return tokenizer.to_tokenizer_json() if tokenizer.vocab_size == self.base.config.vocab_size else None
 
     def _chat_template(self) -> str | None:
-        paths = (folder / "chat_template.jinja" for folder in self._folders())
-        path = next((path for path in paths if path.is_file()), None)
-        template = self.base.metadata.get("tokenizer.chat_template")
-        return path.read_text(encoding="utf-8") if path else template if isinstance(template, str) else None
+        for folder in self._folders():
+            path = folder / "chat_template.jinja"
+            if path.is_file():
+                return path.read_text(encoding="utf-8")
+            # Where transformers had it before.
+            for path in (folder / "chat_template.json", folder / "tokenizer_config.json"):
+                if path.is_file() and (found := _template(read_json(path).get("chat_template"))) is not None:
+                    return found
+        return _template(self.base.metadata.get("tokenizer.chat_template"))
+
+
+def _template(found: object) -> str | None:
+    """A template, or of several by name the usual one."""
+    if isinstance(found, list):
+        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) else None
+
+
+def _file_name(file: Path, base: Checkpoint) -> str:
+    """What a copy is called. In Ollama's store files have no suffix, and nothing would take it for a model."""
+    return f"{file.name}.gguf" if base.metadata and file.suffix != ".gguf" else file.name
 
 
 def _raw(mapped: npt.NDArray[np.uint8], start: int, end: int) -> Iterator[npt.NDArray[np.uint8]]:
