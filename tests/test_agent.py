@@ -13,6 +13,8 @@ import pytest
 
 import ossia
 from ossia.errors import ConfigError, InputError, UnavailableError
+from ossia.harmony import ToolNamespace
+from ossia.tools.base import ToolOutput
 
 CLOSE = "Please close the barost up to 65."
 
@@ -199,6 +201,11 @@ def test_ctrl_c_cancels_the_call_and_the_agent_goes_on(nano):
         ({"tools": ["pyton"]}, "there is no tool 'pyton'"),
         ({"tools": ["browser"]}, "needs browser"),
         ({"max_calls": -1}, "max_calls is -1"),
+        ({"max_calls": "3"}, "max_calls is '3'"),
+        ({"temprature": 1}, "unknown parameter 'temprature'"),
+        ({"temperature": None}, "sampling parameters cannot be used"),
+        ({"adapter": "polite"}, "there is no adapter 'polite'"),
+        ({"min_tokens": 5}, "min_tokens cannot be given"),
         ({"ignore_eos": True}, "ignore_eos cannot be given"),
         ({"output_schema": {"type": "object", "not": {}}}, "output_schema"),
         ({"output_schema": "json"}, "expected a JSON Schema"),
@@ -244,3 +251,84 @@ print("said")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0 and done.stdout == "said\n"
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("said", "runs"), [(True, True), (False, False)])
+def test_who_approves_may_be_asynchronous(said, runs, nano, close_barost, closed):
+    async def approve(call):
+        await asyncio.sleep(0)
+        return said
+
+    with ossia.Agent(nano, tools=[close_barost], approve=approve, temperature=0) as agent:
+        agent.ask(CLOSE).read()
+    assert bool(closed) == runs
+
+
+def test_an_approval_that_is_neither_yes_nor_no_is_an_error(nano, close_barost, closed):
+    with (
+        ossia.Agent(nano, tools=[close_barost], approve=lambda call: "no", temperature=0) as agent,
+        pytest.raises(InputError, match="approve answered 'no'"),
+    ):
+        agent.ask(CLOSE).read()
+    assert closed == [] and agent.messages == []
+
+
+def test_a_limit_beyond_the_context_is_no_less_room(nano):
+    def close_barost(limit: int) -> dict[str, bool]:
+        return {"ok": True}
+
+    most = nano.engine.max_context
+    with ossia.Agent(nano, tools=[close_barost], temperature=0, max_tokens=most) as agent:
+        answer = agent.ask(CLOSE)
+        assert answer.read() and answer.finish_reason == "stop"
+
+
+def test_a_result_that_is_too_long_is_told_to_the_model_and_the_conversation_goes_on(nano):
+    def close_barost(limit: int) -> str:
+        return "x " * 20_000
+
+    with ossia.Agent(nano, tools=[close_barost], temperature=0) as agent:
+        answer = agent.ask(CLOSE)
+        answer.read()
+        assert "there is no room for them" in answer.messages[2].text and answer.finish_reason == "stop"
+        before = len(agent.messages)
+        agent.ask("What is 2 + 2?").read()
+        assert len(agent.messages) > before
+
+
+def test_a_tool_that_cannot_be_closed_holds_up_no_other(nano):
+    closed = []
+
+    class Held:
+        def __init__(self, name):
+            self.namespace = ToolNamespace(name, "Does nothing.")
+
+        async def run(self, name, arguments):
+            return ToolOutput("")
+
+        async def close(self):
+            closed.append(self.namespace.name)
+            raise RuntimeError(self.namespace.name)
+
+    ossia.Agent(nano, tools=[Held("first"), Held("second")]).close()
+    assert closed == ["first", "second"]
+
+
+def test_a_header_that_was_cut_off_is_no_answer(nano, close_barost):
+    with ossia.Agent(nano, tools=[close_barost], temperature=0) as agent:
+        whole = agent.ask(CLOSE)
+        whole.read()
+    for most in range(1, whole.num_tokens):
+        cut = nano.generate(CLOSE, tools=[close_barost], temperature=0, max_tokens=most)
+        assert cut.read() == "" and not any(m.channel is None for m in cut.messages), most
+        if cut.finish_reason == "stop":
+            break
+
+
+def test_an_agent_may_ask_the_model_that_it_runs_in(nano):
+    def close_barost(limit: int) -> str:
+        return nano.generate("What is 1234 + 5678?", temperature=0).read()
+
+    with ossia.Agent(nano, tools=[close_barost], temperature=0) as agent:
+        agent.ask(CLOSE).read()
+        assert agent.messages[-2].text == "6912"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import ossia
 from ossia.errors import CheckpointError, ConfigError, InputError, NotFoundError, OssiaError
-from ossia.harmony import DeveloperContent, Message, Role, ToolNamespace
+from ossia.harmony import DeveloperContent, Message, Role, ToolDescription, ToolNamespace
 from ossia.model.adapter import write_adapter
 from ossia.model.random_checkpoint import random_adapter, write_random_checkpoint
 
@@ -234,6 +235,56 @@ def test_messages_with_tools_of_their_own_are_enforced_too(model):
     assert own.prompt_token_ids == given.prompt_token_ids
     own.read(), given.read()
     assert own.token_ids == given.token_ids
+
+
+def test_threads_take_turns_with_a_model(nano):
+    asked = [f"What is {1000 + 37 * i} + {4000 + 11 * i}?" for i in range(6)]
+    alone = [nano.generate(question, temperature=0).read() for question in asked]
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(lambda question: nano.generate(question, temperature=0).read(), asked * 2))
+    assert together == alone * 2 and nano._outputs == {}
+
+
+def test_a_stop_string_may_be_a_text_alone(nano):
+    assert nano.generate("What is 1234 + 5678?", temperature=0, stop_strings="21").read() == "6912"
+    assert nano.generate("What is 1234 + 5678?", temperature=0, stop_strings="12").read() == "69"
+
+
+def test_of_a_tool_that_is_declared_again_the_last_counts(model):
+    def declared(kind):
+        parameters = {"type": "object", "properties": {"x": {"enum": kind}}, "required": ["x"]}
+        tool = ToolDescription("f", "", {**parameters, "additionalProperties": False})
+        return Message(Role.DEVELOPER, DeveloperContent(tools=(ToolNamespace.functions([tool]),)))
+
+    messages = [declared(["old"]), Message(Role.USER, "a"), declared(["new"]), Message(Role.USER, "b")]
+    for seed in range(6):
+        answer = model.generate(messages, seed=seed, logit_bias=soon(model), max_tokens=300)
+        answer.read()
+        assert answer.messages[-1].recipient is None or json.loads(answer.messages[-1].text) == {"x": "new"}
+
+
+@pytest.mark.parametrize(
+    ("given", "settings", "match"),
+    [
+        (None, {}, "messages is None"),
+        ("Hi", {"max_tokens": "10"}, "sampling parameters cannot be used"),
+        ("Hi", {"tools": ToolDescription("f")}, "tools is ToolDescription"),
+        ("Hi", {"logprobs": True}, "unknown parameter 'logprobs'"),
+        (
+            "Hi",
+            {"output_schema": {"type": "object"}, "min_tokens": 3},
+            "min_tokens is 3; it must be 0 beside a grammar",
+        ),
+    ],
+)
+def test_what_is_of_another_kind_is_told(given, settings, match, model):
+    with pytest.raises(InputError, match=match):
+        model.generate(given, **settings)
+
+
+def test_one_message_is_a_conversation(model):
+    one, text = (model.generate(x, max_tokens=1) for x in (Message(Role.USER, "Hi"), "Hi"))
+    assert one.prompt_token_ids == text.prompt_token_ids
 
 
 def test_a_tool_or_schema_that_is_none_is_refused(model):

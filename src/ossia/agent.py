@@ -11,9 +11,10 @@ behind a call are those that the model sampled, whatever they would be rendered 
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import weakref
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
@@ -30,11 +31,13 @@ from ossia.tools.registry import Workshop, find, merged
 
 T = TypeVar("T")
 
+_log = logging.getLogger(__name__)
+
 _DECLINED = "Error: the user has declined this call."
 
 
 class Agent:
-    """One conversation. For one thread at a time, as the model is; the tools run in a thread of their own."""
+    """One conversation. For one thread at a time; the tools run in a thread of their own."""
 
     def __init__(
         self,
@@ -47,26 +50,32 @@ class Agent:
         current_date: str | None = None,
         messages: Messages = (),
         max_calls: int = 32,
-        approve: Callable[[Message], bool] | None = None,
+        approve: Callable[[Message], bool | Awaitable[bool]] | None = None,
         **sampling: Any,
     ) -> None:
         """``tools`` are functions, with or without @ossia.tool; names: "python" runs code in a sandbox, which is proven
         first, "browser" and "apply_patch" work where the model's settings say (``ossia.load(..., browser=...)``); and
         objects that are an `ossia.tools.base.Tool`, which the agent closes with itself.
 
-        ``messages`` are the conversation so far. ``approve`` is asked before each call, with its message, whose text is
-        the code or the JSON of the arguments: what it declines is not run, and the model is told so. After
+        ``messages`` are the conversation so far. ``approve``, which may be async, is asked before each call, with its
+        message, whose text is the code or the JSON of the arguments: what it does not answer with True is not run, and
+        the model is told so. After
         ``max_calls`` calls in one answer no further one can be sampled. The rest is as in `LocalModel.generate`;
         ``max_tokens`` counts all that is sampled for an answer.
 
         Raises InputError, ConfigError for a tool that is unknown or lacks a setting, and UnavailableError if no sandbox
         holds, with what to install.
         """
-        for name in ("constraint", "ignore_eos"):
+        if not isinstance(model, LocalModel):
+            raise InputError(f"model is {model!r:.80}; expected what ossia.load gives", param="model")
+        for name in ("constraint", "ignore_eos", "min_tokens"):
             if sampling.get(name):
                 raise InputError(f"{name} cannot be given here: an agent's turns end by a grammar of their own")
-        if max_calls < 0:
-            raise InputError(f"max_calls is {max_calls}; expected 0 or more", param="max_calls")
+        if type(max_calls) is not int or max_calls < 0:
+            raise InputError(f"max_calls is {max_calls!r}; expected a whole number, 0 or more", param="max_calls")
+        adapter = model.params(**sampling).adapter
+        if adapter is not None and adapter not in model.engine.adapters:
+            raise InputError(f"there is no adapter {adapter!r}; load it first", param="adapter")
         self.model = model
         self.messages: list[Message] = list(read_messages(messages))
         """The conversation so far: what was asked, thought, called, found and answered."""
@@ -133,11 +142,32 @@ class Agent:
         choice = AUTO if num_calls < self._max_calls else ToolChoice("none")
         grammar = declared_grammar(conversation.messages, tool_choice=choice, output_param="output_schema")
         sampling = {**self._sampling, "max_tokens": room, "constraint": self.model.constraint(grammar)}
-        return self.model.complete(prompt, **sampling)
+        try:
+            return self.model.complete(prompt, **sampling)
+        except ContextLengthError:
+            if room is None:
+                raise
+            # It says how many there may be at most: as many as there is room for.
+            return self.model.complete(prompt, **{**sampling, "max_tokens": None})
+
+    def _is_approved(self, call: Message) -> bool:
+        if self._approve is None:
+            return True
+        said = self._approve(call)
+        if isinstance(said, Awaitable):
+            asked = said
+
+            async def answered() -> bool:
+                return await asked
+
+            said = self._run(answered())
+        if not isinstance(said, bool):
+            raise InputError(f"approve answered {said!r:.80}; expected True or False", param="approve")
+        return said
 
     def _answer(self, call: Message) -> str:
         """What came of a call."""
-        if self._approve is not None and not self._approve(call):
+        if not self._is_approved(call):
             return _DECLINED
         recipient = call.recipient or ""
         found = find(self._tools, recipient)
@@ -230,18 +260,32 @@ class Answer(Iterator[Delta]):
             self._finish(done.finish_reason or "stop")
             return
         result = self._agent._answer(call)
-        answer = Message(Role.TOOL, result, name=call.recipient, recipient="assistant", channel=call.channel)
-        self._said += [*(one.message for one in said), answer]
+        self._said += [one.message for one in said]
         self._generation = None
         self.num_calls += 1
-        self._prompt += [*done.token_ids, *render_message(answer, self._agent.model.tokenizer), *self._opening]
-        room = None if self._max_tokens is None else self._max_tokens - self.num_tokens
+        self._prompt += done.token_ids
         try:
-            if room is not None and room < 1:
-                self._finish("length")
-            else:
-                self._generation = self._agent._begin(self._conversation, self._prompt, self.num_calls, room)
+            self._read(call, result)
         except ContextLengthError:
+            num_tokens = len(self._agent.model.tokenizer.encode(result))
+            try:
+                self._read(call, f"Error: the tool answered with {num_tokens} tokens, and there is no room for them.")
+            except ContextLengthError:
+                # A call without a result is none.
+                self._said.pop()
+                self._finish("length")
+
+    def _read(self, call: Message, result: str) -> None:
+        """Go on behind what a tool has answered. Raises ContextLengthError where it does not fit."""
+        answer = Message(Role.TOOL, result, name=call.recipient, recipient="assistant", channel=call.channel)
+        prompt = [*self._prompt, *render_message(answer, self._agent.model.tokenizer), *self._opening]
+        room = None if self._max_tokens is None else self._max_tokens - self.num_tokens
+        generation = None
+        if room is None or room > 0:
+            generation = self._agent._begin(self._conversation, prompt, self.num_calls, room)
+        self._said.append(answer)
+        self._prompt, self._generation = prompt, generation
+        if generation is None:
             self._finish("length")
 
     def _finish(self, reason: FinishReason) -> None:
@@ -335,8 +379,11 @@ def _call(said: Sequence[ParsedMessage]) -> Message | None:
 
 def _close(loop: _LoopThread, tools: Sequence[Tool], workshop: Workshop) -> None:
     async def close() -> None:
-        for tool in tools:
-            await tool.close()
-        await workshop.close()
+        holding: list[Tool | Workshop] = [*tools, workshop]
+        for held in holding:
+            try:
+                await held.close()
+            except Exception:
+                _log.exception("a tool could not be closed: %r", held)
 
     loop.close(close)

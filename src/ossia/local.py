@@ -10,9 +10,10 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -59,7 +60,14 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-Messages = str | Conversation | Sequence[Message | Mapping[str, Any]]
+# Of `SamplingParams`; what an engine reports besides tokens, `Generation` has no place for.
+_PARAMETERS = tuple(
+    field.name
+    for field in fields(SamplingParams)
+    if field.name not in ("logprobs", "top_logprobs", "score_from", "drawn_logprobs", "routing")
+)
+
+Messages = str | Message | Conversation | Sequence[Message | Mapping[str, Any]]
 """One user message as text, or a conversation; messages as dicts take the form of `ossia.harmony.messages`."""
 
 
@@ -74,7 +82,8 @@ def load(model: str | Path = EMBEDDED, **settings: Any) -> LocalModel:
 
 
 class LocalModel:
-    """An opened checkpoint with its engine. For one thread at a time; several answers may be under way at once."""
+    """An opened checkpoint with its engine. Several answers may be under way at once, in several threads too: these
+    take turns, and an answer is read by one of them."""
 
     def __init__(
         self, engine: Engine, tokenizer: Tokenizer, checkpoint: Checkpoint, settings: Config | None = None
@@ -87,6 +96,8 @@ class LocalModel:
         self.sampling: Mapping[str, Any] = checkpoint.sampling()
         """How an answer is sampled that does not say otherwise: what the checkpoint names of `SamplingParams`."""
         self._outputs: dict[int, deque[TokenOutput]] = {}
+        # The engine is one thread's at a time.
+        self._lock = threading.RLock()
         # Requests of answers that nobody holds any more.
         self._dropped: deque[int] = deque()
 
@@ -119,12 +130,14 @@ class LocalModel:
         `read_adapter` raises, and ConfigError where it does not fit the memory for adapters.
         """
         adapter = self.read_adapter(path, name)
-        self.engine.load_adapter(adapter)
+        with self._lock:
+            self.engine.load_adapter(adapter)
         return adapter.name
 
     def unload_adapter(self, name: str) -> None:
         """Let go of an adapter. Raises NotFoundError if there is none of that name."""
-        self.engine.unload_adapter(name)
+        with self._lock:
+            self.engine.unload_adapter(name)
 
     def generate(
         self,
@@ -183,46 +196,65 @@ class LocalModel:
 
     def complete(self, prompt_token_ids: Sequence[int], **sampling: Any) -> Generation:
         """Answer a rendered prompt, which ends in the opening of an assistant message."""
-        known = [field.name for field in fields(SamplingParams)]
+        params = self.params(**sampling)
+        # The engine would find them in thoughts and headers too.
+        stops = TextStops(params.stop_strings)
+        with self._lock:
+            self._abort_dropped()
+            request_id = self.engine.add_request(prompt_token_ids, replace(params, stop_strings=()))
+            self._outputs[request_id] = deque()
+        return Generation(self, request_id, prompt_token_ids, stops)
+
+    def params(self, **sampling: Any) -> SamplingParams:
+        """What `complete` samples by. Raises InputError for a parameter that is unknown, or has an impossible value."""
         for name in sampling:
-            if name not in known:
-                raise InputError(f"unknown parameter {name!r}; expected one of: {', '.join(known)}", param=name)
-        params = SamplingParams(**{**self.sampling, **sampling})
+            if name not in _PARAMETERS:
+                raise InputError(f"unknown parameter {name!r}; expected one of: {', '.join(_PARAMETERS)}", param=name)
+        if isinstance(sampling.get("stop_strings"), str):
+            # As one would say it: its letters are not meant.
+            sampling["stop_strings"] = (sampling["stop_strings"],)
+        try:
+            params = SamplingParams(**{**self.sampling, **sampling})
+        except TypeError as error:
+            raise InputError(f"the sampling parameters cannot be used: {error}") from None
         if not params.ignore_eos:
             # Not every published generation_config.json names <|call|>: behind it the model would invent the result.
             params = replace(params, stop_token_ids=(*params.stop_token_ids, *self.tokenizer.stop_ids))
-        self._abort_dropped()
-        # The engine would find them in thoughts and headers too.
-        stops = TextStops(params.stop_strings)
-        request_id = self.engine.add_request(prompt_token_ids, replace(params, stop_strings=()))
-        self._outputs[request_id] = deque()
-        return Generation(self, request_id, prompt_token_ids, stops)
+        return params
 
     def _next_output(self, request_id: int) -> TokenOutput:
         """The next token of one request; tokens that other requests get meanwhile are kept for them."""
-        if request_id not in self._outputs:
-            raise OssiaError("this answer was lost when the model failed, or was interrupted, at another; ask again")
-        own = self._outputs[request_id]
-        while not own:
-            self._abort_dropped()
-            try:
-                outputs = self.engine.step()
-            except BaseException:
-                # The engine has forgotten all requests: nobody is to wait for their tokens.
-                self._outputs.clear()
-                raise
-            for output in outputs:
-                if output.request_id in self._outputs:
-                    self._outputs[output.request_id].append(output)
-        return own.popleft()
+        while True:
+            with self._lock:
+                own = self._outputs.get(request_id)
+                if own is None:
+                    raise OssiaError(
+                        "this answer was lost when the model failed, or was interrupted, at another; ask again"
+                    )
+                if own:
+                    return own.popleft()
+                self._step()
+
+    def _step(self) -> None:
+        self._abort_dropped()
+        try:
+            outputs = self.engine.step()
+        except BaseException:
+            # The engine has forgotten all requests: nobody is to wait for their tokens.
+            self._outputs.clear()
+            raise
+        for output in outputs:
+            if output.request_id in self._outputs:
+                self._outputs[output.request_id].append(output)
 
     def _abort_dropped(self) -> None:
         while self._dropped:
             self._forget(self._dropped.popleft())
 
     def _forget(self, request_id: int) -> None:
-        if self._outputs.pop(request_id, None) is not None:
-            self.engine.abort(request_id)
+        with self._lock:
+            if self._outputs.pop(request_id, None) is not None:
+                self.engine.abort(request_id)
 
 
 class Generation(Iterator[Delta]):
@@ -334,7 +366,7 @@ class Generation(Iterator[Delta]):
 
     def _finish(self, reason: FinishReason) -> None:
         self.finish_reason = reason
-        self._take(self._parser.close())
+        self._take(self._parser.close(cut=reason != "stop"))
 
     def _take(self, events: Sequence[Event]) -> None:
         for event in events:
@@ -395,6 +427,8 @@ def _namespaces(
 ) -> tuple[tuple[ToolNamespace, ...], tuple[ToolNamespace, ...]]:
     """Namespaces of the system message, and of the developer message."""
     functions, spaces = [], []
+    if not isinstance(tools, Sequence):
+        raise InputError(f"tools is {tools!r:.80}; expected a list", param="tools")
     for i, tool in enumerate(tools):
         # A function with @ossia.tool has one.
         tool = getattr(tool, "declaration", tool)
@@ -438,6 +472,10 @@ def read_messages(messages: Messages) -> tuple[Message, ...]:
     """Messages as they may be given to `LocalModel.generate`. Raises InputError naming the one at fault."""
     if isinstance(messages, str):
         return (Message(Role.USER, messages),)
+    if isinstance(messages, Message):
+        return (messages,)
+    if not isinstance(messages, Iterable):
+        raise InputError(f"messages is {messages!r:.80}; expected a text or a list of messages", param="messages")
     return tuple(
         message if isinstance(message, Message) else Message.from_dict(message, f"messages[{i}]")
         for i, message in enumerate(messages)

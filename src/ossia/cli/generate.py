@@ -101,8 +101,9 @@ def generate(
             _stream(generation, console, show_reasoning)
     if not as_json:
         _print_summary(generation, console)
-    if not raw and generation.finish_reason == "stop" and not generation.text:
-        console.print(_without_answer(generation), style="yellow", highlight=False, soft_wrap=True)
+    if not raw and not generation.text:
+        if generation.finish_reason == "stop":
+            console.print(_without_answer(generation), style="yellow", highlight=False, soft_wrap=True)
         raise typer.Exit(1)
 
 

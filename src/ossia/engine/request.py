@@ -117,6 +117,8 @@ class SamplingParams:
         self._check("score_from", self.score_from is None or self.score_from >= 1, "at least 1: nothing precedes 0")
         self._check("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1")
         self._check("min_tokens", self.min_tokens >= 0, "at least 0")
+        is_bound = self.constraint is not None and self.min_tokens > 0
+        self._check("min_tokens", not is_bound, "0 beside a grammar, which says itself where an answer ends")
         self._check("stop_sequences", all(self.stop_sequences), "sequences of at least one token")
         self._check("stop_strings", all(map(_is_text, self.stop_strings)), "texts of at least one whole character")
 

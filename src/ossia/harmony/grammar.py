@@ -264,15 +264,16 @@ def declared_grammar(
     Calls are those of `Tool.declared`. The answer matches the response format where there is one; of several nobody
     knows which is meant, and none is enforced. Raises InputError for what cannot be enforced.
     """
-    tools: list[Tool] = []
+    # Of a tool that is declared again, as a later developer message may do, the last is meant.
+    tools: dict[str, Tool] = {}
     schemas: list[Mapping[str, Any]] = []
     for part in (part for message in messages for part in message.content):
         if isinstance(part, SystemContent | DeveloperContent):
-            tools += [tool for space in part.tools for tool in Tool.declared(space, strict=strict)]
+            tools |= {one.recipient: one for space in part.tools for one in Tool.declared(space, strict=strict)}
         if isinstance(part, DeveloperContent):
             schemas += [one.schema for one in part.response_formats]
     output = Schema(schemas[0]) if len(schemas) == 1 else None
-    return turn_grammar(tools, tool_choice=tool_choice, output=output, output_param=output_param)
+    return turn_grammar(list(tools.values()), tool_choice=tool_choice, output=output, output_param=output_param)
 
 
 class _Frame:

@@ -204,8 +204,14 @@ class StreamParser:
         """Take tokens in order; the events of each, joined."""
         return [event for token in tokens for event in self.feed(token)]
 
-    def close(self) -> list[Event]:
-        """No more tokens: the open message, if there is one, ends here."""
+    def close(self, *, cut: bool = False) -> list[Event]:
+        """No more tokens: the open message, if there is one, ends here.
+
+        ``cut``: not the model has ended it. What stands of a header is then the beginning of one, and no message.
+        """
+        if cut and self._in_header and self._header is None:
+            self._reset()
+            return []
         return list(self._reported(self._close()))
 
     # -- states ------------------------------------------------------------------------------------

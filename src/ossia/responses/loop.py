@@ -437,7 +437,7 @@ class Run:
                 used.reasoning_tokens + generation.num_reasoning_tokens + num_open,
             )
         # Behind a call nothing counts.
-        for parsed in generation.parser.close() if generation.call is None else ():
+        for parsed in generation.parser.close(cut=generation.is_cut) if generation.call is None else ():
             for event in self._tell(generation, parsed, is_whole=not generation.is_cut):
                 yield event
         self._usage = self._usage._replace(reasoning_tokens=used.reasoning_tokens + generation.num_reasoning_tokens)
