@@ -627,6 +627,8 @@ def test_each_line_of_a_pipe_is_answered_and_a_bad_one_told_by_the_exit_code(env
     assert piped(environ, checkpoint, b"").returncode == 0
     assert piped(environ, checkpoint, b"hi", "--tools", "apply_patch").returncode == 1
     assert piped(environ, checkpoint, b"hi", "--date", "tomorrow").returncode == 1
+    cut = piped(environ, "nano", b"What is 1234 + 5678?", "--max-tokens", "3")
+    assert cut.returncode == 1 and b"cut off" in cut.stderr
 
 
 class Terminal:

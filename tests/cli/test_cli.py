@@ -337,6 +337,11 @@ def test_an_answer_that_ends_in_a_call_is_no_success():
         assert bool(more) == ('"recipient": "python"' in result.stdout) == bool(result.stdout)
 
 
+def test_thoughts_that_were_cut_off_are_no_answer():
+    result = ossia("generate", "What is 1234 + 5678?", "--max-tokens", 3)
+    assert result.returncode == 1 and result.stdout == "" and "cut off" in result.stderr
+
+
 def test_an_answer_is_made_to_match_the_schema_of_a_file(tmp_path):
     schema = {
         "type": "object",

@@ -8,6 +8,7 @@ from typing import Any
 
 import openai
 import pytest
+from openai.types.responses import Response, ResponseError
 from tests.responses.scripts import REASONED, TOKENIZER, Scripted, model, tokens
 from tests.responses.tool_scripts import PYTHON_LOOP, final, make_boxes
 from tests.server.conftest import Served
@@ -94,6 +95,20 @@ def test_what_the_limit_cuts_off_is_told(server, questions, capsys):
     server.play("<|channel|>analysis<|message|>Hm" + " and so on" * 200)
     assert evaluate(server, questions, "--json") == 0
     assert json.loads(capsys.readouterr().out)["low"]["unfinished"] == 100
+
+
+def test_a_response_that_failed_is_no_answer(server, questions, tmp_path, capsys, monkeypatch):
+    """Ours answers with an error's status; other servers may say it so."""
+
+    async def failed(self, **given):
+        error = {"code": "server_error", "message": "out of memory"}
+        return Response.model_construct(status="failed", error=ResponseError.model_construct(**error), output=[])
+
+    monkeypatch.setattr("openai.resources.responses.AsyncResponses.create", failed)
+    assert evaluate(server, questions, "--out", str(tmp_path / "runs")) == 1
+    assert "answered that the response has failed: out of memory" in capsys.readouterr().err
+    kept = [line for path in (tmp_path / "runs").glob("*.jsonl") for line in path.read_text().splitlines()]
+    assert not any('"text"' in line for line in kept)
 
 
 def test_the_model_may_use_the_server_s_python(tmp_path, capsys):

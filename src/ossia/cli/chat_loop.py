@@ -212,6 +212,8 @@ class ChatLoop:
             is_full = meter.num_context_tokens >= meter.max_context
             why = "the context is full: /compact, /drop or /clear make room" if is_full else "--max-tokens was reached"
             self._screen.note(f"the answer was cut off: {why}", is_warning=True)
+            if not (self._source.is_interactive or (session.last is not None and session.last.answer)):
+                self._code = 1
         if self._source.is_interactive:
             self._screen.note(
                 f"{meter.num_tokens:,} tokens, {meter.tokens_per_s:.1f} tokens/s, first after "

@@ -95,15 +95,24 @@ def _rows(data: bytes) -> list[dict[str, Any]]:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"the questions are no UTF-8 text: {error}") from None
-    if text.lstrip().startswith("{"):
+    if text.lstrip().startswith(("{", "[")):
         try:
             # Not splitlines: a text may hold other line ends.
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-        except ValueError as error:
+            lines = [text] if text.lstrip()[0] == "[" else text.split("\n")
+            rows = [json.loads(line) for line in lines if line.strip()]
+        except (ValueError, RecursionError) as error:
             raise InputError(f"the questions are no JSON lines: {error}") from None
+        rows = rows[0] if rows and isinstance(rows[0], list) else rows
+        if not all(isinstance(row, dict) for row in rows):
+            raise InputError("the questions are no JSON objects; expected one for each")
         # The Hugging Face hub tells rows so.
         return [one["row"] for one in rows[0]["rows"]] if len(rows) == 1 and "rows" in rows[0] else rows
-    return list(csv.DictReader(io.StringIO(text, newline="")))
+    # A picture in a column is longer than the module's limit.
+    csv.field_size_limit(len(text) + 1)
+    try:
+        return list(csv.DictReader(io.StringIO(text, newline="")))
+    except csv.Error as error:
+        raise InputError(f"the questions are no CSV: {error}") from None
 
 
 # AIME ----------------------------------------------------------------------------------------------------------------

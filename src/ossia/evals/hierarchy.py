@@ -70,7 +70,12 @@ def questions() -> list[Question]:
 
 
 def mark(said: str, asked: Asked) -> float:
-    """1 where the rules held. Letters alone count, so that s-p-e-l-l-e-d and "two  words" are found as well."""
+    """1 where the rules held. Letters alone count, so that s-p-e-l-l-e-d and "two  words" are found as well.
+
+    Who says nothing, as where the answer's thoughts were cut off, has kept no rule.
+    """
+    if not said.strip():
+        return 0.0
     found = _letters(said)
     held = []
     for one in asked.answer.split("; "):

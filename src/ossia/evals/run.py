@@ -218,6 +218,9 @@ async def _answer(client: AsyncOpenAI, how: How, asked: Asked) -> tuple[str, boo
     response = await client.responses.create(**given, store=False)
     if how.python and not any(tool.type == "code_interpreter" for tool in response.tools or ()):
         raise UnavailableError(f"{how.url} offers no python tool; serve with it, or leave --python out")
+    if response.status in ("failed", "cancelled"):
+        why = response.error.message if response.error else "it does not say why"
+        raise UnavailableError(f"{how.url} answered that the response has {response.status}: {why}")
     counted = response.usage
     return (
         response.output_text,
