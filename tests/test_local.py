@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import ossia
+from ossia.cli.prompts import encode_with_specials
 from ossia.errors import CheckpointError, ConfigError, InputError, NotFoundError, OssiaError
 from ossia.harmony import DeveloperContent, Message, Role, ToolDescription, ToolNamespace
 from ossia.model.adapter import write_adapter
@@ -280,6 +281,29 @@ def test_of_a_tool_that_is_declared_again_the_last_counts(model):
 def test_what_is_of_another_kind_is_told(given, settings, match, model):
     with pytest.raises(InputError, match=match):
         model.generate(given, **settings)
+
+
+def test_tools_whose_schemas_cannot_be_enforced_take_any_object_and_the_others_fit(model):
+    late = {"type": "object", "properties": {"a": {"type": "string"}}, "minProperties": 1}
+    tools = [close_barost, ToolDescription("update", "", late), ToolDescription("other", "", {"not": {}})]
+
+    def fits(text):
+        mask = np.zeros(-(-model.tokenizer.vocab_size // 32), np.uint32)
+        made = model.constraint([Message(Role.DEVELOPER, DeveloperContent(tools=(functions(tools),)))])
+        for token in encode_with_specials(model.tokenizer, text):
+            made.fill(mask)
+            if not mask[token // 32] >> np.uint32(token % 32) & 1:
+                return False
+            made.accept(token)
+        return made.is_complete
+
+    call = "<|channel|>commentary to=functions.{} <|constrain|>json<|message|>{}<|call|>"
+    assert fits(call.format("update", "{}")) and fits(call.format("other", '{"x":1}'))
+    assert fits(call.format("close_barost", '{"loud":true}')) and not fits(call.format("close_barost", "{}"))
+
+
+def functions(tools):
+    return ToolNamespace.functions([getattr(tool, "declaration", tool) for tool in tools])
 
 
 def test_one_message_is_a_conversation(model):

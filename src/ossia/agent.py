@@ -22,7 +22,7 @@ from typing import Any, Self, TypeVar, cast
 from ossia.engine import FinishReason
 from ossia.errors import ContextLengthError, InputError
 from ossia.harmony import Channel, Conversation, Delta, Effort, Message, ParsedMessage, Role, render_for_completion
-from ossia.harmony.grammar import AUTO, ToolChoice, declared_grammar
+from ossia.harmony.grammar import AUTO, ToolChoice
 from ossia.harmony.render import render_message
 from ossia.local import Generation, LocalModel, Messages, make_conversation, read_messages
 from ossia.tools.base import Tool
@@ -95,7 +95,7 @@ class Agent:
         )
         # What is wrong with these is better told now than when something is asked.
         opened = self._open(self.messages, effort)
-        model.constraint(declared_grammar(opened.messages, output_param="output_schema"))
+        model.constraint(opened.messages)
         self._loop = _LoopThread()
         # At the end of the program too: sandboxes are processes.
         self._close = weakref.finalize(self, _close, self._loop, self._tools, self._workshop)
@@ -140,8 +140,8 @@ class Agent:
 
     def _begin(self, conversation: Conversation, prompt: Sequence[int], num_calls: int, room: int | None) -> Generation:
         choice = AUTO if num_calls < self._max_calls else ToolChoice("none")
-        grammar = declared_grammar(conversation.messages, tool_choice=choice, output_param="output_schema")
-        sampling = {**self._sampling, "max_tokens": room, "constraint": self.model.constraint(grammar)}
+        constraint = self.model.constraint(conversation.messages, tool_choice=choice)
+        sampling = {**self._sampling, "max_tokens": room, "constraint": constraint}
         try:
             return self.model.complete(prompt, **sampling)
         except ContextLengthError:

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -45,7 +45,7 @@ from ossia.harmony import (
     ToolNamespace,
     render_for_completion,
 )
-from ossia.harmony.grammar import TRAINED_NAMESPACES, TurnGrammar, declared_grammar
+from ossia.harmony.grammar import AUTO, TRAINED_NAMESPACES, ToolChoice, declared_grammar
 from ossia.model.adapted import check_base_copies
 from ossia.model.adapter import Adapter, read_adapter
 from ossia.model.config import ModelConfig
@@ -175,17 +175,27 @@ class LocalModel:
         prompt = render_for_completion(conversation, self.tokenizer, drop_analysis="past_turns")
         is_bound = enforce and "constraint" not in sampling and not sampling.get("ignore_eos")
         if is_bound and _declares(conversation):
-            sampling["constraint"] = self.constraint(
-                declared_grammar(conversation.messages, output_param="output_schema")
-            )
+            sampling["constraint"] = self.constraint(conversation.messages)
         return self.complete(prompt, **sampling)
 
-    def constraint(self, grammar: TurnGrammar) -> Constraint:
-        """What keeps one generation to a grammar: the field of that name of `SamplingParams`.
+    def constraint(self, messages: Sequence[Message], *, tool_choice: ToolChoice = AUTO) -> Constraint:
+        """What keeps one generation to the tools and the response format that ``messages`` declare: the field of that
+        name of `SamplingParams`. Of tools whose schemas cannot be enforced the arguments are any JSON object.
 
-        The first one takes about a second. Raises InputError for a grammar that cannot be enforced.
+        The first one takes about a second. Raises InputError for an output schema that cannot be enforced.
         """
-        return self._compiler.constraint(grammar)
+        make = partial(declared_grammar, messages, tool_choice=tool_choice, output_param="output_schema")
+        loose: set[str] = set()
+        while True:
+            try:
+                return self._compiler.constraint(make(loose=loose))
+            except InputError as error:
+                if error.param == "tools":
+                    # One by one they can be.
+                    return self._compiler.constraint(make(strict=False))
+                if error.param is None or error.param == "output_schema" or error.param in loose:
+                    raise
+                loose.add(error.param)
 
     @cached_property
     def _compiler(self) -> GrammarCompiler:

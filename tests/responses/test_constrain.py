@@ -199,3 +199,54 @@ def test_functions_of_namespaces_and_found_ones_are_strict_too(grammars):
     for name, space in (("g", "crm"), ("more", "functions")):
         said = [call(name, {"a": a}).replace("functions.", f"{space}.") for a in (1, 2)]
         assert [accepts(run._constrain(), text) for text in said] == [True, False]
+
+
+# Read without a fault, and refused by what compiles it.
+AB = {"a": {"type": "string"}, "b": {"type": "string"}}
+LATE = [
+    {"type": "object", "properties": AB, "minProperties": 1},
+    {"type": "object", "properties": {"x": {"oneOf": [{"type": "integer"}, {"type": "number"}]}}},
+    {"type": "object", "properties": {"x": {"type": "string", "pattern": "^{.*}$"}}},
+]
+
+
+@pytest.mark.parametrize("schema", LATE)
+def test_of_several_functions_the_one_that_cannot_be_enforced_gives_way(grammars, schema):
+    tools = [function(), function(name="update", parameters=schema), function(name="h")]
+    run = run_of(model(FINAL, constrain=grammars), tools=tools)
+    assert [tool["strict"] for tool in run.response["tools"]] == [True, False, True]
+    assert accepts(run._constrain(), call("update", {"any": 1})) and not accepts(run._constrain(), call("g", {"a": 2}))
+    with pytest.raises(InputError) as raised:
+        run_of(model(FINAL, constrain=grammars), tools=[function(), {**tools[1], "strict": True}])
+    assert raised.value.param == "tools[1]"
+
+
+@pytest.mark.parametrize("schema", LATE)
+def test_a_format_that_does_not_say_gives_way_too(grammars, schema):
+    shape = {"type": "json_schema", "name": "x", "schema": schema}
+    run = run_of(model(FINAL, constrain=grammars), tools=[function()], text={"format": shape})
+    assert run.response["text"]["format"]["strict"] is False and run.response["tools"][0]["strict"] is True
+    assert accepts(run._constrain(), answer("[1]"))
+    with pytest.raises(InputError) as raised:
+        run_of(model(FINAL, constrain=grammars), text={"format": {**shape, "strict": True}})
+    assert raised.value.param == "text.format.schema"
+
+
+def answer(text: str) -> str:
+    return f"<|channel|>final<|message|>{text}<|return|>"
+
+
+def test_a_grammar_s_fault_is_told_where_the_grammar_is(grammars):
+    with pytest.raises(InputError) as raised:
+        run_of(
+            model(FINAL, constrain=grammars),
+            text={"format": {"type": "grammar", "syntax": "regex", "definition": "(a"}},
+        )
+    assert raised.value.param == "text.format.definition"
+
+
+def test_functions_inside_a_namespace_show_whether_they_are_strict(grammars):
+    inner = [function(), function(name="h", strict=False), function(name="i", parameters={"not": {}})]
+    space = {"type": "namespace", "name": "crm", "description": "", "tools": inner}
+    run = run_of(model(FINAL, constrain=grammars), tools=[space])
+    assert [tool["strict"] for tool in run.response["tools"][0]["tools"]] == [True, False, False]

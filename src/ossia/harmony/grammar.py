@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -146,23 +146,24 @@ class Tool:
         )
 
     @classmethod
-    def declared(cls, namespace: ToolNamespace, *, strict: bool = True) -> tuple[Tool, ...]:
+    def declared(cls, namespace: ToolNamespace, *, strict: bool = True, loose: Container[str] = ()) -> tuple[Tool, ...]:
         """The calls of any namespace: python and browser as they were trained, others with JSON, or with text where
         the parameters are declared as a string.
 
-        If ``strict``, arguments match the schema where it can be enforced, and are any JSON object where it cannot.
+        If ``strict``, arguments match the schema where it can be enforced, and are any JSON object where it cannot,
+        and of the recipients in ``loose``. Errors name the recipient.
         """
         if namespace.name in TRAINED_NAMESPACES or not namespace.tools:
             return cls.builtin(namespace)
-        return tuple(cls._of(tool, namespace.name, strict) for tool in namespace.tools)
+        return tuple(cls._of(tool, namespace.name, strict, loose) for tool in namespace.tools)
 
     @classmethod
-    def _of(cls, tool: ToolDescription, namespace: str, strict: bool) -> Tool:
-        parameters = tool.parameters
+    def _of(cls, tool: ToolDescription, namespace: str, strict: bool, loose: Container[str]) -> Tool:
+        parameters, recipient = tool.parameters, f"{namespace}.{tool.name}"
         if parameters is not None and parameters.get("type") == "string":
-            return cls.custom(tool.name, namespace=namespace)
-        is_enforced = strict and is_enforceable(parameters or {}, root_type="object")
-        return cls.function(tool.name, parameters, strict=is_enforced, namespace=namespace)
+            return cls.custom(tool.name, namespace=namespace, param=recipient)
+        is_enforced = strict and recipient not in loose and is_enforceable(parameters or {}, root_type="object")
+        return cls.function(tool.name, parameters, strict=is_enforced, namespace=namespace, param=recipient)
 
 
 @dataclass(frozen=True)
@@ -257,19 +258,23 @@ def declared_grammar(
     *,
     tool_choice: ToolChoice = AUTO,
     strict: bool = True,
+    loose: Container[str] = (),
     output_param: str = "text.format",
 ) -> TurnGrammar:
     """The grammar of the next turn of a conversation, by what its system and developer messages declare.
 
-    Calls are those of `Tool.declared`. The answer matches the response format where there is one; of several nobody
-    knows which is meant, and none is enforced. Raises InputError for what cannot be enforced.
+    Calls are those of `Tool.declared`, with ``strict`` and ``loose``. The answer matches the response format where
+    there is one; of several nobody knows which is meant, and none is enforced. Raises InputError for what cannot be
+    enforced.
     """
     # Of a tool that is declared again, as a later developer message may do, the last is meant.
     tools: dict[str, Tool] = {}
     schemas: list[Mapping[str, Any]] = []
     for part in (part for message in messages for part in message.content):
         if isinstance(part, SystemContent | DeveloperContent):
-            tools |= {one.recipient: one for space in part.tools for one in Tool.declared(space, strict=strict)}
+            tools |= {
+                one.recipient: one for space in part.tools for one in Tool.declared(space, strict=strict, loose=loose)
+            }
         if isinstance(part, DeveloperContent):
             schemas += [one.schema for one in part.response_formats]
     output = Schema(schemas[0]) if len(schemas) == 1 else None

@@ -17,6 +17,9 @@ from ossia.harmony.grammar import Json as AnyJson
 from ossia.responses.schema import TextFormat
 from ossia.responses.tools import Choice, Function, Tools
 
+# Where a request has the schema of its answer.
+FORMAT_PARAM = "text.format.schema"
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -48,7 +51,7 @@ class Grammars:
             tools,
             tool_choice=ToolChoice(*turn.choice),
             output=_output(turn.format),
-            output_param="text.format.schema",
+            output_param="text.format.definition" if turn.format.type == "grammar" else FORMAT_PARAM,
         )
         return self._compiler.constraint(grammar, max_reasoning_tokens=turn.max_reasoning_tokens)
 

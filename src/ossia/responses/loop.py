@@ -27,7 +27,7 @@ from ossia.errors import ContextLengthError, InputError, OssiaError
 from ossia.harmony import Channel, Delta, Header, ParsedMessage, Role, StreamParser, Tokenizer
 from ossia.responses.builder import Builder
 from ossia.responses.client_tools import is_call
-from ossia.responses.constrain import Turn
+from ossia.responses.constrain import FORMAT_PARAM, Turn
 from ossia.responses.convert import (
     Entry,
     History,
@@ -196,7 +196,7 @@ class Run:
         self.toolbox = toolbox if toolbox is not None else model.toolbox()
         prepared = prepare(request, model, self.history, references, self.toolbox)
         request = self.request = prepared.request
-        self.tools = prepared.tools.settled(strictly=True)
+        self.tools, self._format = prepared.tools.settled(), request.format
         self.input, self.current_date = prepared.entries, prepared.current_date
         self._choice, self._prompt = prepared.choice, prepared.prompt
         sampled = model.sampled(temperature=request.temperature, top_p=request.top_p)
@@ -239,15 +239,7 @@ class Run:
         # Fails here, before anything is sent, if the prompt cannot fit or a schema cannot be enforced.
         if not (self._is_compaction or self._is_long):
             self._fit(self._params)
-        try:
-            self._constraint = self._constrain()
-        except InputError:
-            # Schemas that can be enforced one by one may be too much together: those that nobody asked for give way.
-            loose = prepared.tools.settled(strictly=False)
-            if loose == self.tools:
-                raise
-            self.tools = loose
-            self._constraint = self._constrain()
+        self._constraint = self._first_constraint(prepared.tools)
         self.response["tools"] = self._echoed_tools()
         # All that was said since the input, as the next prompt repeats it.
         self._turn: list[Spoken] = []
@@ -319,10 +311,17 @@ class Run:
     def _echoed_tools(self) -> list[Json]:
         """The tools as the response shows them: those that are offered here, functions strict or not as they are."""
         strict = {function.param: function.strict for function in self.tools.functions}
+
+        def settled(tool: Json, param: str) -> Json:
+            if tool.get("type") == "namespace":
+                inner = [settled(one, f"{param}.tools[{k}]") for k, one in enumerate(tool["tools"])]
+                return {**tool, "tools": inner}
+            is_function = tool.get("type") == "function"
+            return {**tool, "strict": strict.get(param, tool.get("strict"))} if is_function else tool
+
         shown = []
         for i, tool in enumerate(self.response["tools"]):
-            if tool["type"] == "function":
-                tool = {**tool, "strict": strict.get(f"tools[{i}]", tool["strict"])}
+            tool = settled(tool, f"tools[{i}]")
             if tool["type"] not in self.tools.ignored:
                 shown.append(without_secrets(tool))
         return shown
@@ -658,6 +657,27 @@ class Run:
     def _is_refused_for_good(self) -> bool:
         return self._num_refused_calls > _MAX_REFUSED_CALLS
 
+    def _first_constraint(self, asked: Tools) -> Constraint | None:
+        """The constraint of the first generation. What cannot be enforced, and nobody has asked for, gives way: of
+        functions and a format that do not say whether they are strict the one at fault, or all functions that are too
+        much together."""
+        open_params = {function.param for function in asked.callable if function.strict is None}
+        loose: set[str] = set()
+        while True:
+            try:
+                return self._constrain()
+            except InputError as error:
+                if error.param in open_params - loose:
+                    loose.add(error.param)
+                elif error.param == "tools" and open_params - loose:
+                    loose |= open_params
+                elif error.param == FORMAT_PARAM and self.request.format.strict is None and self._format.is_strict:
+                    self._format = self._format.loosened()
+                    self.response["text"]["format"]["strict"] = False
+                else:
+                    raise
+                self.tools = asked.settled(loose)
+
     def _constrain(self) -> Constraint | None:
         """A fresh constraint for the next generation."""
         choice = self._choice
@@ -668,7 +688,7 @@ class Run:
             choice = Choice("auto", choice.recipients if is_list else None)
         cap = self.request.max_reasoning_tokens
         left = None if cap is None else max(cap - self._answer_usage.reasoning_tokens, 0)
-        return self._model.constrain(Turn(self.tools, choice, self.request.format, left))
+        return self._model.constrain(Turn(self.tools, choice, self._format, left))
 
     def _fit(self, params: SamplingParams) -> SamplingParams:
         """Parameters with which the prompt fits, the prompt shortened if need be and if the request allows it.

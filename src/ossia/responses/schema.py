@@ -75,6 +75,10 @@ class TextFormat(_Tolerant):
         """Whether the schema is enforced; of one that does not say, where it can be."""
         return is_enforceable(self.json_schema or {}) if self.strict is None else self.strict
 
+    def loosened(self) -> TextFormat:
+        """The same format, its schema not enforced."""
+        return TextFormat.model_validate({**self.model_dump(by_alias=True), "strict": False})
+
 
 class Text(_Tolerant):
     """The form of the answer."""

@@ -9,7 +9,7 @@ can search for tools, those that it defers are told when it has found them. Tool
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -159,16 +159,15 @@ class Tools:
                     return function
         return None
 
-    def settled(self, *, strictly: bool) -> Tools:
-        """The tools where each function is strict or not: one that does not say is if its schema can be enforced.
-
-        Without ``strictly`` none of those is.
-        """
+    def settled(self, loose: Container[str] = ()) -> Tools:
+        """The tools where each function is strict or not: one that does not say is if its schema can be enforced, and
+        its ``param`` is not among ``loose``."""
 
         def decide(function: Function) -> Function:
             if function.strict is not None:
                 return function
-            return replace(function, strict=strictly and is_enforceable(function.parameters or {}, root_type="object"))
+            can_be = function.param not in loose and is_enforceable(function.parameters or {}, root_type="object")
+            return replace(function, strict=can_be)
 
         return replace(self, functions=tuple(map(decide, self.functions)), found=tuple(map(decide, self.found)))
 
