@@ -20,7 +20,7 @@ from ossia.engine.masks import GrammarCompiler, TurnConstraint
 from ossia.engine.runner import NumBlocks
 from ossia.errors import InputError, OssiaError
 from ossia.harmony import Malformed, ParsedMessage, StreamParser, Tokenizer, ToolNamespace
-from ossia.harmony.grammar import Json, Schema, Tool, ToolChoice, turn_grammar
+from ossia.harmony.grammar import Json, Lark, Schema, Tool, ToolChoice, turn_grammar
 from ossia.model.config import ModelConfig
 from ossia.model.random_checkpoint import SHAPES, write_random_checkpoint
 from ossia.model.weights import Checkpoint, load_weights
@@ -387,6 +387,31 @@ def test_a_bound_that_excludes_a_number_excludes_it_in_every_range(compiler, bou
         assert accepts(compiler.constraint(grammar), turn) == (text in allowed), text
 
 
+@pytest.mark.parametrize(
+    ("schema", "allowed", "excluded"),
+    [
+        ({"type": "string", "maxLength": 2, "nullable": True}, ('"ab"', "null"), ("1", '"abc"')),
+        ({"enum": ["a"], "nullable": True}, ('"a"', "null"), ('"b"',)),
+        ({"$ref": "#/$defs/t", "nullable": True}, ("3", "null"), ('"b"',)),
+        ({"type": ["integer", "null"], "nullable": True}, ("3", "null"), ('"b"',)),
+        ({"type": "integer", "nullable": False}, ("3",), ("null",)),
+    ],
+)
+def test_what_the_model_is_told_may_be_null_may_be(compiler, schema, allowed, excluded):
+    whole = {"type": "object", "properties": {"x": schema}, "required": ["x"], "$defs": {"t": {"type": "integer"}}}
+    grammar = turn_grammar(output=Schema({**whole, "additionalProperties": False}))
+    for text in (*allowed, *excluded):
+        turn = ids(f'<|channel|>final<|message|>{{"x":{text}}}<|return|>')
+        assert accepts(compiler.constraint(grammar), turn) == (text in allowed), text
+
+
+def test_comments_may_stand_between_the_alternatives_of_a_rule(compiler):
+    definition = 'start: "a"\n  // one\n\n  # two\n  | "b"\n// three\nrest: "c"\n'
+    grammar = turn_grammar(output=Lark(definition))
+    said = [ids(f"<|channel|>final<|message|>{text}<|return|>") for text in "abc"]
+    assert [accepts(compiler.constraint(grammar), turn) for turn in said] == [True, True, False]
+
+
 # -- tools -----------------------------------------------------------------------------------------
 
 LOOKUP = {
@@ -588,7 +613,7 @@ def test_a_preamble_is_no_reasoning(compiler):
     ("tool", "message"),
     [
         (Tool.function("f", {"properties": {"a": {"oneOf": [{"type": "number"}, {"type": "integer"}]}}}),
-         "the schema at #/properties/a cannot be enforced while sampling: oneOf constraints are not supported"),
+         "the schema at #/properties/a cannot be enforced while sampling: it is not clear that the options of oneOf"),
         (Tool.function("f", {"properties": {"a": {"$ref": "#/$defs/t"}},
                              "$defs": {"t": {"prefixItems": [{"pattern": "a$b"}]}}}),
          r"the schema at #/\$defs/t/prefixItems/0 cannot be enforced while sampling: lookarounds not supported"),

@@ -200,6 +200,8 @@ DOUBLING = {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in ran
         ({"const": object()}, "is no JSON value"),
         ({"minimum": 1e300}, "between -2\\^53"),
         ({"exclusiveMinimum": True}, "at #/exclusiveMinimum, it is true; expected a number"),
+        ({"exclusiveMinimum": 2**53}, "at #/exclusiveMinimum, .*a number nearer to 0"),
+        ({"exclusiveMaximum": -(2**53)}, "at #/exclusiveMaximum, .*a number nearer to 0"),
         ({"multipleOf": 0}, "expected a number above 0"),
         ({"multipleOf": 1_001}, "too many states"),
         ({"multipleOf": 0.00123456}, "too many states"),

@@ -451,3 +451,16 @@ def test_texts_of_tokens_are_remembered_within_a_bound(tokenizer: Tokenizer, mon
     text = "one two three four five six one two three four five six"
     parser = parse(tokenizer, f"<|channel|>final<|message|>{text}<|return|>")
     assert parser.messages[0].text == text and len(tokenizer.whole_text) == 3
+
+
+@pytest.mark.parametrize("cut", ["", "<|channel|>", "<|channel|>commentary to=functions", " to=functions.f<|channel|>"])
+def test_a_header_that_was_cut_off_is_no_message(tokenizer: Tokenizer, cut: str) -> None:
+    parser = StreamParser(tokenizer)
+    before = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
+    parser.feed_all(tokens_of(tokenizer, before + cut))
+    assert parser.close(cut=True) == [] and [message.text for message in parser.messages] == ["Hm."]
+    # What is open beyond its header is what there is of it.
+    parser = StreamParser(tokenizer)
+    parser.feed_all(tokens_of(tokenizer, before + "<|channel|>final<|message|>4"))
+    parser.close(cut=True)
+    assert [message.text for message in parser.messages] == ["Hm.", "4"]

@@ -53,7 +53,8 @@ export function Composer() {
         value={draft.value}
         onInput={(e) => (draft.value = e.currentTarget.value)}
         onKeyDown={(e) => {
-          if (e.key !== "Enter" || e.shiftKey || e.isComposing) return;
+          // Safari tells of the Enter that ends a composition by its old number alone.
+          if (e.key !== "Enter" || e.shiftKey || e.isComposing || e.keyCode === 229) return;
           e.preventDefault();
           send();
         }}

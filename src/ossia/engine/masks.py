@@ -375,4 +375,7 @@ def _reason(error: str) -> str:
     """What llguidance says, in a line: of its errors in regular expressions the last line says it."""
     lines = [line.strip() for line in error.splitlines() if line.strip()]
     said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return (said or lines or ["no reason was given"])[0][:200]
+    reason = (said or lines or ["no reason was given"])[0]
+    if "coerce_one_of" in reason:
+        return "it is not clear that the options of oneOf exclude each other; say anyOf, or give each a constant"
+    return reason[:200]

@@ -105,7 +105,9 @@ def _read(text: str, param: str | None) -> list[_Token]:
             raise _error(param, f"line {line} has {text[i]!r}, which begins nothing", "Lark's grammar syntax")
         end, kind, matched = max(found, key=lambda one: one[0])
         if kind == "newline":
-            tokens.append(_Token(kind, "\n", line))
+            # Of lines with a comment alone nothing is left: an alternative may follow on the next.
+            if not tokens or tokens[-1].kind != "newline":
+                tokens.append(_Token(kind, "\n", line))
         elif kind != "blank":
             tokens.append(_Token(kind, matched, line))
         line += matched.count("\n")

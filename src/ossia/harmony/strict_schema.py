@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, NamedTuple
 from urllib.parse import unquote
@@ -73,7 +73,8 @@ _DATE = (
 _TIME = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,9})?(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
 _LABEL = "[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
 # What a format means is written out where llguidance's own reading is wider than the RFC: 30 February, hosts of any
-# length. Within the RFC these are narrower: four-digit years from 1, no leap seconds, hosts of at most 4 labels.
+# length. Within the RFC these are narrower: four-digit years from 1, no leap seconds, hosts of at most 4 labels,
+# and, as llguidance has it, IPv6 addresses without a dotted end.
 _FORMAT_PATTERNS = {
     "date": f"^{_DATE}$",
     "time": f"^{_TIME}$",
@@ -215,6 +216,8 @@ class _Reader:
                 out[keyword] = self._count(value, here)
             elif keyword in _BOUNDS:
                 out[keyword] = self._number(value, here)
+                if keyword.startswith("exclusive") and abs(out[keyword]) == MAX_NUMBER:
+                    raise self.error(here, f"it is {_short(value)}", "a number nearer to 0: the next is not exact")
             elif keyword == "multipleOf":
                 out[keyword] = self._multiple(value, here)
             elif keyword == "pattern":
@@ -224,10 +227,12 @@ class _Reader:
         _close_bounds(out)
         if isinstance(out.get("multipleOf"), int):
             # As fractions ("6.0") such numbers have beginnings that nothing completes.
-            types = out.get("type", list(_TYPES))
-            types = types if isinstance(types, list) else [types]
+            types = _listed(out.get("type", _TYPES))
             out["type"] = list(dict.fromkeys("integer" if kind == "number" else kind for kind in types))
         self._check_object(schema, out, path)
+        # OpenAPI's word for what the model is told as "| null".
+        if schema.get("nullable") is True and path != "#" and "null" not in _listed(out.get("type", ())):
+            return {"anyOf": [out, {"type": "null"}]}
         return out
 
     def _refuse_unsupported(self, schema: Mapping[str, Any], path: str) -> None:
@@ -516,6 +521,10 @@ def _units(multiples: Collection[Decimal]) -> int:
     """The least common multiple, counted in the last decimal of all."""
     last = max((-int(multiple.as_tuple().exponent) for multiple in multiples), default=0)
     return math.lcm(*(int(multiple.scaleb(max(last, 0))) for multiple in multiples))
+
+
+def _listed(types: str | Sequence[str]) -> Sequence[str]:
+    return [types] if isinstance(types, str) else types
 
 
 def _close_bounds(out: dict[str, Any]) -> None:
