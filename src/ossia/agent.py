@@ -59,9 +59,8 @@ class Agent:
 
         ``messages`` are the conversation so far. ``approve``, which may be async, is asked before each call, with its
         message, whose text is the code or the JSON of the arguments: what it does not answer with True is not run, and
-        the model is told so. After
-        ``max_calls`` calls in one answer no further one can be sampled. The rest is as in `LocalModel.generate`;
-        ``max_tokens`` counts all that is sampled for an answer.
+        the model is told so. After ``max_calls`` calls in one answer no further one can be sampled. The rest is as in
+        `LocalModel.generate`; ``max_tokens`` counts all that is sampled for an answer.
 
         Raises InputError, ConfigError for a tool that is unknown or lacks a setting, and UnavailableError if no sandbox
         holds, with what to install.
