@@ -251,6 +251,11 @@ def test_a_stop_string_may_be_a_text_alone(nano):
     assert nano.generate("What is 1234 + 5678?", temperature=0, stop_strings="12").read() == "69"
 
 
+def test_two_tools_of_one_name_are_refused(model):
+    with pytest.raises(InputError, match=r"two tools are named 'functions\.close_barost'"):
+        model.generate("Close.", tools=[close_barost, close_barost])
+
+
 def test_of_a_tool_that_is_declared_again_the_last_counts(model):
     def declared(kind):
         parameters = {"type": "object", "properties": {"x": {"enum": kind}}, "required": ["x"]}

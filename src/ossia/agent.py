@@ -21,7 +21,17 @@ from typing import Any, Self, TypeVar, cast
 
 from ossia.engine import FinishReason
 from ossia.errors import ContextLengthError, InputError
-from ossia.harmony import Channel, Conversation, Delta, Effort, Message, ParsedMessage, Role, render_for_completion
+from ossia.harmony import (
+    Channel,
+    Conversation,
+    Delta,
+    Effort,
+    Message,
+    ParsedMessage,
+    Role,
+    render_for_completion,
+    tool_message,
+)
 from ossia.harmony.grammar import AUTO, ToolChoice
 from ossia.harmony.render import render_message
 from ossia.local import Generation, LocalModel, Messages, make_conversation, read_messages
@@ -276,7 +286,7 @@ class Answer(Iterator[Delta]):
 
     def _read(self, call: Message, result: str) -> None:
         """Go on behind what a tool has answered. Raises ContextLengthError where it does not fit."""
-        answer = Message(Role.TOOL, result, name=call.recipient, recipient="assistant", channel=call.channel)
+        answer = tool_message(call.recipient or "", call.channel, result)
         prompt = [*self._prompt, *render_message(answer, self._agent.model.tokenizer), *self._opening]
         room = None if self._max_tokens is None else self._max_tokens - self.num_tokens
         generation = None

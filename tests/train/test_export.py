@@ -30,7 +30,7 @@ from ossia.harmony.tokenizer import Tokenizer
 from ossia.model import transformer
 from ossia.model.adapter import Adapter, LoraPair, matrix_shape, read_adapter, write_adapter
 from ossia.model.config import ModelConfig
-from ossia.model.config_file import read_json
+from ossia.model.config_file import RANDOM_WEIGHTS, read_json
 from ossia.model.inspection import verify_checkpoint
 from ossia.model.random_checkpoint import write_random_checkpoint
 from ossia.model.weights import Checkpoint, load_weights
@@ -485,7 +485,7 @@ def test_what_lies_beside_a_gguf_file_is_not_taken_for_its_own(bases, tmp_path):
     models = tmp_path / "models"
     models.mkdir()
     shutil.copyfile(bases / "model.gguf", models / "model.gguf")
-    (models / "config.json").write_text('{"model_type": "llama"}')
+    (models / "config.json").write_text(json.dumps({"model_type": "llama", RANDOM_WEIGHTS: True}))
     (models / "generation_config.json").write_text('{"temperature": 0.1}')
     (models / "chat_template.jinja").write_text("foreign")
     other = Tokenizer({b"a": 0}, {"<|x|>": 1})
@@ -555,6 +555,16 @@ def test_an_adapter_is_written_again_for_peft(bases, tmp_path, adapter_folder):
 
 
 # How much is lost
+
+
+def test_merging_into_a_gguf_file_looks_at_nothing_beside_it(bases, tmp_path, adapter_folder):
+    models = tmp_path / "models"
+    models.mkdir()
+    shutil.copyfile(bases / "model.gguf", models / "model.gguf")
+    (models / "config.json").write_text(json.dumps({RANDOM_WEIGHTS: True}))
+    folder = adapter_folder(["layers.0.q"])
+    export(models / "model.gguf", tmp_path / "out", "merged", adapter=folder, measure=False)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.gguf"]
 
 
 def test_an_adapter_with_an_embedding_of_its_own_is_refused(bases, tmp_path, adapter_folder):

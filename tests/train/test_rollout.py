@@ -17,8 +17,7 @@ from tests.train.small import Brief, Vowels, make_engine, write_model
 
 from ossia import ops as backends
 from ossia.errors import ContextLengthError, InputError, OssiaError, UnavailableError
-from ossia.harmony import Effort, Role, Tokenizer, render_message
-from ossia.responses.convert import tool_message
+from ossia.harmony import Effort, Role, Tokenizer, render_message, tool_message
 from ossia.tools.functions import FunctionTools, tool
 from ossia.train.rollout import Exercise, Rollout, RolloutConfig, Rollouts, rollout_seed
 from ossia.train.tasks import Draw, Instance, TaskMix, make_mix

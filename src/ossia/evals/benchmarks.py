@@ -108,7 +108,7 @@ def _rows(data: bytes) -> list[dict[str, Any]]:
         # The Hugging Face hub tells rows so.
         return [one["row"] for one in rows[0]["rows"]] if len(rows) == 1 and "rows" in rows[0] else rows
     # A picture in a column is longer than the module's limit.
-    csv.field_size_limit(len(text) + 1)
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     try:
         return list(csv.DictReader(io.StringIO(text, newline="")))
     except csv.Error as error:

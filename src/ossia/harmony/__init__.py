@@ -18,6 +18,7 @@ from ossia.harmony.messages import (
     SystemContent,
     ToolDescription,
     ToolNamespace,
+    tool_message,
 )
 from ossia.harmony.parser import Delta, Event, Header, Malformed, ParsedMessage, StreamParser
 from ossia.harmony.render import (
@@ -58,4 +59,5 @@ __all__ = [
     "render_for_completion",
     "render_for_training",
     "render_message",
+    "tool_message",
 ]

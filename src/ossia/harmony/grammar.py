@@ -272,9 +272,9 @@ def declared_grammar(
     schemas: list[Mapping[str, Any]] = []
     for part in (part for message in messages for part in message.content):
         if isinstance(part, SystemContent | DeveloperContent):
-            tools |= {
-                one.recipient: one for space in part.tools for one in Tool.declared(space, strict=strict, loose=loose)
-            }
+            declared = [tool for space in part.tools for tool in Tool.declared(space, strict=strict, loose=loose)]
+            _check_recipients(declared)
+            tools |= {tool.recipient: tool for tool in declared}
         if isinstance(part, DeveloperContent):
             schemas += [one.schema for one in part.response_formats]
     output = Schema(schemas[0]) if len(schemas) == 1 else None

@@ -217,6 +217,11 @@ class Message:
             raise InputError(f"{where}: {error.message}", param=where) from error
 
 
+def tool_message(name: str, channel: str | None, text: str) -> Message:
+    """A tool's answer to the assistant; ``name`` is the recipient of the call, and ``channel`` its channel."""
+    return Message(Role.TOOL, text, name=name, recipient="assistant", channel=channel)
+
+
 @dataclass(frozen=True)
 class Conversation:
     """Messages in order."""

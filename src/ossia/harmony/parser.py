@@ -209,7 +209,7 @@ class StreamParser:
 
         ``cut``: not the model has ended it. What stands of a header is then the beginning of one, and no message.
         """
-        if cut and self._in_header and self._header is None:
+        if cut and self._in_header:
             self._reset()
             return []
         return list(self._reported(self._close()))

@@ -162,7 +162,8 @@ class Checkpoint:
     def has_random_weights(self) -> bool:
         """Whether `ossia checkpoint new` made the weights: the model answers with noise."""
         path = self.folder / "config.json"
-        return path.is_file() and bool(read_json(path).get(RANDOM_WEIGHTS))
+        # What lies beside a GGUF file may be another model's.
+        return not self.metadata and path.is_file() and bool(read_json(path).get(RANDOM_WEIGHTS))
 
     @property
     def size_bytes(self) -> int:

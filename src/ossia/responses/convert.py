@@ -32,6 +32,7 @@ from ossia.harmony import (
     SystemContent,
     Tokenizer,
     render_message,
+    tool_message,
 )
 from ossia.harmony.render import developer_text
 from ossia.responses.client_tools import ClientTool, arguments_of, is_call, of_call, of_output, output_text
@@ -490,11 +491,6 @@ def _mcp_recipient(item: Json, where: str) -> str:
 
 def _told_tools(tools: Tools) -> str:
     return developer_text(DeveloperContent(None, tuple(tools.namespaces))) if tools.functions else ""
-
-
-def tool_message(name: str, channel: str | None, text: str) -> Message:
-    """A tool's answer to the assistant."""
-    return Message(Role.TOOL, text, name=name, recipient="assistant", channel=channel)
 
 
 def sealed_reasoning(spoken: Spoken, seal: Seal) -> str:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Protocol
 
 from ossia.engine.request import NO_TOKEN, Constraint, SamplingParams, TokenOutput
 from ossia.errors import ContextLengthError, InputError, OssiaError
-from ossia.harmony import Channel, Delta, Header, ParsedMessage, Role, StreamParser, Tokenizer
+from ossia.harmony import Channel, Delta, Header, ParsedMessage, Role, StreamParser, Tokenizer, tool_message
 from ossia.responses.builder import Builder
 from ossia.responses.client_tools import is_call
 from ossia.responses.constrain import FORMAT_PARAM, Turn
@@ -38,7 +38,6 @@ from ossia.responses.convert import (
     TurnMemory,
     left_behind,
     sealed_reasoning,
-    tool_message,
     uncovered,
 )
 from ossia.responses.events import Event

@@ -36,9 +36,9 @@ from ossia.harmony import (
     ToolNamespace,
     render_for_completion,
     render_message,
+    tool_message,
 )
 from ossia.harmony.grammar import TurnGrammar, declared_grammar
-from ossia.responses.convert import tool_message
 from ossia.responses.loop import TokenSource
 from ossia.tools.base import Tool
 from ossia.tools.python import PythonSessions
